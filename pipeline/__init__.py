@@ -1,0 +1,1 @@
+"""What a person types: reads settings, wires stages, prints."""

@@ -1,0 +1,93 @@
+"""Every path of a work tree, in one place. A test compares it with dvc.yaml."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths below the folder that has params.yaml."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        """All settings."""
+        return self.root / "params.yaml"
+
+    @property
+    def sources(self) -> Path:
+        """`check`: hashes of everything that comes from outside, one key for each stage that reads it."""
+        return self.root / "data/sources.json"
+
+    @property
+    def versions(self) -> Path:
+        """`check`: the VERSION of each stage."""
+        return self.root / "data/versions.yaml"
+
+    @property
+    def raw(self) -> Path:
+        """`docs`: texts, pairs and the retrieval test of the embedded default."""
+        return self.root / "data/raw"
+
+    @property
+    def corpus(self) -> Path:
+        """`shard`: manifest of text shards."""
+        return self.root / "data/corpus.json"
+
+    @property
+    def split(self) -> Path:
+        """`split`: which rows are for what."""
+        return self.root / "data/split.json"
+
+    @property
+    def embeddings(self) -> Path:
+        """`embed`: manifest of vectors."""
+        return self.root / "data/embeddings.json"
+
+    @property
+    def negatives(self) -> Path:
+        """`mine`: manifest of mined negatives."""
+        return self.root / "data/negatives.json"
+
+    def start(self, name: str) -> Path:
+        """`start`: a student before training."""
+        return self.root / "models/start" / name
+
+    def model(self, name: str) -> Path:
+        """`distill`: a student after training."""
+        return self.root / "models" / name
+
+    def stage_facts(self, stage: str) -> Path:
+        """Counts a stage leaves for `dvc metrics`."""
+        return self.root / "reports/stages" / f"{stage}.json"
+
+    def training(self, student: str) -> Path:
+        """`distill`: how a run ended, for `dvc metrics`."""
+        return self.root / "reports/training" / f"{student}.json"
+
+    def curve(self, student: str) -> Path:
+        """`distill`: loss and agreement by step, for `dvc plots`."""
+        return self.root / "reports/curves" / f"{student}.csv"
+
+    def metrics(self, model: str) -> Path:
+        """`evaluate`: one model's metrics."""
+        return self.root / "reports/metrics" / f"{model}.json"
+
+    @property
+    def report(self) -> Path:
+        """`report`: the metrics of all models that params.yaml names."""
+        return self.root / "reports/metrics.json"
+
+    @property
+    def work(self) -> Path:
+        """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
+        return self.root / "work"
+
+    def store(self, setting: str) -> Path:
+        """The store's folder: $TEACHONCE_STORE, or the setting, relative to the work tree."""
+        chosen = os.environ.get("TEACHONCE_STORE") or setting
+        return (self.root / Path(chosen).expanduser()).resolve()

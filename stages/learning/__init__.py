@@ -1,0 +1,1 @@
+"""What runs on tensors: the teacher, students, objectives and the training loop."""

@@ -1,0 +1,100 @@
+"""What a stage says when it is done, and while it is not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storage import durable
+from storage.store import canonical_json
+
+log = logging.getLogger("teachonce")
+
+Fact = str | int | float | bool | None
+Facts = Mapping[str, "Fact | Facts"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage made.
+
+    Args:
+        stage: Its name.
+        made: The file or folder it left.
+        summary: One sentence for a person: what was done, in numbers.
+        facts: The same and more for a program (`--json`).
+
+    """
+
+    stage: str
+    made: Path
+    summary: str
+    facts: Facts = field(default_factory=dict)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a small result file in one step, in the one form that equal values share."""
+    durable.replace(path, canonical_json(value))
+
+
+class Progress:
+    """A line on stderr every few seconds: how far, how fast, how long still.
+
+    Args:
+        stage: Printed first on each line.
+        total: Units of work in all.
+        unit: What is counted, such as "texts".
+        done: Units that were there already; they count as progress but not as speed.
+        every: Seconds between lines.
+
+    """
+
+    def __init__(
+        self, stage: str, *, total: int, unit: str, done: int = 0, every: float = 5.0
+    ) -> None:
+        self.stage, self.total, self.unit, self.every = stage, total, unit, every
+        self.done, self.before = done, done
+        self.started = self.last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def rate(self) -> float:
+        """Units per second of this run."""
+        return (self.done - self.before) / self.seconds
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Count `units` as done; `note` is added to the line, if one is due."""
+        self.done += units
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        eta = (self.total - self.done) / self.rate if self.rate else float("inf")
+        log.info(
+            "%s: %s of %s %s (%.0f %%), %s %s/s%s, %s left",
+            self.stage,
+            f"{self.done:,}",
+            f"{self.total:,}",
+            self.unit,
+            100 * self.done / max(self.total, 1),
+            f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2f}",
+            self.unit,
+            f", {note}" if note else "",
+            clock(eta),
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    if seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,245 @@
+"""Every setting, typed and bounded. The values stand in params.yaml and nowhere else.
+
+A setting is either part of its stage's `recipe` (it changes the result by more than last bits) or only
+decides where and how fast the work is done; the second kind is marked "speed only" here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+"""Lower case, digits, `_` and `-`: it becomes a folder, a file and the name of a DVC stage."""
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+TEACHER = "teacher"
+FINETUNED = "-finetuned"
+
+
+class Section(BaseModel):
+    """A mapping in params.yaml: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DocsParams(Section):
+    """Installed packages -> English sentences of their documentation (the embedded default)."""
+
+    packages: tuple[Text, ...]  # import names; none: the stage leaves empty files
+    max_texts: PositiveInt
+    heldout_pairs: PositiveInt  # summary/description pairs kept for the retrieval test
+
+
+class ShardParams(Section):
+    """Corpus files -> text shards."""
+
+    sources: Annotated[tuple[Text, ...], Field(min_length=1)]  # globs, or dataset:<name or folder>
+    field: Text  # which field or column holds the text, in files that have fields
+    rows_per_shard: Annotated[int, Field(ge=16, le=4_000_000)]
+    min_chars: PositiveInt
+    max_chars: PositiveInt
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars ({self.max_chars}) is below min_chars ({self.min_chars})")
+        return self
+
+
+class SplitParams(Section):
+    """Corpus -> which rows are held out, found in evaluation, or trained on."""
+
+    heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the rows, chosen by text key
+
+
+class EmbedParams(Section):
+    """Corpus -> the teacher's vectors."""
+
+    teacher: Text  # hub name, folder, or package:<module>/<path>
+    revision: Text | None  # of a hub name
+    prompt: str  # put before every text
+    max_tokens: Annotated[int, Field(ge=4)]  # a longer text is cut, and counted
+    precision: Literal["fp32", "bf16", "fp16"]
+    storage: Literal["float16", "float32"]
+    trust_remote_code: bool
+    batch_tokens: PositiveInt  # speed only
+
+
+class MineParams(Section):
+    """Vectors -> hard negatives. Filters are named as in sentence-transformers' mine_hard_negatives."""
+
+    neighbours: PositiveInt  # kept per row
+    range_min: NonNegativeInt  # nearest neighbours skipped, after the filters below
+    range_max: PositiveInt  # nearest neighbours looked at
+    max_score: Cosine  # a neighbour above this is a near duplicate, not a negative
+    min_score: Cosine | None
+    memory_mb: Annotated[int, Field(ge=64)]  # speed only
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.range_max < self.range_min + self.neighbours:
+            raise ValueError(
+                f"range_max ({self.range_max}) must be at least range_min + neighbours "
+                f"({self.range_min} + {self.neighbours})"
+            )
+        return self
+
+
+class StartParams(Section):
+    """A student before training."""
+
+    from_: Text = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None  # kept, in this order
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers {list(self.layers)} names a layer twice")
+        return self
+
+
+class StudentParams(Section):
+    """What `dvc repro` trains: a start and a recipe, by name."""
+
+    recipe: ModelName
+    start: ModelName
+
+
+class KdObjective(Section):
+    """Mean squared error to the teacher's vector."""
+
+    name: Literal["kd"]
+    weight: PositiveFloat
+
+
+class CkdObjective(Section):
+    """InfoNCE against the teacher's vectors of other rows."""
+
+    name: Literal["ckd"]
+    weight: PositiveFloat
+    temperature: Annotated[float, Field(gt=0, le=10)]
+    learnable_temperature: bool
+    queue: NonNegativeInt  # rows drawn from the cache at each step
+    neighbours: NonNegativeInt  # mined neighbours per row of the batch
+
+
+Objective = Annotated[KdObjective | CkdObjective, Field(discriminator="name")]
+
+
+class RecipeParams(Section):
+    """Start + caches -> student."""
+
+    epochs: PositiveInt
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: PositiveFloat
+    warmup: Share  # of all steps
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip: PositiveFloat | None  # norm of the gradient
+    dropout: Share | None  # None: as the start has it
+    max_tokens: Annotated[int, Field(ge=4)]
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster
+    projection: Literal["auto", "always"]  # auto: only where the widths differ
+    evaluate_every: PositiveInt  # steps
+    patience: PositiveInt  # evaluations without a new best before the run stops
+    seed: NonNegativeInt
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
+
+
+class EvaluateParams(Section):
+    """Model -> metrics."""
+
+    sts: dict[Text, Text]  # name -> glob of TSV files (score, sentence, sentence)
+    retrieval: dict[Text, Text]  # name -> folder in BEIR form
+    speed_texts: PositiveInt  # texts encoded to measure sentences per second
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    store: Text  # folder; $TEACHONCE_STORE wins
+    device: Text  # speed only: auto, cpu, cuda, cuda:1, mps
+    docs: DocsParams
+    shard: ShardParams
+    split: SplitParams
+    embed: EmbedParams
+    mine: MineParams
+    starts: Annotated[dict[ModelName, StartParams], Field(min_length=1)]
+    recipes: Annotated[dict[ModelName, RecipeParams], Field(min_length=1)]
+    students: dict[ModelName, StudentParams]
+    evaluate: EvaluateParams
+
+
+def contradictions(params: Params) -> list[tuple[str, str]]:
+    """What is wrong between sections: (address, problem) pairs, all of them."""
+    return [*_unknown_names(params), *_collisions(params), *_unusable_recipes(params)]
+
+
+def _unknown_names(params: Params) -> list[tuple[str, str]]:
+    wrong = []
+    for name, student in params.students.items():
+        for what, known in (("recipe", params.recipes), ("start", params.starts)):
+            value = getattr(student, what)
+            if value not in known:
+                wrong.append(
+                    (
+                        f"students.{name}.{what}",
+                        f"no {what} named {value!r}; there are {sorted(known)}",
+                    )
+                )
+    return wrong
+
+
+def _collisions(params: Params) -> list[tuple[str, str]]:
+    """Models share one folder of metrics, so a name may stand for one model only."""
+    claims = [(name, f"starts.{name}") for name in params.starts]
+    for name in params.students:
+        claims += [(name, f"students.{name}"), (f"{name}{FINETUNED}", f"students.{name}")]
+    taken = {TEACHER: "the teacher"}
+    wrong = []
+    for model, address in claims:
+        if model in taken:
+            wrong.append((address, f"the name {model} is taken by {taken[model]}"))
+        taken.setdefault(model, address)
+    return [*wrong, *_unusable_set_names(params)]
+
+
+def _unusable_set_names(params: Params) -> list[tuple[str, str]]:
+    """Names of evaluation sets become parts of metric names, which are split at dots."""
+    wrong = []
+    for kind in ("sts", "retrieval"):
+        for name in getattr(params.evaluate, kind):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                wrong.append((f"evaluate.{kind}.{name}", "letters, digits, _ and - only"))
+    if "average" in params.evaluate.sts:
+        wrong.append(("evaluate.sts.average", "the name is taken by the average of all STS sets"))
+    return wrong
+
+
+def _unusable_recipes(params: Params) -> list[tuple[str, str]]:
+    wrong = []
+    for name, recipe in params.recipes.items():
+        for place, objective in enumerate(recipe.objectives):
+            wanted = getattr(objective, "neighbours", 0)
+            if wanted > params.mine.neighbours:
+                wrong.append(
+                    (
+                        f"recipes.{name}.objectives.{place}.neighbours",
+                        f"{wanted} wanted, but mine.neighbours keeps {params.mine.neighbours}",
+                    )
+                )
+    return wrong

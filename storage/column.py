@@ -1,0 +1,128 @@
+"""Columns: many objects read as one, row by row.
+
+A text shard and everything derived from it have the same rows in the same order. A column is opened
+lazily: an object is mapped, checked and compared with its texts when a row of it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.errors import DamagedError
+from storage.store import Object, Store
+
+TEXT_KEY_BYTES = 16
+TEXT_KEY = pa.binary(TEXT_KEY_BYTES)
+
+
+class Column:
+    """Row-aligned objects. Row r lies in the shard s with `starts[s] <= r < starts[s + 1]`.
+
+    Args:
+        store: Where the objects are.
+        objects: In row order.
+        texts: The column of texts that this one was derived from; None if this is that column.
+
+    """
+
+    def __init__(
+        self, store: Store, objects: Sequence[Object], texts: Column | None = None
+    ) -> None:
+        self.store, self.objects, self.texts_column = store, tuple(objects), texts
+        self.starts = np.concatenate(
+            [[0], np.cumsum([entry.rows for entry in self.objects], dtype=np.int64)]
+        ).astype(np.int64)
+        self._batches: dict[int, pa.RecordBatch] = {}
+        if texts is not None and not np.array_equal(self.starts, texts.starts):
+            raise DamagedError(
+                self.objects[0].key if self.objects else store.root,
+                f"{self.rows} rows in {len(self.objects)} shards beside {texts.rows} texts in "
+                f"{len(texts.objects)} shards",
+                "run `dvc repro`: the manifest is older than the corpus",
+            )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.starts[-1])
+
+    def batch(self, shard: int) -> pa.RecordBatch:
+        """The mapped batch of one shard, checked against its texts."""
+        if shard not in self._batches:
+            batch = self.store.open(self.objects[shard])
+            if self.texts_column is not None:
+                self._compare(shard, batch, self.texts_column.batch(shard))
+            self._batches[shard] = batch
+        return self._batches[shard]
+
+    def by_shard(
+        self, ids: NDArray[np.integer]
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Group row ids by shard.
+
+        Yields:
+            shard, places in `ids`, rows within the shard; in shard order.
+
+        Raises:
+            IndexError: an id outside 0 <= id < rows.
+
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.rows):
+            raise IndexError(f"row ids {ids.min()} to {ids.max()} in a column of {self.rows} rows")
+        shard_of = np.searchsorted(self.starts, ids, side="right") - 1
+        order = np.argsort(shard_of, kind="stable")
+        shards, firsts = np.unique(shard_of[order], return_index=True)
+        for shard, places in zip(shards, np.split(order, firsts[1:]), strict=True):
+            yield int(shard), places, ids[places] - self.starts[shard]
+
+    @cached_property
+    def text_keys(self) -> NDArray[np.bytes_]:
+        """(rows,) keys of 16 bytes each, as numpy `V16`; 16 bytes of memory a row."""
+        if not self.objects:
+            return np.empty(0, dtype=f"V{TEXT_KEY_BYTES}")
+        return np.concatenate([text_keys_of(self.batch(s)) for s in range(len(self.objects))])
+
+    def _compare(self, shard: int, batch: pa.RecordBatch, texts: pa.RecordBatch) -> None:
+        ours, theirs = text_keys_of(batch), text_keys_of(texts)
+        if len(ours) == len(theirs) and bool((ours == theirs).all()):
+            return
+        row = int(np.flatnonzero(ours != theirs)[0]) if len(ours) == len(theirs) else len(ours)
+        path = self.store.path(self.objects[shard].key)
+        raise DamagedError(
+            path,
+            f"row {row} of shard {shard} belongs to another text",
+            f"rm -f '{path}', then run `dvc repro` to make it again",
+        )
+
+
+def text_keys_of(batch: pa.RecordBatch) -> NDArray[np.bytes_]:
+    """The text keys of a batch as a (rows,) numpy `V16` view."""
+    column = batch.column("text_key")
+    values = np.frombuffer(column.buffers()[1], dtype=f"V{TEXT_KEY_BYTES}")
+    return values[column.offset : column.offset + len(column)]
+
+
+def text_key_array(keys: NDArray[np.bytes_]) -> pa.Array:
+    """The Arrow column of (rows,) `V16` text keys."""
+    buffer = pa.py_buffer(np.ascontiguousarray(keys))
+    return pa.Array.from_buffers(TEXT_KEY, len(keys), [None, buffer])
+
+
+def fixed_lists(values: NDArray[np.generic]) -> pa.Array:
+    """The Arrow column (fixed-size lists) of a (rows, width) array."""
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
+    )
+
+
+def matrix_of(batch: pa.RecordBatch, name: str) -> NDArray[np.generic]:
+    """A column of fixed-size lists as a (rows, width) view of the mapped file; nothing is copied."""
+    column = batch.column(name)
+    values: NDArray[np.generic] = column.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(len(column), column.type.list_size)

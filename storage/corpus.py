@@ -1,0 +1,118 @@
+"""The corpus: texts in shards, and who a text is.
+
+A shard ends after a text whose key says so, not after a fixed count: a text added or removed moves the
+borders around it and no others, so the shards further on keep their names and their vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.column import TEXT_KEY_BYTES, Column, text_key_array
+from storage.errors import DamagedError
+from storage.manifest import Manifest
+from storage.store import Object, Store, digest
+
+
+def text_key(text: str) -> bytes:
+    """16 bytes that say who a text is: blake2b over its UTF-8."""
+    return hashlib.blake2b(text.encode(), digest_size=TEXT_KEY_BYTES).digest()
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """The name of a text shard: a digest of its rows, each length-prefixed, in order."""
+    return digest(*(text.encode() for text in texts))
+
+
+def ends_shard(key: bytes, *, rows: int, rows_per_shard: int) -> bool:
+    """Whether a shard that has `rows` rows, the last with text key `key`, ends there.
+
+    At least a quarter and at most four times `rows_per_shard`; in between, each text ends it with a
+    chance that makes `rows_per_shard` the mean.
+    """
+    least = max(1, rows_per_shard // 4)
+    if rows < least:
+        return False
+    if rows >= 4 * rows_per_shard:
+        return True
+    return int.from_bytes(key[:8], "little") % max(1, rows_per_shard - least) == 0
+
+
+def cut(texts: Iterable[str], rows_per_shard: int) -> Iterator[list[tuple[str, bytes]]]:
+    """Texts with their keys, shard by shard; holds one shard in memory."""
+    shard: list[tuple[str, bytes]] = []
+    for text in texts:
+        key = text_key(text)
+        shard.append((text, key))
+        if ends_shard(key, rows=len(shard), rows_per_shard=rows_per_shard):
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
+def put_texts(store: Store, shard: Sequence[tuple[str, bytes]]) -> Object:
+    """Publish one text shard."""
+    texts = [text for text, _ in shard]
+    keys = np.frombuffer(b"".join(key for _, key in shard), dtype=f"V{TEXT_KEY_BYTES}")
+    batch = pa.record_batch(
+        [text_key_array(keys), pa.array(texts, pa.large_string())], names=["text_key", "text"]
+    )
+    return store.put(f"text/{text_digest(texts)}.arrow", batch)
+
+
+class Corpus(Column):
+    """All texts, by row id."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.manifest = manifest
+        super().__init__(store, manifest.objects)
+
+    def texts(self, shard: int) -> list[str]:
+        """The texts of one shard, in row order."""
+        texts: list[str] = self.batch(shard).column("text").to_pylist()
+        return texts
+
+    def take(self, ids: NDArray[np.integer]) -> list[str]:
+        """The texts of some rows, in the order of `ids`."""
+        taken: list[str] = [""] * len(ids)
+        for shard, places, rows in self.by_shard(ids):
+            found = self.batch(shard).column("text").take(pa.array(rows)).to_pylist()
+            for place, text in zip(places, found, strict=True):
+                taken[place] = text
+        return taken
+
+    def shard_digest(self, shard: int) -> str:
+        """The text digest of one shard: the last part of the key of everything derived from it."""
+        return shard_digest(self.objects[shard])
+
+
+def shard_digest(entry: Object) -> str:
+    """The text digest in the key of a text, vectors or tokens object."""
+    return entry.key.rsplit("/", 1)[1].removesuffix(".arrow")
+
+
+def check_derived(manifest: Manifest, corpus: Corpus) -> None:
+    """Raise unless each object of a column was derived from the shard at its place in the corpus.
+
+    Raises:
+        DamagedError: names the first shard that differs.
+
+    """
+    ours = [shard_digest(entry) for entry in manifest.objects]
+    theirs = [shard_digest(entry) for entry in corpus.objects]
+    if ours == theirs:
+        return
+    both = min(len(ours), len(theirs))
+    place = next((i for i in range(both) if ours[i] != theirs[i]), both)
+    raise DamagedError(
+        f"{manifest.kind} manifest",
+        f"made from another corpus: {len(ours)} shards beside {len(theirs)}, the first difference at "
+        f"shard {place}",
+        "run `dvc repro`, which makes it for this corpus",
+    )

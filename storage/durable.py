@@ -1,0 +1,155 @@
+"""The one door for writes: a file is whole or absent, and what was reported written survives.
+
+Two ways to write, and no third:
+
+- `publish` makes an immutable file (an object of the store). Whoever links it first wins.
+- `replace` and `replace_folder` change something mutable in the work tree in one step.
+
+Both write a scratch file beside the target, flush it to the disk, give it its final name and flush
+the folder. A failed flush is never retried: Linux reports a lost page once and then calls it clean,
+so the scratch file is thrown away and the caller starts it again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from storage.errors import StorageError
+
+SCRATCH_SUFFIX = ".tmp"
+
+CURES = {
+    errno.ENOSPC: "free some space there, then run the same command again: what is finished is kept",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command again",
+    errno.EFBIG: "raise the file size limit (ulimit -f), then run the same command again",
+    errno.EROFS: "mount it writable, or point `store` in params.yaml to a folder that is",
+    errno.EACCES: "give yourself write permission there, or point `store` to another folder",
+    errno.EPERM: "give yourself write permission there, or point `store` to another folder",
+    errno.EIO: "the device reports errors: check it, then run the same command again",
+}
+OTHER_CURE = "mend the cause, then run the same command again: what is finished is kept"
+
+
+@contextmanager
+def named(path: Path, doing: str) -> Iterator[None]:
+    """Turn an `OSError` raised inside into a `StorageError` that says which file and what to do.
+
+    Python leaves the file name out of errors of write and fsync, which are the ones that matter.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        cure = CURES.get(error.errno or 0, OTHER_CURE)
+        raise StorageError(path, f"{doing} failed: {cause}", cure) from error
+
+
+def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Make the immutable file `path` (mode 0444 less the umask) from what `write` puts into it.
+
+    Returns:
+        True if this call made it; False if somebody else had made it before, in which case theirs is
+        untouched and ours is gone. Either way the name is on the disk when this returns.
+
+    Raises:
+        StorageError: nothing of this call is left behind.
+
+    """
+    _make_folder(path.parent)
+    with _scratch(path) as (scratch, sink), named(path, "writing"):
+        write(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
+        os.fchmod(sink.fileno(), os.fstat(sink.fileno()).st_mode & 0o444)
+        try:
+            # link, not rename: it refuses an existing name, so two writers cannot both win.
+            os.link(scratch, path)
+        except FileExistsError:
+            won = False
+        else:
+            won = True
+        _flush(path.parent)
+    return won
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give the mutable file `path` a new content in one step: readers see the old or the new one."""
+    _make_folder(path.parent)
+    with _scratch(path) as (scratch, sink), named(path, "writing"):
+        sink.write(content)
+        sink.flush()
+        os.fsync(sink.fileno())
+        scratch.replace(path)
+        _flush(path.parent)
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty scratch folder; on a clean exit it becomes `path`, whatever was there before.
+
+    A crash leaves the old folder, or (between two renames) none, but never a mixture of both.
+    """
+    _make_folder(path.parent)
+    scratch = _scratch_name(path)
+    with named(path, "writing"):
+        scratch.mkdir()
+    try:
+        yield scratch
+        with named(path, "writing"):
+            for file in sorted(scratch.rglob("*")):
+                _flush(file)
+            _flush(scratch)
+            if path.exists():
+                old = _scratch_name(path)
+                path.rename(old)
+                scratch.rename(path)
+                shutil.rmtree(old)
+            else:
+                scratch.rename(path)
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `path`, open for writing, removed on the way out if it still has its name."""
+    scratch = _scratch_name(path)
+    with named(path, "creating a file"):
+        # 0666 less the umask, not the 0600 of tempfile: a shared store is read by the whole group.
+        descriptor = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    try:
+        with named(path, "writing"), os.fdopen(descriptor, "wb") as sink:
+            yield scratch, sink
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _scratch_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, each flushed into the one above so that none is lost."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with named(folder, "making the folder"):
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or a folder to the disk. Never call it again for one that failed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,66 @@
+"""Errors that a person can act on: where it happened, what is wrong there, what to type next.
+
+Everything raised on purpose in this project derives from `TeachonceError`. The command line prints
+it without a traceback and exits with its `exit_code`; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHOWN_CHARACTERS = 300
+
+
+def shown(value: object) -> str:
+    """`value` as it may stand in a message: on one line, no control characters, at most 300 long.
+
+    Names and texts come from files of strangers; a newline or an escape sequence in one of them must
+    not be able to write lines of its own to somebody's terminal.
+    """
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+class TeachonceError(Exception):
+    """Something a person can mend.
+
+    Args:
+        where: File, setting or object key.
+        problem: What is wrong there, with the value found.
+        cure: What to do about it, usually a command.
+
+    """
+
+    exit_code = 1
+
+    def __init__(self, where: str | Path, problem: str, cure: str) -> None:
+        self.where, self.problem, self.cure = str(where), problem, cure
+        super().__init__(f"{shown(where)}: {problem}\n  cure: {cure}")
+
+
+class StorageError(TeachonceError):
+    """The operating system refused a read or a write: full disk, no permission, failing device."""
+
+
+class MissingError(TeachonceError):
+    """Something that a manifest or a stage names is not there."""
+
+    exit_code = 3
+
+
+class DamagedError(TeachonceError):
+    """An object or a manifest is there, but it is not what it says it is."""
+
+    exit_code = 3
+
+
+class AnotherCopyError(TeachonceError):
+    """An object is whole, but not the copy that the manifest names.
+
+    The same teacher on other hardware, threads or library versions gives other last bits, so this is
+    no damage; but vectors of two copies must not be mixed unnoticed in one training run.
+    """
+
+    exit_code = 3

@@ -1,0 +1,69 @@
+"""Mined negatives: for each row, the ids of other rows that the teacher finds similar, and how much."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.column import Column, fixed_lists, matrix_of, text_key_array
+from storage.corpus import Corpus
+from storage.errors import DamagedError
+from storage.manifest import Manifest
+from storage.store import Object, Store
+
+NONE = -1
+"""The id in a list that has fewer than the wanted neighbours; its score is 0."""
+
+
+def put_negatives(
+    store: Store,
+    key: str,
+    *,
+    neighbours: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    text_keys: NDArray[np.bytes_],
+    facts: dict[str, int],
+) -> Object:
+    """Publish the negatives of one shard: (rows, k) ids, descending (rows, k) cosines."""
+    batch = pa.record_batch(
+        [text_key_array(text_keys), fixed_lists(neighbours), fixed_lists(scores)],
+        names=["text_key", "neighbours", "scores"],
+    )
+    return store.put(key, batch, facts)
+
+
+class Negatives(Column):
+    """Mined negatives of a corpus.
+
+    Raises:
+        DamagedError: the manifest was mined from other vectors.
+
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, corpus: Corpus, *, mined_from: str
+    ) -> None:
+        if manifest.parent != mined_from:
+            raise DamagedError(
+                "negatives manifest",
+                "mined from other vectors or another split",
+                "run `teachonce mine`, or `dvc repro`",
+            )
+        self.manifest = manifest
+        super().__init__(store, manifest.objects, corpus)
+
+    def rows_of(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(n, k) neighbour ids, -1 where there are fewer, and (n, k) cosines, for rows `ids`."""
+        neighbours: NDArray[np.int64] | None = None
+        scores: NDArray[np.float32] | None = None
+        for shard, places, rows in self.by_shard(ids):
+            batch = self.batch(shard)
+            found, cosines = matrix_of(batch, "neighbours"), matrix_of(batch, "scores")
+            if neighbours is None or scores is None:
+                neighbours = np.full((len(ids), found.shape[1]), NONE, np.int64)
+                scores = np.zeros(neighbours.shape, np.float32)
+            neighbours[places], scores[places] = found[rows], cosines[rows]
+        if neighbours is None or scores is None:
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+        return neighbours, scores

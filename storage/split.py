@@ -1,0 +1,89 @@
+"""Which rows are for what: training, held out, or found in an evaluation set.
+
+Held-out rows are chosen by text key, so a text stays held out however the corpus grows and nothing has
+to be listed for it. Rows found in evaluation are few and are listed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage import durable
+from storage.corpus import Corpus
+from storage.errors import DamagedError, MissingError
+from storage.store import canonical_json, digest
+
+
+class Split(BaseModel):
+    """The file data/split.json.
+
+    Args:
+        corpus: `content` of the corpus manifest it was made for.
+        heldout: Share of the rows held out, 0 < heldout <= 0.5.
+        evaluation: Row ids found in evaluation sets, ascending.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    corpus: str
+    heldout: float
+    evaluation: tuple[int, ...]
+
+    @property
+    def content(self) -> str:
+        """Equal splits have equal content."""
+        return digest(self.encoded)
+
+    @property
+    def encoded(self) -> bytes:
+        """The bytes of the file."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def save(self, path: Path) -> None:
+        """Write the file in one step."""
+        durable.replace(path, self.encoded)
+
+    @classmethod
+    def load(cls, path: Path, corpus: Corpus) -> Self:
+        """Read the split of `corpus`.
+
+        Raises:
+            MissingError: there is no such file.
+            DamagedError: it is no split, or that of another corpus.
+
+        """
+        try:
+            split = cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise MissingError(path, "not there", "run `teachonce split`") from None
+        except (ValidationError, ValueError) as error:
+            raise DamagedError(path, "no split", "run `teachonce split`") from error
+        if split.corpus != corpus.manifest.content:
+            raise DamagedError(path, "made for another corpus", "run `teachonce split`")
+        return split
+
+    def is_heldout(self, text_keys: NDArray[np.bytes_]) -> NDArray[np.bool_]:
+        """(rows,) True for rows held out, from (rows,) V16 text keys."""
+        halves = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)
+        # The second half of the key: the first decides where shards end, and the two must not agree.
+        chosen: NDArray[np.bool_] = halves[:, 1] < np.uint64(int(self.heldout * 2.0**64))
+        return chosen
+
+    def train_rows(self, corpus: Corpus) -> NDArray[np.int64]:
+        """Ids of the rows that are neither held out nor found in evaluation, ascending."""
+        keep = ~self.is_heldout(corpus.text_keys)
+        keep[list(self.evaluation)] = False
+        return np.flatnonzero(keep)
+
+    def heldout_rows(self, corpus: Corpus) -> NDArray[np.int64]:
+        """Ids of the rows held out and not found in evaluation, ascending."""
+        keep = self.is_heldout(corpus.text_keys)
+        keep[list(self.evaluation)] = False
+        return np.flatnonzero(keep)

@@ -1,0 +1,272 @@
+"""The store: immutable objects, each named by what it was made from and able to prove itself.
+
+An object is an Arrow IPC file with one record batch, uncompressed, so that a mapped file is the
+array itself. Its schema metadata holds a header: format, its own key, rows, facts of its making, and
+the sha256 of all of that together with every value. An object therefore knows its name, and a swapped,
+renamed, truncated or flipped one is found out before a byte of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from typing_extensions import Buffer
+
+from storage import durable
+from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
+
+FORMAT = 1
+HEADER = b"teachonce"
+
+DIGEST_PATTERN = r"[0-9a-f]{40}"
+KEY_PATTERN = (
+    rf"(text/{DIGEST_PATTERN}"
+    rf"|(vectors|tokens)/{DIGEST_PATTERN}/{DIGEST_PATTERN}"
+    rf"|negatives/{DIGEST_PATTERN}/[0-9]{{6}})\.arrow"
+)
+
+# A key becomes a path, so it is matched as a whole before it touches the file system: no "..", no
+# absolute path and no link can be spelled in it.
+Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Object(BaseModel):
+    """One object as a manifest names it. `sha256` is that of the payload, not of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: Key
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class Header(BaseModel):
+    """What an object says of itself. `facts` are counts made along with it, such as tokens read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1]
+    key: Key
+    rows: NonNegativeInt
+    facts: dict[str, int]
+    sha256: Sha256
+
+
+class Store:
+    """A folder of objects.
+
+    Args:
+        root: The folder; made by the first `put`.
+
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # (inode, size, mtime) of files whose payload this process has checked: a published file
+        # never changes, so the second map of it needs no second read.
+        self._checked: dict[tuple[int, int, int], Header] = {}
+
+    def put(
+        self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None
+    ) -> Object:
+        """Publish `batch` under `key` and return the object that is there afterwards.
+
+        If somebody published the same key before, theirs stays and is what is returned: same key means
+        made from the same things, so at most the last bits differ.
+
+        Raises:
+            StorageError: the disk refused; nothing is left behind.
+            DamagedError: the object that was there before is damaged.
+
+        """
+        facts = dict(facts or {})
+        sha256 = payload_sha256(key, batch, facts)
+        header = Header(format=FORMAT, key=key, rows=len(batch), facts=facts, sha256=sha256)
+        schema = batch.schema.with_metadata({HEADER: header.model_dump_json().encode()})
+
+        def write(sink: BinaryIO) -> None:
+            with pa.ipc.new_file(sink, schema) as writer:
+                writer.write_batch(batch)
+
+        durable.publish(self.path(key), write)
+        found = self.find(key)
+        if found is None:
+            raise self._missing(key)
+        return found
+
+    def find(self, key: str) -> Object | None:
+        """The whole object under `key`, or None if there is none. Damage is an error, not a None."""
+        try:
+            batch, header = self._map(key)
+        except MissingError:
+            return None
+        size = self.path(key).stat().st_size
+        return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256)
+
+    def open(self, named: Object) -> pa.RecordBatch:
+        """The batch of an object that a manifest names, mapped, checked and the very copy meant.
+
+        Raises:
+            MissingError: it is not in the store.
+            DamagedError: its bytes are not what its header says.
+            AnotherCopyError: it is whole, but another copy than the manifest's.
+
+        """
+        batch, header = self._map(named.key)
+        if header.sha256 != named.sha256:
+            raise AnotherCopyError(
+                self.path(named.key),
+                f"another copy than the manifest's (whole, sha256 {header.sha256[:12]}… there, "
+                f"{named.sha256[:12]}… in the manifest)",
+                "run `dvc repro` (or the stage that made the manifest) to adopt the copy that is there",
+            )
+        return batch
+
+    def facts(self, key: str) -> dict[str, int]:
+        """The facts in the header of the object under `key`."""
+        return self._map(key)[1].facts
+
+    def path(self, key: str) -> Path:
+        """Where the object `key` lies. Refuses anything that is not a key."""
+        if not re.fullmatch(KEY_PATTERN, key):
+            raise DamagedError(
+                key, "not the name of an object", "restore the manifest that names it"
+            )
+        return self.root / key
+
+    def _map(self, key: str) -> tuple[pa.RecordBatch, Header]:
+        path = self.path(key)
+        try:
+            # No links and no devices: the store may come from a stranger.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise self._missing(key) from None
+        except OSError as error:
+            raise self._damaged(
+                key, f"cannot be opened ({os.strerror(error.errno or 0)})"
+            ) from error
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                raise self._damaged(key, "not a file with content")
+            # Closing the file leaves the map in place; it lives as long as an array points into it.
+            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            batch, header = _read(pa.py_buffer(content))
+            if seen not in self._checked:
+                _check(key, batch, header)
+                self._checked[seen] = header
+        except TeachonceError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+            raise self._damaged(key, str(error).splitlines()[0] or type(error).__name__) from error
+        return batch, header
+
+    def _missing(self, key: str) -> MissingError:
+        return MissingError(
+            self.path(key),
+            "not in the store",
+            "run the stage that makes it (`dvc repro`), or point `store` (or $TEACHONCE_STORE) to the "
+            "store that has it",
+        )
+
+    def _damaged(self, key: str, problem: str) -> DamagedError:
+        path = self.path(key)
+        return DamagedError(
+            path, f"damaged: {problem}", f"rm -f '{path}', then run `dvc repro` to make it again"
+        )
+
+
+def digest(*parts: Buffer) -> str:
+    """40 hex digits naming the sequence `parts`; each is length-prefixed, so no two sequences agree."""
+    total = hashlib.blake2b(digest_size=20)
+    for part in parts:
+        view = memoryview(part).cast("B")
+        total.update(len(view).to_bytes(8, "little"))
+        total.update(view)
+    return total.hexdigest()
+
+
+def canonical_json(value: object) -> bytes:
+    """`value` as the one JSON text that equal values share; NaN is refused."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, indent=2, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def payload_sha256(key: str, batch: pa.RecordBatch, facts: Mapping[str, int]) -> str:
+    """The sha256 over an object's header and every value in it.
+
+    It is taken from the values, not from the file, so that it stands inside the file and does not
+    depend on how a version of Arrow lays out its messages.
+    """
+    columns = [[field.name, str(field.type)] for field in batch.schema]
+    total = hashlib.sha256(canonical_json([FORMAT, key, len(batch), dict(facts), columns]))
+    for column in batch.columns:
+        for piece in _pieces(column):
+            view = memoryview(piece).cast("B")
+            total.update(len(view).to_bytes(8, "little"))
+            total.update(view)
+    return total.hexdigest()
+
+
+def _pieces(array: pa.Array) -> Iterator[Buffer]:
+    """The bytes that hold the values of `array`, without padding: equal values, equal bytes."""
+    if array.null_count:
+        raise ValueError(f"{array.null_count} nulls in a column of {array.type}")
+    if pa.types.is_fixed_size_list(array.type):
+        yield from _pieces(array.flatten())
+        return
+    if pa.types.is_large_list(array.type) or pa.types.is_large_string(array.type):
+        offsets = np.frombuffer(array.buffers()[1], np.int64)
+        offsets = offsets[array.offset : array.offset + len(array) + 1]
+        yield np.ascontiguousarray(offsets - offsets[0]).data
+        if pa.types.is_large_list(array.type):
+            yield from _pieces(array.flatten())
+        else:
+            yield memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+        return
+    width = array.type.byte_width
+    start = array.offset * width
+    yield memoryview(array.buffers()[1] or b"")[start : start + len(array) * width]
+
+
+def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
+    """The one batch of an Arrow file and its header, not yet checked."""
+    reader = pa.ipc.open_file(content)
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} record batches instead of one")
+    metadata = reader.schema.metadata or {}
+    if HEADER not in metadata:
+        raise ValueError("an Arrow file without our header")
+    try:
+        header = Header.model_validate_json(metadata[HEADER])
+    except ValidationError as error:
+        raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
+    batch = reader.get_batch(0)
+    # Arrow checks no offset by itself: a damaged one read without this ends the process.
+    batch.validate(full=True)
+    return batch, header
+
+
+def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
+    """Raise ValueError unless the batch is whole and is the object `key`."""
+    if header.key != key:
+        raise ValueError(f"it is {header.key} under a foreign name")
+    if header.rows != len(batch):
+        raise ValueError(f"{len(batch)} rows instead of {header.rows}")
+    if payload_sha256(key, batch, header.facts) != header.sha256:
+        raise ValueError("its values are not those that were written (sha256 differs)")

@@ -1,0 +1,50 @@
+"""A student's token ids of a corpus: made once, read by every run with the same tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.column import Column, text_key_array
+from storage.corpus import Corpus
+from storage.store import Object, Store
+
+
+def put_tokens(
+    store: Store, key: str, *, ids: Sequence[Sequence[int]], text_keys: NDArray[np.bytes_]
+) -> Object:
+    """Publish the token ids of one text shard as `tokens/<fingerprint>/<text digest>`."""
+    batch = pa.record_batch(
+        [text_key_array(text_keys), pa.array(ids, pa.large_list(pa.int32()))],
+        names=["text_key", "token_ids"],
+    )
+    return store.put(key, batch)
+
+
+class Tokens(Column):
+    """Token ids by row id."""
+
+    def __init__(self, store: Store, objects: Sequence[Object], corpus: Corpus) -> None:
+        super().__init__(store, objects, corpus)
+
+    def lengths(self) -> NDArray[np.int32]:
+        """(rows,) number of tokens of each text; 4 bytes of memory a row."""
+        counts = [np.diff(self._offsets(s)) for s in range(len(self.objects))]
+        return np.concatenate(counts).astype(np.int32) if counts else np.empty(0, np.int32)
+
+    def rows_of(self, ids: NDArray[np.integer]) -> list[NDArray[np.int32]]:
+        """Token ids of some rows, in the order of `ids`; views of the mapped files."""
+        taken: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(ids)
+        for shard, places, rows in self.by_shard(ids):
+            offsets = self._offsets(shard)
+            values = self.batch(shard).column("token_ids").values.to_numpy(zero_copy_only=True)
+            for place, row in zip(places, rows, strict=True):
+                taken[place] = values[offsets[row] : offsets[row + 1]]
+        return taken
+
+    def _offsets(self, shard: int) -> NDArray[np.int64]:
+        offsets: NDArray[np.int64] = self.batch(shard).column("token_ids").offsets.to_numpy()
+        return offsets
