@@ -150,7 +150,7 @@ class RecipeParams(Section):
     warmup: Share  # of all steps
     weight_decay: Annotated[float, Field(ge=0)]
     clip: PositiveFloat | None  # norm of the gradient
-    dropout: Share | None  # None: as the start has it
+    dropout: bool  # false: the student is trained as it will be used, without dropout
     max_tokens: Annotated[int, Field(ge=4)]
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster
     projection: Literal["auto", "always"]  # auto: only where the widths differ

@@ -158,7 +158,7 @@ class Store:
             raise self._damaged(
                 key, f"cannot be opened ({os.strerror(error.errno or 0)})"
             ) from error
-        with os.fdopen(descriptor, "rb") as file:
+        with os.fdopen(descriptor, "rb"):
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 raise self._damaged(key, "not a file with content")

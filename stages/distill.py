@@ -1,0 +1,283 @@
+"""Caches + start -> student. Reads token ids, vectors and neighbours from the store; never a teacher."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stages.learning.agreement import rank_agreement, spread
+from stages.learning.batches import epoch_batches
+from stages.learning.candidates import CandidateSource
+from stages.learning.checkpoints import Checkpoints, Row, State
+from stages.learning.encoder import autocast, load_model, token_batches
+from stages.learning.loop import Work, train
+from stages.learning.objectives import Objectives
+from stages.learning.student import Student, pad
+from stages.learning.token_rows import token_rows
+from stages.models import file_hashes, sha256_of
+from stages.outcome import Outcome, clock, log, write_json
+from stages.params import CkdObjective, RecipeParams
+from storage import durable
+from storage.corpus import Corpus
+from storage.embeddings import Embeddings
+from storage.errors import TeachonceError
+from storage.manifest import fingerprint
+from storage.negatives import Negatives
+from storage.split import Split
+from storage.store import Store
+from storage.tokens import Tokens
+
+VERSION = 1
+
+UNIT_TOLERANCE = 0.01
+"""Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
+
+SCORE_BATCH_TOKENS = 8192
+LEAST_HELDOUT = 10
+
+
+def recipe(params: RecipeParams) -> dict[str, Any]:
+    """Settings that change the student: all of them; `auto` must be resolved before this."""
+    return {"version": VERSION, **params.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What a student learns from."""
+
+    corpus: Corpus
+    embeddings: Embeddings
+    negatives: Negatives | None
+    split: Split
+    store: Store
+
+
+def run(
+    params: RecipeParams,
+    *,
+    name: str,
+    start: Path,
+    caches: Caches,
+    device: torch.device,
+    work: Path,
+    out: Path,
+    curve: Path,
+    training: Path,
+) -> Outcome:
+    """Train one student.
+
+    Args:
+        params: Recipe.
+        name: Of the student.
+        start: Folder of the start.
+        caches: What is learned from.
+        device: Where it is trained.
+        work: Folder for checkpoints.
+        out: Folder of the student.
+        curve: CSV with a row for each evaluation.
+        training: JSON that says how the run ended.
+
+    Raises:
+        TeachonceError: too few rows, or a loss that is no number.
+    """
+    params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
+    run_name = fingerprint(
+        {
+            **recipe(params),
+            "start": file_hashes(start, address=f"start of {name}", sha256=sha256_of),
+            "embeddings": caches.embeddings.manifest.content,
+            "negatives": caches.negatives.manifest.content if caches.negatives else None,
+            "split": caches.split.content,
+            "device": device.type,
+        }
+    )
+    checkpoints = Checkpoints(work / run_name)
+    torch.manual_seed(params.seed)
+    model = load_model(start, device=device)
+    student = Student(
+        model,
+        teacher_dim=caches.embeddings.dim,
+        project=params.projection == "always",
+        dropout=params.dropout,
+    ).to(device)
+    tokens = token_rows(
+        model.tokenizer,
+        start,
+        corpus=caches.corpus,
+        store=caches.store,
+        max_tokens=params.max_tokens,
+    )
+    lesson = Lesson(params, student=student, tokens=tokens, caches=caches, device=device)
+    started = time.monotonic()
+    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
+    seconds = time.monotonic() - started
+    with durable.replace_folder(out) as scratch:
+        student.save(scratch, unit_length=has_unit_length(caches.embeddings))
+    durable.replace(curve, _csv(state.curve))
+    facts = _facts(state, params, lesson)
+    write_json(training, facts)
+    checkpoints.delete()
+    return Outcome(
+        stage="distill",
+        made=out,
+        summary=(
+            f"{state.step:,} steps of {params.batch_size} rows in {clock(seconds)}; agreement with the "
+            f"teacher {state.best_score or 0:.4f} at step {state.best_step:,}"
+        ),
+        facts={**facts, "seconds": round(seconds, 1)},
+    )
+
+
+class Lesson(nn.Module):
+    """A student with what it needs to learn: its texts, the teacher's vectors, the objectives.
+
+    Args:
+        params: Recipe, `auto` resolved.
+        student: On `device`.
+        tokens: Its token ids.
+        caches: What is learned from.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        params: RecipeParams,
+        *,
+        student: Student,
+        tokens: Tokens,
+        caches: Caches,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objectives = Objectives(params.objectives).to(device)
+        self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
+        self.pad_id = int(getattr(student.start.tokenizer, "pad_token_id", None) or 0)
+        self.lengths = tokens.lengths()
+        self.rows = caches.split.train_rows(caches.corpus)
+        heldout = spread(caches.split.heldout_rows(caches.corpus))
+        if len(heldout) < LEAST_HELDOUT or len(self.rows) < 2:
+            raise TeachonceError(
+                "split.heldout",
+                f"{len(self.rows)} rows to train on and {len(heldout)} held out are too few "
+                f"(2 and {LEAST_HELDOUT} at least)",
+                "give shard.sources more texts, or change split.heldout",
+            )
+        self.heldout = heldout
+        self.heldout_vectors = caches.embeddings.rows_of(heldout)
+        self.source = CandidateSource(
+            caches.embeddings,
+            caches.negatives,
+            train=self.rows,
+            text_keys=caches.corpus.text_keys,
+            seed=params.seed,
+            device=device,
+        )
+
+    def work(self) -> Work:
+        """The lesson as the loop sees it."""
+        return Work(
+            batches=self._batches,
+            loss=self._loss,
+            score=self._score,
+            parts=self.objectives.names,
+            notes=self._notes,
+        )
+
+    def encode(self, rows: NDArray[np.int64]) -> Tensor:
+        """(B,) rows -> (B, D) float32 vectors of the student."""
+        ids = [torch.from_numpy(row.astype(np.int64)) for row in self.tokens.rows_of(rows)]
+        with autocast(self.device, self.params.precision):
+            vectors: Tensor = self.student(*pad(ids, pad_id=self.pad_id, device=self.device))
+        return vectors
+
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_batches(
+            self.rows,
+            self.lengths[self.rows],
+            batch_size=self.params.batch_size,
+            seed=self.params.seed,
+            epoch=epoch,
+        )
+
+    def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
+        teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
+        candidates = [
+            self.source.draw(objective, rows, step=step)
+            if isinstance(objective, CkdObjective)
+            else None
+            for objective in self.params.objectives
+        ]
+        total: tuple[Tensor, list[float]] = self.objectives(self.encode(rows), teacher, candidates)
+        return total
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        vectors = np.empty((len(self.heldout), self.caches.embeddings.dim), np.float32)
+        lengths = self.lengths[self.heldout].astype(np.int64)
+        for places in token_batches(lengths, SCORE_BATCH_TOKENS):
+            vectors[places] = self.encode(self.heldout[places]).cpu().numpy()
+        return rank_agreement(vectors, self.heldout_vectors)
+
+    def _notes(self) -> dict[str, float]:
+        temperatures = self.objectives.temperatures()
+        return {f"temperature_{name}": value for name, value in temperatures.items()}
+
+
+def needs_negatives(params: RecipeParams) -> bool:
+    """Whether a recipe asks for mined neighbours."""
+    return any(isinstance(o, CkdObjective) and o.neighbours > 0 for o in params.objectives)
+
+
+def pick_precision(setting: str, device: torch.device) -> str:
+    """What `auto` means: bf16 where the device multiplies it faster than float32."""
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def has_unit_length(embeddings: Embeddings) -> bool:
+    """Whether the teacher's vectors have length 1, judged by the first shard."""
+    lengths = np.linalg.norm(embeddings.shard(0).astype(np.float32), axis=1)
+    return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())
+
+
+def _facts(state: State, params: RecipeParams, lesson: Lesson) -> Mapping[str, Any]:
+    if state.stale >= params.patience:
+        log.info("stopped early: no better agreement in %d evaluations", state.stale)
+    return {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "agreement": round(state.best_score or 0.0, 6),
+        "rows": len(lesson.rows),
+        "precision": params.precision,
+        **{name: round(value, 6) for name, value in lesson.work().notes().items()},
+    }
+
+
+def _csv(rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, fieldnames=list(rows[0]) if rows else ["step"], lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

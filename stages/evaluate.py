@@ -1,0 +1,344 @@
+"""Model -> metrics: sentence similarity, retrieval, likeness to the teacher, speed and size.
+
+One file: the shell, then what it measures as pure functions, then how a model is led through them. The
+teacher is not needed: likeness is measured against its cached vectors of held-out rows. "Cosine" is the
+dot product of unit vectors; a zero vector has cosine 0 with everything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from stages.benchmarks import (
+    RetrievalSet,
+    StsSet,
+    beir_folder,
+    read_beir,
+    read_sts,
+    sts_files,
+)
+from stages.outcome import Fact, Outcome, log, write_json
+from stages.params import EvaluateParams
+from storage.corpus import Corpus
+from storage.embeddings import Embeddings
+from storage.errors import TeachonceError, shown
+from storage.split import Split
+
+VERSION = 1  # raise it when a code change alters the metrics of the same model
+
+FIDELITY_ROWS = 1000  # half a million pairs: the correlation's third digit stands still
+OVERLAP = 10
+CUT = 10  # of nDCG and MRR
+DEPTH = 100  # of recall
+QUERIES_AT_ONCE = 256
+PASSES = 3
+
+Role = Literal["text", "query", "document"]
+
+
+class Encoder(Protocol):
+    """A model that can be evaluated."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the weights on the disk, in 10^6 bytes."""
+
+    @property
+    def device(self) -> str:
+        """A name a person recognises; speeds are compared within one device only."""
+
+    def encode(self, texts: Sequence[str], *, role: Role) -> NDArray[np.float32]:
+        """(n, dim) vectors of n texts, in their order, of any length."""
+
+
+def recipe(params: EvaluateParams) -> dict[str, Any]:
+    """Settings that change the metrics."""
+    return {
+        "version": VERSION,
+        "sts": params.sts,
+        "retrieval": params.retrieval,
+        "speed_texts": params.speed_texts,
+    }
+
+
+def run(
+    params: EvaluateParams,
+    *,
+    name: str,
+    encoder: Encoder,
+    corpus: Corpus,
+    embeddings: Embeddings,
+    split: Split,
+    root: Path,
+    out: Path,
+) -> Outcome:
+    """Measure the model `name` and write its metrics to `out`: flat keys, as in DESIGN.md section 5.
+
+    Paths in `params` are relative to `root`. The held-out rows of `corpus` (of at least one row in all)
+    show likeness to the teacher and speed.
+
+    Raises:
+        TeachonceError: a wrong evaluation file (found before the model is used), or a model whose
+            vectors have NaN or Inf.
+
+    """
+    sts = {key: read_sts(sts_files(glob, root, key)) for key, glob in params.sts.items()}
+    retrieval = {
+        key: read_beir(beir_folder(folder, root), key) for key, folder in params.retrieval.items()
+    }
+    heldout = split.heldout_rows(corpus)
+    metrics: dict[str, Fact] = {
+        **_measure_sts(name, encoder, sts),
+        **_measure_retrieval(name, encoder, retrieval),
+        **_measure_fidelity(name, encoder, corpus, embeddings, heldout),
+        **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
+        "parameters": encoder.parameters,
+        "megabytes": round(encoder.megabytes, 3),
+    }
+    write_json(out, metrics)
+    return Outcome("evaluate", out, _summary(name, metrics), metrics)
+
+
+def spearman(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
+    """Correlation of the ranks of two (n,) arrays, equal values sharing their mean rank; -1 to 1.
+
+    0 if one of them is constant: the correlation is undefined then, and a model that gives every pair
+    the same cosine knows nothing.
+    """
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    return float(spearmanr(left, right).statistic)
+
+
+def sts_correlation(
+    first: NDArray[np.float32], second: NDArray[np.float32], scores: NDArray[np.float64]
+) -> float:
+    """Spearman x 100 between the cosines of n pairs and their n scores.
+
+    Args:
+        first: (n, dim), any length.
+        second: (n, dim), any length.
+        scores: (n,).
+
+    """
+    cosines = np.einsum("nd,nd->n", unit(first), unit(second))
+    return 100 * spearman(cosines, scores)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, dim) with rows of length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths[lengths == 0] = 1
+    scaled: NDArray[np.float32] = vectors / lengths
+    return scaled
+
+
+def nearest(
+    queries: NDArray[np.float32], documents: NDArray[np.float32], depth: int
+) -> NDArray[np.int64]:
+    """Places of the documents with the highest cosines, best first; ties in document order.
+
+    Exact, with one block of cosines (256 queries x all documents) in memory.
+
+    Args:
+        queries: (q, dim), any length.
+        documents: (d, dim), any length, d >= 1.
+        depth: How many; at most d are given.
+
+    Returns:
+        (q, min(depth, d)).
+
+    """
+    depth = min(depth, len(documents))
+    queries, documents = unit(queries), unit(documents)
+    found = np.empty((len(queries), depth), np.int64)
+    for begin in range(0, len(queries), QUERIES_AT_ONCE):
+        block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T
+        for place, cosines in enumerate(block, begin):
+            # Everything that ties with the last one stays, so that the stable sort sees it.
+            least = np.partition(cosines, -depth)[-depth]
+            kept = np.flatnonzero(cosines >= least)
+            found[place] = kept[np.argsort(-cosines[kept], kind="stable")[:depth]]
+    return found
+
+
+def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
+    """nDCG@10, MRR@10 and recall@100, as means over the queries; each 0 to 1.
+
+    Definitions of trec_eval: a document's gain is its score, divided by log2(rank + 1), and nDCG is the
+    sum over the first 10, as a share of the best sum that any order gives.
+
+    Args:
+        found: (queries, depth) places of documents, best first.
+        asked: Which documents are relevant to which query.
+
+    """
+    places = {document: place for place, document in enumerate(asked.document_ids)}
+    discounts = 1 / np.log2(np.arange(2, CUT + 2))
+    ndcg, reciprocal, recall = np.zeros((3, len(found)))
+    for row, query in enumerate(asked.query_ids):
+        gain_of = {places[key]: score for key, score in asked.relevant[query].items()}
+        gains = np.array([gain_of.get(int(place), 0) for place in found[row, :DEPTH]])
+        best = np.sort(list(gain_of.values()))[::-1][:CUT]
+        top = gains[:CUT]
+        ndcg[row] = (top @ discounts[: len(top)]) / (best @ discounts[: len(best)])
+        reciprocal[row] = 1 / (np.argmax(top > 0) + 1) if top.any() else 0
+        recall[row] = np.count_nonzero(gains) / len(gain_of)
+    return {
+        f"ndcg@{CUT}": float(ndcg.mean()),
+        f"mrr@{CUT}": float(reciprocal.mean()),
+        f"recall@{DEPTH}": float(recall.mean()),
+    }
+
+
+def fidelity(model: NDArray[np.float32], teacher: NDArray[np.float32]) -> tuple[float, float]:
+    """How far a model sees the same texts as near to each other as the teacher does.
+
+    Args:
+        model: (n, any width), n > 10.
+        teacher: (n, any width), of the same texts.
+
+    Returns:
+        Spearman between the two models' cosines over all pairs i < j, -1 to 1; and the mean share of a
+        text's 10 nearest by the teacher (itself excluded) that are among the model's 10, 0 to 1. A model
+        that orders all pairs as the teacher does has (1, 1).
+
+    """
+    ours, theirs = (unit(vectors) @ unit(vectors).T for vectors in (model, teacher))
+    pairs = np.triu_indices(len(model), k=1)
+    correlation = spearman(ours[pairs], theirs[pairs])
+    shared = _is_near(ours) & _is_near(theirs)
+    return correlation, float(shared.sum(axis=1).mean() / OVERLAP)
+
+
+def _is_near(cosines: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(n, n) True where j is among the 10 nearest of i, itself excluded; ties in row order."""
+    distance = -cosines
+    np.fill_diagonal(distance, np.inf)
+    order = np.argsort(distance, axis=1, kind="stable")[:, :OVERLAP]
+    near = np.zeros(cosines.shape, np.bool_)
+    np.put_along_axis(near, order, True, axis=1)
+    return near
+
+
+def speed(work: Callable[[], object], texts: int, clock: Callable[[], float]) -> float:
+    """Texts per second of `work`: the median of 3 passes, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(PASSES):
+        begin = clock()
+        work()
+        seconds.append(clock() - begin)
+    return texts / max(statistics.median(seconds), 1e-9)
+
+
+def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`count` of the rows at equal steps, in order; some of them repeated if there are fewer."""
+    return rows[np.arange(count) * len(rows) // count]
+
+
+def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[str, Fact]:
+    found: dict[str, float] = {}
+    for key, pairs in sets.items():
+        log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
+        vectors = _vectors(name, encoder, [*pairs.first, *pairs.second], "text")
+        first, second = np.split(vectors, 2)
+        found[f"sts.{key}"] = sts_correlation(first, second, pairs.scores)
+    if found:
+        found["sts.average"] = statistics.fmean(found.values())
+    return {key: round(value, 6) for key, value in found.items()}
+
+
+def _measure_retrieval(
+    name: str, encoder: Encoder, sets: dict[str, RetrievalSet]
+) -> dict[str, Fact]:
+    metrics: dict[str, Fact] = {}
+    for key, asked in sets.items():
+        log.info(
+            "evaluate: %s, retrieval.%s, %s documents, %s queries",
+            name,
+            key,
+            f"{len(asked.documents):,}",
+            f"{len(asked.queries):,}",
+        )
+        documents = _vectors(name, encoder, asked.documents, "document")
+        queries = _vectors(name, encoder, asked.queries, "query")
+        found = retrieval_metrics(nearest(queries, documents, DEPTH), asked)
+        metrics |= {f"retrieval.{key}.{what}": round(value, 6) for what, value in found.items()}
+    return metrics
+
+
+def _measure_fidelity(
+    name: str,
+    encoder: Encoder,
+    corpus: Corpus,
+    embeddings: Embeddings,
+    heldout: NDArray[np.int64],
+) -> dict[str, Fact]:
+    if len(heldout) < OVERLAP + 2:
+        # With 11 rows everybody is among everybody's 10 nearest.
+        log.warning(
+            "evaluate: %s, likeness to the teacher is left out: %d rows are held out, and it takes %d",
+            name,
+            len(heldout),
+            OVERLAP + 2,
+        )
+        return {}
+    rows = evenly(heldout, min(FIDELITY_ROWS, len(heldout)))
+    log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
+    ours = _vectors(name, encoder, corpus.take(rows), "text")
+    correlation, overlap = fidelity(ours, embeddings.rows_of(rows).astype(np.float32))
+    return {
+        "fidelity.spearman": round(correlation, 6),
+        f"fidelity.top{OVERLAP}_overlap": round(overlap, 6),
+    }
+
+
+def _measure_speed(
+    name: str, encoder: Encoder, corpus: Corpus, heldout: NDArray[np.int64], count: int
+) -> dict[str, Fact]:
+    log.info("evaluate: %s, speed on %s texts, %d passes", name, f"{count:,}", PASSES + 1)
+    texts = corpus.take(evenly(heldout if len(heldout) >= count else np.arange(corpus.rows), count))
+    per_second = speed(lambda: encoder.encode(texts, role="text"), count, time.perf_counter)
+    return {"sentences_per_second": float(f"{per_second:.4g}"), "device": encoder.device}
+
+
+def _vectors(name: str, encoder: Encoder, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
+    """(n, dim) finite vectors of n texts."""
+    vectors = encoder.encode(texts, role=role)
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(wrong):
+        raise TeachonceError(
+            name,
+            f"{len(wrong)} of {len(vectors)} vectors have NaN or Inf, the first that of "
+            f"{shown(repr(texts[wrong[0]]))}",
+            "train it again with a smaller learning_rate or with precision: fp32",
+        )
+    return vectors
+
+
+def _summary(name: str, metrics: dict[str, Fact]) -> str:
+    parts = []
+    if "sts.average" in metrics:
+        parts.append(f"STS {metrics['sts.average']:.2f}")
+    parts += [
+        f"nDCG@{CUT} {value:.3f} on {key.split('.')[1]}"
+        for key, value in metrics.items()
+        if key.endswith(f".ndcg@{CUT}")
+    ]
+    if "fidelity.spearman" in metrics:
+        parts.append(f"{metrics['fidelity.spearman']:.3f} rank correlation with the teacher")
+    parts.append(f"{metrics['sentences_per_second']:,} sentences/s on {metrics['device']}")
+    return f"{name}: {', '.join(parts)}"

@@ -1,0 +1,117 @@
+"""Where a training run stood, so that a killed one goes on as if nothing had happened.
+
+One file holds everything: weights, best weights, optimiser and the state of the run. Its name carries
+its sha256, because safetensors does not notice a flipped bit. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from stages.outcome import log
+from storage import durable
+
+NAME = re.compile(r"step-(\d{9})-([0-9a-f]{64})\.safetensors")
+KEPT = 2
+
+Row = dict[str, float | int | None]
+
+
+@dataclass
+class State:
+    """What changes during a run besides tensors.
+
+    Args:
+        step: Steps done.
+        best_score: The highest so far; None before the first evaluation.
+        best_step: Where it was reached.
+        stale: Evaluations since then.
+        curve: One row for each evaluation.
+        loss_sums: Of each objective since the last evaluation.
+        loss_steps: Steps in these sums.
+    """
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    curve: list[Row] = field(default_factory=list)
+    loss_sums: list[float] = field(default_factory=list)
+    loss_steps: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Named by the run's fingerprint, so that it is never taken for another run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: State, tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint and drop all but the last two."""
+        content = save(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            metadata={"state": json.dumps(asdict(state))},
+        )
+        name = f"step-{state.step:09}-{hashlib.sha256(content).hexdigest()}.safetensors"
+        durable.replace(self.folder / name, content)
+        for path in self._found()[KEPT:]:
+            path.unlink(missing_ok=True)
+
+    def load(self) -> tuple[State, dict[str, Tensor]] | None:
+        """The newest whole checkpoint, or None. A damaged one is passed over, and said so."""
+        for path in self._found():
+            content = path.read_bytes()
+            match = NAME.fullmatch(path.name)
+            if match is None or hashlib.sha256(content).hexdigest() != match[2]:
+                log.warning("%s: damaged, going back to the checkpoint before it", path)
+                continue
+            # The metadata of a safetensors file is JSON behind an eight-byte length.
+            length = int.from_bytes(content[:8], "little")
+            state = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["state"])
+            return State(**state), load(content)
+        return None
+
+    def delete(self) -> None:
+        """Remove the folder: the run is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        """Newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(
+            (path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True
+        )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors."""
+    return {
+        f"optimizer/{place}/{name}": value
+        for place, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, place, field_name = name.split("/")
+            state.setdefault(int(place), {})[field_name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

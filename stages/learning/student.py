@@ -1,0 +1,134 @@
+"""Students: what is trained, before and after.
+
+A start is the teacher with fewer layers, or any model. For training it gets a projection into the
+teacher's space where the widths differ. The projection stays with the student, so that a student can
+search an index that the teacher built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import TeachonceError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
+    """Cut a BERT-like model down to some of its layers, in place.
+
+    Args:
+        model: Its first module must be a transformer with a list `encoder.layer`, as in BERT, RoBERTa,
+            XLM-R, MPNet, ELECTRA and their kin.
+        layers: Which layers stay, in this order; 0-based.
+        address: The setting to name in an error.
+
+    Raises:
+        TeachonceError: another architecture, or a layer that is not there.
+    """
+    body = getattr(model[0], "auto_model", None)
+    stack = getattr(getattr(body, "encoder", None), "layer", None)
+    if body is None or not isinstance(stack, nn.ModuleList):
+        kind = getattr(getattr(body, "config", None), "model_type", type(model[0]).__name__)
+        raise TeachonceError(
+            address,
+            f"layers can be taken from BERT-like models (a list `encoder.layer`), not from {kind}",
+            "set layers: null to start from the whole model, or name a small model in `from`",
+        )
+    if max(layers) >= len(stack):
+        raise TeachonceError(
+            address, f"layer {max(layers)} of {len(stack)}", f"use 0 to {len(stack) - 1}"
+        )
+    body.encoder.layer = nn.ModuleList([stack[layer] for layer in layers])
+    body.config.num_hidden_layers = len(layers)
+
+
+class Student(nn.Module):
+    """A model in training: texts as token ids -> vectors in the teacher's space.
+
+    Args:
+        model: The start, loaded in float32.
+        teacher_dim: D, the width of the teacher's vectors.
+        project: Whether to add a projection even if the widths agree.
+        dropout: False: the model runs as in inference while it is trained.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, *, teacher_dim: int, project: bool, dropout: bool
+    ) -> None:
+        super().__init__()
+        self.start = model
+        self.dropout = dropout
+        width = model.get_embedding_dimension() or 0
+        # The loss sees the vector before normalisation, as in DisCo: a loss that wants unit length
+        # normalises itself.
+        self.body = nn.ModuleList([module for module in model if not _is_normalize(module)])
+        needed = project or width != teacher_dim
+        self.projection = nn.Linear(width, teacher_dim) if needed else None
+        if self.projection is not None and width == teacher_dim:
+            nn.init.eye_(self.projection.weight)
+            nn.init.zeros_(self.projection.bias)
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) token ids and mask -> (B, D) float32 vectors, not normalised."""
+        features = {"input_ids": token_ids, "attention_mask": mask}
+        for module in self.body:
+            features = module(features)
+        vectors = features["sentence_embedding"]
+        if self.projection is not None:
+            vectors = self.projection(vectors)
+        return vectors.float()
+
+    def train(self, mode: bool = True) -> Student:
+        """Training mode; without dropout, everything below stays in inference mode."""
+        super().train(mode and self.dropout)
+        self.training = mode
+        return self
+
+    def save(self, folder: Path, *, unit_length: bool) -> None:
+        """Write a sentence-transformers folder of stock modules.
+
+        Args:
+            folder: Empty.
+            unit_length: End with a normalisation, as the teacher's own pipeline does.
+        """
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Dense
+        from sentence_transformers.sentence_transformer.modules import Normalize
+
+        modules: list[nn.Module] = list(self.body)
+        if self.projection is not None:
+            dense = Dense(
+                self.projection.in_features,
+                self.projection.out_features,
+                activation_function=nn.Identity(),
+            )
+            dense.linear.load_state_dict(self.projection.state_dict())
+            modules.append(dense)
+        if unit_length or any(_is_normalize(module) for module in self.start):
+            modules.append(Normalize())
+        save_model(SentenceTransformer(modules=modules, device="cpu"), folder)
+
+
+def save_model(model: SentenceTransformer, folder: Path) -> None:
+    """Write a model; equal weights give equal files (no card with a date in it)."""
+    model.to("cpu")
+    model.save(str(folder), create_model_card=False, safe_serialization=True)
+
+
+def _is_normalize(module: nn.Module) -> bool:
+    return type(module).__name__ == "Normalize"
+
+
+def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids of different lengths -> (B, L) ids and (B, L) mask, padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,473 @@
+"""Corpus files to texts: one item a line or a cell, in order, in bounded memory.
+
+Every line of a text file and every cell of a column gives exactly one item: a text, or the name of the
+rule by which it is none. Nothing is dropped here, so whoever counts the items has read the whole corpus.
+A file that ends before it should is an error, never a shorter corpus.
+
+Lines end at a line feed and nowhere else: `str.splitlines` and text mode also cut at U+2028, U+0085 or
+a lone carriage return, and shift every row after it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import zstandard
+
+from storage.errors import TeachonceError, shown
+
+Rule = Literal["undecodable", "malformed", "too_long"]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line or cell that gives no text.
+
+    Args:
+        rule: `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or
+            the field is absent, null or no string), `too_long` (a line above MAX_LINE_BYTES).
+
+    """
+
+    rule: Rule
+
+
+Item = str | Rejected
+
+UNDECODABLE, MALFORMED, TOO_LONG = (
+    Rejected("undecodable"),
+    Rejected("malformed"),
+    Rejected("too_long"),
+)
+
+MAX_LINE_BYTES = 16 << 20
+
+DATASET = "dataset:"
+LINE_ENDINGS = (".txt", ".jsonl")
+COLUMN_ENDINGS = (".parquet", ".arrow")
+COMPRESSED_ENDINGS = (".gz", ".zst")
+ENDINGS = (
+    *LINE_ENDINGS,
+    *(line + packed for line in LINE_ENDINGS for packed in COMPRESSED_ENDINGS),
+    *COLUMN_ENDINGS,
+)
+
+BOM = b"\xef\xbb\xbf"
+
+# 4 KiB of zstd can say "128 KiB of the same byte" a thousand times; a larger piece would let a small
+# file ask for gigabytes at once. Measured: no slower than 64 KiB on text.
+CHUNK_BYTES = 4 << 10
+MAX_WINDOW_BYTES = 2**27
+ROWS_AT_ONCE = 4096
+
+# What an Arrow stream ends with. Without it, one cut between two batches reads like a whole one.
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+CURE = "fetch or make the file again, or take it out of `shard.sources` in params.yaml"
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """What `dataset:<name>[:<split>]` names.
+
+    Args:
+        name: A hub name, or the path of a folder.
+        folder: That folder, if there is one: made by `save_to_disk`, or files that `load_dataset` reads.
+        split: Which split; None only where there is one.
+
+    """
+
+    name: str
+    folder: Path | None
+    split: str | None
+
+    def __str__(self) -> str:
+        return f"{DATASET}{self.name}{f':{self.split}' if self.split else ''}"
+
+
+def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
+    """What the entries of `shard.sources` name, in their order; files of one pattern sorted by path.
+
+    Args:
+        patterns: Globs (`**` too), relative to `root` or absolute or with `~`; or `dataset:...`.
+        root: The work tree.
+
+    Returns:
+        Each once, at its first place.
+
+    Raises:
+        TeachonceError: a pattern matches no file, or one whose ending nobody here reads.
+
+    """
+    found: dict[Path | DatasetName, Path | DatasetName] = {}
+    for pattern in patterns:
+        if pattern.startswith(DATASET):
+            named = _dataset_name(pattern.removeprefix(DATASET), root)
+            found.setdefault(named, named)
+        else:
+            for path in _matching(pattern, root):
+                found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
+    """Those of `sources` that are files."""
+    return [source for source in sources(patterns, root) if isinstance(source, Path)]
+
+
+def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
+    """One item for each line of a text file, each cell of a column, in order.
+
+    Args:
+        source: One of `sources`.
+        field: The JSON key or the column that holds the text; a `.txt` has none and ignores it.
+
+    Raises:
+        TeachonceError: the source is damaged or truncated, has no such column, or no line has the field.
+
+    """
+    if isinstance(source, DatasetName):
+        items = _dataset_items(source, field)
+    elif source.name.lower().endswith(".parquet"):
+        items = _parquet_items(source, field)
+    elif source.name.lower().endswith(".arrow"):
+        items = _arrow_items(source, field)
+    else:
+        items = _line_items(source, field)
+    return _some_with_field(items, source, field)
+
+
+def _some_with_field(
+    items: Iterator[Item], source: Path | DatasetName, field: str
+) -> Iterator[Item]:
+    """The items; an error at the end if each of them was malformed (blank lines aside)."""
+    malformed = others = 0
+    for item in items:
+        if item is MALFORMED:
+            malformed += 1
+        elif isinstance(item, Rejected) or item.strip():
+            others += 1
+        yield item
+    if malformed and not others:
+        raise TeachonceError(
+            str(source),
+            f"none of its {malformed:,} rows has a text in the field {shown(repr(field))}",
+            "set `shard.field` in params.yaml to the field or column that holds the text",
+        )
+
+
+# --- names
+
+
+def _dataset_name(name: str, root: Path) -> DatasetName:
+    """A folder may have a colon in its name, so a folder of the whole name goes first."""
+    folder = root / Path(name).expanduser()
+    if folder.is_dir():
+        return DatasetName(name, folder, None)
+    before, colon, after = name.rpartition(":")
+    if not colon:
+        return DatasetName(name, None, None)
+    folder = root / Path(before).expanduser()
+    return DatasetName(before, folder if folder.is_dir() else None, after or None)
+
+
+def _matching(pattern: str, root: Path) -> list[Path]:
+    """Files that one glob names, sorted; a file of exactly that name wins over what a glob would mean."""
+    wanted = root / Path(pattern).expanduser()
+    if wanted.is_file():
+        files = [wanted]
+    else:
+        # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
+        matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
+        files = [root / match for match in sorted(matches) if (root / match).is_file()]
+    if not files:
+        raise TeachonceError(
+            "shard.sources",
+            f"{shown(repr(pattern))} matches no file below {root}",
+            "mend the pattern in params.yaml, or put the files there",
+        )
+    for path in files:
+        if not path.name.lower().endswith(ENDINGS):
+            raise TeachonceError(
+                "shard.sources",
+                f"{shown(repr(pattern))} matches {shown(path)}, and nothing reads that ending",
+                f"narrow the pattern to files that end in one of {' '.join(ENDINGS)}",
+            )
+    return files
+
+
+# --- lines
+
+
+def _line_items(path: Path, field: str) -> Iterator[Item]:
+    plain, unpack = _packing(path)
+    parse = _json_text(field) if plain.endswith(".jsonl") else _decoded
+    with _naming(path), path.open("rb") as file:
+        for number, line in enumerate(_lines(unpack(path, file))):
+            if line is None:
+                yield TOO_LONG
+                continue
+            yield parse(line.removeprefix(BOM) if number == 0 else line)
+
+
+def _packing(path: Path) -> tuple[str, Callable[[Path, BinaryIO], Iterator[bytes]]]:
+    """The name without the ending of a compression, and how to undo that compression."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return name.removesuffix(".gz"), _gunzipped
+    if name.endswith(".zst"):
+        return name.removesuffix(".zst"), _unzstd
+    return name, _chunks
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their line feed and one carriage return before it; None for one that is too long."""
+    held = bytearray()
+    too_long = False
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            if too_long or len(held) + len(end) > MAX_LINE_BYTES:
+                yield None
+            else:
+                yield (bytes(held) + end if held else end).removesuffix(b"\r")
+            held.clear()
+            too_long = False
+        held += rest
+        if too_long or len(held) > MAX_LINE_BYTES:
+            too_long = True
+            held.clear()
+    if too_long:
+        yield None
+    elif held:
+        yield bytes(held).removesuffix(b"\r")
+
+
+def _decoded(line: bytes) -> Item:
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return UNDECODABLE
+
+
+def _json_text(field: str) -> Callable[[bytes], Item]:
+    """How to get the text out of a line of JSON. A blank line is an empty text, not a wrong line."""
+
+    def parse(line: bytes) -> Item:
+        text = _decoded(line)
+        if isinstance(text, Rejected) or not text.strip():
+            return text
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):  # brackets nested deeper than the parser goes
+            return MALFORMED
+        found = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(found, str):
+            return MALFORMED
+        try:
+            found.encode()
+        except UnicodeEncodeError:
+            # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
+            return UNDECODABLE
+        return found
+
+    return parse
+
+
+def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(1 << 20):
+        yield chunk
+
+
+def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    _refuse_empty(path, file)
+    with gzip.open(file) as unpacked:
+        while chunk := unpacked.read(1 << 20):
+            yield chunk
+
+
+def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The content of all frames.
+
+    The readers of `zstandard` end without a word at a truncated frame; an object for each frame knows
+    whether its frame is complete. Truncation between two frames cannot be seen in any zstd file.
+    """
+    _refuse_empty(path, file)
+    settings = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    frame = settings.decompressobj()
+    while chunk := file.read(CHUNK_BYTES):
+        while chunk:
+            if frame.eof:
+                frame = settings.decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data
+    if not frame.eof:
+        raise EOFError
+
+
+def _refuse_empty(path: Path, file: BinaryIO) -> None:
+    """Nothing compressed is still a header: a file of no bytes was cut off, or never written."""
+    if path.stat().st_size == 0:
+        raise EOFError
+
+
+# --- columns
+
+
+def _parquet_items(path: Path, field: str) -> Iterator[Item]:
+    from pyarrow import parquet
+
+    with _naming(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        column = _column_number(file.schema_arrow, path, field)
+        name = file.schema_arrow.names[column]
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
+            yield from _cells(batch.column(0))
+
+
+def _arrow_items(path: Path, field: str) -> Iterator[Item]:
+    """Cells of an Arrow file or of an Arrow stream, which is what `datasets` writes."""
+    with _naming(path), pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            reader = pa.ipc.open_stream(source)
+            batches = iter(reader)
+        column = _column_number(reader.schema, path, field)
+        for batch in batches:
+            yield from _cells(batch.column(column))
+        if isinstance(reader, pa.ipc.RecordBatchStreamReader):
+            _check_stream_end(source)
+
+
+def _check_stream_end(source: pa.MemoryMappedFile) -> None:
+    """Raise unless the stream was ended by its writer, and nothing stands behind its end."""
+    read_to, size = source.tell(), source.size()
+    if read_to != size:
+        raise ValueError(f"{size - read_to} bytes follow the end of the Arrow stream")
+    source.seek(size - len(END_OF_STREAM))
+    if source.read() != END_OF_STREAM:
+        raise EOFError
+
+
+def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) -> int:
+    """Where the column `field` stands. Raises unless there is one such column, and it holds text."""
+    places = schema.get_all_field_indices(field)
+    cure = "set `shard.field` in params.yaml to the column that holds the text"
+    if len(places) != 1:
+        problem = f"{len(places) or 'no'} columns named {shown(repr(field))} among {schema.names}"
+        raise TeachonceError(str(source), shown(problem), cure)
+    kind = schema.field(places[0]).type
+    if not _holds_text(kind):
+        raise TeachonceError(
+            str(source), f"column {shown(repr(field))} holds {shown(kind)}, not text", cure
+        )
+    return int(places[0])
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _cells(column: pa.Array) -> Iterator[Item]:
+    """One item a cell. Arrow checks neither offsets nor UTF-8 on reading, so both are checked here."""
+    for start in range(0, len(column), ROWS_AT_ONCE):
+        for cell in _as_bytes(column.slice(start, ROWS_AT_ONCE)).to_pylist():
+            yield MALFORMED if cell is None else _decoded(cell)
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary))
+    views = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    # Viewed before it is validated: as text, one cell that is no UTF-8 would fail the whole column.
+    column = column.view(views.get(column.type, pa.binary_view()))
+    # A damaged offset read without this ends the process.
+    column.validate(full=True)
+    return column
+
+
+# --- datasets
+
+
+def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
+    """Cells of a dataset: one saved on disk is mapped, another is streamed and never held whole."""
+    try:
+        dataset = _one_split(source, _loaded(source))
+        for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            column = _column_number(table.schema, source, field)
+            for chunk in table.column(column).chunks:
+                yield from _cells(chunk)
+    except TeachonceError:
+        raise
+    # Loaders of a hundred formats raise what they like; whatever it is, this source cannot be read.
+    except Exception as error:
+        raise TeachonceError(
+            str(source),
+            f"`datasets` cannot read it: {shown(error) or type(error).__name__}",
+            "check the name (dataset:<hub name or folder>[:<split>]) and, for a hub name, the network "
+            "and HF_HUB_OFFLINE",
+        ) from error
+
+
+def _loaded(source: DatasetName) -> Any:  # noqa: ANN401 - one of four classes of `datasets`
+    import datasets
+
+    if source.folder is None:
+        return datasets.load_dataset(source.name, split=source.split, streaming=True)
+    saved = [source.folder / name for name in ("state.json", "dataset_dict.json")]
+    if any(path.is_file() for path in saved):
+        return datasets.load_from_disk(str(source.folder))
+    return datasets.load_dataset(str(source.folder), split=source.split, streaming=True)
+
+
+def _one_split(source: DatasetName, loaded: Any) -> Any:  # noqa: ANN401 - as above
+    """The dataset itself, or the one split meant. Raises where the name leaves it open."""
+    if not isinstance(loaded, dict):
+        return loaded
+    wanted = source.split or (next(iter(loaded)) if len(loaded) == 1 else None)
+    if wanted not in loaded:
+        problem = f"no split {shown(wanted)}" if wanted else "which split is not said"
+        raise TeachonceError(
+            str(source),
+            f"{problem}; there are {shown(', '.join(loaded))}",
+            f"write {DATASET}{source.name}:<split> in `shard.sources`",
+        )
+    return loaded[wanted]
+
+
+# --- errors
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what a damaged or unreadable file raises inside into an error that names the file."""
+    try:
+        yield
+    except TeachonceError:
+        raise
+    except EOFError as error:
+        raise TeachonceError(path, "truncated: it ends before its content does", CURE) from error
+    except (
+        OSError,
+        ValueError,
+        zlib.error,
+        zstandard.ZstdError,
+        pa.ArrowException,
+    ) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TeachonceError(path, f"cannot be read: {shown(cause)}", CURE) from error

@@ -1,0 +1,86 @@
+"""Which rows are held out, and which are found in an evaluation set and must not be learned from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.outcome import Outcome, write_json
+from stages.params import SplitParams
+from storage.corpus import Corpus, text_key
+from storage.errors import TeachonceError
+from storage.split import Split
+
+VERSION = 1
+
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+
+
+def recipe(params: SplitParams) -> dict[str, Any]:
+    """Settings that change which rows are for what."""
+    return {"version": VERSION, "heldout": params.heldout}
+
+
+def run(
+    params: SplitParams, *, corpus: Corpus, evaluation: Iterable[str], out: Path, facts: Path
+) -> Outcome:
+    """Find the rows that stand in evaluation sets and write the split.
+
+    Args:
+        params: Settings.
+        corpus: The texts.
+        evaluation: Every text that a model will be judged on: STS sentences, queries.
+        out: The split.
+        facts: Counts for `dvc metrics`.
+
+    Raises:
+        TeachonceError: nothing is left to train on.
+    """
+    keys = {key for text in evaluation for key in evaluation_keys(text)}
+    found = rows_with_keys(corpus.text_keys, keys)
+    split = Split(
+        corpus=corpus.manifest.content,
+        heldout=params.heldout,
+        evaluation=tuple(int(row) for row in found),
+    )
+    train, heldout = len(split.train_rows(corpus)), len(split.heldout_rows(corpus))
+    if not train:
+        raise TeachonceError(
+            "split.heldout",
+            f"of {corpus.rows} texts {heldout} are held out, {len(found)} are found in evaluation sets "
+            "and none is left for training",
+            "give shard.sources more texts, or lower split.heldout",
+        )
+    counts = {"train": train, "heldout": heldout, "evaluation": len(found)}
+    split.save(out)
+    write_json(facts, counts)
+    return Outcome(
+        stage="split",
+        made=out,
+        summary=(
+            f"{train:,} texts to train on, {heldout:,} held out, {len(found):,} found in evaluation sets"
+        ),
+        facts=counts,
+    )
+
+
+def evaluation_keys(text: str) -> set[bytes]:
+    """Keys of a text as `shard` would clean it, and of each of its sentences."""
+    sentences = SENTENCE_END.split(text)
+    return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
+
+
+def rows_with_keys(text_keys: NDArray[np.bytes_], wanted: set[bytes]) -> NDArray[np.int64]:
+    """Ids, ascending, of the rows whose 16-byte key is in `wanted`; (rows,) V16 keys in."""
+    if not wanted or not len(text_keys):
+        return np.empty(0, np.int64)
+    # Compare half a key in numpy, then the few that agree as a whole.
+    halves = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)[:, 0]
+    wanted_halves = np.array([int.from_bytes(key[:8], "little") for key in wanted], np.uint64)
+    likely = np.flatnonzero(np.isin(halves, wanted_halves))
+    return np.array([row for row in likely if text_keys[row].tobytes() in wanted], np.int64)

@@ -1,0 +1,52 @@
+"""A student before training: some layers of the teacher, or any model as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.outcome import Outcome
+from stages.params import StartParams
+from storage import durable
+
+VERSION = 1
+
+
+def recipe(params: StartParams) -> dict[str, Any]:
+    """Settings that change the start; the model itself stands in data/sources.json by its hashes."""
+    return {"version": VERSION, "from": params.from_, "layers": params.layers}
+
+
+def run(
+    params: StartParams, *, name: str, folder: Path, trust_remote_code: bool, out: Path
+) -> Outcome:
+    """Write the start as a sentence-transformers folder.
+
+    Args:
+        params: Settings.
+        name: Of the start.
+        folder: The model it is cut from.
+        trust_remote_code: Whether code in that folder may run.
+        out: The folder to write.
+
+    Raises:
+        TeachonceError: the layers cannot be taken from this model.
+    """
+    from stages.learning.encoder import load_model
+    from stages.learning.student import keep_layers, save_model
+
+    model = load_model(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    if params.layers is not None:
+        keep_layers(model, params.layers, address=f"starts.{name}.layers")
+    parameters = sum(weight.numel() for weight in model.parameters())
+    with durable.replace_folder(out) as scratch:
+        save_model(model, scratch)
+    layers = "all layers" if params.layers is None else f"layers {list(params.layers)}"
+    return Outcome(
+        stage="start",
+        made=out,
+        summary=f"{layers} of {params.from_}, {parameters / 1e6:.1f} million parameters",
+        facts={"parameters": parameters, "dim": model.get_embedding_dimension()},
+    )
