@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +86,7 @@ class Layout:
         """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
         return self.root / "work"
 
-    def store(self, setting: str) -> Path:
-        """The store's folder: $TEACHONCE_STORE, or the setting, relative to the work tree."""
-        chosen = os.environ.get("TEACHONCE_STORE") or setting
-        return (self.root / Path(chosen).expanduser()).resolve()
+    @property
+    def hashes(self) -> Path:
+        """Hashes of files, remembered by path, size and time."""
+        return self.work / "hashes.json"

@@ -2,57 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from stages.params import Params, Section, contradictions
+from stages.params import (
+    Params,
+    Problem,
+    RecipeParams,
+    Section,
+    Sections,
+    SettingsError,
+    StartParams,
+    StudentParams,
+    contradictions,
+)
 from storage.errors import TeachonceError, shown
 
 MAX_BYTES = 1 << 20
 
-
-class SettingsError(TeachonceError):
-    """Wrong settings: one line for each."""
-
-    def __init__(self, path: Path, wrong: list[tuple[str, str]]) -> None:
-        lines = "".join(f"\n  {address}: {problem}" for address, problem in wrong)
-        super().__init__(path.name, f"{len(wrong)} wrong{lines}", f"edit {path.name}")
+# Sections that hold named entries: a mistake in one entry must not hide those in the others.
+NAMED: dict[str, type[BaseModel]] = {
+    "recipes": RecipeParams,
+    "starts": StartParams,
+    "students": StudentParams,
+}
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml.
+    """Read params.yaml.
 
     Raises:
         SettingsError: lists every wrong setting with its address.
+        TeachonceError: there is no such file.
+    """
+    content, problems, _ = examine(path)
+    if problems:
+        raise SettingsError(path.name, problems)
+    return Params.model_validate(content)
 
+
+def examine(path: Path) -> tuple[object, list[Problem], Sections]:
+    """What params.yaml says, everything wrong with it, and the sections that are right.
+
+    Raises:
+        SettingsError: it is no YAML at all.
+        TeachonceError: there is no such file.
     """
     content = _read(path)
     try:
-        params = Params.model_validate(content)
+        Params.model_validate(content)
+        problems = []
     except ValidationError as error:
-        wrong = [(_address(entry["loc"]), _problem(entry)) for entry in error.errors()]
-        raise SettingsError(path, wrong) from None
-    wrong = contradictions(params)
-    if wrong:
-        raise SettingsError(path, wrong)
-    return params
+        problems = [(_address(entry["loc"]), _problem(entry)) for entry in error.errors()]
+    raw = content if isinstance(content, dict) else {}
+    sections = _readable(raw)
+    names = {
+        section: [str(name) for name in raw[section]]
+        for section in NAMED
+        if isinstance(raw.get(section), dict)
+    }
+    return content, [*problems, *contradictions(sections, names)], sections
+
+
+def _readable(raw: Mapping[str, Any]) -> Sections:
+    """The sections that are right on their own."""
+    sections: dict[str, Any] = {}
+    for name, field in Params.model_fields.items():
+        if name in NAMED and isinstance(raw.get(name), dict):
+            entries = ((key, _valid(NAMED[name], value)) for key, value in raw[name].items())
+            sections[name] = {str(key): value for key, value in entries if value is not None}
+        elif name in raw:
+            value = _valid(field.annotation, raw[name])
+            if value is not None:
+                sections[name] = value
+    return sections
+
+
+def _valid(kind: Any, value: object) -> Any:  # noqa: ANN401 - whatever the annotation says
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _read(path: Path) -> object:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise SettingsError(path, [("file", f"larger than {MAX_BYTES} bytes")])
+            raise SettingsError(path.name, [("file", f"larger than {MAX_BYTES} bytes")])
         return _UniqueKeys(path.read_bytes()).get_single_data()
     except FileNotFoundError:
         raise TeachonceError(
-            path, "not there", "run this in a folder that has a params.yaml"
+            path.resolve(), "not there", "run this in a folder that has a params.yaml"
         ) from None
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        raise SettingsError(path, [("file", f"no YAML: {shown(error)}")]) from None
+        raise SettingsError(path.name, [("file", f"no YAML: {shown(error)}")]) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -69,7 +117,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _address(location: tuple[int | str, ...]) -> str:
     """`recipes.ckd.objectives.0.queue`; without the tag that pydantic adds for a kind of objective."""
-    parts = [str(part) for part in location]
+    parts = [str(part) for part in location if part != "[key]"]
     if len(parts) > 4 and parts[0] == "recipes" and parts[2] == "objectives":
         del parts[4]
     return ".".join(parts) or "file"
@@ -87,7 +135,10 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
 
 
 def _known_names() -> list[str]:
-    names: set[str] = set()
-    for section in Section.__subclasses__():
-        names |= {field.alias or name for name, field in section.model_fields.items()}
-    return sorted(names)
+    return sorted(
+        {
+            field.alias or name
+            for section in Section.__subclasses__()
+            for name, field in section.model_fields.items()
+        }
+    )

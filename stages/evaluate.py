@@ -92,7 +92,6 @@ def run(
     Raises:
         TeachonceError: a wrong evaluation file (found before the model is used), or a model whose
             vectors have NaN or Inf.
-
     """
     sts = {key: read_sts(sts_files(glob, root, key)) for key, glob in params.sts.items()}
     retrieval = {
@@ -131,9 +130,11 @@ def sts_correlation(
         first: (n, dim), any length.
         second: (n, dim), any length.
         scores: (n,).
-
     """
     cosines = np.einsum("nd,nd->n", unit(first), unit(second))
+    # Pairs of equal sentences (61 in STS12) share a rank, whatever the last bits of their cosines are;
+    # without this they move the second decimal, and another machine moves it elsewhere.
+    cosines = np.round(cosines, 6)
     return 100 * spearman(cosines, scores)
 
 
@@ -159,7 +160,6 @@ def nearest(
 
     Returns:
         (q, min(depth, d)).
-
     """
     depth = min(depth, len(documents))
     queries, documents = unit(queries), unit(documents)
@@ -183,7 +183,6 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
     Args:
         found: (queries, depth) places of documents, best first.
         asked: Which documents are relevant to which query.
-
     """
     places = {document: place for place, document in enumerate(asked.document_ids)}
     discounts = 1 / np.log2(np.arange(2, CUT + 2))
@@ -214,7 +213,6 @@ def fidelity(model: NDArray[np.float32], teacher: NDArray[np.float32]) -> tuple[
         Spearman between the two models' cosines over all pairs i < j, -1 to 1; and the mean share of a
         text's 10 nearest by the teacher (itself excluded) that are among the model's 10, 0 to 1. A model
         that orders all pairs as the teacher does has (1, 1).
-
     """
     ours, theirs = (unit(vectors) @ unit(vectors).T for vectors in (model, teacher))
     pairs = np.triu_indices(len(model), k=1)

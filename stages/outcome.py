@@ -26,7 +26,6 @@ class Outcome:
         made: The file or folder it left.
         summary: One sentence for a person: what was done, in numbers.
         facts: The same and more for a program (`--json`).
-
     """
 
     stage: str
@@ -49,7 +48,6 @@ class Progress:
         unit: What is counted, such as "texts".
         done: Units that were there already; they count as progress but not as speed.
         every: Seconds between lines.
-
     """
 
     def __init__(

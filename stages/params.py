@@ -7,7 +7,8 @@ decides where and how fast the work is done; the second kind is marked "speed on
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from storage.errors import TeachonceError
+
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Lower case, digits, `_` and `-`: it becomes a folder, a file and the name of a DVC stage."""
 
@@ -29,6 +32,7 @@ Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 TEACHER = "teacher"
 FINETUNED = "-finetuned"
+START_FOLDER = "start"
 
 
 class Section(BaseModel):
@@ -184,62 +188,97 @@ class Params(Section):
     evaluate: EvaluateParams
 
 
-def contradictions(params: Params) -> list[tuple[str, str]]:
-    """What is wrong between sections: (address, problem) pairs, all of them."""
-    return [*_unknown_names(params), *_collisions(params), *_unusable_recipes(params)]
+Sections = Mapping[str, Any]
+"""The sections of params.yaml that could be read, each as its class, by name; mappings of named entries
+hold the entries that could be read."""
+
+Problem = tuple[str, str]
+"""Address of a setting, what is wrong with it."""
 
 
-def _unknown_names(params: Params) -> list[tuple[str, str]]:
+class SettingsError(TeachonceError):
+    """Wrong settings: all of them, a line each."""
+
+    def __init__(self, path: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  {address}: {problem}" for address, problem in problems)
+        super().__init__(
+            path, f"{len(problems)} wrong{lines}", f"edit {path}, then run `teachonce check`"
+        )
+
+
+def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> list[Problem]:
+    """What is wrong between sections, in those that could be read.
+
+    Args:
+        sections: Read so far.
+        names: Section -> all names in it (recipes, starts, students), wrong entries included.
+    """
+    return [
+        *_unknown_names(sections.get("students", {}), names),
+        *_collisions(names),
+        *_unusable_set_names(sections.get("evaluate")),
+        *_unusable_recipes(sections.get("recipes", {}), sections.get("mine")),
+    ]
+
+
+def _unknown_names(
+    students: Mapping[str, StudentParams], names: Mapping[str, Collection[str]]
+) -> list[Problem]:
     wrong = []
-    for name, student in params.students.items():
-        for what, known in (("recipe", params.recipes), ("start", params.starts)):
-            value = getattr(student, what)
+    for name, student in students.items():
+        for what in ("recipe", "start"):
+            value, known = getattr(student, what), names.get(f"{what}s", ())
             if value not in known:
                 wrong.append(
                     (
                         f"students.{name}.{what}",
-                        f"no {what} named {value!r}; there are {sorted(known)}",
+                        f"no {what} named {value}; there are {sorted(known)}",
                     )
                 )
     return wrong
 
 
-def _collisions(params: Params) -> list[tuple[str, str]]:
+def _collisions(names: Mapping[str, Collection[str]]) -> list[Problem]:
     """Models share one folder of metrics, so a name may stand for one model only."""
-    claims = [(name, f"starts.{name}") for name in params.starts]
-    for name in params.students:
+    claims = [(name, f"starts.{name}") for name in names.get("starts", ())]
+    for name in names.get("students", ()):
         claims += [(name, f"students.{name}"), (f"{name}{FINETUNED}", f"students.{name}")]
-    taken = {TEACHER: "the teacher"}
+    taken = {TEACHER: "the teacher", START_FOLDER: "the folder of all starts"}
     wrong = []
     for model, address in claims:
         if model in taken:
-            wrong.append((address, f"the name {model} is taken by {taken[model]}"))
+            wrong.append((address, f"the name {model} is taken by {taken[model]}: choose another"))
         taken.setdefault(model, address)
-    return [*wrong, *_unusable_set_names(params)]
+    return wrong
 
 
-def _unusable_set_names(params: Params) -> list[tuple[str, str]]:
+def _unusable_set_names(evaluate: EvaluateParams | None) -> list[Problem]:
     """Names of evaluation sets become parts of metric names, which are split at dots."""
+    if evaluate is None:
+        return []
     wrong = []
     for kind in ("sts", "retrieval"):
-        for name in getattr(params.evaluate, kind):
+        for name in getattr(evaluate, kind):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 wrong.append((f"evaluate.{kind}.{name}", "letters, digits, _ and - only"))
-    if "average" in params.evaluate.sts:
+    if "average" in evaluate.sts:
         wrong.append(("evaluate.sts.average", "the name is taken by the average of all STS sets"))
     return wrong
 
 
-def _unusable_recipes(params: Params) -> list[tuple[str, str]]:
+def _unusable_recipes(
+    recipes: Mapping[str, RecipeParams], mine: MineParams | None
+) -> list[Problem]:
     wrong = []
-    for name, recipe in params.recipes.items():
+    for name, recipe in recipes.items():
         for place, objective in enumerate(recipe.objectives):
             wanted = getattr(objective, "neighbours", 0)
-            if wanted > params.mine.neighbours:
+            if mine is not None and wanted > mine.neighbours:
                 wrong.append(
                     (
                         f"recipes.{name}.objectives.{place}.neighbours",
-                        f"{wanted} wanted, but mine.neighbours keeps {params.mine.neighbours}",
+                        f"{wanted} wanted, but mine.neighbours keeps {mine.neighbours}: raise that one",
                     )
                 )
     return wrong

@@ -35,7 +35,6 @@ class Rejected:
     Args:
         rule: `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or
             the field is absent, null or no string), `too_long` (a line above MAX_LINE_BYTES).
-
     """
 
     rule: Rule
@@ -83,7 +82,6 @@ class DatasetName:
         name: A hub name, or the path of a folder.
         folder: That folder, if there is one: made by `save_to_disk`, or files that `load_dataset` reads.
         split: Which split; None only where there is one.
-
     """
 
     name: str
@@ -106,7 +104,6 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
 
     Raises:
         TeachonceError: a pattern matches no file, or one whose ending nobody here reads.
-
     """
     found: dict[Path | DatasetName, Path | DatasetName] = {}
     for pattern in patterns:
@@ -133,7 +130,6 @@ def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
 
     Raises:
         TeachonceError: the source is damaged or truncated, has no such column, or no line has the field.
-
     """
     if isinstance(source, DatasetName):
         items = _dataset_items(source, field)

@@ -35,7 +35,7 @@ Measure = Callable[[Metrics], float | None]
 MOST_SETS = 4  # with more, a table shows their average alone
 TITLE_WIDTH = 9
 GAP = 2  # blanks between two columns
-NOTHING = "–"  # noqa: RUF001  # a dash is not a minus before a number that is missing
+NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Column:
         cells: What stands there, by model; not every model need have one.
         keep: In a table that is too wide, columns with the lowest number go first.
         bold: Models whose cell is the best among students.
-
     """
 
     title: str
@@ -87,7 +86,6 @@ def run(
     Raises:
         MissingError: a model was not evaluated.
         DamagedError: a file is not what `evaluate` writes.
-
     """
     found = {name: _load(metrics(name), name) for name in models}
     report = {"models": found}
@@ -105,7 +103,6 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
         students: Names of the trained models, in the order of their rows. The teacher comes first,
             then the others in the order of the report.
         width: Of the terminal, in characters. Columns that do not fit are left out and named below.
-
     """
     from rich import box
     from rich.table import Table
@@ -115,7 +112,7 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
     others = [name for name in models if name not in students]
     names = sorted(others, key=lambda name: name != TEACHER)
     names += [name for name in students if name in models]
-    columns = list(_columns(models, students))
+    columns = _columns(models, students)
     kept = _fitting(columns, width - max(map(len, ["model", *names])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
@@ -245,7 +242,7 @@ def _speedups(models: Mapping[str, Metrics]) -> dict[str, str]:
 def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
     """The columns that fit into `width` characters, in their order."""
     kept = list(columns)
-    while sum(column.width for column in kept) > width:
+    while kept and sum(column.width for column in kept) > width:
         # Of columns that matter equally, the last goes first.
         kept.remove(min(reversed(kept), key=lambda column: column.keep))
     return kept

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from stages.outcome import Outcome, write_json
+from stages.outcome import Fact, Facts, Outcome, write_json
 from stages.params import ShardParams
 from stages.readers import Item, Rejected, read, sources
 from storage.column import TEXT_KEY_BYTES
@@ -60,7 +60,6 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable, or no text is left.
-
     """
     named = sources(params.sources, root)
     items = chain.from_iterable(read(source, params.field) for source in named)
@@ -82,7 +81,11 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
             "name files with texts in params.yaml, or loosen shard.min_chars and shard.max_chars",
         )
     manifest.save(out, store)
-    ledger = {"read": counted.read, "kept": manifest.rows, "rejected": dict(rejected)}
+    ledger: dict[str, Fact | Facts] = {
+        "read": counted.read,
+        "kept": manifest.rows,
+        "rejected": dict(rejected),
+    }
     write_json(facts, ledger)
     shards = f"{len(made):,} shard{'s' if len(made) > 1 else ''}"
     return Outcome(

@@ -27,7 +27,6 @@ class Column:
         store: Where the objects are.
         objects: In row order.
         texts: The column of texts that this one was derived from; None if this is that column.
-
     """
 
     def __init__(
@@ -70,11 +69,12 @@ class Column:
 
         Raises:
             IndexError: an id outside 0 <= id < rows.
-
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.rows):
+        if ids.min(initial=0) < 0 or ids.max(initial=0) > max(self.rows - 1, 0):
             raise IndexError(f"row ids {ids.min()} to {ids.max()} in a column of {self.rows} rows")
+        if not len(ids):
+            return
         shard_of = np.searchsorted(self.starts, ids, side="right") - 1
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
@@ -104,8 +104,12 @@ class Column:
 def text_keys_of(batch: pa.RecordBatch) -> NDArray[np.bytes_]:
     """The text keys of a batch as a (rows,) numpy `V16` view."""
     column = batch.column("text_key")
-    values = np.frombuffer(column.buffers()[1], dtype=f"V{TEXT_KEY_BYTES}")
-    return values[column.offset : column.offset + len(column)]
+    return np.frombuffer(
+        column.buffers()[1],
+        dtype=f"V{TEXT_KEY_BYTES}",
+        count=len(column),
+        offset=column.offset * TEXT_KEY_BYTES,
+    )
 
 
 def text_key_array(keys: NDArray[np.bytes_]) -> pa.Array:

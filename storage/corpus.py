@@ -102,7 +102,6 @@ def check_derived(manifest: Manifest, corpus: Corpus) -> None:
 
     Raises:
         DamagedError: names the first shard that differs.
-
     """
     ours = [shard_digest(entry) for entry in manifest.objects]
     theirs = [shard_digest(entry) for entry in corpus.objects]

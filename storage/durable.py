@@ -60,7 +60,6 @@ def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
 
     Raises:
         StorageError: nothing of this call is left behind.
-
     """
     _make_folder(path.parent)
     with _scratch(path) as (scratch, sink), named(path, "writing"):

@@ -44,7 +44,6 @@ def put_vectors(
 
     Raises:
         BadVectorsError: NaN, Inf, zero, or too large for float16; names the rows. Nothing is stored.
-
     """
     check_vectors(vectors, key=key, storage=storage)
     batch = pa.record_batch(
@@ -59,7 +58,6 @@ def check_vectors(vectors: NDArray[np.float32], *, key: str, storage: str) -> No
 
     Raises:
         BadVectorsError: names the first rows of the shard that are wrong, and how.
-
     """
     largest = np.abs(vectors).max(axis=1, initial=0.0)  # NaN stays NaN
     faults = {
@@ -86,7 +84,6 @@ class Embeddings(Column):
 
     Raises:
         DamagedError: the manifest belongs to another corpus.
-
     """
 
     def __init__(self, store: Store, manifest: Manifest, corpus: Corpus) -> None:

@@ -30,7 +30,6 @@ class TeachonceError(Exception):
         where: File, setting or object key.
         problem: What is wrong there, with the value found.
         cure: What to do about it, usually a command.
-
     """
 
     exit_code = 1

@@ -40,7 +40,6 @@ class Manifest(BaseModel):
         recipe: Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
         parent: `content` of the manifests it was made from; None for a corpus.
         objects: In the order of their rows.
-
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,7 +95,6 @@ class Manifest(BaseModel):
         Raises:
             MissingError: there is no such file.
             DamagedError: it is no manifest of this kind, or of another format.
-
         """
         cure = f"restore it from Git, or make it again with `{MADE_BY[kind]}`"
         try:

@@ -38,7 +38,6 @@ class Negatives(Column):
 
     Raises:
         DamagedError: the manifest was mined from other vectors.
-
     """
 
     def __init__(

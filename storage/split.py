@@ -26,7 +26,6 @@ class Split(BaseModel):
         corpus: `content` of the corpus manifest it was made for.
         heldout: Share of the rows held out, 0 < heldout <= 0.5.
         evaluation: Row ids found in evaluation sets, ascending.
-
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +56,6 @@ class Split(BaseModel):
         Raises:
             MissingError: there is no such file.
             DamagedError: it is no split, or that of another corpus.
-
         """
         try:
             split = cls.model_validate_json(path.read_bytes())

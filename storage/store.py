@@ -70,7 +70,6 @@ class Store:
 
     Args:
         root: The folder; made by the first `put`.
-
     """
 
     def __init__(self, root: Path) -> None:
@@ -90,7 +89,6 @@ class Store:
         Raises:
             StorageError: the disk refused; nothing is left behind.
             DamagedError: the object that was there before is damaged.
-
         """
         facts = dict(facts or {})
         sha256 = payload_sha256(key, batch, facts)
@@ -123,7 +121,6 @@ class Store:
             MissingError: it is not in the store.
             DamagedError: its bytes are not what its header says.
             AnotherCopyError: it is whole, but another copy than the manifest's.
-
         """
         batch, header = self._map(named.key)
         if header.sha256 != named.sha256:
@@ -158,12 +155,14 @@ class Store:
             raise self._damaged(
                 key, f"cannot be opened ({os.strerror(error.errno or 0)})"
             ) from error
-        with os.fdopen(descriptor, "rb"):
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 raise self._damaged(key, "not a file with content")
-            # Closing the file leaves the map in place; it lives as long as an array points into it.
             content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            # The map stays: it lives as long as an array points into it.
+            os.close(descriptor)
         seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         try:
             batch, header = _read(pa.py_buffer(content))
@@ -231,8 +230,9 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
         yield from _pieces(array.flatten())
         return
     if pa.types.is_large_list(array.type) or pa.types.is_large_string(array.type):
-        offsets = np.frombuffer(array.buffers()[1], np.int64)
-        offsets = offsets[array.offset : array.offset + len(array) + 1]
+        offsets = np.frombuffer(
+            array.buffers()[1], np.int64, count=len(array) + 1, offset=array.offset * 8
+        )
         yield np.ascontiguousarray(offsets - offsets[0]).data
         if pa.types.is_large_list(array.type):
             yield from _pieces(array.flatten())

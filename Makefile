@@ -1,0 +1,41 @@
+# `make demo` runs the whole pipeline on the embedded default; `make test` runs the tests.
+# Both make a virtual environment first, from the pinned versions in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Nothing here needs a hub: a call to one would be a bug, so it fails instead of hanging.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check fix slow install
+
+demo: install ## everything from texts to evaluated students, then the table
+	dvc repro
+	teachonce report
+
+test: install ## the quick tests
+	pytest -q -n auto -m "not slow and not gpu"
+
+slow: install ## tests with a real teacher, DVC repositories and new environments
+	pytest -q -m "slow and not gpu"
+
+check: install ## what a change must pass before a review, fastest failure first
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+	pytest -q -n auto -m "not slow and not gpu"
+
+fix: install ## what can be repaired by machine
+	ruff check --fix .
+	ruff format .
+
+install: $(VENV)/installed
+
+# torch comes first and pinned, so that its CPU build stays; a bare `torch` would pull gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[cpu,demo,dvc,dev]"
+	touch $@

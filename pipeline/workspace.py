@@ -1,0 +1,209 @@
+"""A work tree with its settings: opens what stages need, by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.layout import Layout
+from pipeline.settings import load_params
+from stages.check import Survey, read_sources
+from stages.models import find_model
+from stages.params import TEACHER, Params, RecipeParams, SettingsError
+from storage.corpus import Corpus
+from storage.embeddings import Embeddings
+from storage.errors import MissingError, TeachonceError, shown
+from storage.manifest import Manifest
+from storage.negatives import Negatives
+from storage.split import Split
+from storage.store import Store
+
+if TYPE_CHECKING:
+    from stages.distill import Caches
+    from stages.embed import Encode
+    from stages.learning.encoder import Encoder
+
+
+class Workspace:
+    """The folder that has params.yaml.
+
+    Args:
+        root: That folder.
+
+    Raises:
+        SettingsError: lists all that is wrong in params.yaml.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.at = Layout(root)
+        self.params: Params = load_params(self.at.params)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store: $TEACHONCE_STORE, or the setting, relative to the work tree."""
+        setting = os.environ.get("TEACHONCE_STORE") or self.params.store
+        return Store((self.at.root / Path(setting).expanduser()).resolve())
+
+    def corpus(self) -> Corpus:
+        """The texts."""
+        return Corpus(self.store, Manifest.load(self.at.corpus, "corpus"))
+
+    def embeddings(self) -> Embeddings:
+        """The teacher's vectors."""
+        manifest = Manifest.load(self.at.embeddings, "embeddings")
+        return Embeddings(self.store, manifest, self.corpus())
+
+    def split(self) -> Split:
+        """Which rows are for what."""
+        return Split.load(self.at.split, self.corpus())
+
+    def caches(self, recipe: RecipeParams) -> Caches:
+        """What a student learns from; mined neighbours only if the recipe asks for them."""
+        from stages.distill import Caches, needs_negatives
+        from stages.mine import parent_of
+
+        corpus = self.corpus()
+        embeddings = Embeddings(self.store, Manifest.load(self.at.embeddings, "embeddings"), corpus)
+        split = Split.load(self.at.split, corpus)
+        negatives = None
+        if needs_negatives(recipe):
+            negatives = Negatives(
+                self.store,
+                Manifest.load(self.at.negatives, "negatives"),
+                corpus,
+                mined_from=parent_of(embeddings, split),
+            )
+        return Caches(corpus, embeddings, negatives, split, self.store)
+
+    def evaluation_texts(self) -> Iterator[str]:
+        """Every text that a model will be judged on."""
+        from stages import benchmarks
+
+        params, root = self.params.evaluate, self.at.root
+        sts = [
+            benchmarks.read_sts(benchmarks.sts_files(pattern, root, name))
+            for name, pattern in params.sts.items()
+        ]
+        retrieval = [
+            benchmarks.read_beir(benchmarks.beir_folder(setting, root), name)
+            for name, setting in params.retrieval.items()
+        ]
+        return benchmarks.evaluation_texts(sts, retrieval)
+
+    def teacher(self) -> tuple[dict[str, str], Callable[[], Encode] | None]:
+        """The hashes of the teacher's files, and how to load it; None where it is not on this machine.
+
+        Raises:
+            SettingsError: it is neither here nor in the committed data/sources.json.
+        """
+        params = self.params.embed
+        survey = Survey(
+            {},
+            root=self.at.root,
+            raw=self.at.raw,
+            memory=self.at.hashes,
+            committed=read_sources(self.at.sources),
+        )
+        files = survey.teacher(params)["files"]
+        if survey.problems:
+            raise SettingsError(self.at.params.name, survey.problems)
+        try:
+            folder = self._teacher_folder()
+        except MissingError:
+            return files, None
+        return files, lambda: self._teacher_encoder(folder).encode_counted
+
+    def named(self, section: str, name: str) -> Any:  # noqa: ANN401 - the class of the section
+        """The entry `name` of a section of named entries."""
+        entries = getattr(self.params, section)
+        if name not in entries:
+            raise TeachonceError(
+                f"{section}.{shown(name)}",
+                "not in params.yaml",
+                f"choose one of {', '.join(sorted(entries)) or 'none yet'}, or add it there",
+            )
+        return entries[name]
+
+    def start_source(self, name: str) -> Path:
+        """The folder of the model that a start is cut from."""
+        params = self.named("starts", name)
+        if params.from_ == TEACHER:
+            return self._teacher_folder()
+        return find_model(
+            params.from_, revision=None, root=self.at.root, address=f"starts.{name}.from"
+        )
+
+    def student(self, name: str, recipe: str | None, start: str | None) -> tuple[RecipeParams, str]:
+        """The recipe and the name of the start of a student."""
+        known = self.params.students.get(name)
+        if known is None and (recipe is None or start is None):
+            self.named("students", name)
+        recipe_name = recipe or (known.recipe if known else "")
+        start_name = start or (known.start if known else "")
+        self.named("starts", start_name)
+        params: RecipeParams = self.named("recipes", recipe_name)
+        taken = {TEACHER, *self.params.starts}
+        if name in taken or not name.replace("-", "").replace("_", "").isalnum():
+            raise TeachonceError(
+                shown(name),
+                "cannot be the name of a student",
+                "choose another: letters, digits, - and _",
+            )
+        return params, start_name
+
+    def model_folder(self, name: str) -> Path:
+        """The folder of the teacher, a start or a student.
+
+        Raises:
+            MissingError: it is not made yet.
+        """
+        if name == TEACHER:
+            return self._teacher_folder()
+        if name in self.params.starts:
+            folder, command = self.at.start(name), "start"
+        else:
+            folder, command = self.at.model(name), "distill"
+        if not (folder / "modules.json").is_file():
+            raise MissingError(
+                folder, "no such model", f"run `teachonce {command} {shown(name)}`, or `dvc repro`"
+            )
+        return folder
+
+    def encoder(self, name: str) -> Encoder:
+        """A model ready to be evaluated; all read the same number of tokens at the same precision."""
+        folder = self.model_folder(name)
+        if name == TEACHER:
+            return self._teacher_encoder(folder)
+        from stages.learning.encoder import Encoder, pick_device
+
+        params = self.params.embed
+        return Encoder(
+            folder,
+            device=pick_device(self.params.device),
+            precision=params.precision,
+            max_tokens=params.max_tokens,
+            batch_tokens=params.batch_tokens,
+        )
+
+    def _teacher_folder(self) -> Path:
+        params = self.params.embed
+        return find_model(
+            params.teacher, revision=params.revision, root=self.at.root, address="embed.teacher"
+        )
+
+    def _teacher_encoder(self, folder: Path) -> Encoder:
+        from stages.learning.encoder import Encoder, pick_device
+
+        params = self.params.embed
+        return Encoder(
+            folder,
+            device=pick_device(self.params.device),
+            precision=params.precision,
+            max_tokens=params.max_tokens,
+            batch_tokens=params.batch_tokens,
+            prompt=params.prompt,
+            trust_remote_code=params.trust_remote_code,
+        )

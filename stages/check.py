@@ -1,0 +1,270 @@
+"""Everything that can be known before anything is computed: settings, sources, models.
+
+DVC sees neither a misspelt setting nor a new file under a glob. This stage always runs, takes about a
+second, lists all that is wrong at once, and leaves hashes of what comes from outside (data/sources.json)
+and the VERSION of each stage (data/versions.yaml); the other stages name these as their parameters.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stages import benchmarks, docs, readers
+from stages.models import file_hashes, find_model, sha256_of
+from stages.outcome import Outcome, log, write_json
+from stages.params import (
+    TEACHER,
+    EmbedParams,
+    EvaluateParams,
+    Problem,
+    Sections,
+    SettingsError,
+    ShardParams,
+    StartParams,
+)
+from storage import durable
+from storage.errors import MissingError, TeachonceError
+
+VERSIONED = ("docs", "shard", "split", "embed", "start", "mine", "distill", "evaluate", "report")
+
+Entry = dict[str, Any]
+"""What a stage reads from outside: `declared` (the settings that name it) and `files` (their hashes)."""
+
+
+def run(
+    problems: Sequence[Problem],
+    sections: Sections,
+    *,
+    root: Path,
+    raw: Path,
+    memory: Path,
+    out: Path,
+    versions: Path,
+) -> Outcome:
+    """Look at everything and write the two files.
+
+    Args:
+        problems: What is wrong with params.yaml itself.
+        sections: The sections that are right.
+        root: The work tree.
+        raw: Where `docs` writes; files below it are its outputs, not sources.
+        memory: Hashes remembered by path, size and time.
+        out: data/sources.json.
+        versions: data/versions.yaml.
+
+    Raises:
+        SettingsError: lists everything wrong.
+    """
+    survey = Survey(sections, root=root, raw=raw, memory=memory, committed=read_sources(out))
+    sources = survey.sources()
+    problems = [*problems, *survey.problems]
+    if problems:
+        raise SettingsError("params.yaml", problems)
+    write_json(out, sources)
+    lines = [f"{stage}: {version_of(stage)}" for stage in VERSIONED]
+    durable.replace(versions, ("\n".join(lines) + "\n").encode())
+    entries = [*sources.values(), *sources.get("evaluation", {}).values()]
+    files = sum(len(entry["files"]) for entry in entries if "files" in entry)
+    return Outcome(
+        stage="check",
+        made=out,
+        summary=f"settings are right; {files} files of sources, evaluation sets and the teacher are there",
+        facts={"files": files},
+    )
+
+
+class Survey:
+    """Looks at what the settings name, and collects what is wrong instead of stopping at the first.
+
+    Args:
+        sections: The sections of params.yaml that could be read.
+        root: The work tree.
+        raw: Where `docs` writes.
+        memory: Hashes remembered by path, size and time.
+        committed: The data/sources.json that is there; what is not on this machine is taken from it,
+            as long as the settings that name it are the same.
+    """
+
+    def __init__(
+        self,
+        sections: Sections,
+        *,
+        root: Path,
+        raw: Path,
+        memory: Path,
+        committed: Mapping[str, Any],
+    ) -> None:
+        self.sections, self.root, self.raw, self.committed = sections, root, raw, committed
+        self.sha256 = RememberedHashes(memory)
+        self.problems: list[Problem] = []
+
+    def sources(self) -> dict[str, Any]:
+        """One entry for each stage that reads something from outside."""
+        sections = self.sections
+        found: dict[str, Any] = {}
+        if "docs" in sections:
+            packages = sections["docs"].packages
+            found["docs"] = self._entry(
+                "docs",
+                {"packages": list(packages)},
+                lambda: docs.package_versions(sections["docs"]),
+            )
+        if "shard" in sections:
+            found["shard"] = self._shard(sections["shard"])
+        if "evaluate" in sections:
+            found["evaluation"] = self._evaluation(sections["evaluate"])
+        if "embed" in sections:
+            found["teacher"] = self.teacher(sections["embed"])
+            found["starts"] = {
+                name: self._start(name, start, sections["embed"])
+                for name, start in sections.get("starts", {}).items()
+            }
+        self.sha256.save()
+        return found
+
+    def teacher(self, params: EmbedParams) -> Entry:
+        """The teacher's entry; its files may come from the committed one."""
+        declared = {"name": params.teacher, "revision": params.revision}
+
+        def files() -> dict[str, str]:
+            address = "embed.teacher"
+            folder = find_model(
+                params.teacher, revision=params.revision, root=self.root, address=address
+            )
+            return file_hashes(folder, address=address, sha256=self.sha256)
+
+        return self._entry("teacher", declared, files)
+
+    def _start(self, name: str, params: StartParams, teacher: EmbedParams) -> Entry:
+        if params.from_ == TEACHER:
+            return (
+                self.teacher(teacher) if not self._is_reported("embed.teacher") else {"files": {}}
+            )
+        address = f"starts.{name}.from"
+
+        def files() -> dict[str, str]:
+            folder = find_model(params.from_, revision=None, root=self.root, address=address)
+            return file_hashes(folder, address=address, sha256=self.sha256)
+
+        committed = self.committed.get("starts", {}).get(name, {})
+        return self._entry("starts", {"name": params.from_}, files, committed=committed)
+
+    def _shard(self, params: ShardParams) -> Entry:
+        declared = {"sources": list(params.sources), "field": params.field}
+        outside = [pattern for pattern in params.sources if not self._is_made_here(pattern)]
+
+        return self._entry(
+            "shard",
+            declared,
+            lambda: self._hashed(
+                lambda: readers.source_files(outside, self.root) if outside else []
+            ),
+        )
+
+    def _evaluation(self, params: EvaluateParams) -> dict[str, Entry]:
+        """An entry for each evaluation set that is not made by `docs`."""
+        looks: dict[str, tuple[str, Callable[[], list[Path]]]] = {}
+        for name, pattern in params.sts.items():
+            looks[f"sts.{name}"] = pattern, partial(benchmarks.sts_files, pattern, self.root, name)
+        for name, setting in params.retrieval.items():
+            folder = benchmarks.beir_folder(setting, self.root)
+            looks[f"retrieval.{name}"] = setting, partial(benchmarks.beir_files, folder, name)
+        committed = self.committed.get("evaluation", {})
+        return {
+            key: self._entry(
+                key, {"is": setting}, partial(self._hashed, look), committed=committed.get(key, {})
+            )
+            for key, (setting, look) in looks.items()
+            if not self._is_made_here(setting)
+        }
+
+    def _hashed(self, look: Callable[[], list[Path]]) -> list[list[str]]:
+        return [[path.name, self.sha256(path)] for path in look()]
+
+    def _is_made_here(self, pattern: str) -> bool:
+        """Whether a pattern names outputs of `docs`, which DVC itself follows."""
+        return (self.root / Path(pattern).expanduser()).is_relative_to(self.raw)
+
+    def _is_reported(self, address: str) -> bool:
+        return any(known == address for known, _ in self.problems)
+
+    def _entry(
+        self,
+        name: str,
+        declared: Mapping[str, Any],
+        look: Callable[[], Any],
+        *,
+        committed: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Look; what is not on this machine is taken from the committed entry of the same settings."""
+        committed = self.committed.get(name, {}) if committed is None else committed
+        try:
+            return {"declared": dict(declared), "files": look()}
+        except MissingError as error:
+            if committed.get("files") and committed.get("declared") == declared:
+                log.info("check: %s: %s; what is committed stands", error.where, error.problem)
+                return {"declared": dict(declared), "files": committed["files"]}
+            self._report(error)
+        except TeachonceError as error:
+            self._report(error)
+        return {"declared": dict(declared), "files": {}}
+
+    def _report(self, error: TeachonceError) -> None:
+        self.problems.append((error.where, f"{error.problem}\n    cure: {error.cure}"))
+
+
+class RememberedHashes:
+    """The sha256 of files, remembered by path, size and time of change.
+
+    Args:
+        memory: A JSON file; losing it costs time, nothing else.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        self.known: dict[str, list[Any]] = {}
+        try:
+            known = json.loads(memory.read_bytes())
+            self.known = known if isinstance(known, dict) else {}
+        except (OSError, ValueError):
+            pass
+
+    def __call__(self, path: Path) -> str:
+        """The sha256 of a file, as hex."""
+        status = path.stat()
+        seen = [status.st_size, status.st_mtime_ns]
+        entry = self.known.get(str(path))
+        if not (isinstance(entry, list) and entry[:2] == seen and len(entry) == 3):
+            entry = [*seen, sha256_of(path)]
+            self.known[str(path)] = entry
+        return str(entry[2])
+
+    def save(self) -> None:
+        """Write the memory for the next run."""
+        write_json(self.memory, self.known)
+
+
+def read_sources(path: Path) -> dict[str, Any]:
+    """A data/sources.json that is there, or nothing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def version_of(stage: str) -> int:
+    """The VERSION of a stage, read from its source: importing it would take torch along."""
+    spec = importlib.util.find_spec(f"stages.{stage}")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"stages.{stage}")
+    for node in ast.parse(Path(spec.origin).read_bytes()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VERSION":
+            return int(ast.literal_eval(node.value))
+    raise AttributeError(f"stages.{stage} has no VERSION")

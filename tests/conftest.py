@@ -1,0 +1,159 @@
+"""Real parts for tests: a store, a corpus, a hash-based teacher, a tiny transformer on disk."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from stages import embed
+from stages.params import EmbedParams
+from storage.corpus import Corpus, cut, put_texts
+from storage.manifest import Manifest
+from storage.store import Store
+
+WORDS = """amber basin cedar delta ember fjord glade harbor island jungle kettle lantern meadow nectar
+orchard pepper quarry river saddle timber umbrella valley willow yellow zephyr anchor bridge candle
+desert engine forest garden hammer insect jacket kitchen ladder mirror needle oyster pencil quiver
+rocket silver tunnel uncle violin window yogurt zipper""".split()
+
+
+def sentences(count, *, seed=0):
+    """`count` distinct sentences of 4 to 12 words."""
+    draw = np.random.default_rng(seed)
+    found = {}
+    while len(found) < count:
+        words = draw.choice(WORDS, size=draw.integers(4, 13))
+        found.setdefault(" ".join(words).capitalize() + ".")
+    return list(found)
+
+
+class HashTeacher:
+    """A teacher whose vector of a text is a function of its bytes; counts what it was asked."""
+
+    def __init__(self, dim=16, *, scale=1.0):
+        self.dim, self.scale, self.texts_seen = dim, scale, 0
+
+    def __call__(self, texts):
+        self.texts_seen += len(texts)
+        vectors = np.stack([self.vector(text) for text in texts])
+        tokens = sum(len(text.split()) for text in texts)
+        return Made(vectors, tokens=tokens, truncated=0)
+
+    def vector(self, text):
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        vector = np.random.default_rng(seed).normal(size=self.dim).astype(np.float32)
+        return self.scale * vector / np.linalg.norm(vector)
+
+
+@dataclass
+class Made:
+    vectors: np.ndarray
+    tokens: int
+    truncated: int
+
+
+def embed_params(**changes):
+    return EmbedParams.model_validate(
+        {
+            "teacher": "a/teacher",
+            "revision": None,
+            "prompt": "",
+            "max_tokens": 32,
+            "precision": "fp32",
+            "storage": "float32",
+            "trust_remote_code": False,
+            "batch_tokens": 512,
+        }
+        | changes
+    )
+
+
+@dataclass
+class Place:
+    """A folder with a store, and the few steps that most tests begin with."""
+
+    root: Path
+
+    @property
+    def store(self):
+        """A store that remembers nothing: each use is a new process's."""
+        return Store(self.root / "store")
+
+    def corpus(self, texts, *, rows_per_shard=64):
+        objects = [put_texts(self.store, shard) for shard in cut(texts, rows_per_shard)]
+        manifest = Manifest(kind="corpus", recipe={}, parent=None, objects=tuple(objects))
+        manifest.save(self.root / "corpus.json", self.store)
+        return Corpus(self.store, manifest)
+
+    def embed(self, corpus, teacher, *, files=None, params=None):
+        return embed.run(
+            params or embed_params(),
+            files=files or {"model.safetensors": "0" * 64},
+            corpus=corpus,
+            store=self.store,
+            load_teacher=None if teacher is None else lambda: teacher,
+            out=self.root / "embeddings.json",
+            facts=self.root / "embed-facts.json",
+        )
+
+    @property
+    def embeddings(self):
+        return Manifest.load(self.root / "embeddings.json", "embeddings")
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A BERT of 4 layers and 32 dimensions with random weights, as a sentence-transformers folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return make_tiny_model(folder)
+
+
+def make_tiny_model(folder, *, layers=4, width=32, seed=0, normalize=True):
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *WORDS, *".,:;!?()'-", *[chr(c) for c in range(97, 123)]]
+    pieces += [f"##{chr(c)}" for c in range(97, 123)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    body = folder.parent / f"{folder.name}-body"
+    BertModel(config).save_pretrained(body)
+    tokenizer.save_pretrained(body)
+    modules = [Transformer(str(body), max_seq_length=64), Pooling(width, pooling_mode="mean")]
+    if normalize:
+        modules.append(Normalize())
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    return folder

@@ -1,0 +1,333 @@
+"""Objectives, candidates and batches: each formula beside its slow definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stages.learning.agreement import rank_agreement, spread, top_overlap
+from stages.learning.batches import epoch_batches
+from stages.learning.candidates import CandidateSource
+from stages.learning.objectives import LEAST_TEMPERATURE, Candidates, Objectives, ckd, kd
+from stages.learning.loop import learning_rate
+from stages.params import CkdObjective, KdObjective, RecipeParams
+from storage.column import text_keys_of
+from storage.embeddings import Embeddings
+from storage.manifest import Manifest
+from storage.negatives import NONE, Negatives, put_negatives
+from tests.conftest import HashTeacher, sentences
+
+
+def unit(*shape, seed=0):
+    vectors = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def ckd_objective(**changes):
+    return CkdObjective.model_validate(
+        {
+            "name": "ckd",
+            "weight": 1.0,
+            "temperature": 0.1,
+            "learnable_temperature": True,
+            "queue": 8,
+            "neighbours": 2,
+        }
+        | changes
+    )
+
+
+# --------------------------------------------------------------------------------------- definitions
+
+
+def slow_kd(student, teacher):
+    rows, width = student.shape
+    total = 0.0
+    for i in range(rows):
+        for d in range(width):
+            total += (float(student[i, d]) - float(teacher[i, d])) ** 2
+    return total / (rows * width)
+
+
+def test_kd_is_its_definition():
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    assert float(kd(student, teacher)) == pytest.approx(slow_kd(student, teacher), rel=1e-5)
+    assert float(kd(teacher, teacher)) == 0.0
+
+
+def slow_ckd(student, candidates, scale):
+    """One row, one candidate at a time, in double precision."""
+    losses = []
+    for i, vector in enumerate(student.double()):
+        direction = vector / vector.norm()
+        terms, own = [], None
+        for j, other in enumerate(candidates.vectors.double()):
+            term = math.exp(scale * float(direction @ other))
+            if j == int(candidates.own[i]):
+                own = term
+            elif candidates.same_text[i, j]:
+                continue
+            terms.append(term)
+        losses.append(-math.log(own / sum(terms)))
+    return sum(losses) / len(losses)
+
+
+def test_ckd_is_its_definition():
+    same = torch.zeros(4, 11, dtype=torch.bool)
+    same[0, [0, 7]] = same[1, 1] = same[2, [2, 3, 9]] = same[3, [2, 3]] = True
+    candidates = Candidates(unit(11, 6), own=torch.arange(4), same_text=same)
+    student = 3 * torch.randn(4, 6)
+    fast = float(ckd(student, candidates, torch.tensor(8.0)))
+    assert fast == pytest.approx(slow_ckd(student, candidates, 8.0), rel=1e-5)
+
+
+def test_ckd_of_a_student_that_knows_nothing_is_the_logarithm_of_the_candidates():
+    vectors = torch.eye(8)[:, :]
+    candidates = Candidates(vectors, own=torch.arange(3), same_text=torch.zeros(3, 8, dtype=torch.bool))
+    student = torch.ones(3, 8)
+    assert float(ckd(student, candidates, torch.tensor(20.0))) == pytest.approx(math.log(8), rel=1e-5)
+
+
+def test_a_perfect_student_has_no_floor_although_its_own_text_stands_in_the_queue():
+    """Six copies of each row's text among the candidates: without the mask the loss is log(1 + 6)."""
+    own = torch.eye(4)
+    vectors = torch.cat([own, own.repeat(6, 1)])
+    same = vectors @ own.T > 0.5
+    masked = Candidates(vectors, own=torch.arange(4), same_text=same.T)
+    unmasked = Candidates(vectors, own=torch.arange(4), same_text=torch.zeros_like(same.T))
+    scale = torch.tensor(100.0)
+    assert float(ckd(own, masked, scale)) == pytest.approx(0.0, abs=1e-6)
+    assert float(ckd(own, unmasked, scale)) == pytest.approx(math.log(7), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.5, 0.1)])
+def test_the_objectives_are_summed_by_weight(weights):
+    objectives = Objectives(
+        [
+            KdObjective(name="kd", weight=weights[0]),
+            ckd_objective(weight=weights[1], temperature=0.25),
+        ]
+    )
+    student, teacher = torch.randn(3, 6), unit(3, 6)
+    candidates = Candidates(
+        unit(9, 6, seed=2), own=torch.arange(3), same_text=torch.zeros(3, 9, dtype=torch.bool)
+    )
+    total, parts = objectives(student, teacher, [None, candidates])
+    total = total.detach()
+    assert objectives.names == ["kd", "ckd"]
+    assert parts[0] == pytest.approx(slow_kd(student, teacher), rel=1e-5)
+    assert parts[1] == pytest.approx(slow_ckd(student, candidates, 4.0), rel=1e-5)
+    assert float(total) == pytest.approx(weights[0] * parts[0] + weights[1] * parts[1], rel=1e-5)
+
+
+def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
+    student = torch.randn(3, 6, requires_grad=True)
+    candidates = Candidates(
+        unit(9, 6), own=torch.arange(3), same_text=torch.zeros(3, 9, dtype=torch.bool)
+    )
+    for learnable in (True, False):
+        objectives = Objectives([ckd_objective(learnable_temperature=learnable)])
+        total, _ = objectives(student, unit(3, 6), [candidates])
+        total.backward()
+        (scale,) = objectives.parameters()
+        assert (scale.grad is not None and float(scale.grad) != 0) == learnable
+        assert objectives.temperatures() == {"ckd": pytest.approx(0.1)}
+        with torch.no_grad():
+            scale.fill_(50.0)
+        assert objectives.temperatures()["ckd"] == pytest.approx(LEAST_TEMPERATURE)
+
+
+def test_two_of_a_kind_have_two_names():
+    assert Objectives([ckd_objective(), ckd_objective()]).names == ["ckd", "ckd-2"]
+
+
+def test_the_gradient_goes_to_the_student_alone():
+    student, vectors = torch.randn(3, 6, requires_grad=True), unit(9, 6).requires_grad_()
+    same = torch.zeros(3, 9, dtype=torch.bool)
+    with torch.no_grad():
+        frozen = vectors.clone()
+    ckd(student, Candidates(frozen, torch.arange(3), same), torch.tensor(5.0)).backward()
+    assert torch.isfinite(student.grad).all()
+    assert float(student.grad.abs().sum()) > 0
+    assert vectors.grad is None
+
+
+# ---------------------------------------------------------------------------------------- candidates
+
+
+@pytest.fixture
+def source(place):
+    """Candidates from a corpus of 200 rows, of which every fifth takes no part."""
+    corpus = place.corpus(sentences(200))
+    place.embed(corpus, HashTeacher())
+    embeddings = Embeddings(place.store, place.embeddings, corpus)
+    train = np.flatnonzero(np.arange(200) % 5 != 0)
+    objects = []
+    for shard in range(len(corpus.objects)):
+        ids = np.arange(corpus.starts[shard], corpus.starts[shard + 1])
+        neighbours = np.stack([(ids + 1) % 200, (ids + 2) % 200, np.full(len(ids), NONE)], axis=1)
+        objects.append(
+            put_negatives(
+                place.store,
+                f"negatives/{'a' * 40}/{shard:06}.arrow",
+                neighbours=neighbours,
+                scores=np.zeros(neighbours.shape, np.float32),
+                text_keys=text_keys_of(corpus.batch(shard)),
+                facts={},
+            )
+        )
+    manifest = Manifest(kind="negatives", recipe={}, parent="p", objects=tuple(objects))
+    return CandidateSource(
+        embeddings,
+        Negatives(place.store, manifest, corpus, mined_from="p"),
+        train=train,
+        text_keys=corpus.text_keys,
+        seed=7,
+        device=torch.device("cpu"),
+    )
+
+
+def test_candidates_are_the_batch_its_neighbours_and_a_queue_of_training_rows(source):
+    ids = np.array([11, 3, 12])
+    rows = source.rows(ckd_objective(queue=0, neighbours=2), ids, step=0)
+    assert rows.tolist() == [11, 3, 12, 4, 5, 13, 14]
+    rows = source.rows(ckd_objective(queue=50, neighbours=0), ids, step=0)
+    assert rows[:3].tolist() == [11, 3, 12]
+    assert len(set(rows.tolist())) == len(rows)
+    assert not any(row % 5 == 0 for row in rows)
+
+
+def test_the_queue_is_drawn_by_seed_and_step_alone(source):
+    ids, objective = np.array([1, 2]), ckd_objective(queue=50, neighbours=0)
+    again = source.rows(objective, ids, step=4)
+    assert np.array_equal(source.rows(objective, ids, step=4), again)
+    assert not np.array_equal(source.rows(objective, ids, step=5), again)
+    source.seed = 8
+    assert not np.array_equal(source.rows(objective, ids, step=4), again)
+
+
+def test_candidate_vectors_are_the_teachers_and_know_their_own_text(source):
+    ids = np.array([11, 3])
+    objective = ckd_objective(queue=20)
+    drawn = source.draw(objective, ids, step=1)
+    rows = source.rows(objective, ids, step=1)
+    expected = source.embeddings.rows_of(rows)
+    assert np.allclose(drawn.vectors.numpy(), expected, atol=1e-6)
+    assert drawn.own.tolist() == [0, 1]
+    assert drawn.same_text.numpy().tolist() == (ids[:, None] == rows[None, :]).tolist()
+
+
+def test_rows_of_equal_text_are_told_by_their_key(source):
+    source.half_keys[5] = source.half_keys[11]
+    drawn = source.draw(ckd_objective(queue=0, neighbours=2), np.array([11, 3]), step=0)
+    # Rows: 11, 3, then neighbours 4, 5, 12, 13; row 5 now has the text of row 11.
+    assert drawn.same_text.tolist() == [
+        [True, False, False, True, False, False],
+        [False, True, False, False, False, False],
+    ]
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+
+def test_an_epoch_visits_each_row_once_in_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(4, 60, size=10_000).astype(np.int32)
+    rows = np.arange(10_000) * 3
+    batches = epoch_batches(rows, lengths, batch_size=64, seed=1, epoch=0)
+    seen = np.concatenate(batches)
+    assert len(set(seen.tolist())) == len(seen) >= 10_000 - 64
+    assert set(seen.tolist()) <= set(rows.tolist())
+    padded = sum(64 * lengths[batch // 3].max() for batch in batches)
+    assert padded / lengths[seen // 3].sum() < 1.1
+    order = [lengths[batch // 3].mean() for batch in batches]
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.2
+
+
+def test_an_epoch_has_an_address():
+    lengths = np.full(500, 9, np.int32)
+
+    def batches(seed, epoch):
+        return np.stack(
+            epoch_batches(np.arange(500), lengths, batch_size=50, seed=seed, epoch=epoch)
+        ).tolist()
+
+    assert batches(0, 3) == batches(0, 3)
+    assert batches(0, 3) != batches(0, 2)
+    assert batches(0, 3) != batches(1, 3)
+
+
+def test_a_corpus_smaller_than_a_batch_is_one_batch():
+    (batch,) = epoch_batches(np.arange(7), np.full(7, 3, np.int32), batch_size=64, seed=0, epoch=0)
+    assert sorted(batch) == list(range(7))
+
+
+def test_no_length_is_left_out_more_than_others():
+    """The rest that fills no batch is left out before sorting, or it would always be the longest."""
+    lengths = np.arange(130).astype(np.int32)
+    left_out = []
+    for epoch in range(200):
+        seen = np.concatenate(epoch_batches(np.arange(130), lengths, batch_size=64, seed=0, epoch=epoch))
+        left_out += sorted(set(range(130)) - set(seen.tolist()))
+    assert len(left_out) == 400
+    assert 50 < np.mean(left_out) < 80
+
+
+# ---------------------------------------------------------------------------- schedule and agreement
+
+
+def test_the_learning_rate_rises_then_falls():
+    params = RecipeParams.model_construct(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, params) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+
+
+def slow_rank_agreement(ours, teacher):
+    """Ranks by counting, then Pearson by its formula."""
+
+    def pairs(vectors):
+        found = []
+        for i in range(len(vectors)):
+            for j in range(i + 1, len(vectors)):
+                a, b = vectors[i], vectors[j]
+                found.append(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
+        return found
+
+    def ranks(values):
+        return [sum(v < w for v in values) + sum(v == w for v in values) / 2 for w in values]
+
+    x, y = ranks(pairs(ours)), ranks(pairs(teacher))
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    below = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    return top / below
+
+
+def test_rank_agreement_is_its_definition():
+    draw = np.random.default_rng(0)
+    ours, teacher = draw.normal(size=(14, 5)), draw.normal(size=(14, 9))
+    assert rank_agreement(ours, teacher) == pytest.approx(slow_rank_agreement(ours, teacher), abs=1e-6)
+    assert rank_agreement(3 * teacher, teacher) == pytest.approx(1.0)
+
+
+def test_top_overlap_counts_shared_neighbours():
+    draw = np.random.default_rng(0)
+    ours, teacher = draw.normal(size=(30, 5)), draw.normal(size=(30, 5))
+
+    def nearest(vectors, i):
+        cosine = [
+            float(vectors[i] @ v) / float(np.linalg.norm(vectors[i]) * np.linalg.norm(v)) for v in vectors
+        ]
+        return set(sorted((j for j in range(30) if j != i), key=lambda j: -cosine[j])[:10])
+
+    expected = np.mean([len(nearest(ours, i) & nearest(teacher, i)) / 10 for i in range(30)])
+    assert top_overlap(ours, teacher) == pytest.approx(expected)
+    assert top_overlap(teacher * 2, teacher) == 1.0
+
+
+def test_rows_are_spread_evenly():
+    assert spread(np.arange(10), most=4).tolist() == [0, 3, 6, 9]
+    assert spread(np.arange(3), most=4).tolist() == [0, 1, 2]

@@ -1,0 +1,195 @@
+"""The teacher pass: what is done once is never done again, and nothing wrong is stored."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from stages import embed
+from storage.embeddings import BadVectorsError, Embeddings
+from storage.errors import DamagedError, MissingError, TeachonceError
+from storage.manifest import fingerprint
+from tests.conftest import HashTeacher, Made, embed_params, sentences
+
+FILES = {"model.safetensors": "0" * 64, "config.json": "1" * 64}
+
+
+class DiesAfter(HashTeacher):
+    """A teacher whose machine is switched off in the middle of a run."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __call__(self, texts):
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return super().__call__(texts)
+
+
+def test_vectors_are_the_teachers_row_by_row(place):
+    texts = sentences(300)
+    corpus = place.corpus(texts)
+    teacher = HashTeacher()
+    outcome = place.embed(corpus, teacher)
+    vectors = Embeddings(place.store, place.embeddings, corpus).rows_of(np.arange(300))
+    assert np.array_equal(vectors, np.stack([teacher.vector(text) for text in texts]))
+    assert outcome.facts["texts"] == 300
+    assert outcome.facts["tokens"] == sum(len(text.split()) for text in texts)
+
+
+def test_a_run_that_died_goes_on_and_ends_with_the_same_bytes(place, tmp_path):
+    corpus = place.corpus(sentences(400))
+    with pytest.raises(KeyboardInterrupt):
+        place.embed(corpus, DiesAfter(calls=3))
+    rest = HashTeacher()
+    outcome = place.embed(corpus, rest)
+    assert outcome.facts["shards_found"] == 3
+    assert rest.texts_seen == sum(entry.rows for entry in corpus.objects[3:])
+    resumed = (place.root / "embeddings.json").read_bytes()
+
+    whole = type(place)(tmp_path / "whole")
+    whole.embed(whole.corpus(sentences(400)), HashTeacher())
+    assert (whole.root / "embeddings.json").read_bytes() == resumed
+    assert (whole.root / "embed-facts.json").read_bytes() == (
+        place.root / "embed-facts.json"
+    ).read_bytes()
+
+
+def test_if_all_is_there_no_teacher_is_needed(place):
+    corpus = place.corpus(sentences(100))
+    place.embed(corpus, HashTeacher())
+    before = (place.root / "embeddings.json").read_bytes()
+    outcome = place.embed(corpus, None)
+    assert outcome.facts["shards_embedded"] == 0
+    assert (place.root / "embeddings.json").read_bytes() == before
+
+
+def test_a_machine_without_the_teacher_says_which_shards_are_missing(place):
+    corpus = place.corpus(sentences(200))
+    with pytest.raises(KeyboardInterrupt):
+        place.embed(corpus, DiesAfter(calls=1))
+    with pytest.raises(MissingError, match=r"of \d+ shards are not in the store \(shards 1, 2") as error:
+        place.embed(corpus, None)
+    assert error.value.exit_code == 3
+    assert not (place.root / "embeddings.json").exists()
+
+
+def test_going_back_to_a_teacher_embeds_nothing(place):
+    corpus = place.corpus(sentences(100))
+    place.embed(corpus, HashTeacher(), files=FILES)
+    first = (place.root / "embeddings.json").read_bytes()
+    place.embed(corpus, HashTeacher(dim=8), files=FILES | {"config.json": "2" * 64})
+    back = HashTeacher()
+    place.embed(corpus, back, files=FILES)
+    assert back.texts_seen == 0
+    assert (place.root / "embeddings.json").read_bytes() == first
+
+
+def test_growth_and_removal_embed_little(place):
+    texts = sentences(6000)
+    place.embed(place.corpus(texts), HashTeacher())
+    new = [f"{text} And then some." for text in sentences(600, seed=3)]
+    cases = {
+        "at the end": ([*texts, *new], 0.15),
+        "at the front": ([*new, *texts], 0.15),
+        "one removed": (texts[:3000] + texts[3001:], 0.10),
+    }
+    for case, (changed, most) in cases.items():
+        teacher = HashTeacher()
+        place.embed(place.corpus(changed), teacher)
+        assert teacher.texts_seen / len(changed) <= most, case
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "query: "},
+        {"max_tokens": 33},
+        {"precision": "bf16"},
+        {"storage": "float16"},
+        {"trust_remote_code": True},
+    ],
+)
+def test_each_setting_of_the_recipe_changes_the_fingerprint(change):
+    plain = fingerprint(embed.recipe(embed_params(), FILES))
+    assert fingerprint(embed.recipe(embed_params(**change), FILES)) != plain
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        FILES | {"config.json": "2" * 64},
+        FILES | {"1_Pooling/config.json": "1" * 64},
+        {"model.safetensors": "0" * 64},
+    ],
+)
+def test_each_file_of_the_teacher_changes_the_fingerprint(files):
+    plain = fingerprint(embed.recipe(embed_params(), FILES))
+    assert fingerprint(embed.recipe(embed_params(), files)) != plain
+
+
+@pytest.mark.parametrize("change", [{"batch_tokens": 64}, {"teacher": "b/mirror"}, {"revision": "v1"}])
+def test_what_only_says_where_and_how_fast_does_not(change):
+    plain = fingerprint(embed.recipe(embed_params(), FILES))
+    assert fingerprint(embed.recipe(embed_params(**change), FILES)) == plain
+
+
+@pytest.mark.parametrize(("poison", "said"), [(np.nan, "NaN"), (0.0, "zero")])
+def test_poison_stops_the_run_and_keeps_the_shards_before_it(place, poison, said):
+    class Poisoned(DiesAfter):
+        def __call__(self, texts):
+            self.calls -= 1
+            made = HashTeacher.__call__(self, texts)
+            if self.calls == 0:
+                made.vectors[5] = poison
+            return made
+
+    corpus = place.corpus(sentences(300))
+    with pytest.raises(BadVectorsError, match=f"1 of .* vectors are {said}.*: rows 5 of the shard"):
+        place.embed(corpus, Poisoned(calls=3))
+    assert len(list((place.root / "store/vectors").rglob("*.arrow"))) == 2
+
+
+def test_a_teacher_that_loses_rows_is_refused(place):
+    def forgetful(texts):
+        return Made(np.ones((len(texts) - 1, 4), np.float32), tokens=1, truncated=0)
+
+    with pytest.raises(TeachonceError, match="vectors for"):
+        place.embed(place.corpus(sentences(50)), forgetful)
+
+
+def test_rot_is_not_carried_into_a_fresh_manifest(place):
+    corpus = place.corpus(sentences(200))
+    place.embed(corpus, HashTeacher())
+    path = place.store.path(place.embeddings.objects[1].key)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    (place.root / "embeddings.json").unlink()
+    with pytest.raises(DamagedError, match=r"damaged.*sha256 differs"):
+        place.embed(corpus, HashTeacher())
+    assert not (place.root / "embeddings.json").exists()
+
+
+def test_the_way_to_a_fake_teacher_imports_no_torch(tmp_path):
+    """Fault tests start hundreds of processes, and `check` must answer in a second."""
+    code = """
+        import sys
+        import stages.check, stages.embed, stages.shard, stages.split, pipeline.cli, pipeline.workspace
+        heavy = {"torch", "transformers", "sentence_transformers", "faiss", "datasets"}
+        print(sorted(heavy & set(sys.modules)))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ},
+    )
+    assert run.stdout.strip() == "[]"

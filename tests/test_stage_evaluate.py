@@ -1,0 +1,543 @@
+"""Evaluation: files read or refused, formulas beside their slow forms, and a model measured end to end."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+
+from stages import evaluate
+from stages.benchmarks import (
+    RetrievalSet,
+    beir_files,
+    beir_folder,
+    evaluation_texts,
+    read_beir,
+    read_sts,
+    sts_files,
+)
+from stages.params import EvaluateParams
+from storage.corpus import Corpus, cut, put_texts, shard_digest
+from storage.embeddings import Embeddings, put_vectors
+from storage.errors import TeachonceError
+from storage.manifest import Manifest
+from storage.split import Split
+from storage.store import Store
+
+STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
+JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
+QRELS_CURE = "write a header line, then each line as query id, tab, document id, tab, whole number"
+
+
+def hashed(text, dim=16):
+    """A vector that depends on the text alone."""
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
+
+
+class HashEncoder:
+    """A model whose vectors depend on nothing but the text; it remembers what it was asked."""
+
+    parameters, megabytes, device = 1234, 5.67891, "abacus"
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, texts, *, role):
+        self.asked.append((role, list(texts)))
+        return np.array([hashed(text) for text in texts])
+
+
+class BrokenEncoder(HashEncoder):
+    """A model that has seen a learning rate too large: it knows no vector for one text."""
+
+    def __init__(self, unknown):
+        super().__init__()
+        self.unknown = unknown
+
+    def encode(self, texts, *, role):
+        vectors = super().encode(texts, role=role)
+        vectors[[text == self.unknown for text in texts], 3] = np.nan
+        return vectors
+
+
+def write_beir(folder, *, corpus, queries, qrels, qrels_file="qrels.tsv"):
+    (folder / qrels_file).parent.mkdir(parents=True, exist_ok=True)
+    for file, lines in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
+        text = "".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines)
+        (folder / file).write_text(text)
+    (folder / qrels_file).write_text("".join(f"{line}\n" for line in qrels))
+    return folder
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """Two documents, three queries; the last has no relevant document."""
+    return write_beir(
+        tmp_path / "docs",
+        corpus=[
+            {"_id": "d1", "title": "Join", "text": "puts strings together"},
+            {"_id": "d0", "title": "", "text": "cuts a string"},
+        ],
+        queries=[
+            {"_id": "q1", "text": "how to split"},
+            {"_id": "q0", "text": "how to join"},
+            {"_id": "q2", "text": "how to fly"},
+        ],
+        qrels=["query-id\tcorpus-id\tscore", "q0\td1\t2", "q1\td0\t1", "q1\td1\t0", "q2\td1\t0"],
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    store = Store(tmp_path / "store")
+    texts = [f"Sentence number {i} is about {i * 7 % 13}." for i in range(120)]
+    objects = [put_texts(store, shard) for shard in cut(texts, rows_per_shard=32)]
+    return Corpus(store, Manifest(kind="corpus", recipe={}, parent=None, objects=objects))
+
+
+@pytest.fixture
+def embeddings(corpus):
+    """The vectors of a teacher that is `HashEncoder`."""
+    objects = [
+        put_vectors(
+            corpus.store,
+            f"vectors/{'a' * 40}/{shard_digest(entry)}.arrow",
+            vectors=np.array([hashed(text) for text in corpus.texts(shard)]),
+            text_keys=corpus.text_keys[corpus.starts[shard] : corpus.starts[shard + 1]],
+            storage="float32",
+            facts={},
+        )
+        for shard, entry in enumerate(corpus.objects)
+    ]
+    manifest = Manifest(
+        kind="embeddings", recipe={}, parent=corpus.manifest.content, objects=objects
+    )
+    return Embeddings(corpus.store, manifest, corpus)
+
+
+def split_of(corpus, heldout):
+    return Split(corpus=corpus.manifest.content, heldout=heldout, evaluation=())
+
+
+def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, **params):
+    params = EvaluateParams.model_validate({"sts": {}, "retrieval": {}, "speed_texts": 8} | params)
+    return evaluate.run(
+        params,
+        name="kd",
+        encoder=encoder,
+        corpus=corpus,
+        embeddings=embeddings,
+        split=split_of(corpus, heldout),
+        root=tmp_path,
+        out=tmp_path / "kd.json",
+    )
+
+
+def message(call, *arguments):
+    with pytest.raises(TeachonceError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def test_files_of_one_name_are_one_set(tmp_path):
+    (tmp_path / "STS12").mkdir()
+    (tmp_path / "STS12/b.tsv").write_text("3\tx\ty\n")
+    (tmp_path / "STS12/a.tsv").write_bytes(
+        '4.5\tsaid "no\tor so\textra\n0\tline\u2028break\tcr\r\n'.encode()
+    )
+    pairs = read_sts(sts_files("STS12/*.tsv", tmp_path, "STS12"))
+    assert pairs.scores.tolist() == [4.5, 0, 3]
+    assert pairs.first == ['said "no', "line\u2028break", "x"]
+    assert pairs.second == ["or so", "cr", "y"]
+
+
+def test_a_glob_may_be_absolute_or_below_home(tmp_path, monkeypatch):
+    (tmp_path / "a.tsv").write_text("")
+    (tmp_path / "b.tsv").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    assert sts_files(f"{tmp_path}/*.tsv", elsewhere, "x") == [tmp_path / "a.tsv"]
+    assert sts_files("~/*.tsv", elsewhere, "x") == [tmp_path / "a.tsv"]
+    assert beir_folder("~/set", elsewhere) == tmp_path / "set"
+    assert beir_folder("set", elsewhere) == elsewhere / "set"
+
+
+@pytest.mark.parametrize("pattern", ["none/*.tsv", "**x", ".", "/nowhere/*.tsv"])
+def test_a_glob_that_matches_nothing_is_refused(tmp_path, pattern):
+    assert message(sts_files, pattern, tmp_path, "STSB") == (
+        f"evaluate.sts.STSB: no file matches {pattern!r}\n"
+        "  cure: correct the glob in params.yaml, or remove the entry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "cure"),
+    [
+        (b"score\tsentence1\tsentence2", "the score is no number: 'score'", STS_CURE),
+        (b"nan\tx\ty", "the score is no number: 'nan'", STS_CURE),
+        (b"1e999\tx\ty", "the score is no number: '1e999'", STS_CURE),
+        (b"4.0\tx", "2 of 3 columns", STS_CURE),
+        (b"", "1 of 3 columns", STS_CURE),
+        (b"4.0\tx\t\xff", "byte 7 of the line is no UTF-8", "save the file as UTF-8"),
+    ],
+)
+def test_a_wrong_pair_is_named_with_its_line(tmp_path, line, problem, cure):
+    path = tmp_path / "dev.tsv"
+    path.write_bytes(b"1\ta\tb\n2\ta\tb\n" + line + b"\n")
+    assert message(read_sts, [path]) == f"{path}:3: {problem}\n  cure: {cure}"
+
+
+def test_pairs_of_one_score_are_refused(tmp_path):
+    path = tmp_path / "dev.tsv"
+    path.write_text("1\ta\tb\n1\tc\td\n")
+    assert message(read_sts, [path, path]) == (
+        f"{path}, {path}: 4 pairs without two different scores, so nothing can correlate with them\n"
+        "  cure: name files with scored pairs"
+    )
+
+
+def test_queries_without_a_relevant_document_are_left_out(beir):
+    assert read_beir(beir, "docs") == RetrievalSet(
+        document_ids=["d1", "d0"],
+        documents=["Join puts strings together", "cuts a string"],
+        query_ids=["q1", "q0"],
+        queries=["how to split", "how to join"],
+        relevant={"q0": {"d1": 2}, "q1": {"d0": 1}},
+    )
+
+
+def test_judgements_of_the_test_part_are_preferred(beir):
+    assert beir_files(beir, "docs")[2] == beir / "qrels.tsv"
+    (beir / "qrels").mkdir()
+    (beir / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td1\t1\n")
+    assert beir_files(beir, "docs")[2] == beir / "qrels/test.tsv"
+    assert read_beir(beir, "docs").relevant == {"q2": {"d1": 1}}
+
+
+@pytest.mark.parametrize(
+    ("file", "missing"),
+    [("queries.jsonl", "queries.jsonl"), ("qrels.tsv", "qrels/test.tsv or qrels.tsv")],
+)
+def test_a_missing_file_of_a_retrieval_set_is_named(beir, file, missing):
+    (beir / file).unlink()
+    assert message(read_beir, beir, "docs") == (
+        f"evaluate.retrieval.docs: no {missing} in {beir}\n"
+        "  cure: correct the folder in params.yaml, or remove the entry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "problem", "cure"),
+    [
+        ("corpus.jsonl", "", "an empty line", JSON_CURE),
+        ("corpus.jsonl", "{'_id'", "no JSON: \"{'_id'\"", JSON_CURE),
+        ("corpus.jsonl", "[1]", "no JSON object: '[1]'", JSON_CURE),
+        ("corpus.jsonl", '{"_id": 7, "text": "x"}', "no string under _id", JSON_CURE),
+        ("corpus.jsonl", '{"_id": "d7", "title": "x"}', "no string under text", JSON_CURE),
+        (
+            "corpus.jsonl",
+            '{"_id": "d7", "text": "x", "title": [1]}',
+            "no string under title",
+            JSON_CURE,
+        ),
+        (
+            "queries.jsonl",
+            r'{"_id": "q7", "text": "\ud800"}',
+            "half a surrogate pair under text",
+            "mend the text",
+        ),
+        (
+            "queries.jsonl",
+            '{"_id": "q0", "text": "x"}',
+            "the id 'q0' was there before",
+            "give each its own id",
+        ),
+        (
+            "qrels.tsv",
+            "q9\td1\t1",
+            "no query has the id 'q9'",
+            "remove the line, or add what it names",
+        ),
+        (
+            "qrels.tsv",
+            "q0\td9\t0",
+            "no document has the id 'd9'",
+            "remove the line, or add what it names",
+        ),
+        ("qrels.tsv", "q0\td1\t1", "this pair was judged before", "remove one of the two lines"),
+        ("qrels.tsv", "q0\td0\thigh", r"no judgement: 'q0\td0\thigh'", QRELS_CURE),
+        ("qrels.tsv", "q0 0 d0 1", "no judgement: 'q0 0 d0 1'", QRELS_CURE),
+    ],
+)
+def test_a_wrong_line_of_a_retrieval_set_is_named(beir, file, line, problem, cure):
+    path = beir / file
+    before = path.read_text()
+    path.write_text(f"{before}{line}\n")
+    number = before.count("\n") + 1
+    assert message(read_beir, beir, "docs") == f"{path}:{number}: {problem}\n  cure: {cure}"
+
+
+def test_judgements_without_a_header_are_refused(beir):
+    (beir / "qrels.tsv").write_text("q0\td1\t1\nq1\td0\t1\n")
+    assert message(read_beir, beir, "docs") == (
+        f"{beir}/qrels.tsv:1: a judgement where the header line should be\n  cure: {QRELS_CURE}"
+    )
+
+
+def test_judgements_that_find_nothing_relevant_are_refused(beir):
+    (beir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
+    assert message(read_beir, beir, "docs") == (
+        f"{beir}/qrels.tsv: no query has a relevant document\n  cure: {QRELS_CURE}"
+    )
+
+
+def test_training_must_not_see_sentences_and_queries(tmp_path, beir):
+    (tmp_path / "dev.tsv").write_text("1\ta\tb\n2\tc\td\n")
+    texts = evaluation_texts([read_sts([tmp_path / "dev.tsv"])], [read_beir(beir, "docs")])
+    assert list(texts) == ["a", "c", "b", "d", "how to split", "how to join"]
+
+
+# --- formulas beside their slow forms -----------------------------------------------------------------
+
+
+def slow_ranks(values):
+    """Rank of each value, from 1; equal values share the mean of their places."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
+        for value in values
+    ]
+
+
+def slow_spearman(left, right):
+    a, b = slow_ranks(left), slow_ranks(right)
+    mean = (len(a) + 1) / 2
+    both = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    return both / math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
+
+
+def slow_cosine(a, b):
+    return float(a @ b / math.sqrt(float(a @ a) * float(b @ b)))
+
+
+def slow_retrieval(ranking, relevant):
+    """nDCG@10, MRR@10 and recall@100 of one query, from document ids best first."""
+    ndcg = sum(
+        relevant.get(document, 0) / math.log2(rank + 1)
+        for rank, document in enumerate(ranking[:10], 1)
+    ) / sum(
+        score / math.log2(rank + 1)
+        for rank, score in enumerate(sorted(relevant.values(), reverse=True)[:10], 1)
+    )
+    hits = [rank for rank, document in enumerate(ranking[:10], 1) if document in relevant]
+    recall = sum(document in relevant for document in ranking[:100]) / len(relevant)
+    return ndcg, (1 / hits[0] if hits else 0.0), recall
+
+
+def test_spearman_is_the_correlation_of_mean_ranks():
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 6, 50) / 4, rng.integers(0, 9, 50) / 4
+    assert evaluate.spearman(left, right) == pytest.approx(slow_spearman(left, right), abs=1e-12)
+    assert evaluate.spearman(left, -(left**3)) == pytest.approx(-1)
+    assert evaluate.spearman(left, np.ones(50)) == 0
+
+
+def test_sts_is_spearman_of_cosines_times_100():
+    rng = np.random.default_rng(1)
+    first, second = (rng.standard_normal((30, 8)).astype(np.float32) for _ in range(2))
+    second[4] = 0
+    second[10:25] = first[10:25]
+    scores = rng.integers(0, 6, 30).astype(float)
+    cosines = [slow_cosine(first[i], second[i]) if i != 4 else 0 for i in range(30)]
+    cosines[10:25] = [1] * 15
+    found = evaluate.sts_correlation(first * 7, second, scores)
+    assert found == pytest.approx(100 * slow_spearman(cosines, scores), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "depth"), [(600, 40, 7), (3, 5, 100), (5, 300, 100)]
+)
+def test_nearest_sorts_all_documents_and_breaks_ties_by_their_order(queries, documents, depth):
+    rng = np.random.default_rng(2)
+    # One non-zero element a row: each cosine is exactly -1, 0 or 1, so ties are everywhere.
+    asked = np.eye(4, dtype=np.float32)[rng.integers(0, 4, queries)] * 3
+    held = np.eye(4, dtype=np.float32)[rng.integers(0, 4, documents)] * rng.choice(
+        [-2, 1], (documents, 1)
+    )
+    expected = [
+        sorted(range(documents), key=lambda d: -np.sign(query @ held[d]))[:depth] for query in asked
+    ]
+    assert evaluate.nearest(asked, held.astype(np.float32), depth).tolist() == expected
+
+
+def test_retrieval_metrics_are_those_of_the_loops():
+    rng = np.random.default_rng(3)
+    documents = [f"d{i}" for i in range(150)]
+    queries = [f"q{i}" for i in range(40)]
+    relevant = {
+        query: {
+            str(d): int(rng.integers(1, 4))
+            for d in rng.choice(documents, rng.choice([1, 3, 25]), replace=False)
+        }
+        for query in queries
+    }
+    found = np.array([rng.permutation(150)[:100] for _ in queries])
+    asked = RetrievalSet(documents, documents, queries, queries, relevant)
+    slow = np.mean(
+        [
+            slow_retrieval([documents[d] for d in row], relevant[query])
+            for row, query in zip(found, queries, strict=True)
+        ],
+        axis=0,
+    )
+    fast = evaluate.retrieval_metrics(found, asked)
+    assert list(fast) == ["ndcg@10", "mrr@10", "recall@100"]
+    assert list(fast.values()) == pytest.approx(slow.tolist(), abs=1e-12)
+
+
+def test_a_hit_at_rank_11_counts_for_recall_alone():
+    documents = [f"d{i}" for i in range(12)]
+    asked = RetrievalSet(documents, documents, ["q"], ["q"], {"q": {"d10": 1}})
+    found = evaluate.retrieval_metrics(np.arange(12)[None], asked)
+    assert found == {"ndcg@10": 0, "mrr@10": 0, "recall@100": 1}
+
+
+def test_fidelity_is_that_of_the_loops():
+    rng = np.random.default_rng(4)
+    n = 25
+    teacher = rng.standard_normal((n, 12)).astype(np.float32)
+    model = (teacher[:, :5] + 0.5 * rng.standard_normal((n, 5))).astype(np.float32)
+
+    def pairs(vectors):
+        return [slow_cosine(vectors[i], vectors[j]) for i in range(n) for j in range(i + 1, n)]
+
+    def near(vectors, i):
+        others = [j for j in range(n) if j != i]
+        return set(sorted(others, key=lambda j: -slow_cosine(vectors[i], vectors[j]))[:10])
+
+    overlap = np.mean([len(near(model, i) & near(teacher, i)) / 10 for i in range(n)])
+    correlation, shared = evaluate.fidelity(model, teacher * 3)
+    assert correlation == pytest.approx(slow_spearman(pairs(model), pairs(teacher)), abs=1e-9)
+    assert shared == pytest.approx(overlap, abs=1e-12)
+    assert 0.4 < shared < 0.95
+
+
+def test_fidelity_breaks_ties_in_row_order():
+    # All the same: everybody's nearest are the first ten others, whoever is asked.
+    same = np.ones((30, 3), np.float32)
+    assert evaluate.fidelity(same, same) == (0, 1)
+
+
+def test_speed_is_the_median_of_three_passes_after_one():
+    ticks = iter([0.0, 4.0, 10.0, 12.0, 20.0, 21.0])
+    passes = []
+    assert evaluate.speed(lambda: passes.append(1), 100, lambda: next(ticks)) == 50
+    assert len(passes) == 4
+
+
+def test_rows_are_taken_at_equal_steps():
+    assert evaluate.evenly(np.arange(5, 15), 4).tolist() == [5, 7, 10, 12]
+    assert evaluate.evenly(np.array([3, 8]), 5).tolist() == [3, 3, 3, 8, 8]
+
+
+# --- a model end to end ---------------------------------------------------------------------------------
+
+
+def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
+    (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\tblue\n0\tcat\tfish\n")
+    (tmp_path / "b.tsv").write_text("0\tsame\tsame\n1\tred\tblue\n")
+    encoder = HashEncoder()
+    outcome = measure(
+        tmp_path, corpus, embeddings, encoder,
+        sts={"A": "a.tsv", "B": "b.tsv"}, retrieval={"docs": "docs"},
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "kd.json").read_bytes())
+    assert metrics == outcome.facts
+    assert set(metrics) == {
+        "sts.A", "sts.B", "sts.average",
+        "retrieval.docs.ndcg@10", "retrieval.docs.mrr@10", "retrieval.docs.recall@100",
+        "fidelity.spearman", "fidelity.top10_overlap",
+        "sentences_per_second", "device", "parameters", "megabytes",
+    }  # fmt: skip
+    assert (metrics["fidelity.spearman"], metrics["fidelity.top10_overlap"]) == (1, 1)
+    assert metrics["sts.B"] == -100
+    assert metrics["sts.average"] == pytest.approx((metrics["sts.A"] - 100) / 2, abs=1e-6)
+    assert metrics["retrieval.docs.recall@100"] == 1
+    assert (metrics["parameters"], metrics["megabytes"], metrics["device"]) == (
+        1234,
+        5.679,
+        "abacus",
+    )
+    assert metrics["sentences_per_second"] > 0
+    assert outcome.summary.startswith(f"kd: STS {metrics['sts.average']:.2f}, nDCG@10 ")
+
+    asked = dict(encoder.asked)
+    assert asked["query"] == ["how to split", "how to join"]
+    assert asked["document"] == ["Join puts strings together", "cuts a string"]
+    heldout = split_of(corpus, 0.4).heldout_rows(corpus)
+    assert ("text", corpus.take(heldout)) in encoder.asked
+    assert encoder.asked[-4:] == [("text", corpus.take(evaluate.evenly(heldout, 8)))] * 4
+
+
+def test_a_student_of_another_mind_keeps_little(tmp_path, corpus, embeddings):
+    class Stranger(HashEncoder):
+        def encode(self, texts, *, role):
+            return super().encode([text[::-1] for text in texts], role=role)
+
+    facts = measure(tmp_path, corpus, embeddings, Stranger()).facts
+    assert abs(facts["fidelity.spearman"]) < 0.2
+    assert facts["fidelity.top10_overlap"] < 0.5
+
+
+def test_likeness_takes_a_thousand_rows_at_most(tmp_path, corpus, embeddings, monkeypatch):
+    monkeypatch.setattr(evaluate, "FIDELITY_ROWS", 20)
+    encoder = HashEncoder()
+    measure(tmp_path, corpus, embeddings, encoder)
+    heldout = split_of(corpus, 0.4).heldout_rows(corpus)
+    assert encoder.asked[0] == ("text", corpus.take(evaluate.evenly(heldout, 20)))
+
+
+def test_with_few_rows_held_out_likeness_is_left_out(tmp_path, corpus, embeddings, caplog):
+    few = len(split_of(corpus, 0.05).heldout_rows(corpus))
+    assert few < 12
+    encoder = HashEncoder()
+    outcome = measure(tmp_path, corpus, embeddings, encoder, heldout=0.05, speed_texts=200)
+    assert set(outcome.facts) == {"sentences_per_second", "device", "parameters", "megabytes"}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"evaluate: kd, likeness to the teacher is left out: {few} rows are held out, and it takes 12"
+    ]
+    # More than are held out, more than there are: all rows, some of them twice.
+    assert {len(texts) for _, texts in encoder.asked} == {200}
+    assert {*encoder.asked[0][1]} == {*corpus.take(np.arange(corpus.rows))}
+
+
+def test_a_model_with_nan_has_no_metrics(tmp_path, corpus, embeddings):
+    (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\tblue\n")
+    encoder = BrokenEncoder("blue")
+    with pytest.raises(TeachonceError) as caught:
+        measure(tmp_path, corpus, embeddings, encoder, sts={"A": "a.tsv"})
+    assert str(caught.value) == (
+        "kd: 1 of 4 vectors have NaN or Inf, the first that of 'blue'\n"
+        "  cure: train it again with a smaller learning_rate or with precision: fp32"
+    )
+    assert not (tmp_path / "kd.json").exists()
+
+
+def test_wrong_files_are_found_before_the_model_is_used(tmp_path, corpus, embeddings, beir):
+    (beir / "queries.jsonl").write_text("nonsense\n")
+    (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\tblue\n")
+    encoder = HashEncoder()
+    with pytest.raises(TeachonceError, match=r"queries\.jsonl:1: no JSON: 'nonsense'"):
+        measure(
+            tmp_path, corpus, embeddings, encoder, sts={"A": "a.tsv"}, retrieval={"docs": "docs"}
+        )
+    assert encoder.asked == []
+
+
+def test_every_setting_is_in_the_recipe():
+    params = EvaluateParams(sts={"A": "a.tsv"}, retrieval={}, speed_texts=8)
+    assert evaluate.recipe(params) == {"version": evaluate.VERSION, **params.model_dump()}

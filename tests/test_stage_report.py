@@ -1,0 +1,243 @@
+"""The report: metrics of many models in one file, one table, one sentence."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from stages import report
+from storage.errors import DamagedError, MissingError
+
+STUDENTS = ["kd", "ckd", "kd-finetuned"]
+
+
+def metrics_of(sts, ndcg, likeness, overlap, speed, *, parameters=17_389_824, megabytes=69.6):
+    return {
+        "sts.STS12": sts - 0.5,
+        "sts.STSB": sts + 0.5,
+        "sts.average": sts,
+        "retrieval.xquad_en_wiki10k.ndcg@10": ndcg,
+        "retrieval.xquad_en_wiki10k.mrr@10": ndcg - 0.04,
+        "retrieval.xquad_en_wiki10k.recall@100": 0.98,
+        "fidelity.spearman": likeness,
+        "fidelity.top10_overlap": overlap,
+        "sentences_per_second": speed,
+        "device": "AMD EPYC, 2 threads",
+        "parameters": parameters,
+        "megabytes": megabytes,
+    }
+
+
+@pytest.fixture
+def models():
+    return {
+        "teacher": metrics_of(
+            72.87, 0.8712, 0.99999, 0.9987, 214.4, parameters=22_713_216, megabytes=90.9
+        ),
+        "half": metrics_of(69.61, 0.7012, 0.8312, 0.5521, 402.2),
+        "kd": metrics_of(72.02, 0.8432, 0.9533, 0.7612, 405.1),
+        "ckd": metrics_of(72.33, 0.8501, 0.9534, 0.7544, 398.8),
+        "kd-finetuned": metrics_of(72.55, 0.8417, 0.9411, 0.7120, 401.7),
+    }
+
+
+def drawn(models, *, width=100, students=STUDENTS, styled=False):
+    sink = StringIO()
+    console = Console(
+        width=width, file=sink, force_terminal=styled, color_system="standard" if styled else None
+    )
+    console.print(report.table({"models": models}, students=students, width=width))
+    lines = sink.getvalue().splitlines()
+    return lines if styled else [line.rstrip() for line in lines]
+
+
+def without(models, *prefixes):
+    return {
+        name: {key: value for key, value in found.items() if not key.startswith(prefixes)}
+        for name, found in models.items()
+    }
+
+
+def test_metrics_of_the_named_models_are_gathered(tmp_path, models):
+    for name, found in (models | {"forgotten": {}}).items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    out = tmp_path / "reports/metrics.json"
+    outcome = report.run(
+        list(models), students=STUDENTS, metrics=lambda name: tmp_path / f"{name}.json", out=out
+    )
+    assert json.loads(out.read_bytes()) == {"models": models} == outcome.facts
+    assert list(outcome.facts["models"]) == list(models)
+    assert outcome.summary == (
+        "5 models: kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and "
+        "96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 % of its space."
+    )
+
+
+def test_a_model_that_was_not_evaluated_is_named(tmp_path):
+    with pytest.raises(MissingError) as caught:
+        report.run(
+            ["kd"], students=["kd"], metrics=lambda name: tmp_path / name, out=tmp_path / "o"
+        )
+    assert str(caught.value) == (f"{tmp_path}/kd: not there\n  cure: run `teachonce evaluate kd`")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "no JSON"),
+        ("[1]", "not the flat metrics of a model"),
+        ('{"sts": {"A": 1}}', "not the flat metrics of a model"),
+    ],
+)
+def test_a_file_that_evaluate_did_not_write_is_refused(tmp_path, content, problem):
+    (tmp_path / "kd").write_text(content)
+    with pytest.raises(DamagedError) as caught:
+        report.run(
+            ["kd"], students=["kd"], metrics=lambda name: tmp_path / name, out=tmp_path / "o"
+        )
+    assert str(caught.value) == f"{tmp_path}/kd: {problem}\n  cure: run `teachonce evaluate kd`"
+
+
+def test_the_table_at_100_columns(models):
+    assert drawn(models) == [
+        "                                       nDCG@10",
+        "                  STS                xquad_en_             top-10  texts  speed-  million",
+        "model         average  STS12   STSB    wiki10k  fidelity  overlap  per s      up  weights    MB",
+        "─" * 95,
+        "teacher         72.87  72.37  73.37      0.871     1.000    0.999    214    1.0x     22.7  90.9",
+        "half            69.61  69.11  70.11      0.701     0.831    0.552    402    1.9x     17.4  69.6",
+        "kd              72.02  71.52  72.52      0.843     0.953    0.761    405    1.9x     17.4  69.6",
+        "ckd             72.33  71.83  72.83      0.850     0.953    0.754    399    1.9x     17.4  69.6",
+        "kd-finetuned    72.55  72.05  73.05      0.842     0.941    0.712    402    1.9x     17.4  69.6",
+        "",
+        "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and 96.6 % of its",
+        "nDCG@10, is 1.9 times as fast and takes 77 % of its space.",
+        "Speeds on AMD EPYC, 2 threads.",
+    ]
+
+
+def test_the_table_at_80_columns_names_what_has_no_room(models):
+    assert drawn(models, width=80) == [
+        "                         nDCG@10",
+        "                  STS  xquad_en_             top-10  texts  speed-",
+        "model         average    wiki10k  fidelity  overlap  per s      up    MB",
+        "─" * 72,
+        "teacher         72.87      0.871     1.000    0.999    214    1.0x  90.9",
+        "half            69.61      0.701     0.831    0.552    402    1.9x  69.6",
+        "kd              72.02      0.843     0.953    0.761    405    1.9x  69.6",
+        "ckd             72.33      0.850     0.953    0.754    399    1.9x  69.6",
+        "kd-finetuned    72.55      0.842     0.941    0.712    402    1.9x  69.6",
+        "",
+        "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS",
+        "average and 96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 %",
+        "of its space.",
+        "Speeds on AMD EPYC, 2 threads.",
+        "No room for: STS12, STSB, million weights.",
+    ]
+
+
+def test_of_columns_that_matter_equally_the_last_goes_first(models):
+    lines = drawn(models, width=90)
+    assert lines[2].split()[:3] == ["model", "average", "STS12"]
+    assert lines[-1] == "No room for: STSB."
+
+
+@pytest.mark.parametrize("width", [10, 20, 40, 60, 80, 100, 200])
+def test_no_line_is_wider_than_the_terminal(models, width):
+    assert max(map(len, drawn(models, width=width))) <= width
+
+
+def test_rows_stand_in_the_order_of_params_whatever_the_file_says(models):
+    alphabetical = {name: models[name] for name in sorted(models)}
+    rows = [line.split()[0] for line in drawn(alphabetical)[4:9]]
+    assert rows == ["teacher", "half", "kd", "ckd", "kd-finetuned"]
+
+
+def test_the_best_students_are_bold_and_no_one_else(models):
+    def bold(models, students=STUDENTS):
+        rows = drawn(models, styled=True, students=students)[4 : 4 + len(models)]
+        return {
+            row.split()[0]: [part.split("\x1b")[0].strip() for part in row.split("\x1b[1m")[1:]]
+            for row in rows
+        }
+
+    assert bold(models) == {
+        "teacher": [],
+        "half": [],
+        "kd": ["0.953", "0.761"],
+        "ckd": ["0.850", "0.953"],  # 0.9533 and 0.9534 read the same
+        "kd-finetuned": ["72.55", "72.05", "73.05"],
+    }
+    alone = {name: models[name] for name in ("teacher", "kd")}
+    assert bold(alone, ["kd"])["kd"] == []
+
+
+def test_columns_that_no_model_has_are_left_out(models):
+    lines = drawn(without(models, "sts.", "fidelity.", "megabytes"))
+    assert lines[2].split() == ["model", "wiki10k", "per", "s", "up", "weights"]
+    only = {name: {"parameters": 7} for name in models}
+    assert drawn(only)[1].split() == ["model", "weights"]
+
+
+def test_one_sts_set_needs_no_average_and_many_sets_nothing_else(models):
+    assert "average" not in "".join(drawn(without(models, "sts.STSB"))[:3])
+    many = {
+        name: found
+        | {f"sts.{i}": 1 for i in range(3)}
+        | {f"retrieval.{i}.ndcg@10": 0 for i in "abcd"}
+        for name, found in models.items()
+    }
+    assert drawn(many)[1].split()[:4] == ["model", "average", "average", "fidelity"]
+    assert drawn(many)[3].split()[:3] == ["teacher", "72.87", "0.174"]
+
+
+def test_speeds_are_compared_within_one_device(models):
+    models["ckd"] |= {"device": "NVIDIA H200", "sentences_per_second": 18312.4}
+    del models["kd"]["sentences_per_second"]
+    lines = drawn(models)
+    assert [line.split()[-4:-2] for line in lines[4:9]] == [
+        ["214", "1.0x"], ["402", "1.9x"], ["-", "-"], ["18,312", "-"], ["402", "1.9x"],
+    ]  # fmt: skip
+    assert lines[-1] == (
+        "Speeds on AMD EPYC, 2 threads and NVIDIA H200; speed-up is within one device only."
+    )
+    assert report.verdict(models, ["ckd"]) == (
+        "ckd keeps 99.3 % of the teacher's STS average and 97.6 % of its nDCG@10 and takes 77 % of "
+        "its space."
+    )
+
+
+@pytest.mark.parametrize(
+    ("removed", "sentence"),
+    [
+        (
+            ("sts.",),
+            "ckd, the best student, keeps 97.6 % of the teacher's nDCG@10, is 1.9 times as fast and "
+            "takes 77 % of its space.",
+        ),
+        (
+            ("sts.", "retrieval.", "megabytes"),
+            "ckd, the best student, orders pairs as the teacher does (Spearman 0.953) and is 1.9 times "
+            "as fast.",
+        ),
+        (("sts.", "retrieval.", "fidelity."), ""),
+    ],
+)
+def test_the_best_student_is_judged_by_what_was_measured(models, removed, sentence):
+    assert report.verdict(without(models, *removed), STUDENTS) == sentence
+
+
+def test_there_is_no_verdict_without_both_sides(models):
+    assert report.verdict(models, []) == ""
+    assert report.verdict({"kd": models["kd"]}, STUDENTS) == ""
+
+
+def test_averages_over_other_sets_are_not_compared(models):
+    del models["teacher"]["sts.STSB"]
+    models["teacher"] |= {"megabytes": 14_222.4, "sentences_per_second": 3.1}
+    assert report.verdict(models, ["kd"]) == (
+        "kd keeps 96.8 % of the teacher's nDCG@10, is 131 times as fast and takes 0.49 % of its space."
+    )

@@ -1,0 +1,520 @@
+"""The store: objects that prove themselves, manifests, columns."""
+
+import json
+import os
+import stat
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage import durable
+from storage.column import text_key_array, text_keys_of
+from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
+from storage.embeddings import BadVectorsError, Embeddings, put_vectors
+from storage.errors import (
+    AnotherCopyError,
+    DamagedError,
+    MissingError,
+    StorageError,
+    TeachonceError,
+    shown,
+)
+from storage.manifest import Manifest, fingerprint
+from storage.negatives import NONE, Negatives, put_negatives
+from storage.split import Split
+from storage.store import Object, Store, digest, payload_sha256
+from storage.tokens import Tokens, put_tokens
+from tests.conftest import HashTeacher, sentences
+
+FINGERPRINT = "a" * 40
+
+
+def vectors_of(corpus, store, *, dim=4, fingerprint=FINGERPRINT, seed=0, storage="float32"):
+    """An embeddings manifest with vectors drawn from a generator."""
+    draw = np.random.default_rng(seed)
+    objects, everything = [], []
+    for shard in range(len(corpus.objects)):
+        vectors = draw.normal(size=(corpus.objects[shard].rows, dim)).astype(np.float32)
+        everything.append(vectors)
+        objects.append(
+            put_vectors(
+                store,
+                f"vectors/{fingerprint}/{corpus.shard_digest(shard)}.arrow",
+                vectors=vectors,
+                text_keys=text_keys_of(corpus.batch(shard)),
+                storage=storage,
+                facts={"tokens": 1},
+            )
+        )
+    manifest = Manifest(
+        kind="embeddings", recipe={}, parent=corpus.manifest.content, objects=tuple(objects)
+    )
+    return manifest, np.concatenate(everything)
+
+
+# ------------------------------------------------------------------------------------------- objects
+
+
+def test_an_object_comes_back_as_it_was_put(place):
+    texts = ["first", "zweiter — ünïcödé", "third\nwith a line break", "\x00 a NUL"]
+    entry = put_texts(place.store, [(text, text_key(text)) for text in texts])
+    batch = place.store.open(entry)
+    assert batch.column("text").to_pylist() == texts
+    assert [key.tobytes() for key in text_keys_of(batch)] == [text_key(text) for text in texts]
+    assert entry.key == f"text/{text_digest(texts)}.arrow"
+    assert entry.bytes == place.store.path(entry.key).stat().st_size
+
+
+def test_a_published_object_cannot_be_written_and_is_read_by_the_group(place):
+    entry = put_texts(place.store, [("a text", text_key("a text"))])
+    mode = stat.S_IMODE(place.store.path(entry.key).stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o444 & ~umask
+
+
+def test_the_second_to_put_a_key_gets_the_copy_of_the_first(place):
+    corpus = place.corpus(sentences(20))
+    first, _ = vectors_of(corpus, place.store, seed=0)
+    second, _ = vectors_of(corpus, place.store, seed=1)
+    assert second == first
+    assert not list((place.root / "store").rglob("*.tmp"))
+
+
+def test_every_flipped_bit_is_found_or_harmless(place):
+    """Each bit of a small object, flipped: refused, or the same values come back."""
+    corpus = place.corpus(["one text", "another text"])
+    manifest, vectors = vectors_of(corpus, place.store, dim=2)
+    entry = manifest.objects[0]
+    path = place.store.path(entry.key)
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    refused = 0
+    for bit in range(len(whole) * 8):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            batch = place.store.open(entry)
+        except TeachonceError:
+            refused += 1
+        else:
+            assert np.array_equal(batch.column("vector").flatten().to_numpy(), vectors.reshape(-1))
+            assert text_keys_of(batch).tobytes() == corpus.text_keys.tobytes()
+    assert refused > len(whole) * 8 * 0.4  # most of so small a file is padding and offsets
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
+def test_a_truncated_object_is_refused(place, kept):
+    entry = put_texts(place.store, [(text, text_key(text)) for text in sentences(50)])
+    path = place.store.path(entry.key)
+    content = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(content[:kept])
+    with pytest.raises(DamagedError, match="damaged"):
+        place.store.open(entry)
+
+
+def test_a_swapped_object_is_refused_by_its_name(place):
+    first = put_texts(place.store, [("a text", text_key("a text"))])
+    second = put_texts(place.store, [("b text", text_key("b text"))])
+    one, other = place.store.path(first.key), place.store.path(second.key)
+    content = other.read_bytes()
+    one.unlink()
+    one.write_bytes(content)
+    with pytest.raises(DamagedError) as caught:
+        place.store.open(first)
+    assert str(caught.value) == (
+        f"{one}: damaged: it is {second.key} under a foreign name\n"
+        f"  cure: rm -f '{one}', then run `dvc repro` to make it again"
+    )
+
+
+def test_another_copy_is_told_apart_from_damage(place):
+    corpus = place.corpus(sentences(20))
+    manifest, _ = vectors_of(corpus, place.store, seed=0)
+    entry = manifest.objects[0]
+    place.store.path(entry.key).unlink()
+    vectors_of(corpus, place.store, seed=1)
+    with pytest.raises(AnotherCopyError, match="another copy than the manifest's"):
+        place.store.open(entry)
+    assert place.store.find(entry.key) is not None
+
+
+def test_a_missing_object_names_its_path_and_the_cure(place):
+    key = f"text/{'0' * 40}.arrow"
+    entry = Object(key=key, rows=1, bytes=1, sha256="0" * 64)
+    with pytest.raises(MissingError) as caught:
+        place.store.open(entry)
+    assert str(place.store.path(key)) in str(caught.value)
+    assert "dvc repro" in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert place.store.find(key) is None
+
+
+@pytest.mark.parametrize("make", ["folder", "link", "fifo"])
+def test_what_is_no_plain_file_is_refused(place, make, tmp_path):
+    entry = put_texts(place.store, [("a text", text_key("a text"))])
+    path = place.store.path(entry.key)
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    if make == "folder":
+        path.mkdir()
+    elif make == "link":
+        path.symlink_to(elsewhere)
+    else:
+        os.mkfifo(path)
+    with pytest.raises(DamagedError):
+        place.store.open(entry)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "text/../../x.arrow",
+        f"text/{'0' * 40}.arrow\n",
+        f"text/{'0' * 40}.arrow/..",
+        f"text/{'0' * 39}.arrow",
+        f"text/{'A' * 40}.arrow",
+        f"text\\{'0' * 40}.arrow",
+        f"vectors/{'0' * 40}.arrow",
+        f"negatives/{'0' * 40}/1.arrow",
+        "~/x",
+        "",
+        "text/\x00.arrow",
+    ],
+)
+def test_only_keys_become_paths(place, key):
+    with pytest.raises(DamagedError):
+        place.store.path(key)
+    with pytest.raises(ValueError, match="key"):
+        Object(key=key, rows=1, bytes=1, sha256="0" * 64)
+
+
+def test_a_null_is_not_stored(place):
+    keys = text_key_array(np.zeros(2, "V16"))
+    batch = pa.record_batch([keys, pa.array(["a", None], pa.large_string())], names=["k", "v"])
+    with pytest.raises(ValueError, match="1 nulls"):
+        place.store.put(f"text/{'0' * 40}.arrow", batch)
+    assert not (place.root / "store/text").exists()
+
+
+def test_the_payload_digest_is_that_of_the_values():
+    """A pinned digest: if this fails on purpose, FORMAT must rise, and every store is made again."""
+    batch = pa.record_batch(
+        [
+            text_key_array(np.frombuffer(b"0123456789abcdef" * 2, "V16")),
+            pa.array(["a", "bc"], pa.large_string()),
+            pa.array([[1], [2, 3]], pa.large_list(pa.int32())),
+        ],
+        names=["text_key", "text", "token_ids"],
+    )
+    expected = "bae448dc3cfefb91"
+    whole = payload_sha256(f"text/{'0' * 40}.arrow", batch, {"tokens": 3})
+    assert whole.startswith(expected)
+    joined = pa.Table.from_batches([batch, batch]).combine_chunks().to_batches()[0]
+    assert payload_sha256(f"text/{'0' * 40}.arrow", joined.slice(2, 2), {"tokens": 3}) == whole
+    assert payload_sha256(f"text/{'1' * 40}.arrow", batch, {"tokens": 3}) != whole
+    assert payload_sha256(f"text/{'0' * 40}.arrow", batch, {"tokens": 4}) != whole
+
+
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
+def test_digests_of_different_sequences_differ(first, second):
+    assert (digest(*first) == digest(*second)) == (first == second)
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def test_one_of_many_writers_wins_and_all_see_its_file(tmp_path):
+    path, wins = tmp_path / "deep" / "er" / "object", []
+
+    def write(number):
+        wins.append(durable.publish(path, lambda sink: sink.write(b"%d" % number) and None))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(wins) == [False] * 15 + [True]
+    assert [file.name for file in path.parent.iterdir()] == ["object"]
+
+
+def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):
+    path = tmp_path / "object"
+
+    def write(sink):
+        sink.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError) as caught:
+        durable.publish(path, write)
+    assert str(caught.value) == (
+        f"{path}: writing failed: No space left on device\n"
+        "  cure: free some space there, then run the same command again: what is finished is kept"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(StorageError, match="making the folder failed"):
+        durable.replace(tmp_path / "store" / "x", b"")
+
+
+def test_replacing_a_folder_keeps_the_old_one_if_it_fails(tmp_path):
+    path = tmp_path / "model"
+    with durable.replace_folder(path) as scratch:
+        (scratch / "weights").write_bytes(b"old")
+    with pytest.raises(RuntimeError), durable.replace_folder(path) as scratch:
+        (scratch / "weights").write_bytes(b"new")
+        raise RuntimeError
+    assert (path / "weights").read_bytes() == b"old"
+    with durable.replace_folder(path) as scratch:
+        (scratch / "weights").write_bytes(b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert (path / "weights").read_bytes() == b"new"
+
+
+def test_messages_show_no_control_characters():
+    assert shown("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
+    assert len(shown("x" * 1000)) == 300
+
+
+# ----------------------------------------------------------------------------------------- manifests
+
+
+def test_a_manifest_comes_back_and_leaves_a_note_in_the_store(place):
+    corpus = place.corpus(sentences(200))
+    path = place.root / "corpus.json"
+    assert Manifest.load(path, "corpus") == corpus.manifest
+    (note,) = (place.root / "store/refs").iterdir()
+    content = json.loads(note.read_bytes())
+    assert content["manifest"] == json.loads(path.read_bytes())
+    assert set(content["made"]) == {"by", "on", "at", "in"}
+    assert str(place.root) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:-20], "no manifest"),
+        (lambda text: text.replace('"rows": ', '"rows": -'), "no manifest"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "no manifest: format"),
+        (lambda text: text.replace('"kind": "corpus"', '"kind": "embeddings"'), "of embeddings, not"),
+        (lambda text: text.replace('"parent"', '"x": 1, "parent"'), "no manifest: x"),
+        (lambda text: text.replace('"parent"', '"parent": null, "parent"'), "canonical"),
+        (lambda text: text.replace("text/", "../"), "no manifest: objects.0.key"),
+        (lambda text: "[" * 100_000, "no manifest"),
+        (lambda text: "", "no manifest"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(place, damage, said):
+    place.corpus(sentences(5))
+    path = place.root / "corpus.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DamagedError, match=said):
+        Manifest.load(path, "corpus")
+
+
+def test_a_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(MissingError, match="run `teachonce embed`"):
+        Manifest.load(tmp_path / "embeddings.json", "embeddings")
+
+
+def test_a_fingerprint_is_stable_and_sees_every_value():
+    recipe = {"a": 1, "b": [0.05, None, "ü"], "c": {"d": True}}
+    assert fingerprint(recipe) == fingerprint(dict(reversed(recipe.items())))
+    assert fingerprint(recipe) == "0a7ca10c83ba06f39c6839c5e940b11e06fa0440"  # pinned: names in every store
+    others = [
+        {**recipe, "a": 2},
+        {**recipe, "b": [0.05, None, "u"]},
+        {**recipe, "c": {"d": 1.0}},
+        {k: v for k, v in recipe.items() if k != "a"},
+    ]
+    assert len({fingerprint(other) for other in [recipe, *others]}) == 5
+
+
+# ------------------------------------------------------------------------------------------- columns
+
+
+def test_shards_end_where_the_text_says_so():
+    keys = [text_key(text) for text in sentences(4000)]
+    shards = [len(shard) for shard in cut(sentences(4000), 64)]
+    assert sum(shards) == 4000
+    assert min(shards[:-1]) >= 16
+    assert max(shards) <= 256
+    assert 40 < np.mean(shards) < 100
+    assert not any(ends_shard(key, rows=15, rows_per_shard=64) for key in keys)
+    assert all(ends_shard(key, rows=256, rows_per_shard=64) for key in keys)
+
+
+def test_texts_added_or_removed_move_few_shards(place):
+    texts = sentences(8000)
+    before = {entry.key for entry in place.corpus(texts).objects}
+
+    def rows_moved(changed):
+        return sum(e.rows for e in place.corpus(changed).objects if e.key not in before)
+
+    new = [f"{text} And more." for text in sentences(800, seed=5)]
+    assert rows_moved([*new, *texts]) < 800 + 400
+    assert rows_moved([*texts, *new]) < 800 + 400
+    assert rows_moved(texts[:4000] + texts[4001:]) < 400
+
+
+def test_rows_are_found_in_any_order_across_shards(place):
+    texts = sentences(500)
+    corpus = place.corpus(texts)
+    manifest, vectors = vectors_of(corpus, place.store)
+    embeddings = Embeddings(place.store, manifest, corpus)
+    ids = np.random.default_rng(1).integers(500, size=700)
+    assert corpus.take(ids) == [texts[i] for i in ids]
+    assert np.array_equal(embeddings.rows_of(ids), vectors[ids])
+    assert embeddings.rows_of(np.empty(0, np.int64)).shape == (0, 4)
+    for wrong in (-1, 500):
+        with pytest.raises(IndexError):
+            embeddings.rows_of(np.array([0, wrong]))
+
+
+def test_float16_is_what_is_stored_and_read(place):
+    corpus = place.corpus(sentences(30))
+    manifest, vectors = vectors_of(corpus, place.store, storage="float16")
+    rows = Embeddings(place.store, manifest, corpus).rows_of(np.arange(30))
+    assert rows.dtype == np.float16
+    assert np.array_equal(rows, vectors.astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.nan, "1 of 5 vectors are NaN or Inf: rows 3 of the shard"),
+        (np.inf, "1 of 5 vectors are NaN or Inf: rows 3 of the shard"),
+        (70_000.0, "1 of 5 vectors are too large for float16: rows 3 of the shard"),
+        (0.0, "1 of 5 vectors are zero: rows 3 of the shard"),
+    ],
+)
+def test_poison_is_not_stored(place, value, said):
+    vectors = np.ones((5, 4), np.float32)
+    vectors[3] = value
+    key = f"vectors/{FINGERPRINT}/{'b' * 40}.arrow"
+    with pytest.raises(BadVectorsError, match=said):
+        put_vectors(
+            place.store,
+            key,
+            vectors=vectors,
+            text_keys=np.zeros(5, "V16"),
+            storage="float16",
+            facts={},
+        )
+    assert place.store.find(key) is None
+
+
+def test_vectors_of_another_corpus_are_refused(place):
+    corpus = place.corpus(sentences(300))
+    manifest, _ = vectors_of(corpus, place.store)
+    other = place.corpus([*sentences(300)[:150], *sentences(150, seed=9)])
+    with pytest.raises(DamagedError, match="made from another corpus: .* at shard"):
+        Embeddings(place.store, manifest, other)
+
+
+def test_vectors_under_a_forged_key_name_the_first_wrong_row(place):
+    texts = sentences(10)
+    corpus = place.corpus(texts, rows_per_shard=16)
+    keys = text_keys_of(corpus.batch(0)).copy()
+    keys[[4, 5]] = keys[[5, 4]]
+    entry = put_vectors(
+        place.store,
+        f"vectors/{FINGERPRINT}/{corpus.shard_digest(0)}.arrow",
+        vectors=np.ones((10, 2), np.float32),
+        text_keys=keys,
+        storage="float32",
+        facts={},
+    )
+    manifest = Manifest(kind="embeddings", recipe={}, parent=None, objects=(entry,))
+    with pytest.raises(DamagedError, match="row 4 of shard 0 belongs to another text"):
+        Embeddings(place.store, manifest, corpus).rows_of(np.array([0]))
+
+
+def test_tokens_come_back_by_row(place):
+    corpus = place.corpus(sentences(200))
+    ids = [list(range(row % 7 + 1)) for row in range(200)]
+    objects = [
+        put_tokens(
+            place.store,
+            f"tokens/{FINGERPRINT}/{corpus.shard_digest(shard)}.arrow",
+            ids=ids[corpus.starts[shard] : corpus.starts[shard + 1]],
+            text_keys=text_keys_of(corpus.batch(shard)),
+        )
+        for shard in range(len(corpus.objects))
+    ]
+    tokens = Tokens(place.store, objects, corpus)
+    rows = np.array([199, 0, 57, 57])
+    assert [row.tolist() for row in tokens.rows_of(rows)] == [ids[row] for row in rows]
+    assert tokens.lengths().tolist() == [len(row) for row in ids]
+
+
+def test_negatives_come_back_by_row_and_know_their_parent(place):
+    corpus = place.corpus(sentences(10), rows_per_shard=16)
+    neighbours = np.arange(30).reshape(10, 3) % 10
+    neighbours[2, 2] = NONE
+    scores = np.linspace(1, 0, 30, dtype=np.float32).reshape(10, 3)
+    entry = put_negatives(
+        place.store,
+        f"negatives/{FINGERPRINT}/000000.arrow",
+        neighbours=neighbours,
+        scores=scores,
+        text_keys=text_keys_of(corpus.batch(0)),
+        facts={},
+    )
+    manifest = Manifest(kind="negatives", recipe={}, parent="p", objects=(entry,))
+    found = Negatives(place.store, manifest, corpus, mined_from="p").rows_of(np.array([2, 9]))
+    assert np.array_equal(found[0], neighbours[[2, 9]])
+    assert np.array_equal(found[1], scores[[2, 9]])
+    with pytest.raises(DamagedError, match="mined from other vectors"):
+        Negatives(place.store, manifest, corpus, mined_from="q")
+
+
+# --------------------------------------------------------------------------------------------- split
+
+
+def test_held_out_rows_stay_held_out_when_the_corpus_grows(place):
+    texts = sentences(2000)
+    small, large = place.corpus(texts[:1000]), place.corpus([*reversed(texts)])
+
+    def heldout(corpus):
+        split = Split(corpus=corpus.manifest.content, heldout=0.1, evaluation=())
+        return set(corpus.take(split.heldout_rows(corpus)))
+
+    assert heldout(small) == heldout(large) & set(texts[:1000])
+    assert 0.07 < len(heldout(large)) / 2000 < 0.13
+
+
+def test_each_row_is_for_one_thing(place):
+    corpus = place.corpus(sentences(500))
+    split = Split(corpus=corpus.manifest.content, heldout=0.2, evaluation=(3, 4, 250))
+    train, heldout = split.train_rows(corpus), split.heldout_rows(corpus)
+    assert sorted([*train, *heldout, 3, 4, 250]) == list(range(500))
+
+
+def test_a_split_of_another_corpus_is_refused(place, tmp_path):
+    corpus = place.corpus(sentences(50))
+    Split(corpus="x" * 40, heldout=0.2, evaluation=()).save(tmp_path / "split.json")
+    with pytest.raises(DamagedError, match="made for another corpus"):
+        Split.load(tmp_path / "split.json", corpus)
+
+
+def test_the_fake_teacher_is_a_function_of_the_text():
+    assert np.array_equal(HashTeacher().vector("a"), HashTeacher()(["b", "a"]).vectors[1])
+
+
+def test_a_store_reads_a_corpus_another_process_wrote(place):
+    corpus = place.corpus(sentences(100))
+    again = Corpus(Store(place.root / "store"), Manifest.load(place.root / "corpus.json", "corpus"))
+    assert again.texts(0) == corpus.texts(0)
