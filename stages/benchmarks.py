@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.errors import TeachonceError, shown
+from storage.errors import MissingError, TeachonceError, shown
 
 STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
 JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
@@ -31,7 +31,6 @@ class StsSet:
         scores: (n,) on any scale, higher is more alike; at least two different ones.
         first: n sentences.
         second: n sentences.
-
     """
 
     scores: NDArray[np.float64]
@@ -49,7 +48,6 @@ class RetrievalSet:
         query_ids: Distinct, in the order of the file.
         queries: The text of each.
         relevant: Query id -> document id -> score of at least 1; no query's is empty.
-
     """
 
     document_ids: list[str]
@@ -69,7 +67,6 @@ def sts_files(pattern: str, root: Path, name: str) -> list[Path]:
 
     Raises:
         TeachonceError: no file matches.
-
     """
     chosen = Path(pattern).expanduser()
     base = Path(chosen.anchor) if chosen.is_absolute() else root
@@ -79,7 +76,7 @@ def sts_files(pattern: str, root: Path, name: str) -> list[Path]:
         found = []
     files = [path for path in found if path.is_file()]
     if not files:
-        raise TeachonceError(
+        raise MissingError(
             f"evaluate.sts.{name}",
             f"no file matches {shown(repr(pattern))}",
             "correct the glob in params.yaml, or remove the entry",
@@ -94,7 +91,6 @@ def read_sts(files: Sequence[Path]) -> StsSet:
 
     Raises:
         TeachonceError: names the first wrong line, or the set if no two scores in it differ.
-
     """
     scores: list[float] = []
     first: list[str] = []
@@ -126,15 +122,14 @@ def beir_files(folder: Path, name: str) -> list[Path]:
     Judgements are in qrels/test.tsv, as BEIR has them, or else in qrels.tsv.
 
     Raises:
-        TeachonceError: one of them is not there.
-
+        MissingError: one of them is not there.
     """
     wanted = (("corpus.jsonl",), ("queries.jsonl",), ("qrels/test.tsv", "qrels.tsv"))
     files = []
     for choices in wanted:
         found = next((folder / file for file in choices if (folder / file).is_file()), None)
         if found is None:
-            raise TeachonceError(
+            raise MissingError(
                 f"evaluate.retrieval.{name}",
                 f"no {' or '.join(choices)} in {shown(folder)}",
                 "correct the folder in params.yaml, or remove the entry",
@@ -150,7 +145,6 @@ def read_beir(folder: Path, name: str) -> RetrievalSet:
         TeachonceError: names the first wrong line: not as the format wants it, an id or a judgement
             that was there before, a judgement of an unknown query or document; or the file of
             judgements, if no query has a relevant document.
-
     """
     corpus, asked, judged = beir_files(folder, name)
     documents = _by_id(corpus, _titled)

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages import benchmarks, docs, readers
+from stages import benchmarks, readers
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
+from stages.packages import package_versions
 from stages.params import (
     TEACHER,
     EmbedParams,
@@ -113,7 +114,7 @@ class Survey:
             found["docs"] = self._entry(
                 "docs",
                 {"packages": list(packages)},
-                lambda: docs.package_versions(sections["docs"]),
+                lambda: package_versions(packages),
             )
         if "shard" in sections:
             found["shard"] = self._shard(sections["shard"])

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.learning.agreement import rank_agreement, spread
+from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement
 from stages.learning.batches import epoch_batches
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, Row, State
@@ -107,6 +107,7 @@ def run(
     student = Student(
         model,
         teacher_dim=caches.embeddings.dim,
+        unit_length=has_unit_length(caches.embeddings),
         project=params.projection == "always",
         dropout=params.dropout,
     ).to(device)
@@ -122,7 +123,7 @@ def run(
     state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
     seconds = time.monotonic() - started
     with durable.replace_folder(out) as scratch:
-        student.save(scratch, unit_length=has_unit_length(caches.embeddings))
+        student.save(scratch)
     durable.replace(curve, _csv(state.curve))
     facts = _facts(state, params, lesson)
     write_json(training, facts)
@@ -165,7 +166,7 @@ class Lesson(nn.Module):
         self.pad_id = int(getattr(student.start.tokenizer, "pad_token_id", None) or 0)
         self.lengths = tokens.lengths()
         self.rows = caches.split.train_rows(caches.corpus)
-        heldout = spread(caches.split.heldout_rows(caches.corpus))
+        heldout = caches.split.heldout_rows(caches.corpus)
         if len(heldout) < LEAST_HELDOUT or len(self.rows) < 2:
             raise TeachonceError(
                 "split.heldout",
@@ -173,8 +174,8 @@ class Lesson(nn.Module):
                 f"(2 and {LEAST_HELDOUT} at least)",
                 "give shard.sources more texts, or change split.heldout",
             )
-        self.heldout = heldout
-        self.heldout_vectors = caches.embeddings.rows_of(heldout)
+        self.heldout = evenly(heldout, min(MOST_ROWS, len(heldout)))
+        self.heldout_vectors = caches.embeddings.rows_of(self.heldout)
         self.source = CandidateSource(
             caches.embeddings,
             caches.negatives,

@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from stages.benchmarks import (
     RetrievalSet,
@@ -25,6 +24,7 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
+from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement, spearman, top_overlap, unit
 from stages.outcome import Fact, Outcome, log, write_json
 from stages.params import EvaluateParams
 from storage.corpus import Corpus
@@ -34,7 +34,6 @@ from storage.split import Split
 
 VERSION = 1  # raise it when a code change alters the metrics of the same model
 
-FIDELITY_ROWS = 1000  # half a million pairs: the correlation's third digit stands still
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
@@ -110,17 +109,6 @@ def run(
     return Outcome("evaluate", out, _summary(name, metrics), metrics)
 
 
-def spearman(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
-    """Correlation of the ranks of two (n,) arrays, equal values sharing their mean rank; -1 to 1.
-
-    0 if one of them is constant: the correlation is undefined then, and a model that gives every pair
-    the same cosine knows nothing.
-    """
-    if np.ptp(left) == 0 or np.ptp(right) == 0:
-        return 0.0
-    return float(spearmanr(left, right).statistic)
-
-
 def sts_correlation(
     first: NDArray[np.float32], second: NDArray[np.float32], scores: NDArray[np.float64]
 ) -> float:
@@ -136,14 +124,6 @@ def sts_correlation(
     # without this they move the second decimal, and another machine moves it elsewhere.
     cosines = np.round(cosines, 6)
     return 100 * spearman(cosines, scores)
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, dim) with rows of length 1; a zero row stays zero."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    lengths[lengths == 0] = 1
-    scaled: NDArray[np.float32] = vectors / lengths
-    return scaled
 
 
 def nearest(
@@ -202,35 +182,6 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
     }
 
 
-def fidelity(model: NDArray[np.float32], teacher: NDArray[np.float32]) -> tuple[float, float]:
-    """How far a model sees the same texts as near to each other as the teacher does.
-
-    Args:
-        model: (n, any width), n > 10.
-        teacher: (n, any width), of the same texts.
-
-    Returns:
-        Spearman between the two models' cosines over all pairs i < j, -1 to 1; and the mean share of a
-        text's 10 nearest by the teacher (itself excluded) that are among the model's 10, 0 to 1. A model
-        that orders all pairs as the teacher does has (1, 1).
-    """
-    ours, theirs = (unit(vectors) @ unit(vectors).T for vectors in (model, teacher))
-    pairs = np.triu_indices(len(model), k=1)
-    correlation = spearman(ours[pairs], theirs[pairs])
-    shared = _is_near(ours) & _is_near(theirs)
-    return correlation, float(shared.sum(axis=1).mean() / OVERLAP)
-
-
-def _is_near(cosines: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(n, n) True where j is among the 10 nearest of i, itself excluded; ties in row order."""
-    distance = -cosines
-    np.fill_diagonal(distance, np.inf)
-    order = np.argsort(distance, axis=1, kind="stable")[:, :OVERLAP]
-    near = np.zeros(cosines.shape, np.bool_)
-    np.put_along_axis(near, order, True, axis=1)
-    return near
-
-
 def speed(work: Callable[[], object], texts: int, clock: Callable[[], float]) -> float:
     """Texts per second of `work`: the median of 3 passes, after one that is not counted."""
     work()
@@ -240,11 +191,6 @@ def speed(work: Callable[[], object], texts: int, clock: Callable[[], float]) ->
         work()
         seconds.append(clock() - begin)
     return texts / max(statistics.median(seconds), 1e-9)
-
-
-def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`count` of the rows at equal steps, in order; some of them repeated if there are fewer."""
-    return rows[np.arange(count) * len(rows) // count]
 
 
 def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[str, Fact]:
@@ -294,13 +240,13 @@ def _measure_fidelity(
             OVERLAP + 2,
         )
         return {}
-    rows = evenly(heldout, min(FIDELITY_ROWS, len(heldout)))
+    rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
     ours = _vectors(name, encoder, corpus.take(rows), "text")
-    correlation, overlap = fidelity(ours, embeddings.rows_of(rows).astype(np.float32))
+    teacher = embeddings.rows_of(rows)
     return {
-        "fidelity.spearman": round(correlation, 6),
-        f"fidelity.top{OVERLAP}_overlap": round(overlap, 6),
+        "fidelity.spearman": round(rank_agreement(ours, teacher), 6),
+        f"fidelity.top{OVERLAP}_overlap": round(top_overlap(ours, teacher, OVERLAP), 6),
     }
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from storage import durable
 from storage.store import canonical_json
@@ -14,7 +15,8 @@ from storage.store import canonical_json
 log = logging.getLogger("teachonce")
 
 Fact = str | int | float | bool | None
-Facts = Mapping[str, "Fact | Facts"]
+Facts = Mapping[str, Any]
+"""Facts by name; a value may be a mapping of facts itself."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ A file that ends before it should is an error, never a shorter corpus.
 
 Lines end at a line feed and nowhere else: `str.splitlines` and text mode also cut at U+2028, U+0085 or
 a lone carriage return, and shift every row after it.
+
+Longer than 200 lines because every format is here, each with its own way of hiding that it was cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import zstandard
 
-from storage.errors import TeachonceError, shown
+from storage.errors import MissingError, TeachonceError, shown
 
 Rule = Literal["undecodable", "malformed", "too_long"]
 
@@ -117,8 +119,14 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
-    """Those of `sources` that are files."""
-    return [source for source in sources(patterns, root) if isinstance(source, Path)]
+    """The files behind `sources`: for a dataset in a folder its files, for one on the hub none."""
+    files: list[Path] = []
+    for source in sources(patterns, root):
+        if isinstance(source, Path):
+            files.append(source)
+        elif source.folder is not None:
+            files += sorted(path for path in source.folder.rglob("*") if path.is_file())
+    return files
 
 
 def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
@@ -186,7 +194,7 @@ def _matching(pattern: str, root: Path) -> list[Path]:
         matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
         files = [root / match for match in sorted(matches) if (root / match).is_file()]
     if not files:
-        raise TeachonceError(
+        raise MissingError(
             "shard.sources",
             f"{shown(repr(pattern))} matches no file below {root}",
             "mend the pattern in params.yaml, or put the files there",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -62,15 +62,10 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         TeachonceError: a source is missing, truncated or unreadable, or no text is left.
     """
     named = sources(params.sources, root)
-    items = chain.from_iterable(read(source, params.field) for source in named)
+    counted = Reading(chain.from_iterable(read(source, params.field) for source in named))
     rejected = Counter(dict.fromkeys(RULES, 0))
-    counted = Reading(items)
-    made: list[Object] = []
-    new = 0
-    for shard in cut(clean(counted, params, rejected), params.rows_per_shard):
-        entry = store.find(f"text/{text_digest(text for text, _ in shard)}.arrow")
-        new += entry is None
-        made.append(entry or put_texts(store, shard))
+    shards = cut(clean(counted, params, rejected), params.rows_per_shard)
+    made, new = _publish(store, shards)
     manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(made))
     _check_balance(counted.read, manifest.rows, rejected)
     account = f"{counted.read:,} read{_rejections(rejected)}"
@@ -87,13 +82,26 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         "rejected": dict(rejected),
     }
     write_json(facts, ledger)
-    shards = f"{len(made):,} shard{'s' if len(made) > 1 else ''}"
+    plural = "s" if len(made) > 1 else ""
     return Outcome(
         stage="shard",
         made=out,
-        summary=f"{manifest.rows:,} texts in {shards} ({account})",
+        summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})",
         facts={**ledger, "shards": len(made), "shards_new": new, "bytes": manifest.size},
     )
+
+
+def _publish(
+    store: Store, shards: Iterable[Sequence[tuple[str, bytes]]]
+) -> tuple[list[Object], int]:
+    """The objects of all shards, and how many of them were not there before."""
+    made: list[Object] = []
+    new = 0
+    for shard in shards:
+        entry = store.find(f"text/{text_digest(text for text, _ in shard)}.arrow")
+        new += entry is None
+        made.append(entry or put_texts(store, shard))
+    return made, new
 
 
 def clean(items: Iterable[Item], params: ShardParams, rejected: Counter[str]) -> Iterator[str]:

@@ -17,10 +17,13 @@ from storage.corpus import Corpus, cut, put_texts
 from storage.manifest import Manifest
 from storage.store import Store
 
-WORDS = """amber basin cedar delta ember fjord glade harbor island jungle kettle lantern meadow nectar
-orchard pepper quarry river saddle timber umbrella valley willow yellow zephyr anchor bridge candle
-desert engine forest garden hammer insect jacket kitchen ladder mirror needle oyster pencil quiver
-rocket silver tunnel uncle violin window yogurt zipper""".split()
+LEXICON = """
+amber basin cedar delta ember fjord glade harbor island jungle kettle lantern meadow nectar orchard
+pepper quarry river saddle timber umbrella valley willow yellow zephyr anchor bridge candle desert
+engine forest garden hammer insect jacket kitchen ladder mirror needle oyster pencil quiver rocket
+silver tunnel uncle violin window yogurt zipper
+"""
+WORDS = LEXICON.split()
 
 
 def sentences(count, *, seed=0):
@@ -137,7 +140,11 @@ def make_tiny_model(folder, *, layers=4, width=32, seed=0, normalize=True):
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = dict(zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special))
+    names = dict(
+        zip(
+            ["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special, strict=True
+        )
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
     torch.manual_seed(seed)
     config = BertConfig(

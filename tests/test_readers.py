@@ -285,11 +285,10 @@ def test_a_missing_or_foreign_column_names_the_file_and_the_setting(tmp_path):
 def test_a_stream_cut_between_two_batches_is_an_error(tmp_path):
     path = tmp_path / "a.arrow"
     batch = pa.record_batch({"text": ["a", "b"]})
-    with path.open("wb") as sink:
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-            first = sink.tell()
-            writer.write_batch(batch)
+    with path.open("wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+        first = sink.tell()
+        writer.write_batch(batch)
     whole = path.read_bytes()
     path.write_bytes(whole[:first])
     assert refusal(read, path, "text") == (

@@ -8,8 +8,11 @@ import types
 import pytest
 
 from stages import docs
-from stages.docs import Pair, Paragraph, paragraphs, reads_well, split_sentences, unwrapped
+from stages.docs import Pair
+from stages.packages import package_versions
 from stages.params import DocsParams
+from stages.prose import Paragraph, paragraphs, reads_well, split_sentences, unwrapped
+from storage.corpus import cut
 from storage.errors import TeachonceError
 
 NUMPYDOC = '''
@@ -338,7 +341,7 @@ def test_it_leaves_texts_pairs_and_a_retrieval_test(place, package):
     assert not {pair["anchor"] for pair in pairs} & {query["text"] for query in queries}
     assert {pair["positive"] for pair in pairs} < set(text_of.values())
     assert outcome.summary == (
-        "20 sentences and 7 pairs of 1 packages; 3 queries held out, to be found among 10 descriptions"
+        "20 sentences and 7 pairs from 1 packages; 3 queries held out, to be found among 10 descriptions"
     )
     assert json.loads(place.facts.read_text()) == outcome.facts
     assert outcome.facts["packages"] == {"one": {"docstrings": 10, "sentences": 20, "pairs": 10}}
@@ -371,19 +374,24 @@ def test_a_cut_is_a_fair_and_stable_sample(place, package):
     assert ours == alone[: len(ours)]
 
 
+def test_the_order_leaves_the_borders_of_shards_to_the_texts():
+    shards = list(cut(docs.in_fair_order(f"text number {n}" for n in range(4000)), 64))
+    assert 40 < len(shards) < 90
+
+
 def test_nothing_is_imported_and_odd_files_are_skipped(place, package):
     name = package(
         "pkg",
         good=documented(1),
         broken='"""This does not parse, although it is a sentence."""\ndef (',
         nul='"""This has a zero in it, which is no Python."""\0',
-        escape='"""This has an escape\\d that makes Python warn."""',
+        escape='"""This is above a string that makes Python warn."""\nx = "\\d"',
         tests__a='"""This stands in a folder of tests and is left out."""',
         test_b='"""This stands in a file of tests and is left out."""',
     )
-    (place.out.parent).mkdir()
     place.run(name)
-    assert len(place.texts()) == 2
+    assert len(place.texts()) == 3
+    assert "This is above a string that makes Python warn." in place.texts()
     assert name not in sys.modules
 
 
@@ -401,7 +409,7 @@ def test_no_packages_leave_empty_files(place):
 
 def test_the_standard_library_has_prose_and_the_version_of_python(place):
     params = DocsParams(packages=("argparse", "json"), max_texts=9, heldout_pairs=1)
-    assert docs.package_versions(params) == dict.fromkeys(
+    assert package_versions(params.packages) == dict.fromkeys(
         params.packages, platform.python_version()
     )
     place.run("argparse", "json")
@@ -420,7 +428,7 @@ def test_versions_are_those_of_distributions(tmp_path, monkeypatch):
         )
     monkeypatch.syspath_prepend(str(tmp_path))
     params = DocsParams(packages=("own_name", "shared_name"), max_texts=1, heldout_pairs=1)
-    assert docs.package_versions(params) == {"own_name": "2", "shared_name": "1.5+2"}
+    assert package_versions(params.packages) == {"own_name": "2", "shared_name": "1.5+2"}
 
 
 @pytest.mark.parametrize("name", ["no_such_package", "os.path", "not a name", "without_spec"])
@@ -435,7 +443,7 @@ def test_a_package_that_is_not_installed_is_named(place, name, monkeypatch):
     assert str(caught.value) == message
     params = DocsParams(packages=(name,), max_texts=1, heldout_pairs=1)
     with pytest.raises(TeachonceError) as caught:
-        docs.package_versions(params)
+        package_versions(params.packages)
     assert str(caught.value) == message
 
 

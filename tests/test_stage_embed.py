@@ -73,7 +73,9 @@ def test_a_machine_without_the_teacher_says_which_shards_are_missing(place):
     corpus = place.corpus(sentences(200))
     with pytest.raises(KeyboardInterrupt):
         place.embed(corpus, DiesAfter(calls=1))
-    with pytest.raises(MissingError, match=r"of \d+ shards are not in the store \(shards 1, 2") as error:
+    with pytest.raises(
+        MissingError, match=r"of \d+ shards are not in the store \(shards 1, 2"
+    ) as error:
         place.embed(corpus, None)
     assert error.value.exit_code == 3
     assert not (place.root / "embeddings.json").exists()
@@ -133,7 +135,9 @@ def test_each_file_of_the_teacher_changes_the_fingerprint(files):
     assert fingerprint(embed.recipe(embed_params(), files)) != plain
 
 
-@pytest.mark.parametrize("change", [{"batch_tokens": 64}, {"teacher": "b/mirror"}, {"revision": "v1"}])
+@pytest.mark.parametrize(
+    "change", [{"batch_tokens": 64}, {"teacher": "b/mirror"}, {"revision": "v1"}]
+)
 def test_what_only_says_where_and_how_fast_does_not(change):
     plain = fingerprint(embed.recipe(embed_params(), FILES))
     assert fingerprint(embed.recipe(embed_params(**change), FILES)) == plain

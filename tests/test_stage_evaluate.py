@@ -17,6 +17,7 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
+from stages.learning.agreement import evenly, rank_agreement, spearman, top_overlap
 from stages.params import EvaluateParams
 from storage.corpus import Corpus, cut, put_texts, shard_digest
 from storage.embeddings import Embeddings, put_vectors
@@ -341,9 +342,9 @@ def slow_retrieval(ranking, relevant):
 def test_spearman_is_the_correlation_of_mean_ranks():
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 6, 50) / 4, rng.integers(0, 9, 50) / 4
-    assert evaluate.spearman(left, right) == pytest.approx(slow_spearman(left, right), abs=1e-12)
-    assert evaluate.spearman(left, -(left**3)) == pytest.approx(-1)
-    assert evaluate.spearman(left, np.ones(50)) == 0
+    assert spearman(left, right) == pytest.approx(slow_spearman(left, right), abs=1e-12)
+    assert spearman(left, -(left**3)) == pytest.approx(-1)
+    assert spearman(left, np.ones(50)) == 0
 
 
 def test_sts_is_spearman_of_cosines_times_100():
@@ -406,30 +407,10 @@ def test_a_hit_at_rank_11_counts_for_recall_alone():
     assert found == {"ndcg@10": 0, "mrr@10": 0, "recall@100": 1}
 
 
-def test_fidelity_is_that_of_the_loops():
-    rng = np.random.default_rng(4)
-    n = 25
-    teacher = rng.standard_normal((n, 12)).astype(np.float32)
-    model = (teacher[:, :5] + 0.5 * rng.standard_normal((n, 5))).astype(np.float32)
-
-    def pairs(vectors):
-        return [slow_cosine(vectors[i], vectors[j]) for i in range(n) for j in range(i + 1, n)]
-
-    def near(vectors, i):
-        others = [j for j in range(n) if j != i]
-        return set(sorted(others, key=lambda j: -slow_cosine(vectors[i], vectors[j]))[:10])
-
-    overlap = np.mean([len(near(model, i) & near(teacher, i)) / 10 for i in range(n)])
-    correlation, shared = evaluate.fidelity(model, teacher * 3)
-    assert correlation == pytest.approx(slow_spearman(pairs(model), pairs(teacher)), abs=1e-9)
-    assert shared == pytest.approx(overlap, abs=1e-12)
-    assert 0.4 < shared < 0.95
-
-
-def test_fidelity_breaks_ties_in_row_order():
+def test_ties_are_broken_in_row_order():
     # All the same: everybody's nearest are the first ten others, whoever is asked.
     same = np.ones((30, 3), np.float32)
-    assert evaluate.fidelity(same, same) == (0, 1)
+    assert (rank_agreement(same, same), top_overlap(same, same, 10)) == (0, 1)
 
 
 def test_speed_is_the_median_of_three_passes_after_one():
@@ -440,8 +421,8 @@ def test_speed_is_the_median_of_three_passes_after_one():
 
 
 def test_rows_are_taken_at_equal_steps():
-    assert evaluate.evenly(np.arange(5, 15), 4).tolist() == [5, 7, 10, 12]
-    assert evaluate.evenly(np.array([3, 8]), 5).tolist() == [3, 3, 3, 8, 8]
+    assert evenly(np.arange(5, 15), 4).tolist() == [5, 7, 10, 12]
+    assert evenly(np.array([3, 8]), 5).tolist() == [3, 3, 3, 8, 8]
 
 
 # --- a model end to end ---------------------------------------------------------------------------------
@@ -480,7 +461,7 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
     assert asked["document"] == ["Join puts strings together", "cuts a string"]
     heldout = split_of(corpus, 0.4).heldout_rows(corpus)
     assert ("text", corpus.take(heldout)) in encoder.asked
-    assert encoder.asked[-4:] == [("text", corpus.take(evaluate.evenly(heldout, 8)))] * 4
+    assert encoder.asked[-4:] == [("text", corpus.take(evenly(heldout, 8)))] * 4
 
 
 def test_a_student_of_another_mind_keeps_little(tmp_path, corpus, embeddings):
@@ -494,11 +475,11 @@ def test_a_student_of_another_mind_keeps_little(tmp_path, corpus, embeddings):
 
 
 def test_likeness_takes_a_thousand_rows_at_most(tmp_path, corpus, embeddings, monkeypatch):
-    monkeypatch.setattr(evaluate, "FIDELITY_ROWS", 20)
+    monkeypatch.setattr(evaluate, "MOST_ROWS", 20)
     encoder = HashEncoder()
     measure(tmp_path, corpus, embeddings, encoder)
     heldout = split_of(corpus, 0.4).heldout_rows(corpus)
-    assert encoder.asked[0] == ("text", corpus.take(evaluate.evenly(heldout, 20)))
+    assert encoder.asked[0] == ("text", corpus.take(evenly(heldout, 20)))
 
 
 def test_with_few_rows_held_out_likeness_is_left_out(tmp_path, corpus, embeddings, caplog):

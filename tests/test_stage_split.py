@@ -24,7 +24,12 @@ def run(place, corpus, evaluation, heldout=0.1):
 def test_evaluation_texts_and_their_sentences_are_found(place):
     texts = sentences(200)
     corpus = place.corpus(texts)
-    evaluation = [texts[3], f"  {texts[5]}  ", f"{texts[7]} {texts[9]}  Something else!", "Not there."]
+    evaluation = [
+        texts[3],
+        f"  {texts[5]}  ",
+        f"{texts[7]} {texts[9]}  Something else!",
+        "Not there.",
+    ]
     outcome = run(place, corpus, evaluation)
     found = Split.load(place.root / "split.json", corpus)
     assert found.evaluation == (3, 5, 7, 9)

@@ -308,7 +308,10 @@ def test_a_manifest_comes_back_and_leaves_a_note_in_the_store(place):
         (lambda text: text[:-20], "no manifest"),
         (lambda text: text.replace('"rows": ', '"rows": -'), "no manifest"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "no manifest: format"),
-        (lambda text: text.replace('"kind": "corpus"', '"kind": "embeddings"'), "of embeddings, not"),
+        (
+            lambda text: text.replace('"kind": "corpus"', '"kind": "embeddings"'),
+            "of embeddings, not",
+        ),
         (lambda text: text.replace('"parent"', '"x": 1, "parent"'), "no manifest: x"),
         (lambda text: text.replace('"parent"', '"parent": null, "parent"'), "canonical"),
         (lambda text: text.replace("text/", "../"), "no manifest: objects.0.key"),
@@ -332,7 +335,9 @@ def test_a_missing_manifest_names_the_command(tmp_path):
 def test_a_fingerprint_is_stable_and_sees_every_value():
     recipe = {"a": 1, "b": [0.05, None, "ü"], "c": {"d": True}}
     assert fingerprint(recipe) == fingerprint(dict(reversed(recipe.items())))
-    assert fingerprint(recipe) == "0a7ca10c83ba06f39c6839c5e940b11e06fa0440"  # pinned: names in every store
+    assert (
+        fingerprint(recipe) == "0a7ca10c83ba06f39c6839c5e940b11e06fa0440"
+    )  # pinned: names in every store
     others = [
         {**recipe, "a": 2},
         {**recipe, "b": [0.05, None, "u"]},
@@ -420,7 +425,7 @@ def test_vectors_of_another_corpus_are_refused(place):
     corpus = place.corpus(sentences(300))
     manifest, _ = vectors_of(corpus, place.store)
     other = place.corpus([*sentences(300)[:150], *sentences(150, seed=9)])
-    with pytest.raises(DamagedError, match="made from another corpus: .* at shard"):
+    with pytest.raises(DamagedError, match=r"made from another corpus: .* at shard"):
         Embeddings(place.store, manifest, other)
 
 

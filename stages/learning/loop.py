@@ -27,6 +27,8 @@ from stages.params import RecipeParams
 from storage.errors import TeachonceError
 
 CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints: what a killed run loses at most."""
+
 BETAS = (0.9, 0.98)  # DisCo's
 
 
@@ -56,7 +58,6 @@ def train(
     *,
     name: str,
     checkpoints: Checkpoints,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> State:
     """Train until the last step, or until the score has not risen for `patience` evaluations.
 
@@ -68,7 +69,6 @@ def train(
         params: Recipe.
         name: Of the student, for the log.
         checkpoints: Where the run's state is kept.
-        checkpoint_seconds: Least time between two checkpoints.
 
     Raises:
         TeachonceError: the loss is NaN or infinite; names the step and the rows.
@@ -90,7 +90,7 @@ def train(
         if state.step % params.evaluate_every == 0 or state.step == total:
             best = _evaluate(model, work, state, best, params, total)
         progress.advance(1, f"loss {sum(parts):.4f}")
-        if time.monotonic() - saved > checkpoint_seconds:
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoints.save(state, _tensors(model, optimizer, best))
             saved = time.monotonic()
     model.load_state_dict(best)
@@ -136,7 +136,7 @@ def _step(
     if not bool(torch.isfinite(loss)):
         raise TeachonceError(
             f"step {step}",
-            f"the loss is {float(loss)}; rows {', '.join(map(str, rows[:16]))}"
+            f"the loss is {float(loss.detach())}; rows {', '.join(map(str, rows[:16]))}"
             f"{' …' if len(rows) > 16 else ''}",
             "lower the recipe's learning_rate, set clip: 1.0 or precision: fp32; what was reached before "
             "is kept in work/",

@@ -1,7 +1,8 @@
 """Training objectives: pure functions from a batch of vectors to a scalar loss.
 
-Shape letters: B batch, C candidates, D width of the teacher's space. The student's vectors are what it
-puts out, of any length; a function that compares directions normalises them itself.
+Shape letters: B batch, C candidates, D width of the teacher's space. The student's vectors are what the
+saved student will return: of length 1 if the teacher's are, else of any length. A function that compares
+directions normalises them itself.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Objectives(nn.Module):
     def temperatures(self) -> dict[str, float]:
         """Name -> temperature, for the objectives that have one."""
         return {
-            name: float(1 / self._scale(place))
+            name: float(1 / self._scale(place).detach())
             for place, name in enumerate(self.names)
             if str(place) in self.log_scales
         }

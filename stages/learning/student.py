@@ -55,19 +55,27 @@ class Student(nn.Module):
     Args:
         model: The start, loaded in float32.
         teacher_dim: D, the width of the teacher's vectors.
+        unit_length: Whether the teacher's vectors have length 1; then the student's have, too.
         project: Whether to add a projection even if the widths agree.
         dropout: False: the model runs as in inference while it is trained.
     """
 
     def __init__(
-        self, model: SentenceTransformer, *, teacher_dim: int, project: bool, dropout: bool
+        self,
+        model: SentenceTransformer,
+        *,
+        teacher_dim: int,
+        unit_length: bool,
+        project: bool,
+        dropout: bool,
     ) -> None:
         super().__init__()
         self.start = model
         self.dropout = dropout
+        self.unit_length = unit_length
         width = model.get_embedding_dimension() or 0
-        # The loss sees the vector before normalisation, as in DisCo: a loss that wants unit length
-        # normalises itself.
+        # A normalisation at the end of the start goes: it is the teacher's vectors that say whether the
+        # student's have length 1, and it would stand before the projection.
         self.body = nn.ModuleList([module for module in model if not _is_normalize(module)])
         needed = project or width != teacher_dim
         self.projection = nn.Linear(width, teacher_dim) if needed else None
@@ -76,14 +84,15 @@ class Student(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) token ids and mask -> (B, D) float32 vectors, not normalised."""
+        """(B, L) token ids and mask -> (B, D) float32 vectors, as the saved student returns them."""
         features = {"input_ids": token_ids, "attention_mask": mask}
         for module in self.body:
             features = module(features)
         vectors = features["sentence_embedding"]
         if self.projection is not None:
             vectors = self.projection(vectors)
-        return vectors.float()
+        vectors = vectors.float()
+        return nn.functional.normalize(vectors, dim=1) if self.unit_length else vectors
 
     def train(self, mode: bool = True) -> Student:
         """Training mode; without dropout, everything below stays in inference mode."""
@@ -91,13 +100,8 @@ class Student(nn.Module):
         self.training = mode
         return self
 
-    def save(self, folder: Path, *, unit_length: bool) -> None:
-        """Write a sentence-transformers folder of stock modules.
-
-        Args:
-            folder: Empty.
-            unit_length: End with a normalisation, as the teacher's own pipeline does.
-        """
+    def save(self, folder: Path) -> None:
+        """Write a sentence-transformers folder of stock modules into an empty folder."""
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Dense
         from sentence_transformers.sentence_transformer.modules import Normalize
@@ -111,7 +115,7 @@ class Student(nn.Module):
             )
             dense.linear.load_state_dict(self.projection.state_dict())
             modules.append(dense)
-        if unit_length or any(_is_normalize(module) for module in self.start):
+        if self.unit_length:
             modules.append(Normalize())
         save_model(SentenceTransformer(modules=modules, device="cpu"), folder)
 

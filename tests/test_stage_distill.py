@@ -1,0 +1,431 @@
+"""Training from the caches: it learns, it needs no teacher, and a killed run ends the same."""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from stages import distill, start
+from stages.learning import loop
+from stages.learning.checkpoints import Checkpoints, State
+from stages.learning.encoder import Encoder, load_model, token_batches
+from stages.learning.student import Student
+from stages.params import RecipeParams, StartParams
+from storage.embeddings import Embeddings
+from storage.errors import TeachonceError
+from storage.split import Split
+from tests.conftest import HashTeacher, make_tiny_model, sentences
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # tiny tensors: threads that wait for each other only cost
+
+
+def recipe(**changes):
+    return RecipeParams.model_validate(
+        {
+            "epochs": 2,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "warmup": 0.1,
+            "weight_decay": 0.0,
+            "clip": 1.0,
+            "dropout": False,
+            "max_tokens": 16,
+            "precision": "fp32",
+            "projection": "auto",
+            "evaluate_every": 10,
+            "patience": 50,
+            "seed": 0,
+            "objectives": [{"name": "kd", "weight": 1.0}],
+        }
+        | changes
+    )
+
+
+CKD = [
+    {
+        "name": "ckd",
+        "weight": 1.0,
+        "temperature": 0.1,
+        "learnable_temperature": True,
+        "queue": 64,
+        "neighbours": 0,
+    }
+]
+
+
+class World:
+    """A corpus embedded by a tiny transformer, and half of that transformer as the start."""
+
+    def __init__(self, place, teacher_folder, start_folder):
+        self.place, self.start = place, start_folder
+        self.texts = sentences(400)
+        self.corpus = place.corpus(self.texts)
+        teacher = Encoder(teacher_folder, device=CPU, max_tokens=16)
+        place.embed(self.corpus, teacher.encode_counted)
+        self.embeddings = Embeddings(place.store, place.embeddings, self.corpus)
+        self.split = Split(corpus=self.corpus.manifest.content, heldout=0.1, evaluation=())
+
+    def train(self, params, name="student"):
+        at = self.place.root
+        return distill.run(
+            params,
+            name=name,
+            start=self.start,
+            caches=distill.Caches(self.corpus, self.embeddings, None, self.split, self.place.store),
+            device=CPU,
+            work=at / "work",
+            out=at / name,
+            curve=at / f"{name}.csv",
+            training=at / f"{name}.json",
+        )
+
+    def weights(self, name="student"):
+        return hashlib.sha256(
+            (self.place.root / name / "model.safetensors").read_bytes()
+        ).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def start_folder(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("starts") / "half"
+    params = StartParams.model_validate({"from": "teacher", "layers": [0, 3]})
+    start.run(params, name="half", folder=tiny_model, trust_remote_code=False, out=out)
+    return out
+
+
+@pytest.fixture
+def world(place, tiny_model, start_folder):
+    return World(place, tiny_model, start_folder)
+
+
+# ------------------------------------------------------------------------------------------ starting
+
+
+def test_a_start_has_the_layers_it_was_given(tiny_model, start_folder):
+    teacher = load_model(tiny_model, device=CPU)[0].auto_model
+    half = load_model(start_folder, device=CPU)[0].auto_model
+    assert half.config.num_hidden_layers == 2
+    for ours, theirs in ((0, 0), (1, 3)):
+        for name, value in half.encoder.layer[ours].state_dict().items():
+            assert torch.equal(value, teacher.encoder.layer[theirs].state_dict()[name])
+
+
+def test_equal_starts_are_equal_files(tiny_model, start_folder, tmp_path):
+    params = StartParams.model_validate({"from": "teacher", "layers": [0, 3]})
+    start.run(params, name="half", folder=tiny_model, trust_remote_code=False, out=tmp_path / "s")
+    names = sorted(p.relative_to(start_folder) for p in start_folder.rglob("*") if p.is_file())
+    assert names == sorted(
+        p.relative_to(tmp_path / "s") for p in (tmp_path / "s").rglob("*") if p.is_file()
+    )
+    for name in names:
+        assert (start_folder / name).read_bytes() == (tmp_path / "s" / name).read_bytes(), name
+
+
+def test_a_layer_that_is_not_there_is_named(tiny_model, tmp_path):
+    params = StartParams.model_validate({"from": "teacher", "layers": [0, 4]})
+    with pytest.raises(TeachonceError) as error:
+        start.run(params, name="x", folder=tiny_model, trust_remote_code=False, out=tmp_path / "x")
+    assert str(error.value) == "starts.x.layers: layer 4 of 4\n  cure: use 0 to 3"
+    assert not (tmp_path / "x").exists()
+
+
+def test_layers_of_another_architecture_are_refused(tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from transformers import AutoTokenizer
+
+    model = make_tiny_model(tmp_path / "tiny", layers=1)
+    static = StaticEmbedding(
+        AutoTokenizer.from_pretrained(model).backend_tokenizer, embedding_dim=8
+    )
+    SentenceTransformer(modules=[static], device="cpu").save(
+        str(tmp_path / "static"), create_model_card=False
+    )
+    params = StartParams.model_validate({"from": "teacher", "layers": [0]})
+    with pytest.raises(TeachonceError, match="not from StaticEmbedding"):
+        start.run(
+            params,
+            name="x",
+            folder=tmp_path / "static",
+            trust_remote_code=False,
+            out=tmp_path / "x",
+        )
+
+
+# ------------------------------------------------------------------------------------------ learning
+
+
+@pytest.mark.parametrize("objectives", [[{"name": "kd", "weight": 1.0}], CKD])
+def test_a_student_learns_from_the_caches(world, objectives):
+    before = Encoder(world.start, device=CPU, max_tokens=16).encode(world.texts)
+    outcome = world.train(recipe(objectives=objectives, epochs=4))
+    after = Encoder(world.place.root / "student", device=CPU, max_tokens=16).encode(world.texts)
+    teacher = world.embeddings.rows_of(np.arange(400))
+
+    def likeness(vectors):
+        return float(np.mean(np.sum(vectors * teacher, axis=1)))
+
+    assert likeness(after) > likeness(before) + 0.1
+    assert np.allclose(np.linalg.norm(after, axis=1), 1, atol=1e-5)
+    assert outcome.facts["agreement"] > 0.4
+
+
+def test_the_curve_and_the_facts_are_files_for_dvc(world):
+    world.train(recipe(objectives=CKD))
+    rows = list(csv.DictReader((world.place.root / "student.csv").read_text().splitlines()))
+    facts = json.loads((world.place.root / "student.json").read_text())
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, facts["steps"]]
+    assert set(rows[0]) == {"step", "loss_ckd", "agreement", "learning_rate", "temperature_ckd"}
+    best = max(rows, key=lambda row: float(row["agreement"]))
+    assert facts["best_step"] == int(best["step"])
+    assert facts["agreement"] == pytest.approx(float(best["agreement"]), abs=1e-6)
+    assert not (world.place.root / "work").exists() or not list(
+        (world.place.root / "work").iterdir()
+    )
+
+
+def test_what_is_saved_is_what_was_trained_projection_and_all(world, tmp_path):
+    """A student narrower than the teacher: its projection is kept, and ends in the teacher's space."""
+    narrow = make_tiny_model(tmp_path / "narrow", layers=1, width=16, seed=3)
+    world.start = narrow
+    world.train(recipe())
+    folder = world.place.root / "student"
+    vectors = Encoder(folder, device=CPU, max_tokens=16).encode(world.texts[:20])
+    assert vectors.shape == (20, 32)
+    parts = json.loads((folder / "modules.json").read_text())
+    assert [part["type"].rsplit(".", 1)[1] for part in parts] == [
+        "Transformer",
+        "Pooling",
+        "Dense",
+        "Normalize",
+    ]
+
+
+def test_training_sees_the_texts_as_inference_does(world):
+    """The stored token ids through the student equal the saved model on the texts themselves."""
+    model = load_model(world.start, device=CPU)
+    student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False).eval()
+    from stages.learning.token_rows import token_rows
+
+    tokens = token_rows(
+        model.tokenizer, world.start, corpus=world.corpus, store=world.place.store, max_tokens=16
+    )
+    lesson = distill.Lesson(
+        recipe(),
+        student=student,
+        tokens=tokens,
+        caches=distill.Caches(world.corpus, world.embeddings, None, world.split, world.place.store),
+        device=CPU,
+    )
+    rows = np.array([5, 399, 17])
+    with torch.no_grad():
+        ours = lesson.encode(rows).numpy()
+    theirs = Encoder(world.start, device=CPU, max_tokens=16).encode([world.texts[r] for r in rows])
+    assert np.allclose(ours, theirs, atol=1e-5)
+
+
+def test_token_ids_are_made_once(world):
+    world.train(recipe(epochs=1))
+    made = sorted((world.place.root / "store/tokens").rglob("*.arrow"))
+    times = [path.stat().st_mtime_ns for path in made]
+    assert len(made) == len(world.corpus.objects)
+    world.train(recipe(epochs=1, seed=1))
+    assert [path.stat().st_mtime_ns for path in made] == times
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(world):
+    world.train(recipe(), "a")
+    world.train(recipe(), "b")
+    world.train(recipe(seed=1), "c")
+    assert world.weights("a") == world.weights("b") != world.weights("c")
+
+
+def test_a_run_without_progress_stops_early_and_keeps_its_best(world):
+    outcome = world.train(recipe(learning_rate=1e-12, patience=2, epochs=40))
+    assert outcome.facts["steps"] == 30
+    assert outcome.facts["best_step"] == 10
+
+
+def test_dropout_is_the_recipes_choice(world):
+    model = load_model(world.start, device=CPU)
+    ids, mask = torch.tensor([[2, 7, 8, 3]] * 2), torch.ones(2, 4, dtype=torch.long)
+    for dropout in (False, True):
+        student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=dropout)
+        student.train()
+        first, second = student(ids, mask), student(ids, mask)
+        assert torch.equal(first, second) != dropout
+
+
+def test_a_loss_that_is_no_number_stops_with_its_rows(world):
+    with pytest.raises(TeachonceError, match=r"step \d+: the loss is nan; rows \d+, "):
+        world.train(recipe(learning_rate=1e38, clip=None, warmup=0.0))
+
+
+def test_too_few_held_out_rows_are_refused(world):
+    world.split = world.split.model_copy(update={"heldout": 1e-6})
+    with pytest.raises(TeachonceError, match="0 held out are too few"):
+        world.train(recipe())
+
+
+# ------------------------------------------------------------------------------------------ resuming
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dies_after", [1, 10, 26, 43])
+def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, dies_after):
+    params = recipe(objectives=CKD, dropout=True)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    world.train(params, "whole")
+    steps = 0
+    plain_step = loop._step
+
+    def dying_step(*args):
+        nonlocal steps
+        steps += 1
+        if steps > dies_after:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "_step", dying_step)
+    with pytest.raises(PowerCut):
+        world.train(params, "killed")
+    assert not (world.place.root / "killed").exists()
+    monkeypatch.setattr(loop, "_step", plain_step)
+    outcome = world.train(params, "killed")
+    assert world.weights("killed") == world.weights("whole")
+    whole = json.loads((world.place.root / "whole.json").read_text())
+    assert {k: outcome.facts[k] for k in whole} == whole
+    assert (world.place.root / "killed.csv").read_bytes() == (
+        world.place.root / "whole.csv"
+    ).read_bytes()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "run")
+    for step in (1, 2, 3):
+        checkpoints.save(State(step=step), {"model/w": torch.full((3,), float(step))})
+    newest, older = sorted((tmp_path / "run").iterdir(), reverse=True)
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    state, tensors = checkpoints.load()
+    assert state.step == 2
+    assert tensors["model/w"].tolist() == [2.0] * 3
+    assert f"{newest}: damaged" in caplog.text
+    older.unlink()
+    assert checkpoints.load() is None
+
+
+# ---------------------------------------------------------------------------------------- no teacher
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, tmp_path):
+    """A process in which every open of a file of the teacher fails."""
+    code = f"""
+        import sys
+        from pathlib import Path
+
+        def refuse(event, args):
+            if event == "open" and str(args[0]).startswith({str(tiny_model)!r}):
+                raise PermissionError("the teacher must not be read")
+            if event == "socket.connect":
+                raise PermissionError("no network")
+
+        sys.addaudithook(refuse)
+        import torch
+        from stages import distill
+        from stages.params import RecipeParams
+        from storage.corpus import Corpus
+        from storage.embeddings import Embeddings
+        from storage.manifest import Manifest
+        from storage.split import Split
+        from storage.store import Store
+
+        root = Path({str(world.place.root)!r})
+        store = Store(root / "store")
+        corpus = Corpus(store, Manifest.load(root / "corpus.json", "corpus"))
+        embeddings = Embeddings(store, Manifest.load(root / "embeddings.json", "embeddings"), corpus)
+        split = Split(corpus=corpus.manifest.content, heldout=0.1, evaluation=())
+        outcome = distill.run(
+            RecipeParams.model_validate({recipe().model_dump(mode="json")!r}),
+            name="s",
+            start=Path({str(world.start)!r}),
+            caches=distill.Caches(corpus, embeddings, None, split, store),
+            device=torch.device("cpu"),
+            work=root / "work",
+            out=root / "s",
+            curve=root / "s.csv",
+            training=root / "s.json",
+        )
+        print(outcome.facts["steps"])
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "44"
+
+
+# ------------------------------------------------------------------------------------------- encoder
+
+
+def test_the_encoder_returns_what_sentence_transformers_does(tiny_model):
+    texts = sentences(100)
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=16, batch_tokens=64)
+    made = encoder.encode_counted(texts)
+    assert np.allclose(made.vectors, encoder.model.encode(texts), atol=1e-5)
+    lengths = [len(encoder.model.tokenizer(text)["input_ids"]) for text in texts]
+    assert made.tokens == sum(min(length, 16) for length in lengths)
+    assert made.truncated == sum(length > 16 for length in lengths)
+
+
+def test_the_same_texts_give_the_same_bits_whatever_came_before(tiny_model):
+    texts = sentences(60)
+    first = Encoder(tiny_model, device=CPU, max_tokens=16)
+    second = Encoder(tiny_model, device=CPU, max_tokens=16)
+    second.encode(sentences(37, seed=4))
+    assert np.array_equal(first.encode(texts), second.encode(texts))
+
+
+def test_a_prompt_is_put_before_each_text(tiny_model):
+    texts = sentences(5)
+    prompted = Encoder(tiny_model, device=CPU, max_tokens=16, prompt="amber basin: ")
+    plain = Encoder(tiny_model, device=CPU, max_tokens=16)
+    assert np.allclose(
+        prompted.encode(texts), plain.encode([f"amber basin: {text}" for text in texts]), atol=1e-6
+    )
+
+
+def test_more_tokens_than_the_model_reads_are_refused(tiny_model):
+    with pytest.raises(TeachonceError, match=r"65, but the model in .* reads 64 tokens at most"):
+        Encoder(tiny_model, device=CPU, max_tokens=65)
+
+
+def test_batches_hold_each_text_once_within_their_budget():
+    lengths = np.random.default_rng(0).integers(1, 50, size=500)
+    batches = list(token_batches(lengths, 200))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(len(b) * lengths[b].max() <= 200 or len(b) == 1 for b in batches)
+    assert next(iter(token_batches(np.array([500]), 200))).tolist() == [0]
+
+
+def test_the_hash_teacher_keeps_to_the_interface(place):
+    """Stages that take any teacher are tested with it, so it must be one."""
+    made = HashTeacher()(["a", "b"])
+    assert made.vectors.dtype == np.float32
+    assert made.vectors.shape == (2, 16)
