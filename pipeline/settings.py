@@ -58,7 +58,12 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         Params.model_validate(content)
         problems = []
     except ValidationError as error:
-        problems = [(_address(entry["loc"]), _problem(entry)) for entry in error.errors()]
+        problems = [
+            (_address(entry["loc"]), _problem(entry))
+            for entry in error.errors()
+            # A list whose entries are all wrong is not too short besides.
+            if not (entry["type"] == "too_short" and entry["input"])
+        ]
     raw = content if isinstance(content, dict) else {}
     sections = _readable(raw)
     names = {

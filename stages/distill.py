@@ -118,7 +118,14 @@ def run(
         store=caches.store,
         max_tokens=params.max_tokens,
     )
-    lesson = Lesson(params, student=student, tokens=tokens, caches=caches, device=device)
+    lesson = Lesson(
+        params,
+        student=student,
+        tokens=tokens,
+        pad_id=int(getattr(model.tokenizer, "pad_token_id", None) or 0),
+        caches=caches,
+        device=device,
+    )
     started = time.monotonic()
     state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
     seconds = time.monotonic() - started
@@ -146,6 +153,7 @@ class Lesson(nn.Module):
         params: Recipe, `auto` resolved.
         student: On `device`.
         tokens: Its token ids.
+        pad_id: The id that fills up a batch.
         caches: What is learned from.
         device: Where.
     """
@@ -156,6 +164,7 @@ class Lesson(nn.Module):
         *,
         student: Student,
         tokens: Tokens,
+        pad_id: int,
         caches: Caches,
         device: torch.device,
     ) -> None:
@@ -163,7 +172,7 @@ class Lesson(nn.Module):
         self.student = student
         self.objectives = Objectives(params.objectives).to(device)
         self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
-        self.pad_id = int(getattr(student.start.tokenizer, "pad_token_id", None) or 0)
+        self.pad_id = pad_id
         self.lengths = tokens.lengths()
         self.rows = caches.split.train_rows(caches.corpus)
         heldout = caches.split.heldout_rows(caches.corpus)

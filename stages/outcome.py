@@ -42,20 +42,19 @@ def write_json(path: Path, value: object) -> None:
 
 
 class Progress:
-    """A line on stderr every few seconds: how far, how fast, how long still.
+    """A line on stderr now and then: how far, how fast, how long still.
+
+    Every five seconds at first, then rarer, so that a night's log can be read in the morning.
 
     Args:
         stage: Printed first on each line.
         total: Units of work in all.
         unit: What is counted, such as "texts".
         done: Units that were there already; they count as progress but not as speed.
-        every: Seconds between lines.
     """
 
-    def __init__(
-        self, stage: str, *, total: int, unit: str, done: int = 0, every: float = 5.0
-    ) -> None:
-        self.stage, self.total, self.unit, self.every = stage, total, unit, every
+    def __init__(self, stage: str, *, total: int, unit: str, done: int = 0) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
         self.done, self.before = done, done
         self.started = self.last = time.monotonic()
 
@@ -73,7 +72,7 @@ class Progress:
         """Count `units` as done; `note` is added to the line, if one is due."""
         self.done += units
         now = time.monotonic()
-        if now - self.last < self.every:
+        if now - self.last < min(max(5.0, 0.1 * self.seconds), 60.0):
             return
         self.last = now
         eta = (self.total - self.done) / self.rate if self.rate else float("inf")

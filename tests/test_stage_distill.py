@@ -222,6 +222,7 @@ def test_training_sees_the_texts_as_inference_does(world):
         recipe(),
         student=student,
         tokens=tokens,
+        pad_id=0,
         caches=distill.Caches(world.corpus, world.embeddings, None, world.split, world.place.store),
         device=CPU,
     )

@@ -70,7 +70,6 @@ class Student(nn.Module):
         dropout: bool,
     ) -> None:
         super().__init__()
-        self.start = model
         self.dropout = dropout
         self.unit_length = unit_length
         width = model.get_embedding_dimension() or 0

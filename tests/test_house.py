@@ -1,0 +1,190 @@
+"""Pairs of files that must agree, and the commands as a person sees them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.layout import Layout
+from pipeline.settings import load_params
+from stages import check, docs, embed, mine, shard, split
+from stages.learning.objectives import Objectives
+from stages.params import Objective, Params, RecipeParams
+from tests.conftest import embed_params
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [
+    "check",
+    "docs",
+    "shard",
+    "split",
+    "embed",
+    "start",
+    "mine",
+    "distill",
+    "evaluate",
+    "report",
+]
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """dvc.yaml with the templates flattened: name -> stage."""
+    found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    return {name: stage.get("do", stage) for name, stage in found.items()}
+
+
+def paths(entries):
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def params_of(stage):
+    """Setting names of a stage, and its keys in data/sources.json and data/versions.yaml."""
+    own, outside = [], {}
+    for entry in stage.get("params", []):
+        if isinstance(entry, dict):
+            outside |= entry
+        else:
+            own.append(entry)
+    return own, outside
+
+
+def test_each_stage_of_dvc_says_what_it_does_and_runs_one_command(stages):
+    for name, stage in stages.items():
+        assert stage["desc"], name
+        assert re.fullmatch(r"teachonce \w+( (teacher|\$\{key\}))?", stage["cmd"]), name
+        assert stage["cmd"].split()[1] in COMMANDS
+
+
+def test_dvc_and_the_layout_name_the_same_files(stages):
+    at = Layout(Path())
+    expected = {
+        "check": [at.sources, at.versions],
+        "docs": [at.raw, at.stage_facts("docs")],
+        "shard": [at.corpus, at.stage_facts("shard")],
+        "split": [at.split, at.stage_facts("split")],
+        "embed": [at.embeddings, at.stage_facts("embed")],
+        "start": [at.start("${key}")],
+        "mine": [at.negatives, at.stage_facts("mine")],
+        "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],
+        "evaluate_teacher": [at.metrics("teacher")],
+        "evaluate_start": [at.metrics("${key}")],
+        "evaluate": [at.metrics("${key}")],
+        "report": [at.report],
+    }
+    for name, stage in stages.items():
+        made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
+        assert paths(made) == [str(path) for path in expected[name]], name
+
+
+def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
+    """A setting that changes the result must re-run the stage; one that only sets the speed must not."""
+    params = load_params(ROOT / "params.yaml")
+    speed_only = {"embed": {"batch_tokens"}, "mine": {"memory_mb"}}
+    for section, model in (("embed", params.embed), ("mine", params.mine)):
+        named = {key.removeprefix(f"{section}.") for key in params_of(stages[section])[0]}
+        assert named == set(type(model).model_fields) - speed_only[section]
+    # Settings that a recipe leaves out (the field of a source) stand in data/sources.json.
+    for name, recipe in [
+        ("docs", docs.recipe(params.docs)),
+        ("shard", shard.recipe(params.shard)),
+        ("split", split.recipe(params.split)),
+        ("mine", mine.recipe(params.mine)),
+        ("embed", embed.recipe(embed_params(), {})),
+    ]:
+        settings = set(recipe) - {"version", "teacher"}
+        assert settings <= set(type(getattr(params, name)).model_fields), name
+
+
+def test_each_stage_names_its_version(stages):
+    for name, stage in stages.items():
+        if name == "check":
+            continue
+        _, outside = params_of(stage)
+        version = "evaluate" if name.startswith("evaluate") else name
+        assert outside["data/versions.yaml"] == [version], name
+        assert check.version_of(version) >= 1
+
+
+def test_every_objective_of_the_settings_is_implemented():
+    union = get_args(get_args(Objective)[0])
+    names = {get_args(kind.model_fields["name"].annotation)[0] for kind in union}
+    recipes = load_params(ROOT / "params.yaml").recipes.values()
+    shipped = {objective.name for recipe in recipes for objective in recipe.objectives}
+    assert names == shipped == {"kd", "ckd"}
+    for recipe in recipes:
+        assert len(Objectives(recipe.objectives).names) == len(recipe.objectives)
+
+
+def test_the_readme_shows_the_tree_as_it_is():
+    """Each module has its line, and no line is about a module that is gone."""
+    shown = set(re.findall(r"^\s+(\w+\.py)\s", (ROOT / "README.md").read_text(), re.MULTILINE))
+    modules = {
+        path.name
+        for folder in ("pipeline", "stages", "stages/learning", "storage")
+        for path in (ROOT / folder).glob("*.py")
+    }
+    assert shown == modules - {"__init__.py"}
+
+
+def test_help_lists_the_commands_in_the_order_of_the_pipeline():
+    result = CliRunner().invoke(app, ["--help"])
+    found = [word for word in re.findall(r"│ (\w+) ", result.output) if word in COMMANDS]
+    assert found == COMMANDS
+    for command in COMMANDS:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def teachonce(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *words], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_a_persons_mistake_ends_without_a_traceback(tmp_path):
+    run = teachonce(tmp_path, "embed")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr == (
+        f"error: {tmp_path / 'params.yaml'}: not there\n"
+        "  cure: run this in a folder that has a params.yaml\n"
+    )
+    assert teachonce(tmp_path, "embedd").returncode == 2
+
+
+def test_a_stage_before_its_input_names_the_command_to_run(tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    run = teachonce(tmp_path, "split")
+    assert run.returncode == 3
+    assert run.stderr.endswith("data/corpus.json: not there\n  cure: run `teachonce shard`\n")
+    run = teachonce(tmp_path, "distill", "kdd")
+    assert run.returncode == 1
+    assert "students.kdd: not in params.yaml" in run.stderr
+
+
+def test_results_can_be_had_as_json(tmp_path):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content |= {"store": "store"}
+    content["docs"]["packages"] = []
+    content["shard"]["sources"] = ["a.txt"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "a.txt").write_text("This is a text.\nAnother text is here.\n\n")
+    run = teachonce(tmp_path, "shard", "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["made"] == "data/corpus.json"
+    assert (found["facts"]["read"], found["facts"]["kept"]) == (3, 2)
+
+
+def test_every_setting_has_one_place():
+    """No default hides in code: what params.yaml lacks is an error, not a guess."""
+    for section in (Params, RecipeParams, *Params.__base__.__subclasses__()):
+        for name, field in section.model_fields.items():
+            assert field.is_required(), f"{section.__name__}.{name} has a default"

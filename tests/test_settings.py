@@ -1,0 +1,304 @@
+"""params.yaml and the stage check: everything wrong at once, each with its address and a cure."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.layout import Layout
+from pipeline.settings import examine, load_params
+from stages import check
+from stages.models import file_hashes, find_model, model_files, sha256_of
+from stages.params import SettingsError
+from storage.errors import MissingError, TeachonceError
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "params.yaml"
+
+
+def write(folder, change):
+    """A copy of the shipped params.yaml with `change` applied to what it holds."""
+    content = yaml.safe_load(SHIPPED.read_text())
+    content["docs"]["packages"] = []
+    change(content)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return folder / "params.yaml"
+
+
+def make_model(folder, *, weights=b"\0" * 8):
+    """The files of a model as far as `check` looks: a configuration and whole weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + weights
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def run_check(folder):
+    at = Layout(folder)
+    _, problems, sections = examine(at.params)
+    return check.run(
+        problems,
+        sections,
+        root=at.root,
+        raw=at.raw,
+        memory=at.hashes,
+        out=at.sources,
+        versions=at.versions,
+    )
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder in which everything is right."""
+    make_model(tmp_path / "teacher")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a text\n")
+    (tmp_path / "sts.tsv").write_text("1.0\ta\tb\n")
+
+    def change(content):
+        content["shard"]["sources"] = ["texts/*.txt"]
+        content["embed"]["teacher"] = "teacher"
+        content["evaluate"] |= {"sts": {"mine": "*.tsv"}, "retrieval": {}}
+
+    write(tmp_path, change)
+    return tmp_path
+
+
+def test_the_shipped_settings_are_right():
+    params = load_params(SHIPPED)
+    assert params.recipes["kd"].learning_rate == 2e-4
+    assert set(params.students) <= set(params.recipes)
+
+
+def test_the_shipped_recipes_differ_in_their_objectives_only():
+    recipes = [
+        recipe.model_dump(exclude={"objectives"})
+        for recipe in load_params(SHIPPED).recipes.values()
+    ]
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_every_mistake_is_listed_with_its_address(tmp_path):
+    def change(content):
+        content["embed"]["max_token"] = content["embed"].pop("max_tokens")
+        content["mine"]["neighbours"] = 0
+        content["recipes"]["ckd"]["objectives"][0]["temperature"] = -1
+        content["recipes"]["ckd"]["objectives"].append({"name": "ckd_x", "weight": 1})
+        content["starts"]["kd"] = {"from": "teacher", "layers": [1, 1]}
+        content["students"]["kd"]["recipe"] = "kdd"
+        content["students"]["half"] = {"recipe": "kd", "start": "half"}
+        content["evaluate"]["sts"]["average"] = "x"
+        del content["split"]
+
+    with pytest.raises(SettingsError) as caught:
+        load_params(write(tmp_path, change))
+    found = {address: problem for address, problem in caught.value.problems}
+    assert found == {
+        "embed.max_token": "no such setting; did you mean max_tokens?",
+        "embed.max_tokens": "is missing",
+        "mine.neighbours": "Input should be greater than 0, got 0",
+        "recipes.ckd.objectives.0.temperature": "Input should be greater than 0, got -1",
+        "recipes.ckd.objectives.1": found["recipes.ckd.objectives.1"],
+        "starts.kd": "layers [1, 1] names a layer twice",
+        "students.kd.recipe": f"no recipe named kdd; there are {sorted(load_params(SHIPPED).recipes)}",
+        "students.kd": "the name kd is taken by starts.kd: choose another",
+        "students.half": "the name half is taken by starts.half: choose another",
+        "evaluate.sts.average": "the name is taken by the average of all STS sets",
+        "split": "is missing",
+    }
+    assert "ckd_x" in found["recipes.ckd.objectives.1"]
+    assert str(caught.value).startswith("params.yaml: 11 wrong\n  ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "no YAML"),
+        ("store: x\nstore: y\n", "store stands twice"),
+        ("!!python/object/apply:os.system [ls]", "no YAML"),
+        ("- a\n- b\n", "file: Input should be a valid dictionary"),
+        ("", "file: Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_no_settings_file_is_refused(tmp_path, text, said):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_folder_without_settings_is_named(tmp_path):
+    with pytest.raises(TeachonceError, match="run this in a folder that has a params.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_yaml_numbers_in_any_notation_are_numbers(tmp_path):
+    """PyYAML reads 5e-5 as a string; DVC reads a number."""
+
+    def change(content):
+        content["recipes"]["kd"]["learning_rate"] = "5e-5"
+
+    assert load_params(write(tmp_path, change)).recipes["kd"].learning_rate == 5e-5
+
+
+# ------------------------------------------------------------------------------------------- sources
+
+
+def test_check_leaves_hashes_of_what_comes_from_outside(project):
+    outcome = run_check(project)
+    sources = json.loads((project / "data/sources.json").read_text())
+    assert sources["shard"]["files"] == [["a.txt", sha256_of(project / "texts/a.txt")]]
+    assert sources["evaluation"]["sts.mine"]["files"] == [
+        ["sts.tsv", sha256_of(project / "sts.tsv")]
+    ]
+    assert sources["teacher"]["files"]["model.safetensors"] == sha256_of(
+        project / "teacher/model.safetensors"
+    )
+    assert sources["starts"]["half"] == sources["teacher"]
+    assert str(project) not in (project / "data/sources.json").read_text()
+    versions = yaml.safe_load((project / "data/versions.yaml").read_text())
+    assert versions == {stage: check.version_of(stage) for stage in check.VERSIONED}
+    assert outcome.facts["files"] == 4
+
+
+def test_a_new_file_and_an_appended_line_are_seen(project):
+    def shard_entry():
+        run_check(project)
+        return json.loads((project / "data/sources.json").read_text())["shard"]
+
+    first = shard_entry()
+    assert shard_entry() == first
+    with (project / "texts/a.txt").open("a") as file:
+        file.write("another text\n")
+    second = shard_entry()
+    (project / "texts/b.txt").write_text("b\n")
+    third = shard_entry()
+    assert len({json.dumps(entry) for entry in (first, second, third)}) == 3
+
+
+def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project):
+    content = (project / "teacher/model.safetensors").read_bytes()
+    (project / "teacher/model.safetensors").write_bytes(content[:-3])
+    shutil.rmtree(project / "texts")
+
+    def change(content):
+        content["shard"]["sources"] = ["texts/*.txt"]
+        content["embed"]["teacher"] = "teacher"
+        content["evaluate"] |= {"sts": {"mine": "none*.tsv"}, "retrieval": {"r": "nowhere"}}
+        content["mine"]["neighbors"] = content["mine"].pop("neighbours")
+        content["students"]["teacher"] = {"recipe": "kd", "start": "half"}
+
+    write(project, change)
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    addresses = [address for address, _ in caught.value.problems]
+    assert sorted(addresses) == [
+        "embed.teacher",
+        "evaluate.retrieval.r",
+        "evaluate.sts.mine",
+        "mine.neighbors",
+        "mine.neighbours",
+        "shard.sources",
+        "students.teacher",
+    ]
+    assert str(caught.value).count("cure:") == 5
+    assert not (project / "data/sources.json").exists()
+
+
+def test_what_is_committed_stands_where_the_sources_are_not(project):
+    run_check(project)
+    before = (project / "data/sources.json").read_bytes()
+    shutil.rmtree(project / "teacher")
+    shutil.rmtree(project / "texts")
+    run_check(project)
+    assert (project / "data/sources.json").read_bytes() == before
+    write(
+        project,
+        lambda content: (
+            content["shard"].update(sources=["other/*.txt"])
+            or content["embed"].update(teacher="other")
+            or content["evaluate"].update(sts={}, retrieval={})
+        ),
+    )
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    assert [address for address, _ in caught.value.problems] == ["shard.sources", "embed.teacher"]
+
+
+def test_hashes_are_remembered_until_a_file_changes(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    first = check.RememberedHashes(tmp_path / "memory.json")
+    assert first(file) == sha256_of(file)
+    first.save()
+    again = check.RememberedHashes(tmp_path / "memory.json")
+    again.known[str(file)][2] = "remembered"
+    assert again(file) == "remembered"
+    file.write_bytes(b"three")
+    assert again(file) == sha256_of(file)
+    (tmp_path / "memory.json").write_text("[broken")
+    assert check.RememberedHashes(tmp_path / "memory.json")(file) == sha256_of(file)
+
+
+# -------------------------------------------------------------------------------------------- models
+
+
+def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
+    model = make_model(tmp_path / "m")
+    at = {"revision": None, "root": tmp_path, "address": "embed.teacher"}
+    assert find_model("m", **at) == model
+    assert find_model(str(model), **at) == model
+    assert find_model("package:storage/", **at) == ROOT / "storage"
+    for name, said in [
+        ("./none", "no folder ./none"),
+        ("package:no_such_thing/x", "no package no_such_thing is installed"),
+        ("package:storage/none", "the package has no folder none"),
+        ("some/model", "HF_HUB_OFFLINE is set"),
+    ]:
+        with pytest.raises(MissingError, match=said):
+            find_model(name, **at)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda m: (m / "config.json").unlink(), "neither config.json nor modules.json"),
+        (
+            lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
+            "has no .*safetensors",
+        ),
+        (lambda m: (m / "adapter_config.json").write_text("{}"), "is an adapter"),
+        (lambda m: (m / "model.safetensors").write_bytes(b""), "no whole safetensors"),
+        (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64), "no whole safetensors"),
+        (
+            lambda m: (m / "model.safetensors").write_bytes(
+                (m / "model.safetensors").read_bytes()[:-1]
+            ),
+            "no whole safetensors",
+        ),
+    ],
+)
+def test_what_is_no_whole_model_is_refused(tmp_path, damage, said):
+    model = make_model(tmp_path / "m")
+    damage(model)
+    with pytest.raises(TeachonceError, match=said):
+        model_files(model, address="embed.teacher")
+
+
+def test_only_files_that_the_loader_reads_are_hashed(tmp_path):
+    model = make_model(tmp_path / "m")
+    before = file_hashes(model, address="x", sha256=sha256_of)
+    (model / "README.md").write_text("a card")
+    (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    (model / "onnx").mkdir()
+    (model / "onnx/config.json").write_text("{}")
+    assert file_hashes(model, address="x", sha256=sha256_of) == before
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling/config.json").write_text("{}")
+    assert set(file_hashes(model, address="x", sha256=sha256_of)) - set(before) == {
+        "1_Pooling/config.json"
+    }
