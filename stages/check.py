@@ -158,7 +158,8 @@ class Survey:
 
     def _shard(self, params: ShardParams) -> Entry:
         declared = {"sources": list(params.sources), "field": params.field}
-        outside = [pattern for pattern in params.sources if not self._is_made_here(pattern)]
+        address = "shard.sources"
+        outside = [one for one in params.sources if not self._is_made_here(one, address)]
 
         return self._entry(
             "shard",
@@ -182,15 +183,25 @@ class Survey:
                 key, {"is": setting}, partial(self._hashed, look), committed=committed.get(key, {})
             )
             for key, (setting, look) in looks.items()
-            if not self._is_made_here(setting)
+            if not self._is_made_here(setting, f"evaluate.{key}")
         }
 
     def _hashed(self, look: Callable[[], list[Path]]) -> list[list[str]]:
         return [[path.name, self.sha256(path)] for path in look()]
 
-    def _is_made_here(self, pattern: str) -> bool:
+    def _is_made_here(self, pattern: str, address: str) -> bool:
         """Whether a pattern names outputs of `docs`, which DVC itself follows."""
-        return (self.root / Path(pattern).expanduser()).is_relative_to(self.raw)
+        if not (self.root / Path(pattern).expanduser()).is_relative_to(self.raw):
+            return False
+        if "docs" in self.sections and not self.sections["docs"].packages:
+            self.problems.append(
+                (
+                    address,
+                    f"{pattern} is made by the stage docs, and docs.packages names no package\n"
+                    "    cure: name files of your own, or packages",
+                )
+            )
+        return True
 
     def _is_reported(self, address: str) -> bool:
         return any(known == address for known, _ in self.problems)

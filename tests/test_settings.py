@@ -132,7 +132,7 @@ def test_what_is_no_settings_file_is_refused(tmp_path, text, said):
 
 
 def test_a_folder_without_settings_is_named(tmp_path):
-    with pytest.raises(TeachonceError, match="run this in a folder that has a params.yaml"):
+    with pytest.raises(TeachonceError, match=r"run this in a folder that has a params\.yaml"):
         load_params(tmp_path / "params.yaml")
 
 
@@ -207,6 +207,20 @@ def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project)
     ]
     assert str(caught.value).count("cure:") == 5
     assert not (project / "data/sources.json").exists()
+
+
+def test_sources_that_nothing_makes_are_named(project):
+    def change(content):
+        content["embed"]["teacher"] = "teacher"
+
+    write(project, change)
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    assert [address for address, _ in caught.value.problems] == [
+        "shard.sources",
+        "evaluate.retrieval.docs",
+    ]
+    assert "docs.packages names no package" in str(caught.value)
 
 
 def test_what_is_committed_stands_where_the_sources_are_not(project):
