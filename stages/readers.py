@@ -4,27 +4,24 @@ Every line of a text file and every cell of a column gives exactly one item: a t
 rule by which it is none. Nothing is dropped here, so whoever counts the items has read the whole corpus.
 A file that ends before it should is an error, never a shorter corpus.
 
-Lines end at a line feed and nowhere else: `str.splitlines` and text mode also cut at U+2028, U+0085 or
-a lone carriage return, and shift every row after it.
-
 Longer than 200 lines because every format is here, each with its own way of hiding that it was cut off.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import zstandard
 
+from stages.lines import lines
 from storage.errors import MissingError, TeachonceError, shown
 
 Rule = Literal["undecodable", "malformed", "too_long"]
@@ -36,7 +33,7 @@ class Rejected:
 
     Args:
         rule: `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or
-            the field is absent, null or no string), `too_long` (a line above MAX_LINE_BYTES).
+            the field is absent, null or no string), `too_long` (a line above `lines.MAX_LINE_BYTES`).
     """
 
     rule: Rule
@@ -50,8 +47,6 @@ UNDECODABLE, MALFORMED, TOO_LONG = (
     Rejected("too_long"),
 )
 
-MAX_LINE_BYTES = 16 << 20
-
 DATASET = "dataset:"
 LINE_ENDINGS = (".txt", ".jsonl")
 COLUMN_ENDINGS = (".parquet", ".arrow")
@@ -62,12 +57,6 @@ ENDINGS = (
     *COLUMN_ENDINGS,
 )
 
-BOM = b"\xef\xbb\xbf"
-
-# 4 KiB of zstd can say "128 KiB of the same byte" a thousand times; a larger piece would let a small
-# file ask for gigabytes at once. Measured: no slower than 64 KiB on text.
-CHUNK_BYTES = 4 << 10
-MAX_WINDOW_BYTES = 2**27
 ROWS_AT_ONCE = 4096
 
 # What an Arrow stream ends with. Without it, one cut between two batches reads like a whole one.
@@ -213,47 +202,11 @@ def _matching(pattern: str, root: Path) -> list[Path]:
 
 
 def _line_items(path: Path, field: str) -> Iterator[Item]:
-    plain, unpack = _packing(path)
-    parse = _json_text(field) if plain.endswith(".jsonl") else _decoded
-    with _naming(path), path.open("rb") as file:
-        for number, line in enumerate(_lines(unpack(path, file))):
-            if line is None:
-                yield TOO_LONG
-                continue
-            yield parse(line.removeprefix(BOM) if number == 0 else line)
-
-
-def _packing(path: Path) -> tuple[str, Callable[[Path, BinaryIO], Iterator[bytes]]]:
-    """The name without the ending of a compression, and how to undo that compression."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return name.removesuffix(".gz"), _gunzipped
-    if name.endswith(".zst"):
-        return name.removesuffix(".zst"), _unzstd
-    return name, _chunks
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their line feed and one carriage return before it; None for one that is too long."""
-    held = bytearray()
-    too_long = False
-    for chunk in chunks:
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            if too_long or len(held) + len(end) > MAX_LINE_BYTES:
-                yield None
-            else:
-                yield (bytes(held) + end if held else end).removesuffix(b"\r")
-            held.clear()
-            too_long = False
-        held += rest
-        if too_long or len(held) > MAX_LINE_BYTES:
-            too_long = True
-            held.clear()
-    if too_long:
-        yield None
-    elif held:
-        yield bytes(held).removesuffix(b"\r")
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    parse = _json_text(field) if name.endswith(".jsonl") else _decoded
+    with _naming(path):
+        for line in lines(path):
+            yield TOO_LONG if line is None else parse(line)
 
 
 def _decoded(line: bytes) -> Item:
@@ -285,43 +238,6 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
         return found
 
     return parse
-
-
-def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(1 << 20):
-        yield chunk
-
-
-def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    _refuse_empty(path, file)
-    with gzip.open(file) as unpacked:
-        while chunk := unpacked.read(1 << 20):
-            yield chunk
-
-
-def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The content of all frames.
-
-    The readers of `zstandard` end without a word at a truncated frame; an object for each frame knows
-    whether its frame is complete. Truncation between two frames cannot be seen in any zstd file.
-    """
-    _refuse_empty(path, file)
-    settings = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-    frame = settings.decompressobj()
-    while chunk := file.read(CHUNK_BYTES):
-        while chunk:
-            if frame.eof:
-                frame = settings.decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data
-    if not frame.eof:
-        raise EOFError
-
-
-def _refuse_empty(path: Path, file: BinaryIO) -> None:
-    """Nothing compressed is still a header: a file of no bytes was cut off, or never written."""
-    if path.stat().st_size == 0:
-        raise EOFError
 
 
 # --- columns

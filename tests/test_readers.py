@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from stages import readers
+from stages import lines, readers
 from stages.readers import (
     MALFORMED,
     TOO_LONG,
@@ -76,7 +76,7 @@ def test_bytes_that_are_no_utf8_are_named_and_shift_nothing(tmp_path):
 
 
 def test_a_line_too_long_is_counted_and_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 5)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 5)
     content = b"12345\n123456\nab\n" + b"x" * (3 << 20) + b"\nc\n" + b"y" * (3 << 20)
     assert items(tmp_path / "a.txt", content) == ["12345", TOO_LONG, "ab", TOO_LONG, "c", TOO_LONG]
 
@@ -143,12 +143,12 @@ def test_every_frame_of_a_zstd_file_is_read(tmp_path):
 
 
 def test_a_zstd_file_larger_than_a_piece_is_read_whole(tmp_path):
-    lines = [os.urandom(500).hex() for _ in range(100)]
-    content = compressed("\n".join(lines[:60]).encode() + b"\n") + compressed(
-        "\n".join(lines[60:]).encode()
+    texts = [os.urandom(500).hex() for _ in range(100)]
+    content = compressed("\n".join(texts[:60]).encode() + b"\n") + compressed(
+        "\n".join(texts[60:]).encode()
     )
-    assert len(content) > 10 * readers.CHUNK_BYTES
-    assert items(tmp_path / "a.TXT.ZST", content) == lines
+    assert len(content) > 10 * lines.CHUNK_BYTES
+    assert items(tmp_path / "a.TXT.ZST", content) == texts
 
 
 def test_gzip_members_are_read_one_after_the_other(tmp_path):
@@ -204,7 +204,7 @@ def test_a_small_file_of_zeros_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "a.txt.zst"
     path.write_bytes(compressed(bytes(1 << 28), level=19))
     with path.open("rb") as file:
-        assert max(map(len, readers._unzstd(path, file))) <= 130 << 20
+        assert max(map(len, lines._unzstd(path, file))) <= 130 << 20
     assert items(path) == [TOO_LONG]
 
 
