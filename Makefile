@@ -34,7 +34,8 @@ fix: install ## what can be repaired by machine
 
 install: $(VENV)/installed
 
-# torch comes first and pinned, so that its CPU build stays; a bare `torch` would pull gigabytes of CUDA.
+# torch comes first, alone and pinned: whichever build of that version pip is set up to find (CPU or CUDA)
+# is kept by everything after it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
