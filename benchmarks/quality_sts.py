@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--only", nargs="*", help="students to train; all of params.yaml otherwise")
+    parser.add_argument("--only", nargs="*", help="recipes to train; all of params.yaml otherwise")
     args = parser.parse_args()
     params = prepare(args.data.resolve(), args.work, args.rows)
     students = args.only or list(params["students"])
@@ -75,6 +75,7 @@ def prepare(data, work, rows):
         "sts": {"STS12": str(data / "sts/STS12/*.tsv"), "STSB-dev": str(data / "sts/STSB/dev.tsv")},
         "retrieval": {},
     }
+    params["students"] = {name: {"recipe": name, "start": "half"} for name in params["recipes"]}
     (work / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return params
 

@@ -1,0 +1,111 @@
+"""What a person gets who installs the wheel: the whole package, nothing else, and quick help."""
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.test_house import COMMANDS
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pipeline", "stages", "storage")
+# Enough for the help and for a message about a missing params.yaml; torch and its kind are not.
+LIGHT = ("numpy", "pyarrow", "pydantic", "pyyaml", "rich", "typer", "zstandard")
+
+
+def run(*words, folder=None):
+    """The command, and the seconds of CPU it took in user mode."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    with subprocess.Popen(
+        list(map(str, words)),
+        cwd=folder,
+        env=clean,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        out, err = process.stdout.read(), process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    ended = subprocess.CompletedProcess(words, process.returncode, out, err)
+    ended.user_seconds = used.ru_utime
+    return ended
+
+
+def done(*words, folder=None):
+    ended = run(*words, folder=folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy: setuptools leaves a build folder in the one it builds from.
+
+    Without isolation, which would fetch setuptools: torch has brought one.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in (*PACKAGES, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    quick = ("--no-deps", "--no-build-isolation")
+    done(sys.executable, "-m", "pip", "wheel", "-q", *quick, "-w", folder, source)
+    [made] = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder of commands of a new environment that has the wheel and what its help needs."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    pip = (folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    done(*pip, "-c", ROOT / "constraints.txt", *LIGHT)
+    done(*pip, "--no-deps", wheel)
+    return folder / "bin"
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert names == modules | {f"{package}/py.typed" for package in PACKAGES}
+
+
+def test_help_lists_the_commands_at_once(installed, tmp_path):
+    runs = [done(installed / "teachonce", "--help", folder=tmp_path) for _ in range(4)]
+    found = [word for word in re.findall(r"│ (\w+) ", runs[0].stdout) if word in COMMANDS]
+    assert found == COMMANDS
+    # The first run compiles; the others are what a person waits for.
+    seconds = statistics.median(one.user_seconds for one in runs[1:])
+    print(
+        f"\nteachonce --help: {seconds:.2f} s of CPU, {runs[0].user_seconds:.2f} s the first time"
+    )
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize("command", ["check", "embed"])
+def test_a_folder_without_settings_is_told_so(installed, tmp_path, command):
+    ended = run(installed / "teachonce", command, folder=tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        f"error: {tmp_path / 'params.yaml'}: not there\n"
+        "  cure: run this in a folder that has a params.yaml\n"
+    )
