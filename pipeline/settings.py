@@ -104,6 +104,9 @@ def _read(path: Path) -> object:
         raise TeachonceError(
             path.resolve(), "not there", "run this in a folder that has a params.yaml"
         ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise SettingsError(path.name, [(f"line {line}", shown(error.problem))]) from None
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise SettingsError(path.name, [("file", f"no YAML: {shown(error)}")]) from None
 
@@ -115,7 +118,9 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError(f"{key.value} stands twice, the second time{key.start_mark}")
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} stands twice in one mapping", problem_mark=key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -90,11 +90,11 @@ def run(
     keys = [f"vectors/{teacher}/{corpus.shard_digest(s)}.arrow" for s in range(len(corpus.objects))]
     found = {key: store.find(key) for key in keys}
     todo = [shard for shard, key in enumerate(keys) if found[key] is None]
-    kept = len(keys) - len(todo)
-    log.info("embed: %d of %d shards are in the store", kept, len(keys))
+    log.info("embed: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
+    made: list[int] = []
     if todo:
         encode = _loaded(load_teacher, todo, len(keys))
-        _embed(todo, keys, encode, params=params, corpus=corpus, store=store)
+        made = _embed(todo, keys, encode, params=params, corpus=corpus, store=store)
     objects = [_found(store, key) for key in keys]
     manifest = Manifest(
         kind="embeddings", recipe=made_of, parent=corpus.manifest.content, objects=tuple(objects)
@@ -102,20 +102,21 @@ def run(
     counts = _counts(store, manifest)
     write_json(facts, counts)
     manifest.save(out, store)
-    rows_done = sum(corpus.objects[shard].rows for shard in todo)
+    kept = len(keys) - len(made)
+    rows_made = sum(corpus.objects[shard].rows for shard in made)
     return Outcome(
         stage="embed",
         made=out,
         summary=(
-            f"{manifest.rows:,} vectors in {len(keys)} shards: {len(todo)} embedded ({rows_done:,} "
+            f"{manifest.rows:,} vectors in {len(keys)} shards: {len(made)} embedded ({rows_made:,} "
             f"texts), {kept} found in the store; {_share(counts)} of the texts were cut at "
             f"{params.max_tokens} tokens; {manifest.size / 1e6:,.1f} MB"
         ),
         facts={
             **counts,
-            "shards_embedded": len(todo),
+            "shards_embedded": len(made),
             "shards_found": kept,
-            "texts_embedded": rows_done,
+            "texts_embedded": rows_made,
             "bytes": manifest.size,
             "fingerprint": teacher,
         },
@@ -142,11 +143,16 @@ def _embed(
     params: EmbedParams,
     corpus: Corpus,
     store: Store,
-) -> None:
-    rows = sum(corpus.objects[shard].rows for shard in todo)
-    progress = Progress("embed", total=rows, unit="texts")
+) -> list[int]:
+    """Embed and publish the shards of `todo`; returns those that nobody else had made meanwhile."""
+    progress = Progress("embed", total=sum(corpus.objects[s].rows for s in todo), unit="texts")
     tokens = 0
+    made_here: list[int] = []
     for shard in todo:
+        if store.find(keys[shard]) is not None:
+            # Another worker was faster, such as one that outlived the `dvc repro` that started it.
+            progress.skip(corpus.objects[shard].rows)
+            continue
         texts = corpus.texts(shard)
         made = encode(texts)
         if made.vectors.shape[0] != len(texts):
@@ -163,15 +169,17 @@ def _embed(
             storage=params.storage,
             facts={"tokens": made.tokens, "truncated": made.truncated},
         )
+        made_here.append(shard)
         tokens += made.tokens
         progress.advance(len(texts), f"{tokens / progress.seconds:,.0f} tokens/s")
     log.info(
         "embed: %s texts in %.0f s, %.0f texts/s, %.0f tokens/s",
-        f"{rows:,}",
+        f"{sum(corpus.objects[shard].rows for shard in made_here):,}",
         progress.seconds,
         progress.rate,
         tokens / progress.seconds,
     )
+    return made_here
 
 
 def _found(store: Store, key: str) -> Object:

@@ -68,6 +68,11 @@ class Progress:
         """Units per second of this run."""
         return (self.done - self.before) / self.seconds
 
+    def skip(self, units: int) -> None:
+        """Count `units` as done, but not by this run."""
+        self.done += units
+        self.before += units
+
     def advance(self, units: int, note: str = "") -> None:
         """Count `units` as done; `note` is added to the line, if one is due."""
         self.done += units

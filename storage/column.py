@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.errors import DamagedError
-from storage.store import Object, Store
+from storage.store import Object, Store, made_again
 
 TEXT_KEY_BYTES = 16
 TEXT_KEY = pa.binary(TEXT_KEY_BYTES)
@@ -93,11 +93,12 @@ class Column:
         if len(ours) == len(theirs) and bool((ours == theirs).all()):
             return
         row = int(np.flatnonzero(ours != theirs)[0]) if len(ours) == len(theirs) else len(ours)
-        path = self.store.path(self.objects[shard].key)
+        key = self.objects[shard].key
+        path = self.store.path(key)
         raise DamagedError(
             path,
             f"row {row} of shard {shard} belongs to another text",
-            f"rm -f '{path}', then run `dvc repro` to make it again",
+            f"rm -f '{path}', then {made_again(key)}",
         )
 
 

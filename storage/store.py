@@ -42,6 +42,10 @@ Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
+# Token ids are missing here: whoever needs them makes them.
+MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
+
+
 class Object(BaseModel):
     """One object as a manifest names it. `sha256` is that of the payload, not of the file."""
 
@@ -128,7 +132,7 @@ class Store:
                 self.path(named.key),
                 f"another copy than the manifest's (whole, sha256 {header.sha256[:12]}… there, "
                 f"{named.sha256[:12]}… in the manifest)",
-                "run `dvc repro` (or the stage that made the manifest) to adopt the copy that is there",
+                f"{made_again(named.key)} to adopt the copy that is there, then `dvc repro`",
             )
         return batch
 
@@ -179,15 +183,21 @@ class Store:
         return MissingError(
             self.path(key),
             "not in the store",
-            "run the stage that makes it (`dvc repro`), or point `store` (or $TEACHONCE_STORE) to the "
-            "store that has it",
+            f"{made_again(key)}, or point `store` (or $TEACHONCE_STORE) to the store that has it",
         )
 
     def _damaged(self, key: str, problem: str) -> DamagedError:
         path = self.path(key)
-        return DamagedError(
-            path, f"damaged: {problem}", f"rm -f '{path}', then run `dvc repro` to make it again"
-        )
+        return DamagedError(path, f"damaged: {problem}", f"rm -f '{path}', then {made_again(key)}")
+
+
+def made_again(key: str) -> str:
+    """What to type to get the object `key` back.
+
+    Not `dvc repro`: DVC compares manifests, and a manifest does not change when an object is lost.
+    """
+    command = MADE_BY.get(key.split("/", 1)[0])
+    return f"run `{command}`" if command else "run the same command again"
 
 
 def digest(*parts: Buffer) -> str:

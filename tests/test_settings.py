@@ -118,9 +118,10 @@ def test_every_mistake_is_listed_with_its_address(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: [", "no YAML"),
-        ("store: x\nstore: y\n", "store stands twice"),
-        ("!!python/object/apply:os.system [ls]", "no YAML"),
+        ("a: [", "line 1: expected the node content"),
+        ("store: x\nstore: y\n", "line 2: store stands twice in one mapping"),
+        ("!!python/object/apply:os.system [ls]", "line 1: could not determine a constructor"),
+        ("\x00", "file: no YAML"),
         ("- a\n- b\n", "file: Input should be a valid dictionary"),
         ("", "file: Input should be a valid dictionary"),
     ],

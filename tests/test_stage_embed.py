@@ -143,6 +143,25 @@ def test_what_only_says_where_and_how_fast_does_not(change):
     assert fingerprint(embed.recipe(embed_params(**change), FILES)) == plain
 
 
+def test_shards_that_another_worker_makes_meanwhile_are_not_made_twice(place):
+    """A killed `dvc repro` leaves its embed running; the next one must not do its work again."""
+    corpus = place.corpus(sentences(400))
+    orphan = HashTeacher()
+
+    class WithOrphan(HashTeacher):
+        def __call__(self, texts):
+            if not orphan.texts_seen:
+                place.embed(corpus, orphan)
+            return super().__call__(texts)
+
+    successor = WithOrphan()
+    outcome = place.embed(corpus, successor)
+    assert orphan.texts_seen == 400
+    assert successor.texts_seen == corpus.objects[0].rows
+    assert outcome.facts["shards_embedded"] == 1
+    assert outcome.facts["shards_found"] == len(corpus.objects) - 1
+
+
 @pytest.mark.parametrize(("poison", "said"), [(np.nan, "NaN"), (0.0, "zero")])
 def test_poison_stops_the_run_and_keeps_the_shards_before_it(place, poison, said):
     class Poisoned(DiesAfter):

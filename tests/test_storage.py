@@ -130,7 +130,7 @@ def test_a_swapped_object_is_refused_by_its_name(place):
         place.store.open(first)
     assert str(caught.value) == (
         f"{one}: damaged: it is {second.key} under a foreign name\n"
-        f"  cure: rm -f '{one}', then run `dvc repro` to make it again"
+        f"  cure: rm -f '{one}', then run `teachonce shard`"
     )
 
 
@@ -151,7 +151,7 @@ def test_a_missing_object_names_its_path_and_the_cure(place):
     with pytest.raises(MissingError) as caught:
         place.store.open(entry)
     assert str(place.store.path(key)) in str(caught.value)
-    assert "dvc repro" in str(caught.value)
+    assert "run `teachonce shard`" in str(caught.value)
     assert caught.value.exit_code == 3
     assert place.store.find(key) is None
 
