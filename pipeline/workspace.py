@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,14 @@ from pipeline.layout import Layout
 from pipeline.settings import load_params
 from stages.check import Survey, read_sources
 from stages.models import find_model
-from stages.params import TEACHER, Params, RecipeParams, SettingsError
+from stages.params import (
+    MODEL_NAME,
+    START_FOLDER,
+    TEACHER,
+    Params,
+    RecipeParams,
+    SettingsError,
+)
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import MissingError, TeachonceError, shown
@@ -111,10 +119,10 @@ class Workspace:
         if survey.problems:
             raise SettingsError(self.at.params.name, survey.problems)
         try:
-            folder = self._teacher_folder()
+            self._teacher_folder()
         except MissingError:
             return files, None
-        return files, lambda: self._teacher_encoder(folder).encode_counted
+        return files, lambda: self.encoder(TEACHER).encode_counted
 
     def named(self, section: str, name: str) -> Any:  # noqa: ANN401 - the class of the section
         """The entry `name` of a section of named entries."""
@@ -145,13 +153,9 @@ class Workspace:
         start_name = start or (known.start if known else "")
         self.named("starts", start_name)
         params: RecipeParams = self.named("recipes", recipe_name)
-        taken = {TEACHER, *self.params.starts}
-        if name in taken or not name.replace("-", "").replace("_", "").isalnum():
-            raise TeachonceError(
-                shown(name),
-                "cannot be the name of a student",
-                "choose another: letters, digits, - and _",
-            )
+        if name in {TEACHER, START_FOLDER, *self.params.starts}:
+            raise TeachonceError(name, "the name is taken", "choose another")
+        _check_name(name)
         return params, start_name
 
     def model_folder(self, name: str) -> Path:
@@ -162,6 +166,7 @@ class Workspace:
         """
         if name == TEACHER:
             return self._teacher_folder()
+        _check_name(name)
         if name in self.params.starts:
             folder, command = self.at.start(name), "start"
         else:
@@ -173,19 +178,22 @@ class Workspace:
         return folder
 
     def encoder(self, name: str) -> Encoder:
-        """A model ready to be evaluated; all read the same number of tokens at the same precision."""
-        folder = self.model_folder(name)
-        if name == TEACHER:
-            return self._teacher_encoder(folder)
+        """A model ready to encode; all read the same number of tokens at the same precision.
+
+        The prompt of the settings is the teacher's; a student learns its vectors from the plain texts.
+        """
         from stages.learning.encoder import Encoder, pick_device
 
         params = self.params.embed
+        is_teacher = name == TEACHER
         return Encoder(
-            folder,
+            self.model_folder(name),
             device=pick_device(self.params.device),
             precision=params.precision,
             max_tokens=params.max_tokens,
             batch_tokens=params.batch_tokens,
+            prompt=params.prompt if is_teacher else "",
+            trust_remote_code=params.trust_remote_code and is_teacher,
         )
 
     def _teacher_folder(self) -> Path:
@@ -194,16 +202,10 @@ class Workspace:
             params.teacher, revision=params.revision, root=self.at.root, address="embed.teacher"
         )
 
-    def _teacher_encoder(self, folder: Path) -> Encoder:
-        from stages.learning.encoder import Encoder, pick_device
 
-        params = self.params.embed
-        return Encoder(
-            folder,
-            device=pick_device(self.params.device),
-            precision=params.precision,
-            max_tokens=params.max_tokens,
-            batch_tokens=params.batch_tokens,
-            prompt=params.prompt,
-            trust_remote_code=params.trust_remote_code,
+def _check_name(name: str) -> None:
+    """A model's name becomes a folder and files, so nothing else may be spelled in it."""
+    if not re.fullmatch(MODEL_NAME, name):
+        raise TeachonceError(
+            shown(name), "no name of a model", "use lower case letters, digits, - and _"
         )

@@ -23,7 +23,8 @@ from pydantic import (
 
 from storage.errors import TeachonceError
 
-ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+MODEL_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
 """Lower case, digits, `_` and `-`: it becomes a folder, a file and the name of a DVC stage."""
 
 Text = Annotated[str, StringConstraints(min_length=1)]

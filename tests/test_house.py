@@ -167,6 +167,12 @@ def test_a_stage_before_its_input_names_the_command_to_run(tmp_path):
     run = teachonce(tmp_path, "distill", "kdd")
     assert run.returncode == 1
     assert "students.kdd: not in params.yaml" in run.stderr
+    for name, said in (("../kd", "no name of a model"), ("half", "the name is taken")):
+        run = teachonce(tmp_path, "distill", name, "--recipe", "kd", "--start", "half")
+        assert (run.returncode, run.stderr.startswith(f"error: {name}: {said}")) == (1, True)
+    run = teachonce(tmp_path, "evaluate", "kd")
+    assert run.returncode == 3
+    assert "no such model\n  cure: run `teachonce distill kd`" in run.stderr
 
 
 def test_results_can_be_had_as_json(tmp_path):
