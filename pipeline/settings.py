@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -75,17 +75,31 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
 
 
 def _readable(raw: Mapping[str, Any]) -> Sections:
-    """The sections that are right on their own."""
+    """The sections, as far as they are right on their own."""
     sections: dict[str, Any] = {}
     for name, field in Params.model_fields.items():
         if name in NAMED and isinstance(raw.get(name), dict):
             entries = ((key, _valid(NAMED[name], value)) for key, value in raw[name].items())
             sections[name] = {str(key): value for key, value in entries if value is not None}
-        elif name in raw:
-            value = _valid(field.annotation, raw[name])
-            if value is not None:
-                sections[name] = value
+        elif isinstance(raw.get(name), dict):
+            sections[name] = _right_part(field.annotation, raw[name])
     return sections
+
+
+def _right_part(kind: Any, raw: Mapping[str, Any]) -> BaseModel:  # noqa: ANN401 - an annotation
+    """A section with those of its settings that are right; the others are not there at all.
+
+    One misspelt setting must not keep `check` from looking at the files that the others name.
+    """
+    right = {
+        name: value
+        for name, field in kind.model_fields.items()
+        # The field itself holds the bounds, which its annotation has lost.
+        if name in raw
+        and (value := _valid(Annotated[field.annotation, field], raw[name])) is not None
+    }
+    section: BaseModel = kind.model_construct(**right)
+    return section
 
 
 def _valid(kind: Any, value: object) -> Any:  # noqa: ANN401 - whatever the annotation says

@@ -109,18 +109,18 @@ class Survey:
         """One entry for each stage that reads something from outside."""
         sections = self.sections
         found: dict[str, Any] = {}
-        if "docs" in sections:
+        if self._can_read("docs", "packages"):
             packages = sections["docs"].packages
             found["docs"] = self._entry(
                 "docs",
                 {"packages": list(packages)},
                 lambda: package_versions(packages),
             )
-        if "shard" in sections:
+        if self._can_read("shard", "sources", "field"):
             found["shard"] = self._shard(sections["shard"])
-        if "evaluate" in sections:
+        if self._can_read("evaluate", "sts", "retrieval"):
             found["evaluation"] = self._evaluation(sections["evaluate"])
-        if "embed" in sections:
+        if self._can_read("embed", "teacher"):
             found["teacher"] = self.teacher(sections["embed"])
             found["starts"] = {
                 name: self._start(name, start, sections["embed"])
@@ -131,13 +131,12 @@ class Survey:
 
     def teacher(self, params: EmbedParams) -> Entry:
         """The teacher's entry; its files may come from the committed one."""
-        declared = {"name": params.teacher, "revision": params.revision}
+        revision = getattr(params, "revision", None)
+        declared = {"name": params.teacher, "revision": revision}
 
         def files() -> dict[str, str]:
             address = "embed.teacher"
-            folder = find_model(
-                params.teacher, revision=params.revision, root=self.root, address=address
-            )
+            folder = find_model(params.teacher, revision=revision, root=self.root, address=address)
             return file_hashes(folder, address=address, sha256=self.sha256)
 
         return self._entry("teacher", declared, files)
@@ -193,7 +192,7 @@ class Survey:
         """Whether a pattern names outputs of `docs`, which DVC itself follows."""
         if not (self.root / Path(pattern).expanduser()).is_relative_to(self.raw):
             return False
-        if "docs" in self.sections and not self.sections["docs"].packages:
+        if self._can_read("docs", "packages") and not self.sections["docs"].packages:
             self.problems.append(
                 (
                     address,
@@ -202,6 +201,11 @@ class Survey:
                 )
             )
         return True
+
+    def _can_read(self, section: str, *settings: str) -> bool:
+        """Whether these settings of a section are right, whatever is wrong beside them."""
+        found = self.sections.get(section)
+        return found is not None and all(hasattr(found, setting) for setting in settings)
 
     def _is_reported(self, address: str) -> bool:
         return any(known == address for known, _ in self.problems)

@@ -190,8 +190,8 @@ class Params(Section):
 
 
 Sections = Mapping[str, Any]
-"""The sections of params.yaml that could be read, each as its class, by name; mappings of named entries
-hold the entries that could be read."""
+"""The sections of params.yaml by name, as far as they could be read: a wrong setting is no attribute of
+its section, a wrong entry not in its mapping."""
 
 Problem = tuple[str, str]
 """Address of a setting, what is wrong with it."""
@@ -256,14 +256,12 @@ def _collisions(names: Mapping[str, Collection[str]]) -> list[Problem]:
 
 def _unusable_set_names(evaluate: EvaluateParams | None) -> list[Problem]:
     """Names of evaluation sets become parts of metric names, which are split at dots."""
-    if evaluate is None:
-        return []
     wrong = []
     for kind in ("sts", "retrieval"):
-        for name in getattr(evaluate, kind):
+        for name in getattr(evaluate, kind, ()):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 wrong.append((f"evaluate.{kind}.{name}", "letters, digits, _ and - only"))
-    if "average" in evaluate.sts:
+    if "average" in getattr(evaluate, "sts", ()):
         wrong.append(("evaluate.sts.average", "the name is taken by the average of all STS sets"))
     return wrong
 
@@ -272,14 +270,15 @@ def _unusable_recipes(
     recipes: Mapping[str, RecipeParams], mine: MineParams | None
 ) -> list[Problem]:
     wrong = []
+    kept = getattr(mine, "neighbours", None)
     for name, recipe in recipes.items():
         for place, objective in enumerate(recipe.objectives):
             wanted = getattr(objective, "neighbours", 0)
-            if mine is not None and wanted > mine.neighbours:
+            if kept is not None and wanted > kept:
                 wrong.append(
                     (
                         f"recipes.{name}.objectives.{place}.neighbours",
-                        f"{wanted} wanted, but mine.neighbours keeps {mine.neighbours}: raise that one",
+                        f"{wanted} wanted, but mine.neighbours keeps {kept}: raise that one",
                     )
                 )
     return wrong

@@ -467,7 +467,9 @@ def test_an_experiment_in_a_temporary_folder_embeds_nothing(project):
 
     shown = json.loads(project.run("dvc", "metrics", "show", "--json").output)[""]["data"]
     report = json.loads((project.root / "reports/metrics.json").read_bytes())
-    assert shown["reports/metrics.json"]["data"] == report
+    for model, found in report["models"].items():
+        assert shown[f"reports/metrics/{model}.json"]["data"] == found
+    assert "reports/metrics.json" not in shown
     assert shown["reports/stages/embed.json"]["data"]["texts"] == TEXTS
     diff = json.loads(project.run("dvc", "metrics", "diff", "--json", "HEAD", "faster").output)
     assert diff["reports/metrics/kd.json"]["fidelity.spearman"]["diff"] != 0

@@ -189,7 +189,12 @@ def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project)
     def change(content):
         content["shard"]["sources"] = ["texts/*.txt"]
         content["embed"]["teacher"] = "teacher"
+        # A mistake beside each name must not hide what is wrong with the file of that name.
+        content["embed"]["max_token"] = content["embed"].pop("max_tokens")
+        del content["embed"]["revision"]
+        content["shard"]["min_chars"] = 0
         content["evaluate"] |= {"sts": {"mine": "none*.tsv"}, "retrieval": {"r": "nowhere"}}
+        content["evaluate"]["speed"] = 1
         content["mine"]["neighbors"] = content["mine"].pop("neighbours")
         content["students"]["teacher"] = {"recipe": "kd", "start": "half"}
 
@@ -198,11 +203,16 @@ def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project)
         run_check(project)
     addresses = [address for address, _ in caught.value.problems]
     assert sorted(addresses) == [
+        "embed.max_token",
+        "embed.max_tokens",
+        "embed.revision",
         "embed.teacher",
         "evaluate.retrieval.r",
+        "evaluate.speed",
         "evaluate.sts.mine",
         "mine.neighbors",
         "mine.neighbours",
+        "shard.min_chars",
         "shard.sources",
         "students.teacher",
     ]
