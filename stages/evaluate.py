@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +60,6 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str], *, role: Role) -> NDArray[np.float32]:
         """(n, dim) vectors of n texts, in their order, of any length."""
-
-
-def recipe(params: EvaluateParams) -> dict[str, Any]:
-    """Settings that change the metrics."""
-    return {
-        "version": VERSION,
-        "sts": params.sts,
-        "retrieval": params.retrieval,
-        "speed_texts": params.speed_texts,
-    }
 
 
 def run(

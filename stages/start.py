@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,11 +11,6 @@ from stages.params import StartParams
 from storage import durable
 
 VERSION = 1
-
-
-def recipe(params: StartParams) -> dict[str, Any]:
-    """Settings that change the start; the model itself stands in data/sources.json by its hashes."""
-    return {"version": VERSION, "from": params.from_, "layers": params.layers}
 
 
 def run(

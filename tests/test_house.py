@@ -91,6 +91,11 @@ def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
     for section, model in (("embed", params.embed), ("mine", params.mine)):
         named = {key.removeprefix(f"{section}.") for key in params_of(stages[section])[0]}
         assert named == set(type(model).model_fields) - speed_only[section]
+    for name, stage in stages.items():
+        if name.startswith("evaluate"):
+            assert "evaluate" in params_of(stage)[0], name
+        if name == "start":
+            assert "starts.${key}" in params_of(stage)[0]
     # Settings that a recipe leaves out (the field of a source) stand in data/sources.json.
     for name, recipe in [
         ("docs", docs.recipe(params.docs)),

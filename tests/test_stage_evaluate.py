@@ -517,8 +517,3 @@ def test_wrong_files_are_found_before_the_model_is_used(tmp_path, corpus, embedd
             tmp_path, corpus, embeddings, encoder, sts={"A": "a.tsv"}, retrieval={"docs": "docs"}
         )
     assert encoder.asked == []
-
-
-def test_every_setting_is_in_the_recipe():
-    params = EvaluateParams(sts={"A": "a.tsv"}, retrieval={}, speed_texts=8)
-    assert evaluate.recipe(params) == {"version": evaluate.VERSION, **params.model_dump()}
