@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from storage.errors import TeachonceError
+from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
@@ -200,11 +200,63 @@ def distill(
 
 
 @app.command()
-def evaluate(model: str, as_json: Json = False) -> None:
-    """Measure MODEL: `teacher`, a start, a student, or any folder under models/."""
-    from stages.evaluate import run
+def finetune(name: str, as_json: Json = False) -> None:
+    """Train the student NAME on labelled pairs or triplets. Safe to interrupt.
+
+    What comes of it is NAME-finetuned.
+    """
+    from stages.benchmarks import evaluation_keys
+    from stages.finetune import run
+    from stages.learning.encoder import pick_device
+    from stages.params import FINETUNED
 
     here = workspace()
+    finetuned = f"{name}{FINETUNED}"
+    show(
+        run(
+            here.params.finetune,
+            name=finetuned,
+            student=here.model_folder(name),
+            root=here.at.root,
+            evaluation={key for text in here.evaluation_texts() for key in evaluation_keys(text)},
+            caches=here.memory(),
+            device=pick_device(here.params.device),
+            work=here.at.work,
+            out=here.at.model(finetuned),
+            curve=here.at.curve(finetuned),
+            training=here.at.training(finetuned),
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    model: str,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--mteb", help="A task of mteb instead of our sets; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL: `teacher`, a start, a student, or any folder under models/."""
+    here = workspace()
+    if tasks:
+        from stages.mteb_tasks import run as run_mteb
+
+        show(
+            run_mteb(
+                tasks,
+                name=model,
+                folder=here.model_folder(model),
+                load_encoder=lambda: here.encoder(model),
+                out=here.at.mteb(model),
+            ),
+            as_json,
+        )
+        return
+    from stages.evaluate import run
+
     show(
         run(
             here.params.evaluate,
@@ -215,6 +267,28 @@ def evaluate(model: str, as_json: Json = False) -> None:
             split=here.split(),
             root=here.at.root,
             out=here.at.metrics(model),
+            details=here.at.details(model),
+        ),
+        as_json,
+    )
+
+
+@app.command()
+def export(as_json: Json = False) -> None:
+    """Write the model that `export.model` names for anyone who has sentence-transformers."""
+    from stages.export import run
+    from stages.params import TEACHER
+
+    here = workspace()
+    name = here.params.export.model
+    show(
+        run(
+            here.params.export,
+            folder=here.model_folder(name),
+            lineage=here.lineage(name),
+            metrics={model: here.metrics(model) for model in (TEACHER, name)},
+            facts=here.facts(),
+            out=here.at.export,
         ),
         as_json,
     )
@@ -225,17 +299,23 @@ def report(
     models: Annotated[list[str] | None, typer.Argument(help="Further models, by name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Gather the metrics of the models that params.yaml names, and print them as a table."""
-    from stages.report import run, table
+    """Gather the metrics of the models that params.yaml names: a table here, and a page to open."""
+    from stages.params import TEACHER
+    from stages.report import run
+    from stages.table import table
 
     here = workspace()
-    params = here.params
-    students = [*params.students, *(models or [])]
+    students = [*here.students(), *(models or [])]
     outcome = run(
-        ["teacher", *params.starts, *students],
+        [TEACHER, *here.params.starts, *students],
         students=students,
         metrics=here.at.metrics,
+        details=here.at.details,
+        curve=here.at.curve,
+        training=here.at.training,
+        facts=here.facts(),
         out=here.at.report,
+        page=here.at.page,
     )
     if not as_json:
         from rich.console import Console
@@ -243,6 +323,44 @@ def report(
         console = Console()
         console.print(table(outcome.facts, students=students, width=console.width))
     show(outcome, as_json)
+
+
+@app.command()
+def search(
+    query: str,
+    model: Annotated[
+        str | None, typer.Option(help="A student; without it, the exported model.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many texts.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Search the corpus: a student reads QUERY and looks among the teacher's cached vectors."""
+    from stages.params import TEACHER
+    from stages.search import run
+
+    here = workspace()
+    folder = here.exported() if model is None else here.model_folder(model)
+    outcome = run(
+        query,
+        model=folder,
+        encoder=here.load_encoder(folder, is_teacher=model == TEACHER),
+        corpus=here.corpus(),
+        embeddings=here.embeddings(),
+        count=count,
+    )
+    if as_json:
+        show(outcome, as_json)
+        return
+    for hit in outcome.facts["hits"]:
+        typer.echo(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new or empty folder.")]) -> None:
+    """Make a folder in which `dvc init && dvc repro` works: settings, stages, a short README."""
+    from pipeline.init import run
+
+    show(run(folder.resolve()), as_json=False)
 
 
 def workspace() -> Workspace:

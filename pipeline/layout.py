@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.params import FINETUNED
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,6 +62,15 @@ class Layout:
         """`distill`: a student after training."""
         return self.root / "models" / name
 
+    def finetuned(self, student: str) -> Path:
+        """`finetune`: a student after labelled triplets."""
+        return self.model(f"{student}{FINETUNED}")
+
+    @property
+    def export(self) -> Path:
+        """`export`: the model that is served, for anyone who has sentence-transformers."""
+        return self.root / "export"
+
     def stage_facts(self, stage: str) -> Path:
         """Counts a stage leaves for `dvc metrics`."""
         return self.root / "reports/stages" / f"{stage}.json"
@@ -75,6 +86,19 @@ class Layout:
     def metrics(self, model: str) -> Path:
         """`evaluate`: one model's metrics."""
         return self.root / "reports/metrics" / f"{model}.json"
+
+    def details(self, model: str) -> Path:
+        """`evaluate`: what the report page shows of one model beside its metrics."""
+        return self.root / "reports/details" / f"{model}.json"
+
+    def mteb(self, model: str) -> Path:
+        """`evaluate --mteb`: one model's scores on tasks of mteb."""
+        return self.root / "reports/mteb" / f"{model}.json"
+
+    @property
+    def page(self) -> Path:
+        """`report`: everything about all models, on one page."""
+        return self.root / "reports/index.html"
 
     @property
     def report(self) -> Path:

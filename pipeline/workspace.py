@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pipeline.settings import load_params
 from stages.check import Survey, read_sources
 from stages.models import find_model
 from stages.params import (
+    FINETUNED,
     MODEL_NAME,
     START_FOLDER,
     TEACHER,
@@ -21,16 +23,16 @@ from stages.params import (
     RecipeParams,
     SettingsError,
 )
+from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
-from storage.errors import MissingError, TeachonceError, shown
-from storage.manifest import Manifest
+from storage.errors import DamagedError, MissingError, TeachonceError, shown
+from storage.manifest import Manifest, fingerprint
 from storage.negatives import Negatives
 from storage.split import Split
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from stages.distill import Caches
     from stages.embed import Encode
     from stages.learning.encoder import Encoder
 
@@ -70,7 +72,7 @@ class Workspace:
 
     def caches(self, recipe: RecipeParams) -> Caches:
         """What a student learns from; mined neighbours only if the recipe asks for them."""
-        from stages.distill import Caches, needs_negatives
+        from stages.distill import needs_negatives
         from stages.mine import parent_of
 
         corpus = self.corpus()
@@ -86,13 +88,21 @@ class Workspace:
             )
         return Caches(corpus, embeddings, negatives, split, self.store)
 
+    def memory(self) -> Caches | None:
+        """The caches of a finetuning's kd term; None if there is no such term."""
+        if self.params.finetune.distill_weight == 0:
+            return None
+        corpus = self.corpus()
+        embeddings = Embeddings(self.store, Manifest.load(self.at.embeddings, "embeddings"), corpus)
+        return Caches(corpus, embeddings, None, Split.load(self.at.split, corpus), self.store)
+
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""
         from stages import benchmarks
 
         params, root = self.params.evaluate, self.at.root
         sts = [
-            benchmarks.read_sts(benchmarks.sts_files(pattern, root, name))
+            benchmarks.read_sts(benchmarks.sts_files(pattern, root, f"evaluate.sts.{name}"))
             for name, pattern in params.sts.items()
         ]
         retrieval = [
@@ -170,14 +180,32 @@ class Workspace:
         if name in self.params.starts:
             folder, command = self.at.start(name), "start"
         else:
-            folder, command = self.at.model(name), "distill"
+            folder = self.at.model(name)
+            command = "finetune" if name.endswith(FINETUNED) else "distill"
         if not (folder / "modules.json").is_file():
+            who = shown(name.removesuffix(FINETUNED))
             raise MissingError(
-                folder, "no such model", f"run `teachonce {command} {shown(name)}`, or `dvc repro`"
+                folder, "no such model", f"run `teachonce {command} {who}`, or `dvc repro`"
             )
         return folder
 
     def encoder(self, name: str) -> Encoder:
+        """The teacher, a start or a student, ready to encode."""
+        return self.load_encoder(self.model_folder(name), is_teacher=name == TEACHER)
+
+    def exported(self) -> Path:
+        """The folder that `export` left.
+
+        Raises:
+            MissingError: there is none.
+        """
+        if not (self.at.export / "modules.json").is_file():
+            raise MissingError(
+                self.at.export, "nothing exported", "run `teachonce export`, or `dvc repro`"
+            )
+        return self.at.export
+
+    def load_encoder(self, folder: Path, *, is_teacher: bool) -> Encoder:
         """A model ready to encode; all read the same number of tokens at the same precision.
 
         The prompt of the settings is the teacher's; a student learns its vectors from the plain texts.
@@ -185,9 +213,8 @@ class Workspace:
         from stages.learning.encoder import Encoder, pick_device
 
         params = self.params.embed
-        is_teacher = name == TEACHER
         return Encoder(
-            self.model_folder(name),
+            folder,
             device=pick_device(self.params.device),
             precision=params.precision,
             max_tokens=params.max_tokens,
@@ -196,11 +223,57 @@ class Workspace:
             trust_remote_code=params.trust_remote_code and is_teacher,
         )
 
+    def students(self) -> list[str]:
+        """The trained models that params.yaml names, each finetuned one after the student it came from."""
+        finetuned = set(self.params.finetune.students)
+        return [
+            model
+            for name in self.params.students
+            for model in (name, *([f"{name}{FINETUNED}"] if name in finetuned else []))
+        ]
+
+    def lineage(self, name: str) -> dict[str, Any]:
+        """What a student was made of."""
+        from stages.learning.student import LINEAGE
+
+        return _read_json(self.model_folder(name) / LINEAGE, f"teachonce distill {name}")
+
+    def metrics(self, model: str) -> dict[str, Any]:
+        """One model's metrics."""
+        return _read_json(self.at.metrics(model), f"teachonce evaluate {model}")
+
+    def facts(self) -> dict[str, str]:
+        """Where all students come from, for people: label -> text."""
+        ledger = _read_json(self.at.stage_facts("shard"), "teachonce shard")
+        embeddings = Manifest.load(self.at.embeddings, "embeddings")
+        rejected = [f"{count:,} {rule}" for rule, count in ledger["rejected"].items() if count]
+        return {
+            "teacher": self.params.embed.teacher,
+            "teacher's fingerprint": fingerprint(embeddings.recipe),
+            "corpus": f"{ledger['kept']:,} texts of {ledger['read']:,} read"
+            + (f" (rejected: {', '.join(rejected)})" if rejected else ""),
+            "tokens read of a text": str(self.params.embed.max_tokens),
+        }
+
     def _teacher_folder(self) -> Path:
         params = self.params.embed
         return find_model(
             params.teacher, revision=params.revision, root=self.at.root, address="embed.teacher"
         )
+
+
+def _read_json(path: Path, command: str) -> dict[str, Any]:
+    """A small file that a stage left."""
+    cure = f"run `{command}`"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise MissingError(path, "not there", cure) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, "no JSON", cure) from error
+    if not isinstance(found, dict):
+        raise DamagedError(path, "no JSON object", cure)
+    return found
 
 
 def _check_name(name: str) -> None:

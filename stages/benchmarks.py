@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.corpus import text_key
 from storage.errors import MissingError, TeachonceError, shown
 
 STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
 JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+
 QRELS_CURE = "write a header line, then each line as query id, tab, document id, tab, whole number"
 
 
@@ -36,6 +40,11 @@ class StsSet:
     scores: NDArray[np.float64]
     first: list[str]
     second: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The first sentences of all pairs, then the second."""
+        return [*self.first, *self.second]
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,13 @@ class RetrievalSet:
     relevant: dict[str, dict[str, int]]
 
 
-def sts_files(pattern: str, root: Path, name: str) -> list[Path]:
-    """The files of the STS set `name`, sorted.
+def sts_files(pattern: str, root: Path, address: str) -> list[Path]:
+    """The files of an STS set, sorted.
 
     Args:
         pattern: A glob, relative to `root` unless it is absolute or begins with `~`.
         root: The folder that has params.yaml.
-        name: Of the set in params.yaml.
+        address: The setting to name in an error, such as `evaluate.sts.STSB`.
 
     Raises:
         TeachonceError: no file matches.
@@ -77,7 +86,7 @@ def sts_files(pattern: str, root: Path, name: str) -> list[Path]:
     files = [path for path in found if path.is_file()]
     if not files:
         raise MissingError(
-            f"evaluate.sts.{name}",
+            address,
             f"no file matches {shown(repr(pattern))}",
             "correct the glob in params.yaml, or remove the entry",
         )
@@ -166,10 +175,15 @@ def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -
     Documents are left out: a retrieval set is searched, and nobody's corpus is free of them.
     """
     for pairs in sts:
-        yield from pairs.first
-        yield from pairs.second
+        yield from pairs.texts
     for asked in retrieval:
         yield from asked.queries
+
+
+def evaluation_keys(text: str) -> set[bytes]:
+    """Keys of a text as `shard` would clean it, and of each of its sentences."""
+    sentences = SENTENCE_END.split(text)
+    return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

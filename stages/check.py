@@ -23,16 +23,30 @@ from stages.params import (
     TEACHER,
     EmbedParams,
     EvaluateParams,
+    FinetuneParams,
     Problem,
     Sections,
     SettingsError,
     ShardParams,
     StartParams,
 )
+from stages.triplets import triplet_files
 from storage import durable
 from storage.errors import MissingError, TeachonceError
 
-VERSIONED = ("docs", "shard", "split", "embed", "start", "mine", "distill", "evaluate", "report")
+VERSIONED = (
+    "docs",
+    "shard",
+    "split",
+    "embed",
+    "start",
+    "mine",
+    "distill",
+    "finetune",
+    "evaluate",
+    "export",
+    "report",
+)
 
 Entry = dict[str, Any]
 """What a stage reads from outside: `declared` (the settings that name it) and `files` (their hashes)."""
@@ -120,6 +134,8 @@ class Survey:
             found["shard"] = self._shard(sections["shard"])
         if self._can_read("evaluate", "sts", "retrieval"):
             found["evaluation"] = self._evaluation(sections["evaluate"])
+        if self._can_read("finetune", "triplets", "dev"):
+            found["finetune"] = self._finetune(sections["finetune"])
         if self._can_read("embed", "teacher"):
             found["teacher"] = self.teacher(sections["embed"])
             found["starts"] = {
@@ -172,7 +188,10 @@ class Survey:
         """An entry for each evaluation set that is not made by `docs`."""
         looks: dict[str, tuple[str, Callable[[], list[Path]]]] = {}
         for name, pattern in params.sts.items():
-            looks[f"sts.{name}"] = pattern, partial(benchmarks.sts_files, pattern, self.root, name)
+            looks[f"sts.{name}"] = (
+                pattern,
+                partial(benchmarks.sts_files, pattern, self.root, f"evaluate.sts.{name}"),
+            )
         for name, setting in params.retrieval.items():
             folder = benchmarks.beir_folder(setting, self.root)
             looks[f"retrieval.{name}"] = setting, partial(benchmarks.beir_files, folder, name)
@@ -184,6 +203,18 @@ class Survey:
             for key, (setting, look) in looks.items()
             if not self._is_made_here(setting, f"evaluate.{key}")
         }
+
+    def _finetune(self, params: FinetuneParams) -> Entry:
+        triplets = [
+            one for one in params.triplets if not self._is_made_here(one, "finetune.triplets")
+        ]
+
+        def look() -> list[Path]:
+            dev = benchmarks.sts_files(params.dev, self.root, "finetune.dev") if params.dev else []
+            return [*triplet_files(triplets, self.root), *dev]
+
+        declared = {"triplets": list(params.triplets), "dev": params.dev}
+        return self._entry("finetune", declared, partial(self._hashed, look))
 
     def _hashed(self, look: Callable[[], list[Path]]) -> list[list[str]]:
         return [[path.name, self.sha256(path)] for path in look()]

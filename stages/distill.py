@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +14,33 @@ from torch import Tensor, nn
 from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement
 from stages.learning.batches import epoch_batches
 from stages.learning.candidates import CandidateSource
-from stages.learning.checkpoints import Checkpoints, Row, State
-from stages.learning.encoder import autocast, load_model, token_batches
+from stages.learning.checkpoints import Checkpoints, State
+from stages.learning.encoder import load_model, pick_precision
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Objectives
-from stages.learning.student import Student, pad
+from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.models import file_hashes, sha256_of
-from stages.outcome import Outcome, clock, log, write_json
+from stages.outcome import Outcome, clock, log, write_csv, write_json
 from stages.params import CkdObjective, RecipeParams
 from storage import durable
-from storage.corpus import Corpus
+from storage.caches import Caches
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
-from storage.negatives import Negatives
-from storage.split import Split
-from storage.store import Store
 from storage.tokens import Tokens
 
-VERSION = 1
+VERSION = 2  # raise it when a code change gives other weights for the same recipe and caches
 
 UNIT_TOLERANCE = 0.01
 """Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
 
-SCORE_BATCH_TOKENS = 8192
 LEAST_HELDOUT = 10
 
 
 def recipe(params: RecipeParams) -> dict[str, Any]:
     """Settings that change the student: all of them; `auto` must be resolved before this."""
     return {"version": VERSION, **params.model_dump(mode="json")}
-
-
-@dataclass(frozen=True)
-class Caches:
-    """What a student learns from."""
-
-    corpus: Corpus
-    embeddings: Embeddings
-    negatives: Negatives | None
-    split: Split
-    store: Store
 
 
 def run(
@@ -126,23 +107,33 @@ def run(
         caches=caches,
         device=device,
     )
-    started = time.monotonic()
     state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
-    seconds = time.monotonic() - started
-    with durable.replace_folder(out) as scratch:
-        student.save(scratch)
-    durable.replace(curve, _csv(state.curve))
     facts = _facts(state, params, lesson)
-    write_json(training, facts)
+    lineage = {
+        "student": name,
+        "start": start.name,
+        "recipe": recipe(params),
+        "projection": student.projection is not None,
+        "teacher": {
+            "fingerprint": fingerprint(caches.embeddings.manifest.recipe),
+            "dim": caches.embeddings.dim,
+        },
+        "corpus": caches.corpus.manifest.content,
+        **facts,
+    }
+    with durable.replace_folder(out) as scratch:
+        student.save(scratch, lineage)
+    write_csv(curve, state.curve)
+    write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
     checkpoints.delete()
     return Outcome(
         stage="distill",
         made=out,
         summary=(
-            f"{state.step:,} steps of {params.batch_size} rows in {clock(seconds)}; agreement with the "
-            f"teacher {state.best_score or 0:.4f} at step {state.best_step:,}"
+            f"{name}: {state.step:,} steps of {params.batch_size} rows in {clock(state.seconds)}; "
+            f"agreement with the teacher {state.best_score or 0:.4f} at step {state.best_step:,}"
         ),
-        facts={**facts, "seconds": round(seconds, 1)},
+        facts={**facts, "seconds": round(state.seconds, 1)},
     )
 
 
@@ -173,7 +164,6 @@ class Lesson(nn.Module):
         self.objectives = Objectives(params.objectives).to(device)
         self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
         self.pad_id = pad_id
-        self.lengths = tokens.lengths()
         self.rows = caches.split.train_rows(caches.corpus)
         heldout = caches.split.heldout_rows(caches.corpus)
         if len(heldout) < LEAST_HELDOUT or len(self.rows) < 2:
@@ -200,24 +190,25 @@ class Lesson(nn.Module):
             batches=self._batches,
             loss=self._loss,
             score=self._score,
+            score_name="agreement",
+            start_counts=False,
             parts=self.objectives.names,
             notes=self._notes,
         )
 
     def encode(self, rows: NDArray[np.int64]) -> Tensor:
         """(B,) rows -> (B, D) float32 vectors of the student."""
-        ids = [torch.from_numpy(row.astype(np.int64)) for row in self.tokens.rows_of(rows)]
-        with autocast(self.device, self.params.precision):
-            vectors: Tensor = self.student(*pad(ids, pad_id=self.pad_id, device=self.device))
-        return vectors
+        return encode_ids(
+            self.student,
+            self.tokens.rows_of(rows),
+            pad_id=self.pad_id,
+            device=self.device,
+            precision=self.params.precision,
+        )
 
     def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(
-            self.rows,
-            self.lengths[self.rows],
-            batch_size=self.params.batch_size,
-            seed=self.params.seed,
-            epoch=epoch,
+            self.rows, batch_size=self.params.batch_size, seed=self.params.seed, epoch=epoch
         )
 
     def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
@@ -233,11 +224,7 @@ class Lesson(nn.Module):
 
     @torch.no_grad()
     def _score(self) -> float:
-        vectors = np.empty((len(self.heldout), self.caches.embeddings.dim), np.float32)
-        lengths = self.lengths[self.heldout].astype(np.int64)
-        for places in token_batches(lengths, SCORE_BATCH_TOKENS):
-            vectors[places] = self.encode(self.heldout[places]).cpu().numpy()
-        return rank_agreement(vectors, self.heldout_vectors)
+        return rank_agreement(self.encode(self.heldout).cpu().numpy(), self.heldout_vectors)
 
     def _notes(self) -> dict[str, float]:
         temperatures = self.objectives.temperatures()
@@ -247,21 +234,6 @@ class Lesson(nn.Module):
 def needs_negatives(params: RecipeParams) -> bool:
     """Whether a recipe asks for mined neighbours."""
     return any(isinstance(o, CkdObjective) and o.neighbours > 0 for o in params.objectives)
-
-
-def pick_precision(setting: str, device: torch.device) -> str:
-    """What `auto` means: bf16 where the device multiplies it faster than float32."""
-    if setting != "auto":
-        return setting
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def has_unit_length(embeddings: Embeddings) -> bool:
@@ -281,13 +253,3 @@ def _facts(state: State, params: RecipeParams, lesson: Lesson) -> Mapping[str, A
         "precision": params.precision,
         **{name: round(value, 6) for name, value in lesson.work().notes().items()},
     }
-
-
-def _csv(rows: list[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, fieldnames=list(rows[0]) if rows else ["step"], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,23 +24,32 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
-from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement, spearman, top_overlap, unit
+from stages.details import likeness_details, neighbour_details, search_details
+from stages.learning.agreement import (
+    MOST_ROWS,
+    evenly,
+    nearest,
+    rank_agreement,
+    sts_correlation,
+    top_overlap,
+)
 from stages.outcome import Fact, Outcome, log, write_json
-from stages.params import EvaluateParams
+from stages.params import TEACHER, EvaluateParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError, shown
 from storage.split import Split
 
-VERSION = 1  # raise it when a code change alters the metrics of the same model
+VERSION = 2  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
-QUERIES_AT_ONCE = 256
 PASSES = 3
 
 Role = Literal["text", "query", "document"]
+
+NOTHING_TO_SHOW: dict[str, Any] = {"similarities": None, "scatter": [], "disagreements": []}
 
 
 class Encoder(Protocol):
@@ -72,76 +81,39 @@ def run(
     split: Split,
     root: Path,
     out: Path,
+    details: Path,
 ) -> Outcome:
     """Measure the model `name` and write its metrics to `out`: flat keys, as in DESIGN.md section 5.
 
     Paths in `params` are relative to `root`. The held-out rows of `corpus` (of at least one row in all)
-    show likeness to the teacher and speed.
+    show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of
+    likeness, a handful of searches) goes to `details`.
 
     Raises:
         TeachonceError: a wrong evaluation file (found before the model is used), or a model whose
             vectors have NaN or Inf.
     """
-    sts = {key: read_sts(sts_files(glob, root, key)) for key, glob in params.sts.items()}
+    sts = {
+        key: read_sts(sts_files(glob, root, f"evaluate.sts.{key}"))
+        for key, glob in params.sts.items()
+    }
     retrieval = {
         key: read_beir(beir_folder(folder, root), key) for key, folder in params.retrieval.items()
     }
     heldout = split.heldout_rows(corpus)
+    found, searches = _measure_retrieval(name, encoder, retrieval)
+    likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout)
     metrics: dict[str, Fact] = {
         **_measure_sts(name, encoder, sts),
-        **_measure_retrieval(name, encoder, retrieval),
-        **_measure_fidelity(name, encoder, corpus, embeddings, heldout),
+        **found,
+        **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
         "parameters": encoder.parameters,
         "megabytes": round(encoder.megabytes, 3),
     }
+    write_json(details, {**shown, "searches": searches or shown["searches"]})
     write_json(out, metrics)
     return Outcome("evaluate", out, _summary(name, metrics), metrics)
-
-
-def sts_correlation(
-    first: NDArray[np.float32], second: NDArray[np.float32], scores: NDArray[np.float64]
-) -> float:
-    """Spearman x 100 between the cosines of n pairs and their n scores.
-
-    Args:
-        first: (n, dim), any length.
-        second: (n, dim), any length.
-        scores: (n,).
-    """
-    cosines = np.einsum("nd,nd->n", unit(first), unit(second))
-    # Pairs of equal sentences (61 in STS12) share a rank, whatever the last bits of their cosines are;
-    # without this they move the second decimal, and another machine moves it elsewhere.
-    cosines = np.round(cosines, 6)
-    return 100 * spearman(cosines, scores)
-
-
-def nearest(
-    queries: NDArray[np.float32], documents: NDArray[np.float32], depth: int
-) -> NDArray[np.int64]:
-    """Places of the documents with the highest cosines, best first; ties in document order.
-
-    Exact, with one block of cosines (256 queries x all documents) in memory.
-
-    Args:
-        queries: (q, dim), any length.
-        documents: (d, dim), any length, d >= 1.
-        depth: How many; at most d are given.
-
-    Returns:
-        (q, min(depth, d)).
-    """
-    depth = min(depth, len(documents))
-    queries, documents = unit(queries), unit(documents)
-    found = np.empty((len(queries), depth), np.int64)
-    for begin in range(0, len(queries), QUERIES_AT_ONCE):
-        block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T
-        for place, cosines in enumerate(block, begin):
-            # Everything that ties with the last one stays, so that the stable sort sees it.
-            least = np.partition(cosines, -depth)[-depth]
-            kept = np.flatnonzero(cosines >= least)
-            found[place] = kept[np.argsort(-cosines[kept], kind="stable")[:depth]]
-    return found
 
 
 def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
@@ -187,7 +159,7 @@ def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[s
     found: dict[str, float] = {}
     for key, pairs in sets.items():
         log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
-        vectors = _vectors(name, encoder, [*pairs.first, *pairs.second], "text")
+        vectors = _vectors(name, encoder, pairs.texts, "text")
         first, second = np.split(vectors, 2)
         found[f"sts.{key}"] = sts_correlation(first, second, pairs.scores)
     if found:
@@ -197,8 +169,10 @@ def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[s
 
 def _measure_retrieval(
     name: str, encoder: Encoder, sets: dict[str, RetrievalSet]
-) -> dict[str, Fact]:
+) -> tuple[dict[str, Fact], list[dict[str, Any]]]:
+    """Metrics of all sets, and a handful of searches in the first."""
     metrics: dict[str, Fact] = {}
+    searches: list[dict[str, Any]] = []
     for key, asked in sets.items():
         log.info(
             "evaluate: %s, retrieval.%s, %s documents, %s queries",
@@ -211,7 +185,8 @@ def _measure_retrieval(
         queries = _vectors(name, encoder, asked.queries, "query")
         found = retrieval_metrics(nearest(queries, documents, DEPTH), asked)
         metrics |= {f"retrieval.{key}.{what}": round(value, 6) for what, value in found.items()}
-    return metrics
+        searches = searches or search_details(key, asked, queries, documents)
+    return metrics, searches
 
 
 def _measure_fidelity(
@@ -220,7 +195,8 @@ def _measure_fidelity(
     corpus: Corpus,
     embeddings: Embeddings,
     heldout: NDArray[np.int64],
-) -> dict[str, Fact]:
+) -> tuple[dict[str, Fact], dict[str, Any]]:
+    """Metrics of likeness to the teacher, and what the page shows of it."""
     if len(heldout) < OVERLAP + 2:
         # With 11 rows everybody is among everybody's 10 nearest.
         log.warning(
@@ -229,15 +205,19 @@ def _measure_fidelity(
             len(heldout),
             OVERLAP + 2,
         )
-        return {}
+        return {}, {"texts": len(heldout), "searches": [], **NOTHING_TO_SHOW}
     rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
-    ours = _vectors(name, encoder, corpus.take(rows), "text")
+    texts = corpus.take(rows)
+    ours = _vectors(name, encoder, texts, "text")
     teacher = embeddings.rows_of(rows)
-    return {
+    metrics: dict[str, Fact] = {
         "fidelity.spearman": round(rank_agreement(ours, teacher), 6),
         f"fidelity.top{OVERLAP}_overlap": round(top_overlap(ours, teacher, OVERLAP), 6),
     }
+    # A teacher beside itself is no picture.
+    shown = likeness_details(ours, teacher, texts) if name != TEACHER else NOTHING_TO_SHOW
+    return metrics, {"texts": len(rows), "searches": neighbour_details(ours, texts), **shown}
 
 
 def _measure_speed(

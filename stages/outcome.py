@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,15 @@ class Outcome:
 def write_json(path: Path, value: object) -> None:
     """Write a small result file in one step, in the one form that equal values share."""
     durable.replace(path, canonical_json(value))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys, one or more, as a table with a header line; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    durable.replace(path, text.getvalue().encode())
 
 
 class Progress:

@@ -146,8 +146,8 @@ class CkdObjective(Section):
 Objective = Annotated[KdObjective | CkdObjective, Field(discriminator="name")]
 
 
-class RecipeParams(Section):
-    """Start + caches -> student."""
+class TrainingParams(Section):
+    """What every training run has, whatever it learns from."""
 
     epochs: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]
@@ -158,11 +158,32 @@ class RecipeParams(Section):
     dropout: bool  # false: the student is trained as it will be used, without dropout
     max_tokens: Annotated[int, Field(ge=4)]
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster
-    projection: Literal["auto", "always"]  # auto: only where the widths differ
     evaluate_every: PositiveInt  # steps
     patience: PositiveInt  # evaluations without a new best before the run stops
     seed: NonNegativeInt
+
+
+class RecipeParams(TrainingParams):
+    """Start + caches -> student."""
+
+    projection: Literal["auto", "always"]  # auto: only where the widths differ
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
+
+
+class FinetuneParams(TrainingParams):
+    """Student + labelled pairs or triplets -> finetuned student (DisCo's second stage)."""
+
+    students: tuple[ModelName, ...]  # whom `dvc repro` finetunes
+    triplets: tuple[Text, ...]  # globs of .jsonl, .tsv (each also .gz, .zst), .parquet
+    fields: Annotated[
+        tuple[Text, ...], Field(min_length=3, max_length=3)
+    ]  # anchor, positive, negative
+    temperature: Annotated[float, Field(gt=0, le=10)]
+    learnable_temperature: bool
+    dev: Text | None  # glob of an STS file that picks the best weights; null: triplets held out
+    heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the triplets held out if dev is null
+    distill_weight: Annotated[float, Field(ge=0)]  # of a kd term on cached rows; 0: none
+    distill_rows: PositiveInt  # cached rows a step
 
 
 class EvaluateParams(Section):
@@ -171,6 +192,14 @@ class EvaluateParams(Section):
     sts: dict[Text, Text]  # name -> glob of TSV files (score, sentence, sentence)
     retrieval: dict[Text, Text]  # name -> folder in BEIR form
     speed_texts: PositiveInt  # texts encoded to measure sentences per second
+
+
+class ExportParams(Section):
+    """A student -> a folder that sentence-transformers loads."""
+
+    model: ModelName  # a student, or a finetuned one: NAME-finetuned
+    space: Literal["student", "teacher"]  # teacher: keep the projection into the teacher's space
+    onnx: bool  # also as ONNX (extra `onnx`)
 
 
 class Params(Section):
@@ -186,7 +215,9 @@ class Params(Section):
     starts: Annotated[dict[ModelName, StartParams], Field(min_length=1)]
     recipes: Annotated[dict[ModelName, RecipeParams], Field(min_length=1)]
     students: dict[ModelName, StudentParams]
+    finetune: FinetuneParams
     evaluate: EvaluateParams
+    export: ExportParams
 
 
 Sections = Mapping[str, Any]
@@ -220,6 +251,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_collisions(names),
         *_unusable_set_names(sections.get("evaluate")),
         *_unusable_recipes(sections.get("recipes", {}), sections.get("mine")),
+        *_unknown_students(sections.get("finetune"), sections.get("export"), names),
     ]
 
 
@@ -251,6 +283,28 @@ def _collisions(names: Mapping[str, Collection[str]]) -> list[Problem]:
         if model in taken:
             wrong.append((address, f"the name {model} is taken by {taken[model]}: choose another"))
         taken.setdefault(model, address)
+    return wrong
+
+
+def _unknown_students(
+    finetune: FinetuneParams | None,
+    export: ExportParams | None,
+    names: Mapping[str, Collection[str]],
+) -> list[Problem]:
+    """`finetune` and `export` name students; what is exported must be made by `dvc repro`."""
+    students = names.get("students", ())
+    finetuned = getattr(finetune, "students", ())
+    wrong = [
+        (f"finetune.students.{place}", f"no student named {name}; there are {sorted(students)}")
+        for place, name in enumerate(finetuned)
+        if name not in students
+    ]
+    if finetuned and not getattr(finetune, "triplets", True):
+        wrong.append(("finetune.triplets", "names no file, but finetune.students names students"))
+    made = [*students, *(f"{name}{FINETUNED}" for name in finetuned)]
+    model = getattr(export, "model", None)
+    if model is not None and model not in made:
+        wrong.append(("export.model", f"no student named {model}; there are {sorted(made)}"))
     return wrong
 
 

@@ -10,19 +10,16 @@ Longer than 200 lines because every format is here, each with its own way of hid
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import zstandard
 
+from stages.files import matching, reading, unpacked_name, with_compressed
 from stages.lines import lines
-from storage.errors import MissingError, TeachonceError, shown
+from storage.errors import TeachonceError, shown
 
 Rule = Literal["undecodable", "malformed", "too_long"]
 
@@ -50,12 +47,7 @@ UNDECODABLE, MALFORMED, TOO_LONG = (
 DATASET = "dataset:"
 LINE_ENDINGS = (".txt", ".jsonl")
 COLUMN_ENDINGS = (".parquet", ".arrow")
-COMPRESSED_ENDINGS = (".gz", ".zst")
-ENDINGS = (
-    *LINE_ENDINGS,
-    *(line + packed for line in LINE_ENDINGS for packed in COMPRESSED_ENDINGS),
-    *COLUMN_ENDINGS,
-)
+ENDINGS = (*with_compressed(*LINE_ENDINGS), *COLUMN_ENDINGS)
 
 ROWS_AT_ONCE = 4096
 
@@ -102,7 +94,7 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
             named = _dataset_name(pattern.removeprefix(DATASET), root)
             found.setdefault(named, named)
         else:
-            for path in _matching(pattern, root):
+            for path in matching(pattern, root, address="shard.sources", endings=ENDINGS):
                 found.setdefault(path.resolve(), path)
     return list(found.values())
 
@@ -173,38 +165,13 @@ def _dataset_name(name: str, root: Path) -> DatasetName:
     return DatasetName(before, folder if folder.is_dir() else None, after or None)
 
 
-def _matching(pattern: str, root: Path) -> list[Path]:
-    """Files that one glob names, sorted; a file of exactly that name wins over what a glob would mean."""
-    wanted = root / Path(pattern).expanduser()
-    if wanted.is_file():
-        files = [wanted]
-    else:
-        # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
-        matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
-        files = [root / match for match in sorted(matches) if (root / match).is_file()]
-    if not files:
-        raise MissingError(
-            "shard.sources",
-            f"{shown(repr(pattern))} matches no file below {root}",
-            "mend the pattern in params.yaml, or put the files there",
-        )
-    for path in files:
-        if not path.name.lower().endswith(ENDINGS):
-            raise TeachonceError(
-                "shard.sources",
-                f"{shown(repr(pattern))} matches {shown(path)}, and nothing reads that ending",
-                f"narrow the pattern to files that end in one of {' '.join(ENDINGS)}",
-            )
-    return files
-
-
 # --- lines
 
 
 def _line_items(path: Path, field: str) -> Iterator[Item]:
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    name = unpacked_name(path)
     parse = _json_text(field) if name.endswith(".jsonl") else _decoded
-    with _naming(path):
+    with reading(path, CURE):
         for line in lines(path):
             yield TOO_LONG if line is None else parse(line)
 
@@ -246,16 +213,16 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
 def _parquet_items(path: Path, field: str) -> Iterator[Item]:
     from pyarrow import parquet
 
-    with _naming(path), parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    with reading(path, CURE), parquet.ParquetFile(path, page_checksum_verification=True) as file:
         column = _column_number(file.schema_arrow, path, field)
         name = file.schema_arrow.names[column]
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
-            yield from _cells(batch.column(0))
+            yield from cells(batch.column(0))
 
 
 def _arrow_items(path: Path, field: str) -> Iterator[Item]:
     """Cells of an Arrow file or of an Arrow stream, which is what `datasets` writes."""
-    with _naming(path), pa.memory_map(str(path)) as source:
+    with reading(path, CURE), pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))
@@ -265,7 +232,7 @@ def _arrow_items(path: Path, field: str) -> Iterator[Item]:
             batches = iter(reader)
         column = _column_number(reader.schema, path, field)
         for batch in batches:
-            yield from _cells(batch.column(column))
+            yield from cells(batch.column(column))
         if isinstance(reader, pa.ipc.RecordBatchStreamReader):
             _check_stream_end(source)
 
@@ -303,7 +270,7 @@ def _holds_text(kind: pa.DataType) -> bool:
     )
 
 
-def _cells(column: pa.Array) -> Iterator[Item]:
+def cells(column: pa.Array) -> Iterator[Item]:
     """One item a cell. Arrow checks neither offsets nor UTF-8 on reading, so both are checked here."""
     for start in range(0, len(column), ROWS_AT_ONCE):
         for cell in _as_bytes(column.slice(start, ROWS_AT_ONCE)).to_pylist():
@@ -331,7 +298,7 @@ def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
         for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
             column = _column_number(table.schema, source, field)
             for chunk in table.column(column).chunks:
-                yield from _cells(chunk)
+                yield from cells(chunk)
     except TeachonceError:
         raise
     # Loaders of a hundred formats raise what they like; whatever it is, this source cannot be read.
@@ -368,26 +335,3 @@ def _one_split(source: DatasetName, loaded: Any) -> Any:  # noqa: ANN401 - as ab
             f"write {DATASET}{source.name}:<split> in `shard.sources`",
         )
     return loaded[wanted]
-
-
-# --- errors
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what a damaged or unreadable file raises inside into an error that names the file."""
-    try:
-        yield
-    except TeachonceError:
-        raise
-    except EOFError as error:
-        raise TeachonceError(path, "truncated: it ends before its content does", CURE) from error
-    except (
-        OSError,
-        ValueError,
-        zlib.error,
-        zstandard.ZstdError,
-        pa.ArrowException,
-    ) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TeachonceError(path, f"cannot be read: {shown(cause)}", CURE) from error

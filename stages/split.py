@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.benchmarks import evaluation_keys
 from stages.outcome import Outcome, write_json
 from stages.params import SplitParams
-from storage.corpus import Corpus, text_key
+from storage.corpus import Corpus
 from storage.errors import TeachonceError
 from storage.split import Split
 
 VERSION = 1
-
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
 def recipe(params: SplitParams) -> dict[str, Any]:
@@ -67,12 +65,6 @@ def run(
         ),
         facts=counts,
     )
-
-
-def evaluation_keys(text: str) -> set[bytes]:
-    """Keys of a text as `shard` would clean it, and of each of its sentences."""
-    sentences = SENTENCE_END.split(text)
-    return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
 
 
 def rows_with_keys(text_keys: NDArray[np.bytes_], wanted: set[bytes]) -> NDArray[np.int64]:

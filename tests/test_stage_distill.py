@@ -18,6 +18,7 @@ from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.encoder import Encoder, load_model
 from stages.learning.student import Student
 from stages.params import RecipeParams, StartParams
+from storage.caches import Caches
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.split import Split
@@ -79,7 +80,7 @@ class World:
             params,
             name=name,
             start=self.start,
-            caches=distill.Caches(self.corpus, self.embeddings, None, self.split, self.place.store),
+            caches=Caches(self.corpus, self.embeddings, None, self.split, self.place.store),
             device=CPU,
             work=at / "work",
             out=at / name,
@@ -182,9 +183,11 @@ def test_the_curve_and_the_facts_are_files_for_dvc(world):
     world.train(recipe(objectives=CKD))
     rows = list(csv.DictReader((world.place.root / "student.csv").read_text().splitlines()))
     facts = json.loads((world.place.root / "student.json").read_text())
-    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, facts["steps"]]
+    assert [int(row["step"]) for row in rows] == [0, 10, 20, 30, 40, facts["steps"]]
     assert set(rows[0]) == {"step", "loss_ckd", "agreement", "learning_rate", "temperature_ckd"}
-    best = max(rows, key=lambda row: float(row["agreement"]))
+    # Before the first step there is a score but no loss, and the start is no candidate.
+    assert rows[0]["loss_ckd"] == "" and float(rows[1]["loss_ckd"]) > 0
+    best = max(rows[1:], key=lambda row: float(row["agreement"]))
     assert facts["best_step"] == int(best["step"])
     assert facts["agreement"] == pytest.approx(float(best["agreement"]), abs=1e-6)
     assert not (world.place.root / "work").exists() or not list(
@@ -223,7 +226,7 @@ def test_training_sees_the_texts_as_inference_does(world):
         student=student,
         tokens=tokens,
         pad_id=0,
-        caches=distill.Caches(world.corpus, world.embeddings, None, world.split, world.place.store),
+        caches=Caches(world.corpus, world.embeddings, None, world.split, world.place.store),
         device=CPU,
     )
     rows = np.array([5, 399, 17])
@@ -306,6 +309,7 @@ def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, dies_after)
     outcome = world.train(params, "killed")
     assert world.weights("killed") == world.weights("whole")
     whole = json.loads((world.place.root / "whole.json").read_text())
+    assert whole.pop("minutes") >= 0
     assert {k: outcome.facts[k] for k in whole} == whole
     assert (world.place.root / "killed.csv").read_bytes() == (
         world.place.root / "whole.csv"
@@ -348,6 +352,7 @@ def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, 
         import torch
         from stages import distill
         from stages.params import RecipeParams
+        from storage.caches import Caches
         from storage.corpus import Corpus
         from storage.embeddings import Embeddings
         from storage.manifest import Manifest
@@ -363,7 +368,7 @@ def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, 
             RecipeParams.model_validate({recipe().model_dump(mode="json")!r}),
             name="s",
             start=Path({str(world.start)!r}),
-            caches=distill.Caches(corpus, embeddings, None, split, store),
+            caches=Caches(corpus, embeddings, None, split, store),
             device=torch.device("cpu"),
             work=root / "work",
             out=root / "s",

@@ -1,10 +1,12 @@
-"""How much of the teacher's geometry a model keeps, measured without labels. No torch here."""
+"""How alike two orders are: a model's and the teacher's, or a model's and people's. No torch here."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+
+QUERIES_AT_ONCE = 256
 
 MOST_ROWS = 1000
 """Half a million pairs of rows: the third digit stands still, and it takes a second."""
@@ -35,6 +37,50 @@ def spearman(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
     return float(spearmanr(left, right).statistic)
 
 
+def sts_correlation(
+    first: NDArray[np.float32], second: NDArray[np.float32], scores: NDArray[np.float64]
+) -> float:
+    """Spearman x 100 between the cosines of n pairs and their n scores.
+
+    Args:
+        first: (n, dim), any length.
+        second: (n, dim), any length.
+        scores: (n,).
+    """
+    alike = np.einsum("nd,nd->n", unit(first), unit(second))
+    # Pairs of equal sentences (61 in STS12) share a rank, whatever the last bits of their cosines are;
+    # without this they move the second decimal, and another machine moves it elsewhere.
+    return 100 * spearman(np.round(alike, 6), scores)
+
+
+def nearest(
+    queries: NDArray[np.float32], documents: NDArray[np.float32], depth: int
+) -> NDArray[np.int64]:
+    """Places of the documents with the highest cosines, best first; ties in document order.
+
+    Exact, with one block of cosines (256 queries x all documents) in memory.
+
+    Args:
+        queries: (q, dim), any length.
+        documents: (d, dim), any length, d >= 1.
+        depth: How many; at most d are given.
+
+    Returns:
+        (q, min(depth, d)).
+    """
+    depth = min(depth, len(documents))
+    queries, documents = unit(queries), unit(documents)
+    found = np.empty((len(queries), depth), np.int64)
+    for begin in range(0, len(queries), QUERIES_AT_ONCE):
+        block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T
+        for place, row in enumerate(block, begin):
+            # Everything that ties with the last one stays, so that the stable sort sees it.
+            least = np.partition(row, -depth)[-depth]
+            kept = np.flatnonzero(row >= least)
+            found[place] = kept[np.argsort(-row[kept], kind="stable")[:depth]]
+    return found
+
+
 def rank_agreement(ours: NDArray[np.floating], teacher: NDArray[np.floating]) -> float:
     """Spearman's correlation of two models' cosines over all pairs i < j of the same texts.
 
@@ -46,7 +92,7 @@ def rank_agreement(ours: NDArray[np.floating], teacher: NDArray[np.floating]) ->
         -1 to 1; 1 if the model orders all pairs as the teacher does.
     """
     pairs = np.triu_indices(len(ours), k=1)
-    return spearman(_cosines(ours)[pairs], _cosines(teacher)[pairs])
+    return spearman(cosines(ours)[pairs], cosines(teacher)[pairs])
 
 
 def top_overlap(ours: NDArray[np.floating], teacher: NDArray[np.floating], count: int) -> float:
@@ -60,20 +106,21 @@ def top_overlap(ours: NDArray[np.floating], teacher: NDArray[np.floating], count
     Returns:
         0 to 1.
     """
-    shared = _is_near(_cosines(ours), count) & _is_near(_cosines(teacher), count)
+    shared = _is_near(cosines(ours), count) & _is_near(cosines(teacher), count)
     return float(shared.sum(axis=1).mean() / count)
 
 
-def _cosines(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+def cosines(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(n, n) cosines of (n, d) vectors of any length."""
     similar: NDArray[np.float32] = unit(vectors) @ unit(vectors).T
     return similar
 
 
-def _is_near(cosines: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
+def _is_near(similar: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
     """(n, n) True where j is among the `count` nearest of i, itself excluded; ties in row order."""
-    distance = -cosines
+    distance = -similar
     np.fill_diagonal(distance, np.inf)
     order = np.argsort(distance, axis=1, kind="stable")[:, :count]
-    near = np.zeros(cosines.shape, np.bool_)
+    near = np.zeros(similar.shape, np.bool_)
     np.put_along_axis(near, order, True, axis=1)
     return near

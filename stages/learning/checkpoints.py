@@ -38,6 +38,7 @@ class State:
         curve: One row for each evaluation.
         loss_sums: Of each objective since the last evaluation.
         loss_steps: Steps in these sums.
+        seconds: Spent on steps and evaluations, over all starts of the run.
     """
 
     step: int = 0
@@ -47,6 +48,7 @@ class State:
     curve: list[Row] = field(default_factory=list)
     loss_sums: list[float] = field(default_factory=list)
     loss_steps: int = 0
+    seconds: float = 0.0
 
 
 class Checkpoints:

@@ -72,6 +72,21 @@ def pick_device(setting: str) -> torch.device:
     return device
 
 
+def pick_precision(setting: str, device: torch.device) -> str:
+    """What a precision of training means; `auto` is bf16 where the device multiplies it faster."""
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
 def device_name(device: torch.device) -> str:
     """A name under which speeds may be compared, such as `AMD EPYC, 2 threads`."""
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from stages.learning.checkpoints import (
     restore_optimizer,
 )
 from stages.outcome import Progress, log
-from stages.params import RecipeParams
+from stages.params import TrainingParams
 from storage.errors import TeachonceError
 
 CHECKPOINT_SECONDS = 60.0
@@ -40,6 +40,9 @@ class Work:
         batches: Epoch -> the rows of each step.
         loss: Rows, step -> loss to minimise, and each objective's part of it before weighting.
         score: How good the weights are now; more is better.
+        score_name: What it is called in the curve.
+        start_counts: Whether the weights before the first step may be the best. Not where learning may
+            first lead away from a good start: the run would end before it comes back.
         parts: A name for each part.
         notes: What else is worth a column in the curve, such as a temperature.
     """
@@ -47,6 +50,8 @@ class Work:
     batches: Callable[[int], list[NDArray[np.int64]]]
     loss: Callable[[NDArray[np.int64], int], tuple[Tensor, list[float]]]
     score: Callable[[], float]
+    score_name: str
+    start_counts: bool
     parts: list[str]
     notes: Callable[[], dict[str, float]]
 
@@ -54,7 +59,7 @@ class Work:
 def train(
     model: nn.Module,
     work: Work,
-    params: RecipeParams,
+    params: TrainingParams,
     *,
     name: str,
     checkpoints: Checkpoints,
@@ -78,7 +83,10 @@ def train(
     optimizer = make_optimizer(model, params)
     state, best = _resume(model, optimizer, checkpoints, name)
     progress = Progress(name, total=total, unit="steps", done=state.step)
-    saved = time.monotonic()
+    started = saved = time.monotonic()
+    seconds_before = state.seconds
+    if not state.curve:
+        best = _evaluate(model, work, state, best, params, total)
     epoch_of_batches = 0
     while state.step < total and state.stale < params.patience:
         epoch, place = divmod(state.step, len(batches))
@@ -90,6 +98,7 @@ def train(
         if state.step % params.evaluate_every == 0 or state.step == total:
             best = _evaluate(model, work, state, best, params, total)
         progress.advance(1, f"loss {sum(parts):.4f}")
+        state.seconds = seconds_before + time.monotonic() - started
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoints.save(state, _tensors(model, optimizer, best))
             saved = time.monotonic()
@@ -97,7 +106,7 @@ def train(
     return state
 
 
-def make_optimizer(model: nn.Module, params: RecipeParams) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
     """AdamW; biases, norms and temperatures are not decayed."""
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
@@ -108,7 +117,7 @@ def make_optimizer(model: nn.Module, params: RecipeParams) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=BETAS, fused=True)
 
 
-def learning_rate(step: int, total: int, params: RecipeParams) -> float:
+def learning_rate(step: int, total: int, params: TrainingParams) -> float:
     """Rise linearly over the warm-up, then fall to zero along a cosine."""
     warmup = round(params.warmup * total)
     if step < warmup:
@@ -124,7 +133,7 @@ def _step(
     rows: NDArray[np.int64],
     step: int,
     total: int,
-    params: RecipeParams,
+    params: TrainingParams,
 ) -> list[float]:
     """One step; returns each objective's part of the loss."""
     for group in optimizer.param_groups:
@@ -161,28 +170,38 @@ def _evaluate(
     work: Work,
     state: State,
     best: dict[str, Tensor],
-    params: RecipeParams,
+    params: TrainingParams,
     total: int,
 ) -> dict[str, Tensor]:
     """Score the weights, add a row to the curve, and return the best weights so far."""
     model.eval()
     score = work.score()
-    means = [value / state.loss_steps for value in state.loss_sums]
+    # Before the first step there is a score and no loss yet.
+    means = (
+        [round(value / state.loss_steps, 8) for value in state.loss_sums]
+        if state.loss_steps
+        else [None] * len(work.parts)
+    )
     state.loss_sums, state.loss_steps = [], 0
     state.curve.append(
         {
             "step": state.step,
-            **{
-                f"loss_{part}": round(mean, 8) for part, mean in zip(work.parts, means, strict=True)
-            },
-            "agreement": round(score, 6),
-            "learning_rate": learning_rate(state.step - 1, total, params),
+            **{f"loss_{part}": mean for part, mean in zip(work.parts, means, strict=True)},
+            work.score_name: round(score, 6),
+            "learning_rate": learning_rate(max(state.step - 1, 0), total, params),
             **{note: round(value, 6) for note, value in work.notes().items()},
         }
     )
+    losses = ", ".join(f"{mean:.5f}" for mean in means if mean is not None)
     log.info(
-        "step %d: agreement %.4f, loss %s", state.step, score, ", ".join(f"{m:.5f}" for m in means)
+        "step %d: %s %.4f%s",
+        state.step,
+        work.score_name,
+        score,
+        f", loss {losses}" if losses else "",
     )
+    if state.step == 0 and not work.start_counts:
+        return best
     if state.best_score is None or score > state.best_score:
         state.best_score, state.best_step, state.stale = score, state.step, 0
         return {key: value.detach().clone() for key, value in model.state_dict().items()}

@@ -25,8 +25,8 @@ class Candidates:
     """Who stands in the denominator.
 
     Args:
-        vectors: (C, D) float32 of unit length; the teacher's, of any rows of the cache.
-        own: (B,) where in `vectors` the row's own teacher vector is.
+        vectors: (C, D) float32 of unit length: the teacher's, of any rows of the cache, or a student's.
+        own: (B,) where in `vectors` the row's own key is.
         same_text: (B, C) True where a candidate is a vector of the row's own text, its own included.
     """
 
@@ -53,24 +53,61 @@ def kd(student: Tensor, teacher: Tensor) -> Tensor:
 def ckd(student: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
     """Contrastive distillation: find your own teacher vector among many (DisCo, section 3.3).
 
-    L = -1/B sum_i log( exp(a cos(h_i, T_i)) / sum_j exp(a cos(h_i, T_j)) ), j over the candidates.
-
-    The teacher is frozen, so its vector of any cached row is as good a candidate as one of this batch.
-    Other copies of a row's own text are left out of its denominator: each would put a floor of log 2
-    and more under the loss of a perfect student.
+    `info_nce` where every candidate is a vector of the teacher. The teacher is frozen, so its vector of
+    any cached row is as good a candidate as one of this batch.
 
     Args:
         student: (B, D).
-        candidates: Of C vectors.
+        candidates: Of C vectors of the teacher, each row's own among them.
         scale: a = 1 / temperature, > 0; a scalar, may be learned.
 
     Returns:
         Scalar, at least 0; log(C) for a student that knows nothing, if no candidate is left out.
     """
-    logits = scale * (F.normalize(student, dim=1) @ candidates.vectors.T)
+    return info_nce(student, candidates, scale)
+
+
+def info_nce(anchors: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
+    """Find your own key among many (InfoNCE; DisCo, section 3.3 and, with labels, its second stage).
+
+    L = -1/B sum_i log( exp(a cos(h_i, k_i)) / sum_j exp(a cos(h_i, k_j)) ), j over the candidates.
+
+    Other copies of a row's own text are left out of its denominator: each would put a floor of log 2
+    and more under the loss of a perfect student.
+
+    Args:
+        anchors: (B, D), any length.
+        candidates: Of C vectors.
+        scale: a = 1 / temperature, > 0; a scalar, may be learned.
+
+    Returns:
+        Scalar, at least 0; log(C) for vectors that know nothing, if no candidate is left out.
+    """
+    logits = scale * (F.normalize(anchors, dim=1) @ candidates.vectors.T)
     others = candidates.same_text.clone()
     others[torch.arange(len(others), device=others.device), candidates.own] = False
     return F.cross_entropy(logits.masked_fill(others, float("-inf")), candidates.own)
+
+
+class Temperature(nn.Module):
+    """A temperature that may be learned, as the logarithm of its inverse; never below 0.01.
+
+    Args:
+        start: Where it begins, > 0.
+        learnable: Whether training moves it.
+    """
+
+    def __init__(self, start: float, *, learnable: bool) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(-torch.log(torch.tensor(start)), requires_grad=learnable)
+
+    def scale(self) -> Tensor:
+        """1 / temperature, a scalar."""
+        return self.log_scale.exp().clamp(max=1 / LEAST_TEMPERATURE)
+
+    def value(self) -> float:
+        """The temperature itself, for a curve."""
+        return float(1 / self.scale().detach())
 
 
 class Objectives(nn.Module):
@@ -83,13 +120,15 @@ class Objectives(nn.Module):
     def __init__(self, params: Sequence[KdObjective | CkdObjective]) -> None:
         super().__init__()
         self.params = tuple(params)
-        self.log_scales = nn.ParameterDict()
-        for place, objective in enumerate(self.params):
-            if isinstance(objective, CkdObjective):
-                start = -torch.log(torch.tensor(objective.temperature))
-                self.log_scales[str(place)] = nn.Parameter(
-                    start, requires_grad=objective.learnable_temperature
+        self.learned = nn.ModuleDict(
+            {
+                str(place): Temperature(
+                    objective.temperature, learnable=objective.learnable_temperature
                 )
+                for place, objective in enumerate(self.params)
+                if isinstance(objective, CkdObjective)
+            }
+        )
 
     @property
     def names(self) -> list[str]:
@@ -103,9 +142,9 @@ class Objectives(nn.Module):
     def temperatures(self) -> dict[str, float]:
         """Name -> temperature, for the objectives that have one."""
         return {
-            name: float(1 / self._scale(place).detach())
+            name: self._temperature(place).value()
             for place, name in enumerate(self.names)
-            if str(place) in self.log_scales
+            if str(place) in self.learned
         }
 
     def forward(
@@ -126,13 +165,13 @@ class Objectives(nn.Module):
             if isinstance(objective, KdObjective):
                 losses.append(kd(student, teacher))
             elif among is not None:
-                losses.append(ckd(student, among, self._scale(place)))
+                losses.append(ckd(student, among, self._temperature(place).scale()))
         total = sum(
             (objective.weight * loss for objective, loss in zip(self.params, losses, strict=True)),
             start=student.new_zeros(()),
         )
         return total, [float(loss.detach()) for loss in losses]
 
-    def _scale(self, place: int) -> Tensor:
-        scale: Tensor = self.log_scales[str(place)]
-        return scale.exp().clamp(max=1 / LEAST_TEMPERATURE)
+    def _temperature(self, place: int) -> Temperature:
+        found: Temperature = self.learned[str(place)]  # type: ignore[assignment]  # put there above
+        return found

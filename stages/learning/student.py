@@ -7,17 +7,28 @@ search an index that the teacher built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.learning.encoder import autocast, token_batches
+from stages.outcome import write_json
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+LINEAGE = "teachonce.json"
+"""What a student was made of, in its folder."""
+
+PIECE_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
+"""Tokens a training batch is read in at once, by device: small pieces pad less, large ones fill a GPU."""
 
 
 def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
@@ -72,6 +83,7 @@ class Student(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.unit_length = unit_length
+        self.dim = teacher_dim
         width = model.get_embedding_dimension() or 0
         # A normalisation at the end of the start goes: it is the teacher's vectors that say whether the
         # student's have length 1, and it would stand before the projection.
@@ -99,8 +111,8 @@ class Student(nn.Module):
         self.training = mode
         return self
 
-    def save(self, folder: Path) -> None:
-        """Write a sentence-transformers folder of stock modules into an empty folder."""
+    def save(self, folder: Path, lineage: Mapping[str, Any]) -> None:
+        """Write a sentence-transformers folder of stock modules, and its lineage, into an empty folder."""
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Dense
         from sentence_transformers.sentence_transformer.modules import Normalize
@@ -117,12 +129,48 @@ class Student(nn.Module):
         if self.unit_length:
             modules.append(Normalize())
         save_model(SentenceTransformer(modules=modules, device="cpu"), folder)
+        write_json(folder / LINEAGE, lineage)
+
+
+def encode_ids(
+    student: Student,
+    rows: Sequence[NDArray[np.int32]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """Token ids of B texts -> (B, D) float32 vectors, in their order.
+
+    The batch is read in pieces of like length, which saves the padding that a random batch has; the
+    vectors are those of the whole batch up to last bits.
+
+    Args:
+        student: On `device`.
+        rows: Token ids of each text, special tokens included.
+        pad_id: The id that fills up a piece.
+        device: Where.
+        precision: Of the matrix products: "fp32" or "bf16".
+    """
+    lengths = np.array([len(row) for row in rows], np.int64)
+    pieces, order = [], []
+    for places in token_batches(lengths, PIECE_TOKENS[device.type]):
+        ids = [torch.from_numpy(rows[place].astype(np.int64)) for place in places]
+        with autocast(device, precision):
+            pieces.append(student(*pad(ids, pad_id=pad_id, device=device)))
+        order.append(places)
+    return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
     """Write a model; equal weights give equal files (no card with a date in it)."""
     model.to("cpu")
     model.save(str(folder), create_model_card=False, safe_serialization=True)
+
+
+def has_normalize(model: SentenceTransformer) -> bool:
+    """Whether a model ends in vectors of length 1."""
+    return any(_is_normalize(module) for module in model)
 
 
 def _is_normalize(module: nn.Module) -> bool:

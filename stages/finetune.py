@@ -1,0 +1,405 @@
+"""Student + labelled triplets -> finetuned student: DisCo's second stage, supervised InfoNCE.
+
+The loop is that of `distill`. So that the student does not forget its teacher, a kd term on cached rows
+may run beside it; like everything after `mine`, it needs no teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stages.benchmarks import StsSet, read_sts, sts_files
+from stages.learning.agreement import sts_correlation
+from stages.learning.batches import epoch_batches
+from stages.learning.checkpoints import Checkpoints
+from stages.learning.encoder import load_model, pick_precision
+from stages.learning.loop import Work, train
+from stages.learning.objectives import Candidates, Temperature, info_nce, kd
+from stages.learning.student import LINEAGE, Student, encode_ids, has_normalize
+from stages.learning.token_rows import token_rows
+from stages.models import file_hashes, sha256_of
+from stages.outcome import Outcome, Progress, clock, write_csv, write_json
+from stages.params import FinetuneParams
+from stages.triplets import Triplet, read_triplets, triplet_files
+from storage import durable
+from storage.caches import Caches
+from storage.corpus import text_key
+from storage.errors import TeachonceError
+from storage.manifest import fingerprint
+from storage.store import digest
+from storage.tokens import Tokens
+
+VERSION = 1  # raise it when a code change gives other weights for the same settings and triplets
+
+NO_NEGATIVE = -1
+LEAST_TRIPLETS = 2
+TEXTS_AT_ONCE = 8192
+
+
+def recipe(params: FinetuneParams) -> dict[str, Any]:
+    """Settings that change the student: all but whom to finetune; `auto` must be resolved before this."""
+    return {"version": VERSION, **params.model_dump(mode="json", exclude={"students"})}
+
+
+def run(
+    params: FinetuneParams,
+    *,
+    name: str,
+    student: Path,
+    root: Path,
+    evaluation: Collection[bytes],
+    caches: Caches | None,
+    device: torch.device,
+    work: Path,
+    out: Path,
+    curve: Path,
+    training: Path,
+) -> Outcome:
+    """Finetune one student.
+
+    Args:
+        params: Settings.
+        name: Of the finetuned student.
+        student: Folder of the student.
+        root: What the globs in the settings are relative to.
+        evaluation: Text keys of evaluation texts, which are not learned from.
+        caches: For the kd term; None if `distill_weight` is 0.
+        device: Where it is trained.
+        work: Folder for checkpoints.
+        out: Folder of the finetuned student.
+        curve: CSV with a row for each evaluation.
+        training: JSON that says how the run ended.
+
+    Raises:
+        TeachonceError: a damaged file, too few right rows, or a loss that is no number.
+    """
+    params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
+    triplets, rejected = read_triplets(
+        triplet_files(params.triplets, root), params.fields, evaluation
+    )
+    dev = read_sts(sts_files(params.dev, root, "finetune.dev")) if params.dev is not None else None
+    learned, heldout = (triplets, []) if dev is not None else _divided(triplets, params.heldout)
+    if len(learned) < LEAST_TRIPLETS or (dev is None and len(heldout) < LEAST_TRIPLETS):
+        raise TeachonceError(
+            "finetune.triplets",
+            f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
+            f"{_rejections(rejected)}",
+            "name files with more rows, change finetune.heldout, or name a finetune.dev",
+        )
+    run_name = fingerprint(
+        {
+            **recipe(params),
+            "student": file_hashes(student, address=f"student of {name}", sha256=sha256_of),
+            "triplets": digest(*((text or "").encode() for row in triplets for text in row)),
+            "dev": None if dev is None else digest(*(text.encode() for text in dev.texts)),
+            "embeddings": caches.embeddings.manifest.content if caches else None,
+            "split": caches.split.content if caches else None,
+            "device": device.type,
+        }
+    )
+    checkpoints = Checkpoints(work / run_name)
+    torch.manual_seed(params.seed)
+    model = load_model(student, device=device)
+    trainee = Student(
+        model,
+        teacher_dim=model.get_embedding_dimension() or 0,
+        unit_length=has_normalize(model),
+        project=False,
+        dropout=params.dropout,
+    ).to(device)
+    lesson = Lesson(
+        params,
+        student=trainee,
+        tokenizer=model.tokenizer,
+        triplets=learned,
+        judge=TripletJudge(heldout) if dev is None else StsJudge(dev),
+        memory=Memory.of(caches, model.tokenizer, student, params) if caches else None,
+        device=device,
+    )
+    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
+    facts = {
+        "steps": state.step,
+        "best_step": state.best_step,
+        "dev": round(state.best_score or 0.0, 6),
+        "rows": len(learned),
+        "heldout": len(heldout),
+        "rejected": dict(rejected),
+        "precision": params.precision,
+        "temperature": round(lesson.temperature.value(), 6),
+    }
+    before = json.loads((student / LINEAGE).read_bytes()) if (student / LINEAGE).exists() else {}
+    lineage = {**before, "student": name, "finetuned": {"recipe": recipe(params), **facts}}
+    with durable.replace_folder(out) as scratch:
+        trainee.save(scratch, lineage)
+    write_csv(curve, state.curve)
+    write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
+    checkpoints.delete()
+    first, best = state.curve[0]["dev"], state.best_score or 0.0
+    return Outcome(
+        stage="finetune",
+        made=out,
+        summary=(
+            f"{name}: {state.step:,} steps of {params.batch_size} of {len(learned):,} rows"
+            f"{_rejections(rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at step "
+            f"{state.best_step:,}"
+        ),
+        facts={**facts, "dev_before": first, "seconds": round(state.seconds, 1)},
+    )
+
+
+class TripletJudge:
+    """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all of them.
+
+    Args:
+        rows: Two or more.
+    """
+
+    def __init__(self, rows: Sequence[Triplet]) -> None:
+        self.rows = rows
+        self.texts = [
+            *(row.anchor for row in rows),
+            *(row.positive for row in rows),
+            *(row.negative for row in rows if row.negative is not None),
+        ]
+
+    def __call__(self, vectors: NDArray[np.float32]) -> float:
+        """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
+
+        The other positives and all negatives stand beside it, less those that are the same text.
+        """
+        count = len(self.rows)
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        cosines = unit[:count] @ unit[count:].T
+        others = np.array(self.texts[count:], dtype=object)
+        ranks = np.empty(count)
+        for place, row in enumerate(self.rows):
+            rivals = cosines[place][(others != row.positive) & (others != row.anchor)]
+            ranks[place] = 1 + np.count_nonzero(rivals >= cosines[place, place])
+        return float((1 / ranks).mean())
+
+
+class StsJudge:
+    """Dev score from an STS set: Spearman's correlation x 100.
+
+    Args:
+        pairs: Sentences with a score.
+    """
+
+    def __init__(self, pairs: StsSet) -> None:
+        self.pairs = pairs
+        self.texts = pairs.texts
+
+    def __call__(self, vectors: NDArray[np.float32]) -> float:
+        """-100 to 100, from the vectors of `texts`."""
+        first, second = np.split(vectors, 2)
+        return sts_correlation(first, second, self.pairs.scores)
+
+
+class Memory:
+    """Cached rows that keep a student near its teacher while it learns something else.
+
+    Args:
+        caches: Texts, vectors, split.
+        tokens: The student's token ids of the texts.
+        seed: With the step it decides which rows.
+    """
+
+    def __init__(self, caches: Caches, tokens: Tokens, seed: int) -> None:
+        self.embeddings, self.tokens, self.seed = caches.embeddings, tokens, seed
+        self.train = caches.split.train_rows(caches.corpus)
+
+    @classmethod
+    def of(
+        cls,
+        caches: Caches,
+        tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
+        folder: Path,
+        params: FinetuneParams,
+    ) -> Memory:
+        """The memory of a student whose files are in `folder`; its token ids are made if need be."""
+        tokens = token_rows(
+            tokenizer,
+            folder,
+            corpus=caches.corpus,
+            store=caches.store,
+            max_tokens=params.max_tokens,
+        )
+        return cls(caches, tokens, params.seed)
+
+    def draw(self, count: int, step: int) -> tuple[list[NDArray[np.int32]], NDArray[np.floating]]:
+        """Token ids and (count, D) vectors of the teacher, of the rows that belong to `step`."""
+        draw = np.random.default_rng([self.seed, step])
+        rows = self.train[draw.integers(len(self.train), size=count)]
+        return self.tokens.rows_of(rows), self.embeddings.rows_of(rows)
+
+
+class Lesson(nn.Module):
+    """A student with what it needs to learn: triplets as token ids, a temperature, a judge.
+
+    Args:
+        params: Settings, `auto` resolved.
+        student: On `device`.
+        tokenizer: The student's.
+        triplets: Learned from; two or more.
+        judge: Texts and how good their vectors are.
+        memory: Rows for the kd term; None without one.
+        device: Where.
+
+    Raises:
+        TeachonceError: the student's vectors are not in the space of the cached ones.
+    """
+
+    def __init__(
+        self,
+        params: FinetuneParams,
+        *,
+        student: Student,
+        tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+        triplets: Sequence[Triplet],
+        judge: TripletJudge | StsJudge,
+        memory: Memory | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.params, self.student, self.judge, self.memory = params, student, judge, memory
+        self.device = device
+        self.temperature = Temperature(
+            params.temperature, learnable=params.learnable_temperature
+        ).to(device)
+        self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
+        place = {text: number for number, text in enumerate(_texts(triplets))}
+        self.ids = token_ids(tokenizer, list(place), params.max_tokens)
+        self.judged_ids = token_ids(tokenizer, judge.texts, params.max_tokens)
+        self.rows = np.array(
+            [[NO_NEGATIVE if text is None else place[text] for text in row] for row in triplets]
+        )
+        if memory is not None and memory.embeddings.dim != student.dim:
+            raise TeachonceError(
+                "finetune.distill_weight",
+                f"the student's vectors have {student.dim} numbers, the teacher's {memory.embeddings.dim}",
+                "set it to 0, or finetune a student that was distilled from this teacher",
+            )
+
+    def work(self) -> Work:
+        """The lesson as the loop sees it."""
+        return Work(
+            batches=self._batches,
+            loss=self._loss,
+            score=self._score,
+            score_name="dev",
+            start_counts=True,
+            parts=["info_nce", *(["kd"] if self.memory else [])],
+            notes=lambda: {"temperature": self.temperature.value()},
+        )
+
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_batches(
+            np.arange(len(self.rows)),
+            batch_size=self.params.batch_size,
+            seed=self.params.seed,
+            epoch=epoch,
+        )
+
+    def _loss(self, batch: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
+        anchors, positives, negatives = self.rows[batch].T
+        keys = np.concatenate([positives, negatives[negatives != NO_NEGATIVE]])
+        texts = [self.ids[text] for text in np.concatenate([anchors, keys])]
+        remembered, teacher = (
+            self.memory.draw(self.params.distill_rows, step) if self.memory else ([], None)
+        )
+        vectors = self._encode([*texts, *remembered])
+        candidates = Candidates(
+            vectors=F.normalize(vectors[len(anchors) : len(texts)], dim=1),
+            own=torch.arange(len(anchors), device=self.device),
+            same_text=torch.from_numpy(same_text(anchors, positives, keys)).to(self.device),
+        )
+        losses = [info_nce(vectors[: len(anchors)], candidates, self.temperature.scale())]
+        total = losses[0]
+        if teacher is not None:
+            target = torch.from_numpy(teacher).to(self.device).float()
+            losses.append(kd(vectors[len(texts) :], target))
+            total = total + self.params.distill_weight * losses[1]
+        return total, [float(loss.detach()) for loss in losses]
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        return self.judge(self._encode(self.judged_ids).cpu().numpy())
+
+    def _encode(self, ids: Sequence[NDArray[np.int32]]) -> Tensor:
+        return encode_ids(
+            self.student,
+            ids,
+            pad_id=self.pad_id,
+            device=self.device,
+            precision=self.params.precision,
+        )
+
+
+def same_text(
+    anchors: NDArray[np.int64], positives: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which keys are no wrong answers to an anchor, though they are not its own.
+
+    Args:
+        anchors: (B,) ids of texts.
+        positives: (B,) ids of texts.
+        keys: (C,) ids of texts; the first B are the positives.
+
+    Returns:
+        (B, C) True where a key is the anchor's own positive, the anchor itself, or the positive of
+        another row with the same anchor.
+    """
+    same: NDArray[np.bool_] = (keys[None, :] == positives[:, None]) | (keys == anchors[:, None])
+    same[:, : len(anchors)] |= anchors[:, None] == anchors[None, :]
+    return same
+
+
+def token_ids(
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    texts: Sequence[str],
+    max_tokens: int,
+) -> list[NDArray[np.int32]]:
+    """Token ids of each text, special tokens included, cut at `max_tokens`; held in memory."""
+    progress = Progress("tokens", total=len(texts), unit="texts")
+    found: list[NDArray[np.int32]] = []
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        some = list(texts[first : first + TEXTS_AT_ONCE])
+        made = tokenizer(
+            some,
+            truncation=True,
+            max_length=max_tokens,
+            padding=False,
+            return_attention_mask=False,
+        )["input_ids"]
+        found += [np.array(ids, np.int32) for ids in made]
+        progress.advance(len(some))
+    return found
+
+
+def _texts(triplets: Sequence[Triplet]) -> dict[str, None]:
+    """The distinct texts, in the order of their first place."""
+    return dict.fromkeys(text for row in triplets for text in row if text is not None)
+
+
+def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:
+    """Learned and held out: by the key of the anchor, so that a row stays where it is as files grow."""
+    limit = int(heldout * 2.0**64)
+    chosen = [int.from_bytes(text_key(row.anchor)[8:], "little") < limit for row in triplets]
+    return (
+        [row for row, out in zip(triplets, chosen, strict=True) if not out],
+        [row for row, out in zip(triplets, chosen, strict=True) if out],
+    )
+
+
+def _rejections(rejected: Mapping[str, int]) -> str:
+    named = [f"{count:,} {rule}" for rule, count in rejected.items() if count]
+    return f" (rejected: {', '.join(named)})" if named else ""

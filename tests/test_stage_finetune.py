@@ -1,0 +1,451 @@
+"""Labelled rows: what is read and what is refused, what the loss is, and what a student makes of them."""
+
+import gzip
+import hashlib
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import zstandard
+from pyarrow import parquet
+
+from stages import finetune
+from stages.benchmarks import StsSet
+from stages.finetune import Lesson, Memory, StsJudge, TripletJudge, same_text
+from stages.learning import loop
+from stages.learning.encoder import Encoder, load_model
+from stages.learning.student import PIECE_TOKENS, Student, encode_ids
+from stages.params import FinetuneParams
+from stages.triplets import RULES, Triplet, read_triplets, triplet_files
+from storage.caches import Caches
+from storage.corpus import text_key
+from storage.embeddings import Embeddings
+from storage.errors import MissingError, TeachonceError
+from storage.split import Split
+from tests.conftest import make_tiny_model, sentences
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)
+FIELDS = ("anchor", "positive", "negative")
+
+
+def settings(**changes):
+    return FinetuneParams.model_validate(
+        {
+            "students": ["kd"],
+            "triplets": ["rows.jsonl"],
+            "fields": FIELDS,
+            "temperature": 0.05,
+            "learnable_temperature": True,
+            "dev": None,
+            "heldout": 0.1,
+            "distill_weight": 0.0,
+            "distill_rows": 8,
+            "epochs": 3,
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "warmup": 0.1,
+            "weight_decay": 0.0,
+            "clip": 1.0,
+            "dropout": False,
+            "max_tokens": 16,
+            "precision": "fp32",
+            "evaluate_every": 10,
+            "patience": 50,
+            "seed": 0,
+        }
+        | changes
+    )
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+ROWS = [
+    Triplet("a cat", "a kitten", "a dog"),
+    Triplet("two boats", "some ships", None),
+    Triplet("Zürich\u2028by night", "a city", "a village"),
+]
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode()
+
+
+def tab_lines(rows):
+    return "".join("\t".join(filter(None, row)) + "\r\n" for row in rows).encode()
+
+
+def write_parquet(path, rows):
+    parquet.write_table(
+        pa.table({name: [getattr(row, name) for row in rows] for name in FIELDS}), path
+    )
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(ROWS))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS)))
+    (tmp_path / "c.tsv").write_bytes(tab_lines(ROWS))
+    (tmp_path / "d.tsv.zst").write_bytes(zstandard.compress(tab_lines(ROWS)))
+    write_parquet(tmp_path / "e.parquet", ROWS)
+    files = triplet_files(["*.jsonl", "*.gz", "c.tsv", "*.zst", "e.parquet"], tmp_path)
+    assert [file.name[0] for file in files] == list("abcde")
+    for file in files:
+        assert read_triplets([file], FIELDS, ()) == (ROWS, dict.fromkeys(RULES, 0)), file
+
+
+def test_other_names_of_fields(tmp_path):
+    rows = [{"sent0": "x y", "sent1": "x z", "hard_neg": "q"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    found, _ = read_triplets([tmp_path / "rows.jsonl"], ("sent0", "sent1", "hard_neg"), ())
+    assert found == [Triplet("x y", "x z", "q")]
+
+
+def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
+    lines = [
+        b'{"anchor": "one", "positive": "two", "negative": "three"}',  # the only right one
+        b'{"anchor": "\xff", "positive": "two"}',  # undecodable
+        b'{"anchor": "\\ud800", "positive": "two"}',  # undecodable: half a surrogate pair
+        b'{"anchor": "one", ',  # malformed
+        b'["one", "two"]',  # malformed
+        b'{"anchor": 1, "positive": "two"}',  # malformed
+        b'{"anchor": "one", "positive": "two", "negative": 3}',  # malformed
+        b'{"anchor": "one"}',  # missing
+        b'{"anchor": null, "positive": "two"}',  # missing
+        b'{"anchor": "one", "positive": "  "}',  # empty
+        b'{"anchor": "one", "positive": "one "}',  # contradictory
+        b'{"anchor": "one", "positive": "two", "negative": "two"}',  # contradictory
+        b'{"anchor": " one", "positive": "two", "negative": "three"}',  # duplicate
+        b'{"anchor": "seen", "positive": "two"}',  # in evaluation
+        b'{"anchor": "one", "positive": "two", "negative": "seen"}',  # in evaluation
+    ]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    found, rejected = read_triplets([tmp_path / "rows.jsonl"], FIELDS, {text_key("seen")})
+    assert found == [Triplet("one", "two", "three")]
+    assert rejected == {
+        "undecodable": 2,
+        "malformed": 4,
+        "missing": 2,
+        "empty": 1,
+        "contradictory": 2,
+        "duplicate": 1,
+        "in_evaluation": 2,
+    }
+    assert len(found) + rejected.total() == len(lines)
+
+
+def test_nulls_of_a_column_are_missing_and_no_negative(tmp_path):
+    table = {"anchor": ["a", None, "c"], "positive": ["b", "b", None], "negative": [None, "x", "x"]}
+    parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
+    found, rejected = read_triplets([tmp_path / "rows.parquet"], FIELDS, ())
+    assert (found, rejected["missing"]) == ([Triplet("a", "b", None)], 2)
+
+
+def test_a_file_without_the_fields_is_an_error_that_names_the_setting(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "x", "answer": "y"}\n')
+    with pytest.raises(TeachonceError) as error:
+        read_triplets([tmp_path / "rows.jsonl"], FIELDS, ())
+    assert str(error.value) == (
+        f"{tmp_path / 'rows.jsonl'}: no row has the fields anchor, positive\n"
+        "  cure: set finetune.fields in params.yaml to the names of anchor, positive and negative"
+    )
+    parquet.write_table(pa.table({"q": ["x"], "positive": ["y"]}), tmp_path / "rows.parquet")
+    with pytest.raises(TeachonceError, match="no columns anchor, positive among"):
+        read_triplets([tmp_path / "rows.parquet"], FIELDS, ())
+
+
+def test_a_truncated_file_is_an_error(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(json_lines(ROWS * 100))[:-9])
+    with pytest.raises(TeachonceError, match="truncated"):
+        read_triplets([tmp_path / "rows.jsonl.gz"], FIELDS, ())
+    with pytest.raises(MissingError, match=r"^finetune\.triplets: 'nothing\*' matches no file"):
+        triplet_files(["nothing*"], tmp_path)
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(TeachonceError, match="nothing reads that ending"):
+        triplet_files(["*.csv"], tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def slow_info_nce(rows, vector, scale):
+    """Loop by loop: each anchor among all positives and negatives, less what is no wrong answer."""
+    keys = [(n, row.positive) for n, row in enumerate(rows)]
+    keys += [(None, row.negative) for row in rows if row.negative is not None]
+    total = 0.0
+    for place, row in enumerate(rows):
+        own = math.exp(scale * (vector(row.anchor) @ vector(row.positive)))
+        sum_of_all = own
+        for owner, text in keys:
+            same_anchor = owner is not None and rows[owner].anchor == row.anchor
+            if owner == place or text in (row.positive, row.anchor) or same_anchor:
+                continue
+            sum_of_all += math.exp(scale * (vector(row.anchor) @ vector(text)))
+        total -= math.log(own / sum_of_all)
+    return total / len(rows)
+
+
+def lesson_of(folder, rows, params, memory=None):
+    model = load_model(folder, device=CPU)
+    student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False).eval()
+    return Lesson(
+        params,
+        student=student,
+        tokenizer=model.tokenizer,
+        triplets=rows,
+        judge=TripletJudge(rows),
+        memory=memory,
+        device=CPU,
+    )
+
+
+def test_the_loss_is_supervised_info_nce(tiny_model):
+    texts = sentences(12, seed=5)
+    rows = [
+        Triplet(texts[0], texts[1], texts[2]),
+        Triplet(texts[3], texts[4], None),
+        Triplet(texts[0], texts[5], texts[4]),  # the anchor of row 0, the positive of row 1
+        Triplet(texts[6], texts[1], texts[7]),  # the positive of row 0
+        Triplet(texts[8], texts[9], texts[8]),  # its own anchor as a negative
+    ]
+    lesson = lesson_of(tiny_model, rows, settings())
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=16)
+    vectors = dict(zip(texts, encoder.encode(texts).astype(np.float64), strict=True))
+    with torch.no_grad():
+        loss, parts = lesson.work().loss(np.arange(5), 0)
+    assert float(loss) == pytest.approx(slow_info_nce(rows, vectors.get, 20), rel=1e-4)
+    assert parts == [float(loss)]
+
+
+def test_what_is_no_wrong_answer():
+    # Rows: (0 -> 1), (2 -> 3), (0 -> 4), and the negatives 5, 0.
+    anchors, positives = np.array([0, 2, 0]), np.array([1, 3, 4])
+    assert same_text(anchors, positives, np.array([1, 3, 4, 5, 0])).tolist() == [
+        [True, False, True, False, True],
+        [False, True, False, False, False],
+        [True, False, True, False, True],
+    ]
+
+
+def test_the_judge_of_triplets_is_the_mean_reciprocal_rank():
+    rows = [Triplet("a", "p", "n"), Triplet("b", "q", None), Triplet("c", "p", None)]
+    judge = TripletJudge(rows)
+    assert judge.texts == ["a", "b", "c", "p", "q", "p", "n"]
+    vectors = np.array(
+        [
+            [1, 0],  # a
+            [0, 1],  # b
+            [1, 1],  # c
+            [0.9, 0.1],  # p: second to a, behind n; second to c
+            [0.1, 0.9],  # q: first to b
+            [0.9, 0.1],  # p
+            [1, 0.05],  # n
+        ],
+        np.float32,
+    )
+    # Row c: p and q are equally near, and a tie counts against the row.
+    assert judge(vectors) == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert judge(5 * vectors) == pytest.approx(judge(vectors))
+
+
+def test_the_judge_of_sts_is_spearman():
+    pairs = StsSet(np.array([1.0, 3.0, 2.0]), ["a", "b", "c"], ["x", "y", "z"])
+    vectors = np.array([[1, 0]] * 3 + [[0, 1], [1, 0], [1, 1]], np.float32)
+    assert StsJudge(pairs)(vectors) == pytest.approx(100)
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class World:
+    """Sentences, and labelled rows whose positive has the anchor's words in another order."""
+
+    def __init__(self, place, folder):
+        self.place, self.folder = place, folder
+        self.texts = sentences(300, seed=1)
+        draw = np.random.default_rng(2)
+        self.rows = []
+        for anchor in self.texts:
+            words = anchor.lower().removesuffix(".").split()
+            positive = " ".join(draw.permutation(words[: max(3, len(words) // 2)]))
+            self.rows.append(Triplet(anchor, positive, None))
+        (place.root / "rows.jsonl").write_bytes(json_lines(self.rows))
+
+    def caches(self):
+        corpus = self.place.corpus(sentences(200, seed=9))
+        self.place.embed(corpus, Encoder(self.folder, device=CPU, max_tokens=16).encode_counted)
+        embeddings = Embeddings(self.place.store, self.place.embeddings, corpus)
+        split = Split(corpus=corpus.manifest.content, heldout=0.1, evaluation=())
+        return Caches(corpus, embeddings, None, split, self.place.store)
+
+    def train(self, params, name="kd-finetuned", *, caches=None, evaluation=()):
+        at = self.place.root
+        return finetune.run(
+            params,
+            name=name,
+            student=self.folder,
+            root=at,
+            evaluation=evaluation,
+            caches=caches,
+            device=CPU,
+            work=at / "work",
+            out=at / name,
+            curve=at / f"{name}.csv",
+            training=at / f"{name}.json",
+        )
+
+    def weights(self, name):
+        content = (self.place.root / name / "model.safetensors").read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def world(place, tiny_model):
+    return World(place, tiny_model)
+
+
+def test_a_student_learns_from_labels(world):
+    outcome = world.train(settings())
+    assert outcome.facts["dev"] > outcome.facts["dev_before"] + 0.05
+    assert outcome.facts["rows"] + outcome.facts["heldout"] == 300
+    facts = json.loads((world.place.root / "kd-finetuned.json").read_text())
+    assert facts["minutes"] >= 0 and facts["dev"] == outcome.facts["dev"]
+    lineage = json.loads((world.place.root / "kd-finetuned/teachonce.json").read_text())
+    assert lineage["student"] == "kd-finetuned"
+    assert lineage["finetuned"]["recipe"]["learning_rate"] == 1e-3
+    # The saved folder gives what was judged.
+    heldout = [
+        r for r in world.rows if int.from_bytes(text_key(r.anchor)[8:], "little") < 2**64 // 10
+    ]
+    assert len(heldout) == facts["heldout"]
+    judge = TripletJudge(heldout)
+    encoder = Encoder(world.place.root / "kd-finetuned", device=CPU, max_tokens=16)
+    assert judge(encoder.encode(judge.texts)) == pytest.approx(facts["dev"], abs=1e-3)
+
+
+def test_a_finetuning_that_only_hurts_leaves_the_student_as_it_was(world):
+    outcome = world.train(settings(learning_rate=1.0, clip=None, epochs=2))
+    assert outcome.facts["best_step"] == 0
+    assert outcome.facts["dev"] == outcome.facts["dev_before"]
+    before = Encoder(world.folder, device=CPU, max_tokens=16).encode(world.texts[:9])
+    after = Encoder(world.place.root / "kd-finetuned", device=CPU, max_tokens=16)
+    assert np.array_equal(after.encode(world.texts[:9]), before)
+
+
+def test_the_kd_term_keeps_a_student_near_its_teacher(world):
+    """The student is its own teacher here: without the term it drifts away, with it hardly."""
+    caches = world.caches()
+    teacher = caches.embeddings.rows_of(np.arange(200))
+
+    def distance(name):
+        encoder = Encoder(world.place.root / name, device=CPU, max_tokens=16)
+        vectors = encoder.encode(caches.corpus.take(np.arange(200)))
+        return float(np.square(vectors - teacher).sum(axis=1).mean())
+
+    world.train(settings(), "free")
+    world.train(settings(distill_weight=400.0), "kept", caches=caches)
+    assert distance("kept") < 0.5 * distance("free")
+    header = (world.place.root / "kept.csv").read_text().splitlines()[0]
+    assert header == "step,loss_info_nce,loss_kd,dev,learning_rate,temperature"
+
+
+def test_the_kd_term_is_the_mean_squared_error_of_the_rows_of_the_step(world):
+    caches = world.caches()
+    params = settings(distill_weight=3.0)
+    tokenizer = load_model(world.folder, device=CPU).tokenizer
+    memory = Memory.of(caches, tokenizer, world.folder, params)
+    lesson = lesson_of(world.folder, world.rows[:40], params, memory)
+    with torch.no_grad():
+        lesson.student.body[0].auto_model.embeddings.word_embeddings.weight.mul_(0.5)
+        total, (info_nce, kd) = lesson.work().loss(np.arange(16), 7)
+        drawn = np.random.default_rng([0, 7]).integers(len(memory.train), size=8)
+        rows = memory.train[drawn]
+        vectors = encode_ids(
+            lesson.student, memory.tokens.rows_of(rows), pad_id=0, device=CPU, precision="fp32"
+        ).numpy()
+    teacher = caches.embeddings.rows_of(rows)
+    assert kd == pytest.approx(float(np.square(vectors - teacher).mean()), rel=1e-4)
+    assert float(total) == pytest.approx(info_nce + 3.0 * kd, rel=1e-5)
+    assert kd > 1e-4
+
+
+def test_rows_of_evaluation_sets_are_not_learned_from(world):
+    seen = {text_key(row.anchor) for row in world.rows[:50]}
+    outcome = world.train(settings(epochs=1), evaluation=seen)
+    assert outcome.facts["rejected"]["in_evaluation"] == 50
+    assert outcome.facts["rows"] + outcome.facts["heldout"] == 250
+
+
+def test_an_sts_file_may_pick_the_best_weights(world):
+    lines = [
+        f"{score}\t{row.anchor}\t{text}\n"
+        for row, other in zip(world.rows[:30], world.rows[30:60], strict=True)
+        for score, text in ((5, row.positive), (0, other.positive))
+    ]
+    (world.place.root / "dev.tsv").write_text("".join(lines))
+    outcome = world.train(settings(dev="dev.tsv"))
+    assert (outcome.facts["rows"], outcome.facts["heldout"]) == (300, 0)
+    assert outcome.facts["dev"] > outcome.facts["dev_before"]
+    assert 1 < outcome.facts["dev"] <= 100
+
+
+def test_what_cannot_be_finetuned_is_refused(world, tmp_path):
+    (world.place.root / "rows.jsonl").write_bytes(json_lines(world.rows[:1]))
+    with pytest.raises(
+        TeachonceError, match=r"^finetune.triplets: \d rows to learn from and \d held"
+    ):
+        world.train(settings())
+    (world.place.root / "rows.jsonl").write_bytes(json_lines(world.rows))
+    caches = world.caches()
+    world.folder = make_tiny_model(tmp_path / "narrow", layers=1, width=16)
+    with pytest.raises(
+        TeachonceError, match=r"student's vectors have 16 numbers, the teacher's 32"
+    ):
+        world.train(settings(distill_weight=1.0), caches=caches)
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_a_killed_finetuning_ends_with_the_same_weights(world, monkeypatch):
+    params = settings(dropout=True, distill_weight=10.0)
+    caches = world.caches()
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    world.train(params, "whole", caches=caches)
+    plain_step, steps = loop._step, 0
+
+    def dying_step(*args):
+        nonlocal steps
+        steps += 1
+        if steps > 23:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "_step", dying_step)
+    with pytest.raises(PowerCut):
+        world.train(params, "killed", caches=caches)
+    monkeypatch.setattr(loop, "_step", plain_step)
+    world.train(params, "killed", caches=caches)
+    assert world.weights("killed") == world.weights("whole")
+    assert (world.place.root / "killed.csv").read_bytes() == (
+        world.place.root / "whole.csv"
+    ).read_bytes()
+
+
+def test_a_batch_is_read_in_pieces_that_change_nothing(tiny_model):
+    """Texts of 3 to 60 tokens: several pieces, whose vectors come back in the order of the texts."""
+    model = load_model(tiny_model, device=CPU)
+    student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False).eval()
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(5, 50, size=draw.integers(3, 60)).astype(np.int32) for _ in range(100)]
+    assert sum(map(len, rows)) > 2 * PIECE_TOKENS["cpu"]
+    with torch.no_grad():
+        ours = encode_ids(student, rows, pad_id=0, device=CPU, precision="fp32")
+        for row, vector in zip(rows, ours, strict=True):
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            alone = student(ids, torch.ones_like(ids))[0]
+            assert torch.allclose(vector, alone, atol=1e-5)
