@@ -33,6 +33,10 @@ NAMED: dict[str, type[BaseModel]] = {
 }
 
 
+WRONG = object()
+"""In place of a value that is wrong; None may be right."""
+
+
 def load_params(path: Path) -> Params:
     """Read params.yaml.
 
@@ -80,7 +84,7 @@ def _readable(raw: Mapping[str, Any]) -> Sections:
     for name, field in Params.model_fields.items():
         if name in NAMED and isinstance(raw.get(name), dict):
             entries = ((key, _valid(NAMED[name], value)) for key, value in raw[name].items())
-            sections[name] = {str(key): value for key, value in entries if value is not None}
+            sections[name] = {str(key): value for key, value in entries if value is not WRONG}
         elif isinstance(raw.get(name), dict):
             sections[name] = _right_part(field.annotation, raw[name])
     return sections
@@ -96,7 +100,7 @@ def _right_part(kind: Any, raw: Mapping[str, Any]) -> BaseModel:  # noqa: ANN401
         for name, field in kind.model_fields.items()
         # The field itself holds the bounds, which its annotation has lost.
         if name in raw
-        and (value := _valid(Annotated[field.annotation, field], raw[name])) is not None
+        and (value := _valid(Annotated[field.annotation, field], raw[name])) is not WRONG
     }
     section: BaseModel = kind.model_construct(**right)
     return section
@@ -106,7 +110,7 @@ def _valid(kind: Any, value: object) -> Any:  # noqa: ANN401 - whatever the anno
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError:
-        return None
+        return WRONG
 
 
 def _read(path: Path) -> object:
@@ -159,10 +163,13 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
 
 
 def _known_names() -> list[str]:
+    sections = [Section]
+    for section in sections:  # grows while it is walked: subclasses of subclasses, too
+        sections += section.__subclasses__()
     return sorted(
         {
             field.alias or name
-            for section in Section.__subclasses__()
+            for section in sections
             for name, field in section.model_fields.items()
         }
     )

@@ -205,9 +205,9 @@ class Survey:
         }
 
     def _finetune(self, params: FinetuneParams) -> Entry:
-        triplets = [
-            one for one in params.triplets if not self._is_made_here(one, "finetune.triplets")
-        ]
+        # Where nobody is finetuned, nothing is read, so nothing need be there.
+        wanted = getattr(params, "students", ()) and params.triplets
+        triplets = [one for one in wanted if not self._is_made_here(one, "finetune.triplets")]
 
         def look() -> list[Path]:
             dev = benchmarks.sts_files(params.dev, self.root, "finetune.dev") if params.dev else []

@@ -37,8 +37,14 @@ ALL = {
         "mine",
         "distill@kd",
         "distill@ckd",
+        "finetune@kd",
     ),
-    *("evaluate_teacher", "evaluate_start@half", "evaluate@kd", "evaluate@ckd", "report"),
+    *("evaluate_teacher", "evaluate_start@half", "evaluate@kd", "evaluate@ckd"),
+    *("evaluate_finetuned@kd", "export", "report"),
+}
+# What follows from the recipe of the student that is finetuned and exported.
+OF_KD = {"check", "distill@kd", "finetune@kd", "evaluate@kd", "evaluate_finetuned@kd"} | {
+    *("export", "report")
 }
 EMBEDDED = re.compile(r"^embed: .* \d+ embedded \(([\d,]+) texts\)", re.MULTILINE)
 
@@ -71,6 +77,7 @@ class Project:
 
     root: Path
     store: Path
+    code: Path | None = None  # where teachonce is imported from, if not from this repository
 
     @property
     def params(self):
@@ -103,6 +110,8 @@ class Project:
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
+        if self.code is not None:
+            settled["PYTHONPATH"] = str(self.code)
         environment = {k: v for k, v in os.environ.items() if k != "TEACHONCE_STORE"} | settled
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "Tester", f"GIT_{role}_EMAIL": "tester@localhost"}
@@ -158,8 +167,10 @@ def settings(folder, teacher):
     # A teacher with random weights finds all texts alike.
     params["mine"] |= {"max_score": 1.0}
     params["evaluate"] = {"sts": {"pairs": "sts.tsv"}, "retrieval": {}, "speed_texts": 32}
-    for recipe in params["recipes"].values():
+    params["finetune"] |= {"triplets": ["pairs.tsv"]}
+    for recipe in (*params["recipes"].values(), params["finetune"]):
         recipe |= {"batch_size": 32, "max_tokens": 16, "evaluate_every": 40}
+    for recipe in params["recipes"].values():
         for objective in recipe["objectives"]:
             objective |= {"queue": 256} if "queue" in objective else {}
     return params
@@ -168,21 +179,28 @@ def settings(folder, teacher):
 def new_project(folder, teacher):
     project = Project(folder / "project", folder / "store")
     (project.root / ".dvc").mkdir(parents=True)
-    (project.root / "texts").mkdir()
     for name in ("dvc.yaml", ".dvcignore", ".dvc/config"):
         shutil.copy(ROOT / name, project.root / name)
     (project.root / ".gitignore").write_text("work/\n")
+    furnish(project, folder, teacher)
+    project.run("git", "init", "-q", "-b", "main")
+    return project
+
+
+def furnish(project, folder, teacher, *, texts=TEXTS):
+    """Settings and files of one's own for a project."""
+    (project.root / "texts").mkdir()
     text = yaml.safe_dump(settings(folder, teacher), sort_keys=False)
     (project.root / "params.yaml").write_text(text)
-    write(project.root / "texts/m.txt", sentences(TEXTS))
+    write(project.root / "texts/m.txt", sentences(texts))
     pairs = sentences(80, seed=7)
     scores = np.random.default_rng(7).integers(0, 6, 40)
     write(
         project.root / "sts.tsv",
         [f"{s}\t{a}\t{b}" for s, a, b in zip(scores, pairs[:40], pairs[40:], strict=True)],
     )
-    project.run("git", "init", "-q", "-b", "main")
-    return project
+    anchors = sentences(300, seed=8)
+    write(project.root / "pairs.tsv", [f"{text}\t{text[: len(text) // 2]}" for text in anchors])
 
 
 def write(path, lines):
@@ -240,7 +258,7 @@ def test_one_recipe_trains_one_student(project):
     project.set(recipes__kd__learning_rate=1e-3)
     ended = project.repro()
     print(f"\none recipe changed: {ended.seconds:.0f} s")
-    assert ended.ran == {"check", "distill@kd", "evaluate@kd", "report"}
+    assert ended.ran == OF_KD
     assert ended.skipped == ALL - ended.ran
     assert (project.root / "models/ckd/model.safetensors").read_bytes() == other
     assert (project.root / "models/kd/model.safetensors").read_bytes() != ours
@@ -462,7 +480,7 @@ def test_an_experiment_in_a_temporary_folder_embeds_nothing(project):
         *("--set-param", "recipes.kd.learning_rate=0.001"),
     )
     print(f"\nexperiment: {ended.seconds:.0f} s, {sorted(ended.ran)} ran")
-    assert ended.ran == {"check", "distill@kd", "evaluate@kd", "report"}
+    assert ended.ran == OF_KD
     assert project.vectors() == vectors
 
     shown = json.loads(project.run("dvc", "metrics", "show", "--json").output)[""]["data"]

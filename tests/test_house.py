@@ -29,8 +29,12 @@ COMMANDS = [
     "start",
     "mine",
     "distill",
+    "finetune",
     "evaluate",
+    "export",
     "report",
+    "search",
+    "init",
 ]
 
 
@@ -59,7 +63,9 @@ def params_of(stage):
 def test_each_stage_of_dvc_says_what_it_does_and_runs_one_command(stages):
     for name, stage in stages.items():
         assert stage["desc"], name
-        assert re.fullmatch(r"teachonce \w+( (teacher|\$\{key\}))?", stage["cmd"]), name
+        assert re.fullmatch(
+            r"teachonce \w+( (teacher|\$\{key\}|\$\{item\}(-finetuned)?))?", stage["cmd"]
+        ), name
         assert stage["cmd"].split()[1] in COMMANDS
 
 
@@ -74,10 +80,17 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "start": [at.start("${key}")],
         "mine": [at.negatives, at.stage_facts("mine")],
         "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],
-        "evaluate_teacher": [at.metrics("teacher")],
-        "evaluate_start": [at.metrics("${key}")],
-        "evaluate": [at.metrics("${key}")],
-        "report": [at.report],
+        "finetune": [
+            at.finetuned("${item}"),
+            at.training("${item}-finetuned"),
+            at.curve("${item}-finetuned"),
+        ],
+        "evaluate_teacher": [at.details("teacher"), at.metrics("teacher")],
+        "evaluate_start": [at.details("${key}"), at.metrics("${key}")],
+        "evaluate": [at.details("${key}"), at.metrics("${key}")],
+        "evaluate_finetuned": [at.details("${item}-finetuned"), at.metrics("${item}-finetuned")],
+        "export": [at.export],
+        "report": [at.report, at.page],
     }
     for name, stage in stages.items():
         made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
@@ -87,10 +100,17 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
 def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
     """A setting that changes the result must re-run the stage; one that only sets the speed must not."""
     params = load_params(ROOT / "params.yaml")
-    speed_only = {"embed": {"batch_tokens"}, "mine": {"memory_mb"}}
-    for section, model in (("embed", params.embed), ("mine", params.mine)):
+    # Whom to finetune is the loop over the stage itself.
+    speed_only = {
+        "embed": {"batch_tokens"},
+        "mine": {"memory_mb"},
+        "finetune": {"students", "evaluate.sts", "evaluate.retrieval"},
+    }
+    for section in ("embed", "mine", "finetune"):
+        model = getattr(params, section)
         named = {key.removeprefix(f"{section}.") for key in params_of(stages[section])[0]}
-        assert named == set(type(model).model_fields) - speed_only[section]
+        assert named - speed_only[section] == set(type(model).model_fields) - speed_only[section]
+        assert not named & {"batch_tokens", "memory_mb", "students"}
     for name, stage in stages.items():
         if name.startswith("evaluate"):
             assert "evaluate" in params_of(stage)[0], name

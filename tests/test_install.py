@@ -47,6 +47,15 @@ def done(*words, folder=None):
     return ended
 
 
+def copy_sources(folder):
+    """What a wheel is built from, and the tests, which must not get into it."""
+    for name in (*PACKAGES, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "params.yaml", "dvc.yaml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy: setuptools leaves a build folder in the one it builds from.
@@ -55,12 +64,7 @@ def wheel(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    source.mkdir()
-    for name in (*PACKAGES, "tests"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+    copy_sources(source)
     quick = ("--no-deps", "--no-build-isolation")
     done(sys.executable, "-m", "pip", "wheel", "-q", *quick, "-w", folder, source)
     [made] = folder.glob("*.whl")
@@ -86,7 +90,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
     }
-    assert names == modules | {f"{package}/py.typed" for package in PACKAGES}
+    template = {"pipeline/template/params.yaml", "pipeline/template/dvc.yaml"}
+    assert names == modules | template | {f"{package}/py.typed" for package in PACKAGES}
 
 
 def test_help_lists_the_commands_at_once(installed, tmp_path):
@@ -109,3 +114,10 @@ def test_a_folder_without_settings_is_told_so(installed, tmp_path, command):
         f"error: {tmp_path / 'params.yaml'}: not there\n"
         "  cure: run this in a folder that has a params.yaml\n"
     )
+
+
+def test_init_writes_the_repositorys_settings_and_stages(installed, tmp_path):
+    ended = done(installed / "teachonce", "init", "project", folder=tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        assert (tmp_path / "project" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert ended.stdout.startswith("init: 5 files; next: cd there, `git init && dvc init`")

@@ -23,6 +23,8 @@ def write(folder, change):
     """A copy of the shipped params.yaml with `change` applied to what it holds."""
     content = yaml.safe_load(SHIPPED.read_text())
     content["docs"]["packages"] = []
+    content["finetune"]["students"] = []
+    content["export"]["model"] = "kd"
     change(content)
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
     return folder / "params.yaml"
@@ -115,6 +117,30 @@ def test_every_mistake_is_listed_with_its_address(tmp_path):
     assert str(caught.value).startswith("params.yaml: 11 wrong\n  ")
 
 
+def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
+    def change(content):
+        content["finetune"] |= {"students": ["kd", "kdd"], "triplets": []}
+        content["export"]["model"] = "ckd-finetuned"
+
+    with pytest.raises(SettingsError) as caught:
+        load_params(write(tmp_path, change))
+    assert caught.value.problems == (
+        ("finetune.students.1", "no student named kdd; there are ['ckd', 'kd']"),
+        ("finetune.triplets", "names no file, but finetune.students names students"),
+        (
+            "export.model",
+            "no student named ckd-finetuned; there are "
+            "['ckd', 'kd', 'kd-finetuned', 'kdd-finetuned']",
+        ),
+    )
+
+    def mend(content):
+        content["finetune"] |= {"students": [], "triplets": []}
+        content["export"]["model"] = "ckd"
+
+    assert load_params(write(tmp_path, mend)).export.model == "ckd"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -179,6 +205,31 @@ def test_a_new_file_and_an_appended_line_are_seen(project):
     (project / "texts/b.txt").write_text("b\n")
     third = shard_entry()
     assert len({json.dumps(entry) for entry in (first, second, third)}) == 3
+
+
+def test_triplets_are_sources_of_finetuning_if_anybody_is_finetuned(project):
+    (project / "rows.tsv").write_text("a\tb\n")
+
+    settings = yaml.safe_load((project / "params.yaml").read_text())
+
+    def entry(**changes):
+        settings["finetune"] |= changes
+        (project / "params.yaml").write_text(yaml.safe_dump(settings))
+        run_check(project)
+        return json.loads((project / "data/sources.json").read_bytes())["finetune"]
+
+    assert entry(triplets=["data/raw/pairs.jsonl"])["files"] == []
+    before = entry(students=["kd"], triplets=["rows.tsv"], dev="sts.tsv")
+    assert [name for name, _ in before["files"]] == ["rows.tsv", "sts.tsv"]
+    (project / "rows.tsv").write_text("a\tb\nc\td\n")
+    after = entry()
+    assert before["files"][0] != after["files"][0]
+    assert before["files"][1] == after["files"][1]
+
+    with pytest.raises(
+        SettingsError, match=r"finetune\.triplets: data/raw/pairs\.jsonl is made by"
+    ):
+        entry(triplets=["data/raw/pairs.jsonl"])
 
 
 def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project):
