@@ -10,14 +10,18 @@ export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test slow check rules fix install
 
-demo: install ## everything from texts to evaluated students, then the table
+demo: install ## everything from texts to an exported student, the table, and a search by that student
 	dvc repro
-	teachonce report
+	@echo
+	@teachonce report
+	@echo
+	@echo '$$ teachonce search "read a table from a text file"'
+	@teachonce search "read a table from a text file"
 
 test: install ## the quick tests
 	pytest -q -n auto -m "not slow and not gpu"
 
-slow: install ## tests with a real teacher, DVC repositories and new environments
+slow: install $(VENV)/extras ## tests with a real teacher, DVC repositories, a browser and new environments
 	pytest -q -m "slow and not gpu"
 
 check: rules test ## what a change must pass before a review, fastest failure first
@@ -40,4 +44,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[cpu,demo,dvc,dev]"
+	touch $@
+
+# What only the slow tests need of the extras.
+$(VENV)/extras: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx]"
 	touch $@

@@ -35,6 +35,22 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+NEXT = {
+    "check": "`dvc repro` for everything, or `teachonce shard`",
+    "docs": "`teachonce shard`",
+    "shard": "`teachonce split`",
+    "split": "`teachonce embed`, where the teacher is",
+    "embed": "`teachonce mine`; `teachonce start NAME`",
+    "start": "`teachonce distill NAME`",
+    "mine": "`teachonce distill NAME`",
+    "distill": "`teachonce evaluate NAME`; `teachonce finetune NAME`",
+    "finetune": "`teachonce evaluate NAME-finetuned`",
+    "evaluate": "`teachonce report` when all models are measured",
+    "export": '`teachonce search "what you look for"`',
+    "init": "go there, `git init && dvc init`, edit params.yaml, `teachonce check`, `dvc repro`",
+}
+"""What a person who runs the stages by hand types after each."""
+
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -302,7 +318,7 @@ def report(
     """Gather the metrics of the models that params.yaml names: a table here, and a page to open."""
     from stages.params import TEACHER
     from stages.report import run
-    from stages.table import table
+    from stages.reporting.table import table
 
     here = workspace()
     students = [*here.students(), *(models or [])]
@@ -317,12 +333,15 @@ def report(
         out=here.at.report,
         page=here.at.page,
     )
-    if not as_json:
-        from rich.console import Console
+    if as_json:
+        show(outcome, as_json)
+        return
+    from rich.console import Console
 
-        console = Console()
-        console.print(table(outcome.facts, students=students, width=console.width))
-    show(outcome, as_json)
+    # The sentence of the outcome stands below the table already.
+    console = Console()
+    console.print(table(outcome.facts, students=students, width=console.width))
+    typer.echo(f"  -> {_place(outcome.made)}")
 
 
 @app.command()
@@ -371,13 +390,20 @@ def workspace() -> Workspace:
 
 
 def show(outcome: Outcome, as_json: bool) -> None:
-    """Print what a stage did: a sentence for a person or JSON for a program."""
-    made = outcome.made
-    place = made.relative_to(Path.cwd()) if made.is_relative_to(Path.cwd()) else made
+    """Print what a stage did, where it is and what comes next, or all of it as JSON for a program."""
+    place = _place(outcome.made)
     if as_json:
         typer.echo(json.dumps({**asdict(outcome), "made": str(place)}, default=str))
         return
     typer.echo(f"{outcome.stage}: {outcome.summary}\n  -> {place}")
+    # Under DVC it is DVC who knows what comes next.
+    if outcome.stage in NEXT and "DVC_STAGE" not in os.environ:
+        typer.echo(f"  next: {NEXT[outcome.stage]}")
+
+
+def _place(made: Path) -> Path:
+    """A path as short as it can be said from here."""
+    return made.relative_to(Path.cwd()) if made.is_relative_to(Path.cwd()) else made
 
 
 def main() -> None:

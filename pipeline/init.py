@@ -58,8 +58,7 @@ def run(folder: Path) -> Outcome:
     return Outcome(
         stage="init",
         made=folder,
-        summary=f"{len(files)} files; next: cd there, `git init && dvc init`, edit params.yaml, "
-        "`teachonce check`, `dvc repro`",
+        summary=f"a new project of {len(files)} files",
         facts={"files": list(files)},
     )
 

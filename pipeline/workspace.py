@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params
 from stages.check import Survey, read_sources
+from stages.lineage import read_lineage
 from stages.models import find_model
 from stages.params import (
     FINETUNED,
@@ -234,9 +235,7 @@ class Workspace:
 
     def lineage(self, name: str) -> dict[str, Any]:
         """What a student was made of."""
-        from stages.learning.student import LINEAGE
-
-        return _read_json(self.model_folder(name) / LINEAGE, f"teachonce distill {name}")
+        return read_lineage(self.model_folder(name))
 
     def metrics(self, model: str) -> dict[str, Any]:
         """One model's metrics."""

@@ -6,7 +6,6 @@ may run beside it; like everything after `mine`, it needs no teacher.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from stages.learning.checkpoints import Checkpoints
 from stages.learning.encoder import load_model, pick_precision
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
-from stages.learning.student import LINEAGE, Student, encode_ids, has_normalize
+from stages.learning.student import Student, encode_ids, has_normalize
 from stages.learning.token_rows import token_rows
+from stages.lineage import read_lineage
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
 from stages.params import FinetuneParams
@@ -136,8 +136,11 @@ def run(
         "precision": params.precision,
         "temperature": round(lesson.temperature.value(), 6),
     }
-    before = json.loads((student / LINEAGE).read_bytes()) if (student / LINEAGE).exists() else {}
-    lineage = {**before, "student": name, "finetuned": {"recipe": recipe(params), **facts}}
+    lineage = {
+        **read_lineage(student),
+        "student": name,
+        "finetuned": {"recipe": recipe(params), **facts},
+    }
     with durable.replace_folder(out) as scratch:
         trainee.save(scratch, lineage)
     write_csv(curve, state.curve)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.learning.agreement import unit
-from stages.outcome import Outcome
+from stages.lineage import left_the_teacher, read_lineage
+from stages.outcome import Outcome, log
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
@@ -61,6 +62,12 @@ def run(
     """
     if not query.strip():
         raise TeachonceError("query", "is empty", 'write `teachonce search "what you look for"`')
+    if left_the_teacher(read_lineage(model)):
+        log.warning(
+            "search: %s was finetuned without a kd term (finetune.distill_weight: 0), so it may not find "
+            "its way among the teacher's vectors",
+            model.name,
+        )
     vector = encoder.encode([query], role="query")[0]
     if len(vector) != embeddings.dim:
         raise TeachonceError(

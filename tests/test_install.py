@@ -120,4 +120,6 @@ def test_init_writes_the_repositorys_settings_and_stages(installed, tmp_path):
     ended = done(installed / "teachonce", "init", "project", folder=tmp_path)
     for name in ("params.yaml", "dvc.yaml"):
         assert (tmp_path / "project" / name).read_bytes() == (ROOT / name).read_bytes()
-    assert ended.stdout.startswith("init: 5 files; next: cd there, `git init && dvc init`")
+    assert ended.stdout.startswith(
+        "init: a new project of 5 files\n  -> project\n  next: go there, "
+    )

@@ -1,4 +1,4 @@
-"""The report: metrics of many models in one file, one table, one sentence."""
+"""The report: what is known of many models in one file, one table, one sentence. The page: test_page.py."""
 
 import json
 from io import StringIO
@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from stages import report
+from stages.reporting.measures import verdict
+from stages.reporting.table import table
 from storage.errors import DamagedError, MissingError
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
@@ -47,7 +49,7 @@ def drawn(models, *, width=100, students=STUDENTS, styled=False):
     console = Console(
         width=width, file=sink, force_terminal=styled, color_system="standard" if styled else None
     )
-    console.print(report.table({"models": models}, students=students, width=width))
+    console.print(table({"models": models}, students=students, width=width))
     lines = sink.getvalue().splitlines()
     return lines if styled else [line.rstrip() for line in lines]
 
@@ -59,29 +61,73 @@ def without(models, *prefixes):
     }
 
 
-def test_metrics_of_the_named_models_are_gathered(tmp_path, models):
+DETAILS = {"texts": 0, "similarities": None, "scatter": [], "disagreements": [], "searches": []}
+
+
+class Folder:
+    """What stages leave, below one folder."""
+
+    def __init__(self, root):
+        self.root = root
+        self.out, self.page = root / "reports/metrics.json", root / "reports/index.html"
+
+    def evaluated(self, name, metrics, details=DETAILS):
+        (self.root / f"{name}.json").write_text(json.dumps(metrics))
+        (self.root / f"{name}.details.json").write_text(json.dumps(details))
+
+    def report(self, models, students=STUDENTS, **facts):
+        return report.run(
+            models,
+            students=students,
+            metrics=lambda name: self.root / f"{name}.json",
+            details=lambda name: self.root / f"{name}.details.json",
+            curve=lambda name: self.root / f"{name}.csv",
+            training=lambda name: self.root / f"{name}.training.json",
+            facts=facts,
+            out=self.out,
+            page=self.page,
+        )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_what_is_known_of_the_named_models_is_gathered(folder, models):
     for name, found in (models | {"forgotten": {}}).items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    out = tmp_path / "reports/metrics.json"
-    outcome = report.run(
-        list(models), students=STUDENTS, metrics=lambda name: tmp_path / f"{name}.json", out=out
-    )
-    assert json.loads(out.read_bytes()) == {"models": models} == outcome.facts
+        folder.evaluated(name, found)
+    outcome = folder.report(list(models))
+    assert json.loads(folder.out.read_bytes()) == {"models": models} == outcome.facts
     assert list(outcome.facts["models"]) == list(models)
     assert outcome.summary == (
         "5 models: kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and "
         "96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 % of its space."
     )
+    assert outcome.made == folder.page
+    assert folder.page.read_text().startswith("<!doctype html>")
 
 
-def test_a_model_that_was_not_evaluated_is_named(tmp_path):
+def test_a_model_that_was_not_evaluated_is_named(folder):
     with pytest.raises(MissingError) as caught:
-        report.run(
-            ["kd"], students=["kd"], metrics=lambda name: tmp_path / name, out=tmp_path / "o"
-        )
-    assert str(caught.value) == (f"{tmp_path}/kd: not there\n  cure: run `teachonce evaluate kd`")
+        folder.report(["kd"])
+    assert str(caught.value) == (
+        f"{folder.root}/kd.json: not there\n  cure: run `teachonce evaluate kd`"
+    )
     assert caught.value.exit_code == 3
-    assert not (tmp_path / "o").exists()
+    assert not folder.out.exists()
+
+
+def test_a_model_whose_details_are_gone_is_named_and_nothing_is_written(folder, models):
+    folder.evaluated("kd", models["kd"])
+    (folder.root / "kd.details.json").unlink()
+    with pytest.raises(MissingError) as caught:
+        folder.report(["kd"])
+    assert str(caught.value) == (
+        f"{folder.root}/kd.details.json: not there\n  cure: run `teachonce evaluate kd`"
+    )
+    assert not folder.out.exists()
+    assert not folder.page.exists()
 
 
 @pytest.mark.parametrize(
@@ -92,13 +138,79 @@ def test_a_model_that_was_not_evaluated_is_named(tmp_path):
         ('{"sts": {"A": 1}}', "not the flat metrics of a model"),
     ],
 )
-def test_a_file_that_evaluate_did_not_write_is_refused(tmp_path, content, problem):
-    (tmp_path / "kd").write_text(content)
+def test_a_file_that_evaluate_did_not_write_is_refused(folder, content, problem):
+    (folder.root / "kd.json").write_text(content)
     with pytest.raises(DamagedError) as caught:
-        report.run(
-            ["kd"], students=["kd"], metrics=lambda name: tmp_path / name, out=tmp_path / "o"
-        )
-    assert str(caught.value) == f"{tmp_path}/kd: {problem}\n  cure: run `teachonce evaluate kd`"
+        folder.report(["kd"])
+    assert str(caught.value) == (
+        f"{folder.root}/kd.json: {problem}\n  cure: run `teachonce evaluate kd`"
+    )
+
+
+SIMILARITIES = {"edges": [-1, 0, 1], "teacher": [1, 2], "model": [0, 3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"more": 1}, "more: Extra inputs are not permitted"),
+        ({"texts": None}, "texts: Input should be a valid integer"),
+        ({"scatter": [[0.1, float("nan")]]}, "scatter.0.1: Input should be a finite number"),
+        ({"scatter": [[0.1]]}, "scatter.0.1: Field required"),
+        (
+            {"similarities": SIMILARITIES | {"model": [3]}},
+            "similarities: Value error, n + 1 edges take n counts",
+        ),
+        (
+            {"similarities": SIMILARITIES | {"edges": [0, 0, 1]}},
+            "similarities: Value error, edges must rise",
+        ),
+        (
+            {"searches": [{"set": "docs", "query": "q", "results": [{"text": "t", "score": 1}]}]},
+            "searches.0.results.0.relevant: Field required",
+        ),
+    ],
+)
+def test_details_of_another_shape_are_refused(folder, models, change, problem):
+    folder.evaluated("kd", models["kd"], DETAILS | change)
+    with pytest.raises(DamagedError) as caught:
+        folder.report(["kd"])
+    assert str(caught.value) == (
+        f"{folder.root}/kd.details.json: not the details of a model: {problem}\n"
+        "  cure: run `teachonce evaluate kd`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("step,loss_kd\n0,\n", "no column named agreement or dev"),
+        ("", "no column named agreement or dev"),
+        ("step,agreement\n0,x\n", "could not convert string to float: 'x'"),
+        ("step,agreement\n0,nan\n", "agreement has NaN or Inf"),
+        ("step,loss_kd,agreement\n7\n", "float() argument must be a string or a real number"),
+    ],
+)
+def test_a_curve_that_no_training_wrote_is_refused(folder, models, content, problem):
+    folder.evaluated("kd", models["kd"])
+    (folder.root / "kd.csv").write_text(content)
+    with pytest.raises(DamagedError) as caught:
+        folder.report(["kd"])
+    assert str(caught.value).startswith(
+        f"{folder.root}/kd.csv: not the curve of a training run: {problem}"
+    )
+    assert caught.value.cure == "run `teachonce distill kd`"
+
+
+def test_the_cure_for_a_finetuned_student_is_to_finetune(folder, models):
+    folder.evaluated("kd-finetuned", models["kd"])
+    (folder.root / "kd-finetuned.training.json").write_text('{"minutes": 1.5, "steps": 9}')
+    with pytest.raises(DamagedError) as caught:
+        folder.report(["kd-finetuned"])
+    assert str(caught.value) == (
+        f"{folder.root}/kd-finetuned.training.json: not the end of a training run: best_step: "
+        "Field required\n  cure: run `teachonce finetune kd`"
+    )
 
 
 def test_the_table_at_100_columns(models):
@@ -204,7 +316,7 @@ def test_speeds_are_compared_within_one_device(models):
     assert lines[-1] == (
         "Speeds on AMD EPYC, 2 threads and NVIDIA H200; speed-up is within one device only."
     )
-    assert report.verdict(models, ["ckd"]) == (
+    assert verdict(models, ["ckd"]) == (
         "ckd keeps 99.3 % of the teacher's STS average and 97.6 % of its nDCG@10 and takes 77 % of "
         "its space."
     )
@@ -227,17 +339,17 @@ def test_speeds_are_compared_within_one_device(models):
     ],
 )
 def test_the_best_student_is_judged_by_what_was_measured(models, removed, sentence):
-    assert report.verdict(without(models, *removed), STUDENTS) == sentence
+    assert verdict(without(models, *removed), STUDENTS) == sentence
 
 
 def test_there_is_no_verdict_without_both_sides(models):
-    assert report.verdict(models, []) == ""
-    assert report.verdict({"kd": models["kd"]}, STUDENTS) == ""
+    assert verdict(models, []) == ""
+    assert verdict({"kd": models["kd"]}, STUDENTS) == ""
 
 
 def test_averages_over_other_sets_are_not_compared(models):
     del models["teacher"]["sts.STSB"]
     models["teacher"] |= {"megabytes": 14_222.4, "sentences_per_second": 3.1}
-    assert report.verdict(models, ["kd"]) == (
+    assert verdict(models, ["kd"]) == (
         "kd keeps 96.8 % of the teacher's nDCG@10, is 131 times as fast and takes 0.49 % of its space."
     )

@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.learning.encoder import autocast, token_batches
+from stages.lineage import LINEAGE
 from stages.outcome import write_json
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
-LINEAGE = "teachonce.json"
-"""What a student was made of, in its folder."""
 
 PIECE_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
 """Tokens a training batch is read in at once, by device: small pieces pad less, large ones fill a GPU."""

@@ -1,0 +1,153 @@
+"""A trained student -> a folder of stock modules that anyone can load, and that was loaded to prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.lineage import LINEAGE
+from stages.models import weights_bytes
+from stages.outcome import Outcome, write_json
+from stages.params import ExportParams
+from stages.reporting.card import Card, model_card
+from storage import durable
+from storage.errors import DamagedError, TeachonceError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+VERSION = 1  # raise it when a code change alters the export of the same model
+
+
+def run(
+    params: ExportParams,
+    *,
+    folder: Path,
+    lineage: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, str],
+    out: Path,
+) -> Outcome:
+    """Write the export of a student.
+
+    Args:
+        params: Settings.
+        folder: The student.
+        lineage: Its `teachonce.json`.
+        metrics: Model -> flat metrics, for the card; as many as there are.
+        facts: Label -> text, for the card.
+        out: The folder to write; an old one stays until the new one has been loaded and compared.
+
+    Raises:
+        TeachonceError: a copy that does not give the model's vectors, or an extra that is missing.
+        DamagedError: `folder` is not what its lineage says.
+    """
+    from stages.learning.encoder import load_model
+    from stages.learning.onnx import check_extra, write_onnx
+    from stages.learning.portable import save_portable
+
+    if params.onnx:
+        check_extra()
+    model = load_model(folder, device=torch.device("cpu"))
+    dropped = bool(lineage.get("projection")) and params.space == "student"
+    if dropped:
+        _drop_projection(model, folder)
+    with durable.replace_folder(out) as scratch:
+        save_portable(model, scratch, address=str(folder))
+        cosines = {"safetensors": _check_copy(model, scratch, out)}
+        if params.onnx:
+            path = scratch / "onnx" / "model.onnx"
+            write_onnx(model, path, address=str(folder))
+            cosines["ONNX"] = _check_onnx(model, path, out)
+        write_json(scratch / LINEAGE, {**lineage, "space": params.space})
+        card = _card(params, model, dropped=dropped)
+        text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
+        (scratch / "README.md").write_text(text)
+        megabytes = weights_bytes(scratch) / 1e6
+    return Outcome(
+        stage="export",
+        made=out,
+        summary=f"{params.model} as {' and '.join(cosines)}, {megabytes:.1f} MB, vectors of "
+        f"{card.dim} numbers in {_space(params, lineage)}; read back: lowest "
+        f"cosine to the model's own {min(cosines.values()):.6f}",
+        facts={
+            "model": params.model,
+            "space": params.space,
+            "projection_dropped": dropped,
+            "dim": card.dim,
+            "max_tokens": card.max_tokens,
+            "megabytes": round(megabytes, 3),
+            "cosine": {form: round(cosine, 7) for form, cosine in cosines.items()},
+        },
+    )
+
+
+def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
+    if not lineage.get("projection"):
+        return "the teacher's space, which is the student's own (no projection)"
+    return f"the {params.space}'s space"
+
+
+def _card(params: ExportParams, model: SentenceTransformer, *, dropped: bool) -> Card:
+    from stages.learning.portable import limit_of, old_ones_read
+    from stages.learning.student import has_normalize
+
+    return Card(
+        name=params.model,
+        dim=model.get_embedding_dimension() or 0,
+        unit_length=has_normalize(model),
+        max_tokens=limit_of(model),
+        dropped=dropped,
+        old_ones_read=old_ones_read(model),
+        onnx=params.onnx,
+    )
+
+
+def _drop_projection(model: SentenceTransformer, folder: Path) -> None:
+    """Take the last Dense module out of a model: it is the projection, as its lineage says."""
+    dense = [place for place, module in enumerate(model) if type(module).__name__ == "Dense"]
+    if not dense:
+        raise DamagedError(
+            folder,
+            "teachonce.json says that it has a projection, but it has no Dense module",
+            f"run `teachonce distill {folder.name}`",
+        )
+    del model[dense[-1]]
+
+
+def _check_copy(model: SentenceTransformer, copy: Path, out: Path) -> float:
+    """The lowest cosine between a model's vectors and those of its copy in safetensors."""
+    from stages.learning.encoder import load_model
+    from stages.learning.portable import limit_of
+    from stages.learning.probes import encode, likeness, probes
+
+    loaded = load_model(copy, device=torch.device("cpu"))
+    texts = probes(limit_of(model))
+    try:
+        return likeness(encode(model, texts), encode(loaded, texts))
+    except ValueError as error:
+        raise _refused(out, "safetensors", error) from error
+
+
+def _check_onnx(model: SentenceTransformer, path: Path, out: Path) -> float:
+    """The same for its copy in ONNX, which knows no prompts."""
+    from stages.learning.onnx import run_onnx
+    from stages.learning.portable import limit_of
+    from stages.learning.probes import encode, likeness, probes
+
+    texts = probes(limit_of(model))
+    try:
+        return likeness(encode(model, texts, prompt=""), run_onnx(path, model, texts))
+    except ValueError as error:
+        raise _refused(out, "ONNX", error) from error
+
+
+def _refused(out: Path, form: str, problem: ValueError) -> TeachonceError:
+    return TeachonceError(
+        out,
+        f"not written, since the copy in {form} is not the model: {problem}",
+        "distill from a start whose modules are Transformer, Pooling (one mode), Dense and Normalize",
+    )

@@ -1,0 +1,126 @@
+"""A model as one ONNX graph: token ids and mask in, token vectors and the text's vector out."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from storage.errors import TeachonceError, shown
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask")
+OUTPUTS = ("last_hidden_state", "sentence_embedding")
+AXES = {0: "batch_size", 1: "sequence_length"}
+
+
+def check_extra(names: Sequence[str] = NEEDED) -> None:
+    """Raise unless the extra `onnx` is installed.
+
+    Args:
+        names: Of the packages in it.
+
+    Raises:
+        TeachonceError: says how to install it.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TeachonceError(
+            "export.onnx",
+            f"true, but {' and '.join(missing)} cannot be imported",
+            'run `pip install -c constraints.txt -e ".[onnx]"`, or set it to false',
+        )
+
+
+class Graph(nn.Module):
+    """All modules of a model as one function of tensors."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(list(model))
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) token ids and mask -> (B, L, H) token vectors, (B, D) vectors."""
+        features = dict(zip(INPUTS, (token_ids, mask), strict=True))
+        for module in self.body:
+            features = module(features)
+        return features["token_embeddings"], features["sentence_embedding"]
+
+
+def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
+    """Write the graph of a model in float32; batch and length are free.
+
+    Args:
+        model: In float32, on the CPU.
+        path: A new file; more than 2 GB of weights go into a second one beside it.
+        address: What to name in an error.
+
+    Raises:
+        TeachonceError: an architecture that the exporter does not know.
+    """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    # Neither axis is 0 or 1 long here: the exporter would take these for constants.
+    token_ids = torch.ones(2, 3, dtype=torch.long)
+    graph = Graph(model).eval()
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                graph,
+                (token_ids, torch.ones_like(token_ids)),
+                dynamo=True,
+                dynamic_shapes=(AXES, AXES),
+                input_names=list(INPUTS),
+                output_names=list(OUTPUTS),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TeachonceError(
+                address,
+                f"PyTorch cannot turn it into ONNX: {shown(first_line)}",
+                "set export.onnx: false",
+            ) from error
+        assert program is not None  # as it would be with dynamo=False
+        # Each node comes with the lines of code that made it, paths of this machine included.
+        ClearMetadataAndDocStringPass()(program.model)
+        path.parent.mkdir()
+        program.save(path)
+
+
+def run_onnx(path: Path, model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
+    """(n, D) vectors of `texts` from a graph, with the tokenizer of `model` and without a prompt."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    features: dict[str, Any] = model.preprocess(list(texts))
+    given = {name: features[name].numpy() for name in INPUTS}
+    [vectors] = session.run(["sentence_embedding"], given)
+    found: NDArray[np.float32] = vectors
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter says is about its own parts and about torchvision, which nobody here needs."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,36 @@
+"""What a student was made of: the file `teachonce.json` in its folder, written by whoever trained it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.errors import DamagedError
+
+LINEAGE = "teachonce.json"
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """The lineage of the model in `folder`; empty if it was not trained here.
+
+    Raises:
+        DamagedError: the file is no JSON object.
+    """
+    path = folder / LINEAGE
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, "no lineage", "train the student again") from error
+    return found
+
+
+def left_the_teacher(lineage: Mapping[str, Any]) -> bool:
+    """Whether a model was finetuned without a term that keeps its vectors near the teacher's."""
+    finetuned = lineage.get("finetuned")
+    return finetuned is not None and not finetuned["recipe"]["distill_weight"]

@@ -1,0 +1,323 @@
+"""Numbers of models -> pictures: pure functions that give an SVG as a string.
+
+Each is drawn at about the size in which it is shown, so that its text can be read on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from stages.reporting.results import Points, Similarities
+from stages.reporting.svg import (
+    CHARACTER,
+    Axis,
+    Box,
+    cut,
+    esc,
+    grid,
+    label_boxes,
+    line,
+    picture,
+    px,
+    spread,
+    text,
+)
+
+FONT = 12  # pixels; the page's style has the same
+LABEL = 15  # height of a label
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A model's share of the teacher.
+
+    Args:
+        name: Of the model.
+        tone: CSS class of its colour.
+        percent: 0 and above; 100 is as much as the teacher.
+    """
+
+    name: str
+    tone: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A model in a plane.
+
+    Args:
+        name: Of the model.
+        tone: CSS class of its colour.
+        x: Its cost.
+        y: Its quality.
+    """
+
+    name: str
+    tone: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A value of a model by step.
+
+    Args:
+        name: Of the model.
+        tone: CSS class of its colour.
+        points: Step and value; at least one.
+        best: The step whose weights were kept, if known.
+    """
+
+    name: str
+    tone: str
+    points: Points
+    best: int | None = None
+
+
+def bars(title: str, rows: Sequence[Bar]) -> str:
+    """A bar for each model from 0, with its number; a thin line stands at 100 %, the teacher.
+
+    Args:
+        title: Of the measure.
+        rows: At least one.
+    """
+    width, row = 320.0, 34
+    x = Axis(0, max(100.0, *(bar.percent for bar in rows)), 0, width)
+    height = row * len(rows) + 4
+    parts = []
+    for place, bar in enumerate(rows):
+        y = place * row
+        parts.append(
+            text(0, y + 14, cut(bar.name, 32), "name")
+            + text(width, y + 14, f"{bar.percent:.1f} %", "value", anchor="end")
+            + f'<g class="{bar.tone}"><rect class="track" x="0" y="{y + 20}" height="8"'
+            f' width="{px(x.at(100))}" rx="2"/><rect class="bar" x="0" y="{y + 20}" height="8"'
+            f' width="{px(x.at(max(bar.percent, 0)))}" rx="2"/></g>'
+            + line(x.at(100) - 0.75, y + 18, x.at(100) - 0.75, y + 30, "teacher edge")
+        )
+    said = ", ".join(f"{bar.name} {bar.percent:.1f} %" for bar in rows)
+    return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
+
+
+def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> str:
+    """All models by cost and quality, each with its name beside it.
+
+    Args:
+        marks: At least one.
+        x_title: Of the cost.
+        y_title: Of the quality.
+    """
+    width, height = 400.0, 320.0
+    x = Axis.around([mark.x for mark in marks], 44, width - 12, margin=0.12)
+    y = Axis.around([mark.y for mark in marks], height - 40, 26, margin=0.1)
+    names = [cut(mark.name, 20) for mark in marks]
+    places = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
+    boxes = label_boxes(
+        places,
+        [len(name) * FONT * CHARACTER + 4 for name in names],
+        LABEL,
+        Box(x.begin + 2, y.end + 2, x.end - 2, y.begin - 2),
+    )
+    parts = [grid(x, y, (x_title, y_title))]
+    # All leaders, then all marks, then all names: nothing is drawn over a name.
+    parts += [
+        f'<g class="{mark.tone}">{leader}</g>'
+        for mark, place, box in zip(marks, places, boxes, strict=True)
+        if (leader := _leader(place, box))
+    ]
+    parts += [
+        f'<circle class="dot {mark.tone}" cx="{px(left)}" cy="{px(top)}" r="5"/>'
+        for mark, (left, top) in zip(marks, places, strict=True)
+    ]
+    parts += [
+        text(box.left + 2, box.bottom - 4, name, f"label {mark.tone}")
+        for mark, name, box in zip(marks, names, boxes, strict=True)
+    ]
+    said = "; ".join(f"{mark.name} {mark.x:,.4g}, {mark.y:,.4g}" for mark in marks)
+    return picture(width, height, f"{y_title} against {x_title}: {said}", parts)
+
+
+def lines(rows: Sequence[Line], *, title: str) -> str:
+    """A line for each model by step, its name at its end, a ring at the weights that were kept.
+
+    Args:
+        rows: At least one.
+        title: Of the value.
+    """
+    width, height = 400.0, 300.0
+    names = [cut(row.name, 18) for row in rows]
+    room = max(map(len, names)) * FONT * CHARACTER + 24
+    values = [value for row in rows for _, value in row.points]
+    steps = [step for row in rows for step, _ in row.points]
+    x = Axis(0, max(*steps, 1), 44, width - room)
+    y = Axis.around(values, height - 40, 26)
+    ends = [y.at(row.points[-1][1]) for row in rows]
+    labels = spread(ends, LABEL, y.end + 4, y.begin - 4)
+    parts = [grid(x, y, ("step", title))]
+    for row, name, end, label in zip(rows, names, ends, labels, strict=True):
+        last = x.at(row.points[-1][0])
+        parts.append(
+            f'<g class="{row.tone}">{_path(row.points, x, y)}{_ring(row, x, y)}'
+            + (
+                line(last + 5, end, x.end + 15, label, "leader")
+                if _apart(last, end, x, label)
+                else ""
+            )
+            + text(x.end + 18, label + 4, name, "label")
+            + "</g>"
+        )
+    said = "; ".join(f"{row.name} ends at {row.points[-1][1]:.4g}" for row in rows)
+    return picture(width, height, f"{title} by step: {said}", parts)
+
+
+def small_line(row: Line, *, title: str) -> str:
+    """One line in a small picture: lowest and highest value, last step.
+
+    Args:
+        row: The line.
+        title: Of the value.
+    """
+    width, height = 200.0, 96.0
+    values = [value for _, value in row.points]
+    x = Axis(0, max(*(step for step, _ in row.points), 1), 44, width - 6)
+    y = Axis.around(values, height - 20, 8)
+    low, high = min(values), max(values)
+    parts = [line(x.begin, y.begin, x.end, y.begin, "axis")]
+    parts += [
+        text(x.begin - 6, y.at(value) + 4, f"{value:.3g}", "tick", anchor="end")
+        for value in ([low, high] if y.at(low) - y.at(high) > FONT else [low])
+    ]
+    parts.append(text(x.end, height - 5, f"step {row.points[-1][0]:,.0f}", "tick", anchor="end"))
+    parts.append(f'<g class="{row.tone}">{_path(row.points, x, y)}</g>')
+    said = f"{title} of {row.name}: from {values[0]:.4g} to {values[-1]:.4g}"
+    return picture(width, height, said, parts)
+
+
+def histogram(found: Similarities, name: str, tone: str) -> str:
+    """How the cosines of all pairs are spread: the teacher's as an area, the model's as a line.
+
+    Args:
+        found: Counts; each side is drawn as shares of its own sum.
+        name: Of the model.
+        tone: CSS class of its colour.
+    """
+    width, height = 320.0, 170.0
+    shares = [
+        [count / max(sum(counts), 1) for count in counts] for counts in (found.teacher, found.model)
+    ]
+    x = Axis(found.edges[0], found.edges[-1], 4, width - 4)
+    y = Axis(0, max(*shares[0], *shares[1], 1e-9), height - 24, 6)
+    outlines = [_steps(found.edges, share, x, y) for share in shares]
+    parts = [
+        f'<path class="area" d="{outlines[0]}Z"/>',
+        f'<g class="{tone}"><path class="line" d="{outlines[1]}"/></g>',
+        line(x.begin, y.begin, x.end, y.begin, "axis"),
+    ]
+    parts += [
+        text(x.at(value), height - 8, label, "tick", anchor="middle")
+        for value, label in x.ticks()
+        if x.begin + 8 < x.at(value) < x.end - 8
+    ]
+    means = [_mean(found.edges, share) for share in shares]
+    said = (
+        f"Cosines of all pairs: {name} has a mean of {means[1]:.2f}, the teacher of {means[0]:.2f}"
+    )
+    return picture(width, height, said, parts)
+
+
+def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -> str:
+    """A dot for each pair of texts: the teacher's cosine, and upward the model's; equal on the diagonal.
+
+    Args:
+        pairs: The teacher's cosine, the model's; at least one pair.
+        name: Of the model.
+        tone: CSS class of its colour.
+        span: Lowest and highest cosine on the axes. One for all pictures that stand side by side.
+    """
+    width, height = 320.0, 300.0
+    # One scale for both sides, or the diagonal would say nothing.
+    low, high = span[0] - 0.03, span[1] + 0.03
+    x, y = Axis(low, high, 36, width - 6), Axis(low, high, height - 40, 26)
+    dots = "".join(f"M{px(x.at(theirs))} {px(y.at(ours))}h0" for theirs, ours in pairs)
+    parts = [
+        grid(x, y, ("cosine, teacher", f"cosine, {cut(name, 28)}"), about=(4, 4)),
+        line(x.begin, y.begin, x.end, y.end, "diagonal"),
+        f'<g class="{tone}"><path class="dots" d="{dots}"/></g>',
+    ]
+    gap = sum(abs(ours - theirs) for theirs, ours in pairs) / len(pairs)
+    said = f"Cosines of {len(pairs)} pairs, {name} against the teacher: {gap:.2f} apart on average"
+    return picture(width, height, said, parts)
+
+
+def gauge(values: Mapping[str, tuple[str, float]]) -> str:
+    """Cosines of one pair on a line from -0.2 (or lower) to 1.
+
+    Args:
+        values: Name -> CSS class and cosine.
+    """
+    width, height = 200.0, 26.0
+    x = Axis(min(-0.2, *(value for _, value in values.values())), 1, 8, width - 8)
+    places = [x.at(value) for _, value in values.values()]
+    parts = [
+        line(x.begin, 13, x.end, 13, "axis"),
+        line(x.at(0), 9, x.at(0), 17, "axis"),
+        line(min(places), 13, max(places), 13, "span"),
+    ]
+    parts += [
+        f'<circle class="dot {tone}" cx="{px(x.at(value))}" cy="13" r="5"/>'
+        for tone, value in values.values()
+    ]
+    said = ", ".join(f"{name} {value:.2f}" for name, (_, value) in values.items())
+    return picture(width, height, f"cosine: {said}", parts)
+
+
+def swatch(tone: str) -> str:
+    """A dot in a model's colour, to stand before its name; it says nothing of its own."""
+    return (
+        f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">'
+        f'<circle class="dot {esc(tone)}" cx="7" cy="7" r="5"/></svg>'
+    )
+
+
+def _leader(place: tuple[float, float], box: Box) -> str:
+    """A thin line from a point to its label, where that is not right beside it."""
+    x, y = place
+    to_x, to_y = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
+    apart = (to_x - x) ** 2 + (to_y - y) ** 2
+    return line(x, y, to_x, to_y, "leader") if apart > 100 else ""
+
+
+def _path(points: Points, x: Axis, y: Axis) -> str:
+    way = "L".join(f"{px(x.at(step))} {px(y.at(value))}" for step, value in points)
+    # A line of one point is a dot: its end is round.
+    return f'<path class="line" d="M{way}{"h0" if len(points) == 1 else ""}"/>'
+
+
+def _ring(row: Line, x: Axis, y: Axis) -> str:
+    found = [(step, value) for step, value in row.points if step == row.best]
+    return "".join(
+        f'<circle class="ring" cx="{px(x.at(step))}" cy="{px(y.at(value))}" r="4.5"/>'
+        for step, value in found
+    )
+
+
+def _apart(last: float, end: float, x: Axis, label: float) -> bool:
+    """Whether a line ends so far from its label that something must join them."""
+    return abs(end - label) > 3 or x.end - last > 6
+
+
+def _steps(edges: Sequence[float], shares: Sequence[float], x: Axis, y: Axis) -> str:
+    parts = [f"M{px(x.at(edges[0]))} {px(y.begin)}"]
+    for right, share in zip(edges[1:], shares, strict=True):
+        parts.append(f"V{px(y.at(share))}H{px(x.at(right))}")
+    return f"{''.join(parts)}V{px(y.begin)}"
+
+
+def _mean(edges: Sequence[float], shares: Sequence[float]) -> float:
+    """Of counted values, each taken as the middle of its bin."""
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    return sum(middle * share for middle, share in zip(middles, shares, strict=True))

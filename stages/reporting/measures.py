@@ -1,0 +1,177 @@
+"""What metrics say when models are compared: which student is best, and what it is beside the teacher."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from stages.params import TEACHER
+from stages.reporting.results import Metrics
+
+Measure = Callable[[Metrics], float | None]
+"""One number out of a model's metrics; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A measure of which both a student and the teacher have a number, over the same sets.
+
+    Args:
+        title: Of the measure.
+        ours: The student's.
+        theirs: The teacher's, not 0.
+    """
+
+    title: str
+    ours: float
+    theirs: float
+
+    @property
+    def percent(self) -> float:
+        """The student's share of the teacher's, 100 for as much."""
+        return 100 * self.ours / self.theirs
+
+
+def verdict(models: Mapping[str, Metrics], students: Collection[str]) -> str:
+    """One sentence: what the best student keeps of the teacher, how much faster and smaller it is.
+
+    Empty if there is no teacher, no student, or nothing to compare them by.
+    """
+    name = best(models, students)
+    if name is None or TEACHER not in models:
+        return ""
+    found = yardstick(models, students)
+    rivals = [student for student in students if found and _has(models, student, found[1])]
+    title = f"{name}, the best student," if len(rivals) > 1 else name
+    return f"{title} {listed(_comparisons(models[name], models[TEACHER]))}."
+
+
+def yardstick(
+    models: Mapping[str, Metrics], students: Collection[str]
+) -> tuple[str, Measure] | None:
+    """The measure that ranks students, with its title: the first that one of them has a number for.
+
+    STS average, or nDCG@10 where no STS was asked for, or likeness to the teacher.
+    """
+    for title, measure in (("STS average", sts), ("nDCG@10", ndcg), ("fidelity", likeness)):
+        if any(_has(models, name, measure) for name in students):
+            return title, measure
+    return None
+
+
+def best(models: Mapping[str, Metrics], students: Collection[str]) -> str | None:
+    """The student that is first by the `yardstick`; the earlier one of two that are level."""
+    found = yardstick(models, students)
+    if found is None:
+        return None
+    scores = measured({name: models[name] for name in students if name in models}, found[1])
+    return max(scores, key=lambda name: scores[name])
+
+
+def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
+    """STS average and nDCG@10 of a student beside the teacher's, where they can be compared."""
+    found = []
+    for kind, measure, title in (("sts.", sts, "STS average"), ("retrieval.", ndcg, "nDCG@10")):
+        ours, theirs = measure(student), measure(teacher)
+        # An average over other sets is another thing.
+        alike = _sets(student, kind) == _sets(teacher, kind)
+        if alike and ours is not None and theirs:
+            found.append(Kept(title, ours, theirs))
+    return found
+
+
+def times_as_fast(metrics: Metrics, teacher: Metrics) -> float | None:
+    """Speed as a multiple of the teacher's; None if they ran on different devices."""
+    ours, theirs = (number(model, "sentences_per_second") for model in (metrics, teacher))
+    same = metrics.get("device") == teacher.get("device")
+    return ours / theirs if ours and theirs and same else None
+
+
+def share_of_space(metrics: Metrics, teacher: Metrics) -> float | None:
+    """Size of the weights in percent of the teacher's."""
+    ours, theirs = number(metrics, "megabytes"), number(teacher, "megabytes")
+    return 100 * ours / theirs if ours and theirs else None
+
+
+def measured(models: Mapping[str, Metrics], measure: Measure) -> dict[str, float]:
+    """Model -> number, for those that have one."""
+    found = {name: measure(metrics) for name, metrics in models.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def of(key: str) -> Measure:
+    """The measure that reads one key."""
+    return lambda metrics: number(metrics, key)
+
+
+def number(metrics: Metrics, key: str) -> float | None:
+    """The number under a key; None if there is none."""
+    value = metrics.get(key)
+    return None if value is None or isinstance(value, str) else float(value)
+
+
+def sts(metrics: Metrics) -> float | None:
+    """The average of all STS sets, Spearman x 100."""
+    return number(metrics, "sts.average")
+
+
+def likeness(metrics: Metrics) -> float | None:
+    """Spearman of all pairs' cosines with the teacher's, -1 to 1."""
+    return number(metrics, "fidelity.spearman")
+
+
+def millions(metrics: Metrics) -> float | None:
+    """Weights, in millions."""
+    count = number(metrics, "parameters")
+    return None if count is None else count / 1e6
+
+
+def ndcg(metrics: Metrics) -> float | None:
+    """The mean over all retrieval sets, 0 to 1."""
+    found = [float(value) for key, value in metrics.items() if key.endswith(".ndcg@10")]
+    return statistics.fmean(found) if found else None
+
+
+def devices(models: Mapping[str, Metrics]) -> list[str]:
+    """Where speeds were measured, sorted."""
+    return sorted({str(metrics["device"]) for metrics in models.values() if "device" in metrics})
+
+
+def short(value: float) -> str:
+    """Two digits, or all before the point: 0.49, 1.9, 77, 129."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:#.2g}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Parts as one phrase: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def _comparisons(student: Metrics, teacher: Metrics) -> list[str]:
+    """What a student is beside the teacher, each to stand after its name; at least one."""
+    whose = ("the teacher's", "its")
+    phrases = [
+        f"{part.percent:.1f} % of {owner} {part.title}"
+        for part, owner in zip(kept(student, teacher), whose, strict=False)
+    ]
+    said = [f"keeps {listed(phrases)}"] if phrases else []
+    agreement = likeness(student)
+    if not said and agreement is not None:
+        said.append(f"orders pairs as the teacher does (Spearman {agreement:.3f})")
+    times = times_as_fast(student, teacher)
+    if times is not None:
+        said.append(f"is {short(times)} times as fast")
+    space = share_of_space(student, teacher)
+    if space is not None:
+        said.append(f"takes {short(space)} % of its space")
+    return said or ["cannot be compared with the teacher"]
+
+
+def _has(models: Mapping[str, Metrics], name: str, measure: Measure) -> bool:
+    return name in models and measure(models[name]) is not None
+
+
+def _sets(metrics: Metrics, kind: str) -> set[str]:
+    """The keys of one kind of evaluation."""
+    return {key for key in metrics if key.startswith(kind)}

@@ -1,0 +1,232 @@
+"""What stages leave about a model, read back and checked: metrics, details, the curve of its training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+
+from stages.params import FINETUNED
+from storage.errors import DamagedError, MissingError, shown
+
+Metrics = Mapping[str, str | int | float]
+"""One model's metrics: flat keys, as `evaluate` writes them."""
+
+SCORES = ("agreement", "dev")  # a curve has one of them
+
+
+class Part(BaseModel):
+    """A mapping in a details file: unknown keys and NaN are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Similarities(Part):
+    """How many pairs of held-out texts have a cosine between edge i and edge i + 1."""
+
+    edges: tuple[float, ...]
+    teacher: tuple[NonNegativeInt, ...]
+    model: tuple[NonNegativeInt, ...]
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if not len(self.edges) - 1 == len(self.teacher) == len(self.model) > 0:
+            raise ValueError("n + 1 edges take n counts")
+        if any(a >= b for a, b in pairwise(self.edges)):
+            raise ValueError("edges must rise")
+        return self
+
+
+class Disagreement(Part):
+    """Two texts, and the cosine that each side gives them."""
+
+    first: str
+    second: str
+    teacher: float
+    model: float
+
+
+class Result(Part):
+    """A text that a search found; `relevant` is None where nobody knows."""
+
+    text: str
+    score: float
+    relevant: bool | None
+
+
+class Search(Part):
+    """A query of an evaluation set and what the model found, best first."""
+
+    set: str
+    query: str
+    results: tuple[Result, ...]
+
+
+class Details(Part):
+    """What `evaluate` leaves for a person to look at."""
+
+    texts: NonNegativeInt
+    similarities: Similarities | None
+    scatter: tuple[tuple[float, float], ...]  # the teacher's cosine, the model's
+    disagreements: tuple[Disagreement, ...]
+    searches: tuple[Search, ...]
+
+
+class Training(BaseModel):
+    """How a training run ended."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    minutes: float
+    steps: NonNegativeInt
+    best_step: NonNegativeInt
+
+
+Points = Sequence[tuple[float, float]]
+"""Steps, each with a value."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training run by step.
+
+    Args:
+        score: What `scores` are: "agreement" or "dev".
+        scores: At each evaluation, the first at step 0.
+        losses: Name of each part of the loss -> its mean since the evaluation before; none at step 0.
+    """
+
+    score: str
+    scores: Points
+    losses: Mapping[str, Points]
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that stages left about a model.
+
+    Args:
+        name: Of the model.
+        metrics: Its numbers.
+        details: What to look at.
+        curve: Of its training, if it was trained here.
+        training: How that ended, if it was trained here.
+    """
+
+    name: str
+    metrics: Metrics
+    details: Details
+    curve: Curve | None = None
+    training: Training | None = None
+
+
+def read_metrics(path: Path, name: str) -> Metrics:
+    """The metrics of the model `name`.
+
+    Raises:
+        MissingError: it was not evaluated.
+        DamagedError: not what `evaluate` writes.
+    """
+    cure = _evaluate(name)
+    try:
+        found = json.loads(_bytes(path, cure))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(path, "no JSON", cure) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(value, str | int | float) for value in found.values()
+    ):
+        raise DamagedError(path, "not the flat metrics of a model", cure)
+    return found
+
+
+def read_details(path: Path, name: str) -> Details:
+    """The details of the model `name`.
+
+    Raises:
+        MissingError: it was not evaluated.
+        DamagedError: not what `evaluate` writes.
+    """
+    cure = _evaluate(name)
+    try:
+        return Details.model_validate_json(_bytes(path, cure))
+    except ValidationError as error:
+        raise DamagedError(path, f"not the details of a model: {_first(error)}", cure) from error
+
+
+def read_training(path: Path, name: str) -> Training | None:
+    """How the run that made `name` ended; None for a model that no run made.
+
+    Raises:
+        DamagedError: not what a training stage writes.
+    """
+    try:
+        return Training.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        problem = f"not the end of a training run: {_first(error)}"
+        raise DamagedError(path, problem, _train(name)) from error
+
+
+def read_curve(path: Path, name: str) -> Curve | None:
+    """The curve of the run that made `name`; None for a model that no run made.
+
+    Raises:
+        DamagedError: not what a training stage writes.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return _curve(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        problem = f"not the curve of a training run: {shown(error)}"
+        raise DamagedError(path, problem, _train(name)) from error
+
+
+def _curve(table: csv.DictReader[str]) -> Curve:
+    columns = table.fieldnames or []
+    score = next((name for name in SCORES if name in columns), None)
+    if score is None:
+        raise ValueError(f"no column named {' or '.join(SCORES)}")
+    rows = list(table)
+    parts = [name for name in columns if name.startswith("loss_")]
+    losses = {part.removeprefix("loss_"): _points(rows, part) for part in parts}
+    return Curve(score, _points(rows, score), losses)
+
+
+def _points(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
+    points = [(float(row["step"]), float(row[column])) for row in rows if row[column] != ""]
+    if not all(math.isfinite(number) for point in points for number in point):
+        raise ValueError(f"{column} has NaN or Inf")
+    return points
+
+
+def _bytes(path: Path, cure: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise MissingError(path, "not there", cure) from None
+
+
+def _evaluate(name: str) -> str:
+    return f"run `teachonce evaluate {name}`"
+
+
+def _train(name: str) -> str:
+    stage = "finetune" if name.endswith(FINETUNED) else "distill"
+    return f"run `teachonce {stage} {name.removesuffix(FINETUNED)}`"
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that pydantic found: where, and what is wrong there."""
+    found = error.errors(include_url=False)[0]
+    where = ".".join(map(str, found["loc"]))
+    return shown(f"{where}: {found['msg']}" if where else found["msg"])

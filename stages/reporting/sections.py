@@ -1,0 +1,215 @@
+"""Sections of the report page that are numbers: the table, what is kept, at what cost, how it was trained.
+
+Each gives the HTML below its heading, or nothing where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stages.params import TEACHER
+from stages.reporting import charts, measures
+from stages.reporting.results import Metrics, Model
+from stages.reporting.svg import cut, esc
+from stages.reporting.table import NOTHING, columns, qualities, speed_note
+
+ANY_NUMBER = 1_000  # of sets: a page has room for all columns
+SPEED = "sentences_per_second"
+SCORES = {
+    "agreement": "Agreement with the teacher on held-out texts",
+    "dev": "Score on the development set while finetuning",
+}
+LOSS_NOTE = '<p class="note">Loss by step, each on a scale of its own.</p>'
+GLOSSARY = {
+    "STS": "STS: rank correlation with people's scores of sentence pairs, times 100.",
+    "nDCG": "nDCG@10: how well the first ten results of a search are chosen, 0 to 1.",
+    "fidelity": "fidelity: rank correlation of all pairs' cosines with the teacher's.",
+    "top-10": "top-10 overlap: share of a text's ten nearest that the teacher has too.",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the page is about.
+
+    Args:
+        models: By name, in the order of the page: teacher, starts, students.
+        students: Those of them that were trained, in their order.
+        tones: CSS classes of each model's colour.
+        facts: How all this was made: label -> text.
+    """
+
+    models: Mapping[str, Model]
+    students: Sequence[str]
+    tones: Mapping[str, str]
+    facts: Mapping[str, str]
+
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """Name -> metrics."""
+        return {name: model.metrics for name, model in self.models.items()}
+
+    @property
+    def best(self) -> str | None:
+        """The student to serve, if quality is all."""
+        return measures.best(self.metrics, self.students)
+
+
+def labelled(subject: Subject, name: str) -> str:
+    """A model's name with its colour before it."""
+    return charts.swatch(subject.tones[name]) + esc(name)
+
+
+def table_of_models(subject: Subject) -> str:
+    """All columns of all models; wider than a phone, it scrolls in its own box."""
+    found = columns(subject.metrics, subject.students, most_sets=ANY_NUMBER)
+    head = "".join(f'<th scope="col">{_lines(column.title)}</th>' for column in found)
+    contest = len(subject.students) > 1
+    rows = []
+    for name in subject.models:
+        cells = []
+        for column in found:
+            cell = esc(column.cells.get(name, NOTHING))
+            cells.append(f"<td>{f'<strong>{cell}</strong>' if name in column.bold else cell}</td>")
+        tag = '<span class="tag">best</span>' if contest and name == subject.best else ""
+        label = labelled(subject, name) + tag
+        rows.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
+    names = " ".join(column.name for column in found)
+    notes = [said for word, said in GLOSSARY.items() if word in names]
+    notes = [*notes, *filter(None, [speed_note(subject.metrics)])]
+    bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
+    return (
+        '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'
+        f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="note after">{esc(" ".join([*bold, *notes]))}</p>'
+    )
+
+
+def _lines(title: str) -> str:
+    return "<br>".join(esc(line) for line in title.split("\n"))
+
+
+def kept(subject: Subject) -> str:
+    """Bars: each measure of each student, in percent of the teacher."""
+    metrics = subject.metrics
+    order = [*subject.students, *(n for n in metrics if n not in (TEACHER, *subject.students))]
+    panels = []
+    for quality in qualities(metrics):
+        values = measures.measured(metrics, quality.measure)
+        theirs = values.get(TEACHER)
+        if theirs is None or theirs <= 0 or not set(values) & set(subject.students):
+            continue
+        rows = [
+            charts.Bar(name, subject.tones[name], 100 * values[name] / theirs)
+            for name in order
+            if name in values
+        ]
+        drawn = charts.bars(quality.name, rows)
+        panels.append(f"<figure><h3>{esc(quality.name)}</h3>{drawn}</figure>")
+    if not panels:
+        return ""
+    note = "In percent of the teacher, whose level is the line at the end of each bar's track."
+    starts = ", ".join(n for n in order if n not in subject.students)
+    grey = f" Grey: {starts}, before training." if starts else ""
+    return f'<p class="note">{esc(note + grey)}</p><div class="panels">{"".join(panels)}</div>'
+
+
+def trade_off(subject: Subject) -> str:
+    """All models by quality and speed, and by quality and size."""
+    found = measures.yardstick(subject.metrics, subject.students)
+    if found is None:
+        return ""
+    title, measure = found
+    quality = measures.measured(subject.metrics, measure)
+    panels = []
+    for heading, costs, x_title in (
+        ("Against speed: up and right is better", _speeds(subject), "texts per second"),
+        ("Against size: up and left is better", _sizes(subject), "MB"),
+    ):
+        marks = [
+            charts.Mark(name, subject.tones[name], costs[name], quality[name])
+            for name in subject.models
+            if name in costs and name in quality
+        ]
+        if len(marks) > 1:
+            drawn = charts.plane(marks, x_title=x_title, y_title=title)
+            panels.append(f"<figure><h3>{esc(heading)}</h3>{drawn}</figure>")
+    if not panels:
+        return ""
+    away = sorted(
+        set(measures.measured(subject.metrics, measures.of(SPEED))) - set(_speeds(subject))
+    )
+    note = "The axes show only the range that is in use; they do not begin at 0."
+    absent = f" Measured on another device, so not compared: {', '.join(away)}." if away else ""
+    return f'<p class="note">{esc(note + absent)}</p><div class="pair">{"".join(panels)}</div>'
+
+
+def _speeds(subject: Subject) -> dict[str, float]:
+    """Texts per second of the models on the device of the teacher, or of the first if there is none."""
+    speeds = measures.measured(subject.metrics, measures.of(SPEED))
+    if not speeds:
+        return {}
+    first = TEACHER if TEACHER in speeds else next(iter(speeds))
+    device = subject.metrics[first].get("device")
+    return {n: speed for n, speed in speeds.items() if subject.metrics[n].get("device") == device}
+
+
+def _sizes(subject: Subject) -> dict[str, float]:
+    return measures.measured(subject.metrics, measures.of("megabytes"))
+
+
+def training(subject: Subject) -> str:
+    """Score and loss by step, and how long each run took."""
+    trained = [subject.models[name] for name in subject.students]
+    panels, losses = [], []
+    for score, heading in SCORES.items():
+        rows = [
+            charts.Line(
+                model.name,
+                subject.tones[model.name],
+                model.curve.scores,
+                model.training.best_step if model.training else None,
+            )
+            for model in trained
+            if model.curve and model.curve.score == score and model.curve.scores
+        ]
+        if rows:
+            drawn = charts.lines(rows, title=score)
+            panels.append(f"<figure><h3>{esc(heading)}</h3>{drawn}</figure>")
+    for model in trained:
+        for part, points in model.curve.losses.items() if model.curve else ():
+            if points:
+                row = charts.Line(model.name, subject.tones[model.name], points)
+                losses.append(
+                    f"<figure><h3>{esc(cut(model.name, 24))} <small>{esc(part)} loss</small></h3>"
+                    f"{charts.small_line(row, title=f'{part} loss')}</figure>"
+                )
+    runs = _runs(subject)
+    if not panels and not losses and not runs:
+        return ""
+    note = "A ring marks the step whose weights were kept."
+    scores = (
+        f'<p class="note">{note}</p><div class="pair">{"".join(panels)}</div>' if panels else ""
+    )
+    small = f'{LOSS_NOTE}<div class="tiny">{"".join(losses)}</div>' if losses else ""
+    return scores + runs + small
+
+
+def _runs(subject: Subject) -> str:
+    """A table of how long each run took."""
+    rows = [
+        f'<tr><th scope="row">{labelled(subject, name)}</th><td>{run.minutes:,.1f}</td>'
+        f"<td>{run.steps:,}</td><td>{run.best_step:,}</td></tr>"
+        for name in subject.students
+        if (run := subject.models[name].training)
+    ]
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{word}</th>' for word in ("minutes", "steps", "best step"))
+    return (
+        '<div class="scroll runs" tabindex="0" role="region" aria-label="Training runs"><table>'
+        f'<thead><tr><th scope="col">run</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )

@@ -1,0 +1,243 @@
+"""Metrics of each model -> one table: its columns, and how it stands in a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.params import TEACHER
+from stages.reporting.measures import (
+    Measure,
+    devices,
+    likeness,
+    listed,
+    measured,
+    millions,
+    ndcg,
+    of,
+    short,
+    sts,
+    times_as_fast,
+    verdict,
+)
+from stages.reporting.results import Metrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Report = Mapping[str, Mapping[str, Metrics]]
+"""{"models": {name: metrics}}"""
+
+MOST_SETS = 4  # with more, a terminal's table shows their average alone
+TITLE_WIDTH = 9
+GAP = 2  # blanks between two columns
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure of which more is better.
+
+    Args:
+        title: Lines of it.
+        measure: The number.
+        decimals: How many are shown.
+        keep: In a table that is too wide, columns with the lowest number go first.
+    """
+
+    title: str
+    measure: Measure
+    decimals: int
+    keep: int
+
+    @property
+    def name(self) -> str:
+        """The title on one line."""
+        return _one_line(self.title)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        title: Lines of it.
+        cells: What stands there, by model; not every model need have one.
+        keep: In a table that is too wide, columns with the lowest number go first.
+        bold: Models whose cell is the best among students.
+    """
+
+    title: str
+    cells: Mapping[str, str]
+    keep: int
+    bold: frozenset[str] = frozenset()
+
+    @property
+    def width(self) -> int:
+        """In characters, with the gap before it."""
+        return GAP + max(map(len, [*self.title.split("\n"), *self.cells.values()]))
+
+    @property
+    def name(self) -> str:
+        """The title on one line."""
+        return _one_line(self.title)
+
+
+def table(report: Report, *, students: Collection[str], width: int = 100) -> Table:
+    """The report for a terminal: one row a model, best students bold, `verdict` below.
+
+    Args:
+        report: As the stage gives it, or as reports/metrics.json holds it.
+        students: Names of the trained models, in the order of their rows. The teacher comes first,
+            then the others in the order of the report.
+        width: Of the terminal, in characters. Columns that do not fit are left out and named below.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    models = report["models"]
+    others = [name for name in models if name not in students]
+    names = sorted(others, key=lambda name: name != TEACHER)
+    names += [name for name in students if name in models]
+    found = columns(models, students)
+    kept = _fitting(found, width - max(map(len, ["model", *names])))
+
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
+    drawn.caption = Text("\n".join(["", *_notes(models, students, found, kept)]))
+    drawn.caption_justify, drawn.caption_style = "left", "none"
+    drawn.add_column("model", vertical="bottom", no_wrap=True)
+    for column in kept:
+        drawn.add_column(column.title, justify="right", vertical="bottom", no_wrap=True)
+    for name in names:
+        cells = [
+            Text(column.cells.get(name, NOTHING), "bold" if name in column.bold else "")
+            for column in kept
+        ]
+        drawn.add_row(Text(name), *cells)
+    return drawn
+
+
+def columns(
+    models: Mapping[str, Metrics], students: Collection[str], *, most_sets: int = MOST_SETS
+) -> list[Column]:
+    """Every column that some model has a number for, in the order of the table.
+
+    Args:
+        models: Name -> metrics.
+        students: The names among which the best is bold.
+        most_sets: Of one kind of evaluation; if there are more, their average stands for them.
+    """
+    found = [_quality(quality, models, students) for quality in qualities(models, most_sets)]
+    found += [
+        _amount("texts\nper s", measured(models, of("sentences_per_second")), 5),
+        Column("speed-\nup", _speedups(models), 7),
+        _amount("million\nweights", measured(models, millions), 2),
+        _amount("MB", measured(models, of("megabytes")), 6),
+    ]
+    return [column for column in found if column.cells]
+
+
+def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list[Quality]:
+    """Every measure of which more is better, as far as `models` name its sets, in the table's order."""
+    named, searched = _names(models, "sts.", ""), _names(models, "retrieval.", ".ndcg@10")
+    found = []
+    if len(named) != 1:
+        found.append(Quality("STS\naverage", sts, 2, 9))
+    if len(named) <= most_sets:
+        keep = 9 if len(named) == 1 else 1
+        found += [Quality(_title(name), of(f"sts.{name}"), 2, keep) for name in named]
+    if len(searched) > most_sets:
+        found.append(Quality("nDCG@10\naverage", ndcg, 3, 4))
+    else:
+        found += [
+            Quality(f"nDCG@10\n{_title(name)}", of(f"retrieval.{name}.ndcg@10"), 3, 4)
+            for name in searched
+        ]
+    found.append(Quality("fidelity", likeness, 3, 8))
+    found.append(Quality("top-10\noverlap", of("fidelity.top10_overlap"), 3, 3))
+    return found
+
+
+def speed_note(models: Mapping[str, Metrics]) -> str:
+    """Where speeds were measured; empty if none was."""
+    found = devices(models)
+    if len(found) == 1:
+        return f"Speeds on {found[0]}."
+    return f"Speeds on {listed(found)}; speed-up is within one device only." if found else ""
+
+
+def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
+    values = measured(models, quality.measure)
+    cells = {name: f"{value:.{quality.decimals}f}" for name, value in values.items()}
+    ranked = [values[name] for name in students if name in values]
+    # One student alone is no contest; students that read the same share the place.
+    bold = (
+        {name for name in students if cells.get(name) == f"{max(ranked):.{quality.decimals}f}"}
+        if len(ranked) > 1
+        else set()
+    )
+    return Column(quality.title, cells, quality.keep, frozenset(bold))
+
+
+def _amount(title: str, values: Mapping[str, float], keep: int) -> Column:
+    """A column of sizes: as many decimals for all as the smallest needs."""
+    decimals = 1 if min(values.values(), default=0) < 100 else 0
+    return Column(title, {name: f"{value:,.{decimals}f}" for name, value in values.items()}, keep)
+
+
+def _speedups(models: Mapping[str, Metrics]) -> dict[str, str]:
+    """Model -> times as fast as the teacher; none if there is nothing but the teacher to compare."""
+    teacher = models.get(TEACHER, {})
+    times = {name: times_as_fast(metrics, teacher) for name, metrics in models.items()}
+    cells = {name: f"{short(value)}x" for name, value in times.items() if value is not None}
+    return cells if len(cells) > 1 else {}
+
+
+def _fitting(found: Sequence[Column], width: int) -> list[Column]:
+    """The columns that fit into `width` characters, in their order."""
+    kept = list(found)
+    while kept and sum(column.width for column in kept) > width:
+        # Of columns that matter equally, the last goes first.
+        kept.remove(min(reversed(kept), key=lambda column: column.keep))
+    return kept
+
+
+def _notes(
+    models: Mapping[str, Metrics],
+    students: Collection[str],
+    found: Sequence[Column],
+    kept: Sequence[Column],
+) -> list[str]:
+    """The lines below the table."""
+    notes = [verdict(models, students), speed_note(models)]
+    missing = [column.name for column in found if column not in kept]
+    if missing:
+        notes.append(f"No room for: {', '.join(missing)}.")
+    return [note for note in notes if note]
+
+
+def _names(models: Mapping[str, Metrics], prefix: str, suffix: str) -> list[str]:
+    """Names of the evaluation sets of one kind, sorted."""
+    keys = {key for metrics in models.values() for key in metrics} - {"sts.average"}
+    return sorted(
+        key.removeprefix(prefix).removesuffix(suffix)
+        for key in keys
+        if key.startswith(prefix) and key.endswith(suffix)
+    )
+
+
+def _title(name: str) -> str:
+    """The name of a set, broken after - and _ into lines no longer than a number's column should be."""
+    lines = [""]
+    for part in re.split(r"(?<=[-_])", name):
+        if lines[-1] and len(lines[-1] + part) > TITLE_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _one_line(title: str) -> str:
+    return re.sub(r"(?<=[-_])\n", "", title).replace("\n", " ")
