@@ -329,7 +329,7 @@ def report(
         details=here.at.details,
         curve=here.at.curve,
         training=here.at.training,
-        facts=here.facts(),
+        facts={**here.facts(), "teacher's fingerprint": here.teacher_fingerprint()},
         out=here.at.report,
         page=here.at.page,
     )

@@ -244,15 +244,17 @@ class Workspace:
     def facts(self) -> dict[str, str]:
         """Where all students come from, for people: label -> text."""
         ledger = _read_json(self.at.stage_facts("shard"), "teachonce shard")
-        embeddings = Manifest.load(self.at.embeddings, "embeddings")
         rejected = [f"{count:,} {rule}" for rule, count in ledger["rejected"].items() if count]
         return {
             "teacher": self.params.embed.teacher,
-            "teacher's fingerprint": fingerprint(embeddings.recipe),
             "corpus": f"{ledger['kept']:,} texts of {ledger['read']:,} read"
             + (f" (rejected: {', '.join(rejected)})" if rejected else ""),
             "tokens read of a text": str(self.params.embed.max_tokens),
         }
+
+    def teacher_fingerprint(self) -> str:
+        """The name of the teacher's vectors in the store."""
+        return fingerprint(Manifest.load(self.at.embeddings, "embeddings").recipe)
 
     def _teacher_folder(self) -> Path:
         params = self.params.embed

@@ -153,7 +153,7 @@ def test_the_readme_shows_the_tree_as_it_is():
     shown = set(re.findall(r"^\s+(\w+\.py)\s", (ROOT / "README.md").read_text(), re.MULTILINE))
     modules = {
         path.name
-        for folder in ("pipeline", "stages", "stages/learning", "storage")
+        for folder in ("pipeline", "stages", "stages/learning", "stages/reporting", "storage")
         for path in (ROOT / folder).glob("*.py")
     }
     assert shown == modules - {"__init__.py"}
