@@ -20,6 +20,8 @@ EDGES = np.round(np.arange(-0.30, 1.0001, 0.05), 2)
 
 POINTS = 400
 DISAGREEMENTS = 4  # of each kind
+MOST_LOOKED_AT = 5000  # pairs with the largest gaps
+LEAST_GAP = 0.05  # in cosine; less is no disagreement
 SEARCHES = 5
 RESULTS = 3
 SHOWN_CHARACTERS = 240
@@ -169,16 +171,16 @@ def _disagreements(
     """
     read_as = np.empty_like(theirs)
     read_as[np.argsort(mine, kind="stable")] = theirs[order]
-    found: list[int] = []
+    gap = theirs - read_as
     used: set[int] = set()
-    for gap in (theirs - read_as, read_as - theirs):
-        most = len(found) + DISAGREEMENTS
-        for pair in np.argsort(-gap, kind="stable")[: 100 * DISAGREEMENTS]:
-            texts = {int(pairs[0][pair]), int(pairs[1][pair])}
-            if gap[pair] > 0 and not texts & used and len(found) < most:
-                found.append(int(pair))
-                used |= texts
-    return found
+    kinds: tuple[list[int], list[int]] = ([], [])
+    for pair in np.argsort(-np.abs(gap), kind="stable")[:MOST_LOOKED_AT]:
+        texts = {int(pairs[0][pair]), int(pairs[1][pair])}
+        kind = kinds[int(gap[pair] < 0)]
+        if abs(gap[pair]) > LEAST_GAP and not texts & used and len(kind) < DISAGREEMENTS:
+            kind.append(int(pair))
+            used |= texts
+    return [*kinds[0], *kinds[1]]
 
 
 def _rounded(value: np.floating) -> float:

@@ -17,6 +17,7 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
+from stages.learning import agreement
 from stages.learning.agreement import evenly, rank_agreement, spearman, top_overlap
 from stages.params import EvaluateParams
 from storage.corpus import Corpus, cut, put_texts, shard_digest
@@ -133,6 +134,7 @@ def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, **params):
         split=split_of(corpus, heldout),
         root=tmp_path,
         out=tmp_path / "kd.json",
+        details=tmp_path / "kd-details.json",
     )
 
 
@@ -170,7 +172,7 @@ def test_a_glob_may_be_absolute_or_below_home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["none/*.tsv", "**x", ".", "/nowhere/*.tsv"])
 def test_a_glob_that_matches_nothing_is_refused(tmp_path, pattern):
-    assert message(sts_files, pattern, tmp_path, "STSB") == (
+    assert message(sts_files, pattern, tmp_path, "evaluate.sts.STSB") == (
         f"evaluate.sts.STSB: no file matches {pattern!r}\n"
         "  cure: correct the glob in params.yaml, or remove the entry"
     )
@@ -355,7 +357,7 @@ def test_sts_is_spearman_of_cosines_times_100():
     scores = rng.integers(0, 6, 30).astype(float)
     cosines = [slow_cosine(first[i], second[i]) if i != 4 else 0 for i in range(30)]
     cosines[10:25] = [1] * 15
-    found = evaluate.sts_correlation(first * 7, second, scores)
+    found = agreement.sts_correlation(first * 7, second, scores)
     assert found == pytest.approx(100 * slow_spearman(cosines, scores), abs=1e-9)
 
 
@@ -372,7 +374,7 @@ def test_nearest_sorts_all_documents_and_breaks_ties_by_their_order(queries, doc
     expected = [
         sorted(range(documents), key=lambda d: -np.sign(query @ held[d]))[:depth] for query in asked
     ]
-    assert evaluate.nearest(asked, held.astype(np.float32), depth).tolist() == expected
+    assert agreement.nearest(asked, held.astype(np.float32), depth).tolist() == expected
 
 
 def test_retrieval_metrics_are_those_of_the_loops():

@@ -1,0 +1,90 @@
+"""A typed query finds the nearest of all cached vectors, and says so when it cannot."""
+
+import json
+
+import numpy as np
+import pytest
+
+from stages import search
+from storage.embeddings import Embeddings
+from storage.errors import TeachonceError
+from tests.conftest import HashTeacher, sentences
+
+
+class Reader:
+    """A student that is the hash teacher itself, of some width."""
+
+    def __init__(self, dim=16):
+        self.teacher = HashTeacher(dim)
+
+    def encode(self, texts, *, role):
+        assert role == "query"
+        return 3 * self.teacher(texts).vectors
+
+
+@pytest.fixture
+def world(place):
+    corpus = place.corpus(sentences(300))
+    place.embed(corpus, HashTeacher())
+    return place, corpus, Embeddings(place.store, place.embeddings, corpus)
+
+
+def run(world, query, *, dim=16, count=5):
+    place, corpus, embeddings = world
+    return search.run(
+        query,
+        model=place.root / "export",
+        encoder=Reader(dim),
+        corpus=corpus,
+        embeddings=embeddings,
+        count=count,
+    )
+
+
+def test_the_nearest_texts_of_all_shards_are_found(world):
+    _, corpus, embeddings = world
+    assert len(corpus.objects) >= 3
+    query = "What is not in the corpus"
+    vector = HashTeacher().vector(query)
+    cosines = embeddings.rows_of(np.arange(corpus.rows)) @ vector
+    best = np.argsort(-cosines, kind="stable")[:5]
+    hits = run(world, query).facts["hits"]
+    assert [hit["row"] for hit in hits] == best.tolist()
+    assert [hit["text"] for hit in hits] == corpus.take(best)
+    assert [hit["cosine"] for hit in hits] == pytest.approx(cosines[best].tolist(), abs=1e-4)
+
+
+def test_a_text_of_the_corpus_finds_itself(world):
+    _, corpus, _ = world
+    for row in (0, 150, 299):
+        (text,) = corpus.take(np.array([row]))
+        assert run(world, text, count=1).facts["hits"] == [
+            {"row": row, "cosine": 1.0, "text": text}
+        ]
+
+
+def test_no_more_is_found_than_there_is(world):
+    assert len(run(world, "x", count=1000).facts["hits"]) == 300
+
+
+def test_a_model_of_another_space_is_refused(world):
+    place, _, _ = world
+    with pytest.raises(TeachonceError) as error:
+        run(world, "x", dim=8)
+    assert str(error.value) == (
+        f"{place.root / 'export'}: its vectors have 8 numbers, the teacher's in the cache 16\n"
+        "  cure: set export.space: teacher and run `teachonce export`: that keeps the projection"
+    )
+    with pytest.raises(TeachonceError, match=r"^query: is empty"):
+        run(world, "  ")
+
+
+def test_a_model_that_left_the_teacher_is_told(world, caplog):
+    place, _, _ = world
+    (place.root / "export").mkdir()
+    for weight, told in ((400.0, False), (0.0, True)):
+        lineage = {"finetuned": {"recipe": {"distill_weight": weight}}}
+        (place.root / "export/teachonce.json").write_text(json.dumps(lineage))
+        caplog.clear()
+        run(world, "x")
+        assert ("may not find its way" in caplog.text) == told
