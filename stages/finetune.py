@@ -7,6 +7,7 @@ may run beside it; like everything after `mine`, it needs no teacher.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from storage.tokens import Tokens
 VERSION = 1  # raise it when a code change gives other weights for the same settings and triplets
 
 NO_NEGATIVE = -1
-LEAST_TRIPLETS = 2
+LEAST_ROWS = 2
 TEXTS_AT_ONCE = 8192
 
 
@@ -83,24 +84,12 @@ def run(
         TeachonceError: a damaged file, too few right rows, or a loss that is no number.
     """
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
-    triplets, rejected = read_triplets(
-        triplet_files(params.triplets, root), params.fields, evaluation
-    )
-    dev = read_sts(sts_files(params.dev, root, "finetune.dev")) if params.dev is not None else None
-    learned, heldout = (triplets, []) if dev is not None else _divided(triplets, params.heldout)
-    if len(learned) < LEAST_TRIPLETS or (dev is None and len(heldout) < LEAST_TRIPLETS):
-        raise TeachonceError(
-            "finetune.triplets",
-            f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
-            f"{_rejections(rejected)}",
-            "name files with more rows, change finetune.heldout, or name a finetune.dev",
-        )
+    labels = Labels.read(params, root, evaluation)
     run_name = fingerprint(
         {
             **recipe(params),
             "student": file_hashes(student, address=f"student of {name}", sha256=sha256_of),
-            "triplets": digest(*((text or "").encode() for row in triplets for text in row)),
-            "dev": None if dev is None else digest(*(text.encode() for text in dev.texts)),
+            "labels": labels.digest,
             "embeddings": caches.embeddings.manifest.content if caches else None,
             "split": caches.split.content if caches else None,
             "device": device.type,
@@ -120,8 +109,8 @@ def run(
         params,
         student=trainee,
         tokenizer=model.tokenizer,
-        triplets=learned,
-        judge=TripletJudge(heldout) if dev is None else StsJudge(dev),
+        triplets=labels.learned,
+        judge=labels.judge,
         memory=Memory.of(caches, model.tokenizer, student, params) if caches else None,
         device=device,
     )
@@ -130,9 +119,9 @@ def run(
         "steps": state.step,
         "best_step": state.best_step,
         "dev": round(state.best_score or 0.0, 6),
-        "rows": len(learned),
-        "heldout": len(heldout),
-        "rejected": dict(rejected),
+        "rows": len(labels.learned),
+        "heldout": labels.heldout,
+        "rejected": dict(labels.rejected),
         "precision": params.precision,
         "temperature": round(lesson.temperature.value(), 6),
     }
@@ -151,9 +140,9 @@ def run(
         stage="finetune",
         made=out,
         summary=(
-            f"{name}: {state.step:,} steps of {params.batch_size} of {len(learned):,} rows"
-            f"{_rejections(rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at step "
-            f"{state.best_step:,}"
+            f"{name}: {state.step:,} steps of {params.batch_size} of {len(labels.learned):,} rows"
+            f"{_rejections(labels.rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at "
+            f"step {state.best_step:,}"
         ),
         facts={**facts, "dev_before": first, "seconds": round(state.seconds, 1)},
     )
@@ -205,6 +194,53 @@ class StsJudge:
         """-100 to 100, from the vectors of `texts`."""
         first, second = np.split(vectors, 2)
         return sts_correlation(first, second, self.pairs.scores)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled rows of a run.
+
+    Args:
+        learned: Rows to learn from.
+        judge: Says how good weights are, by rows held out or by an STS set.
+        heldout: Rows held out; 0 where an STS set judges.
+        rejected: Rows that are none, by rule.
+        digest: Names all of it.
+    """
+
+    learned: list[Triplet]
+    judge: TripletJudge | StsJudge
+    heldout: int
+    rejected: Mapping[str, int]
+    digest: str
+
+    @classmethod
+    def read(cls, params: FinetuneParams, root: Path, evaluation: Collection[bytes]) -> Labels:
+        """Read what the settings name.
+
+        Raises:
+            TeachonceError: a damaged file, or too few right rows.
+        """
+        files = triplet_files(params.triplets, root)
+        rows, rejected = read_triplets(files, params.fields, evaluation)
+        judge: TripletJudge | StsJudge
+        if params.dev is None:
+            learned, heldout = _divided(rows, params.heldout)
+            judge, judged = TripletJudge(heldout), b""
+        else:
+            dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
+            learned, heldout = rows, []
+            judge, judged = StsJudge(dev), dev.scores.tobytes()
+        if len(learned) < LEAST_ROWS or (params.dev is None and len(heldout) < LEAST_ROWS):
+            raise TeachonceError(
+                "finetune.triplets",
+                f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
+                f"{_rejections(rejected)}",
+                "name files with more rows, change finetune.heldout, or name a finetune.dev",
+            )
+        texts = ((text or "").encode() for row in rows for text in row)
+        named = digest(judged, *(text.encode() for text in judge.texts), b"", *texts)
+        return cls(learned, judge, len(heldout), rejected, named)
 
 
 class Memory:
