@@ -375,11 +375,13 @@ def search(
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(help="A new or empty folder.")]) -> None:
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")], as_json: Json = False
+) -> None:
     """Make a folder in which `dvc init && dvc repro` works: settings, stages, a short README."""
     from pipeline.init import run
 
-    show(run(folder.resolve()), as_json=False)
+    show(run(folder.resolve()), as_json)
 
 
 def workspace() -> Workspace:

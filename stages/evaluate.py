@@ -33,7 +33,7 @@ from stages.learning.agreement import (
     sts_correlation,
     top_overlap,
 )
-from stages.outcome import Fact, Outcome, log, write_json
+from stages.outcome import Fact, Outcome, Progress, log, write_json
 from stages.params import TEACHER, EvaluateParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
@@ -46,6 +46,7 @@ OVERLAP = 10
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
 PASSES = 3
+TEXTS_AT_ONCE = 2048  # between two looks at the clock
 
 Role = Literal["text", "query", "document"]
 
@@ -230,8 +231,14 @@ def _measure_speed(
 
 
 def _vectors(name: str, encoder: Encoder, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
-    """(n, dim) finite vectors of n texts."""
-    vectors = encoder.encode(texts, role=role)
+    """(n, dim) finite vectors of n >= 1 texts."""
+    progress = Progress(f"evaluate: {name}", total=len(texts), unit="texts")
+    parts = []
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[first : first + TEXTS_AT_ONCE]
+        parts.append(encoder.encode(some, role=role))
+        progress.advance(len(some))
+    vectors = np.concatenate(parts)
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
         raise TeachonceError(
