@@ -21,7 +21,8 @@ import yaml
 
 from tests.conftest import make_tiny_model, sentences
 
-pytestmark = pytest.mark.slow
+# A full run starts 18 processes that load torch: minutes on a busy machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parent.parent
 TEXTS = 4000
@@ -124,7 +125,7 @@ class Project:
         """A command that may fail; stdout and stderr together."""
         log = self.root.parent / f"{self.root.name}.log"
         started = time.monotonic()
-        code = self.popen(*words, log=log).wait(timeout=280)
+        code = self.popen(*words, log=log).wait(timeout=600)
         return Ended(code, log.read_text(), time.monotonic() - started)
 
     def run(self, *words):

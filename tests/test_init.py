@@ -79,6 +79,7 @@ def clone(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("made", [own_folder, clone])
 def test_a_comment_runs_nothing_again_and_a_version_its_stage_and_what_follows(made, tmp_path):
     project = made(tmp_path)
