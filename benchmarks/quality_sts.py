@@ -2,7 +2,7 @@
 
 Then the same students after one epoch on labelled triplets (NLI), the best weights picked on STS-B dev.
 
-    python benchmarks/quality_sts.py --data DATA --work WORK [--rows 60000] [--only kd ckd]
+    python benchmarks/quality_sts.py --data DATA --work WORK [--rows 60000] [--only kd ckd] [--finetune kd]
 
 DATA has `corpus/*.jsonl.zst` ({"text": ...}), `nli/triplets.jsonl.zst` ({"anchor", "positive",
 "negative"}), `sts/STS12/*.tsv` and `sts/STSB/dev.tsv` (score, sentence, sentence). The teacher is
@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--only", nargs="*", help="recipes to train; all of params.yaml otherwise")
+    parser.add_argument("--finetune", nargs="*", default=["kd", "ckd"], help="students to finetune")
     args = parser.parse_args()
     params = prepare(args.data.resolve(), args.work, args.rows)
     students = args.only or list(params["students"])
@@ -54,7 +55,10 @@ def main():
         run(args.work, *stage)
     models = ["teacher", "half"]
     for student in students:
-        for command, model in (("distill", student), ("finetune", f"{student}-finetuned")):
+        runs = [("distill", student)]
+        if student in args.finetune:
+            runs.append(("finetune", f"{student}-finetuned"))
+        for command, model in runs:
             if not (args.work / "models" / model / "modules.json").exists():
                 run(args.work, command, student)
             models.append(model)
