@@ -43,6 +43,9 @@ HEAD_BYTES = 64 << 10
 SLACK_BYTES = 1 << 20
 """Another version of Arrow may lay out the same values a little larger than the manifest says."""
 
+# The attempts are ours: s3fs makes five of each, botocore five of those, and a dead server takes minutes.
+S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
 FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
 CLIENTS = {"botocore", "aiobotocore", "aiohttp"}
 
@@ -231,7 +234,8 @@ class Remote:
         path = self._path(key)
 
         def read() -> bytes:
-            content: bytes = self._files.cat_file(path, start, end)
+            # By name: the second argument of s3fs is another one than that of fsspec.
+            content: bytes = self._files.cat_file(path, start=start, end=end)
             if len(content) != end - start:
                 raise OSError(errno.EIO, f"{len(content)} bytes came of {end - start} at {start}")
             return content
@@ -301,13 +305,18 @@ def _file_system(url: str) -> tuple[Any, str]:
     cure = f"use s3://bucket/folder or a folder in `remote` ({', '.join(sorted(PROTOCOLS))})"
     try:
         # A remembered listing would hide what another worker has pushed meanwhile.
-        files, root = fsspec.url_to_fs(url, use_listings_cache=False)
+        options = S3_OPTIONS if url.startswith("s3") else {}
+        files, root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
         raise RemoteError(url, shown(error), "pip install 'teachonce[s3]'") from error
     except (ValueError, OSError) as error:
         raise RemoteError(url, f"no remote: {shown(error)}", cure) from error
     if not _protocols(files) & PROTOCOLS:
         raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
+    if hasattr(files, "retries"):
+        files.retries = (
+            1  # s3fs tries five times itself: with ours, a dead server would take minutes
+        )
     return files, root
 
 
@@ -325,4 +334,5 @@ def _is_transport(error: Exception) -> bool:
 
 def _is_final(error: Exception) -> bool:
     """Whether another attempt would fail alike."""
-    return isinstance(error, FINAL) or "Credentials" in type(error).__name__
+    kind = type(error).__name__
+    return isinstance(error, FINAL) or "Credentials" in kind or "Validation" in kind
