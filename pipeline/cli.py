@@ -47,6 +47,8 @@ NEXT = {
     "finetune": "`teachonce evaluate NAME-finetuned`",
     "evaluate": "`teachonce report` when all models are measured",
     "export": '`teachonce search "what you look for"`',
+    "push": "`git add -A && git commit && git push`: bytes before names",
+    "pull": "`dvc repro --pull --allow-missing`",
     "init": "go there, `git init && dvc init`, edit params.yaml, `teachonce check`, `dvc repro`",
 }
 """What a person who runs the stages by hand types after each."""
@@ -136,6 +138,7 @@ def embed(as_json: Json = False) -> None:
             files=files,
             corpus=here.corpus(),
             store=here.store,
+            remote=here.remote(),
             load_teacher=load_teacher,
             out=here.at.embeddings,
             facts=here.at.stage_facts("embed"),
@@ -375,6 +378,26 @@ def search(
 
 
 @app.command()
+def push(as_json: Json = False) -> None:
+    """Send what the manifests name to the remote: objects first, then who names them."""
+    from stages.transfer import push as run
+
+    here = workspace()
+    remote = here.needed_remote()
+    show(run(here.manifests(), store=here.store, remote=remote), as_json)
+
+
+@app.command()
+def pull(as_json: Json = False) -> None:
+    """Bring what the manifests name from the remote into the store; each object is checked."""
+    from stages.transfer import pull as run
+
+    here = workspace()
+    remote = here.needed_remote()
+    show(run(here.manifests(), store=here.store, remote=remote), as_json)
+
+
+@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")], as_json: Json = False
 ) -> None:
@@ -403,8 +426,10 @@ def show(outcome: Outcome, as_json: bool) -> None:
         typer.echo(f"  next: {NEXT[outcome.stage]}")
 
 
-def _place(made: Path) -> Path:
-    """A path as short as it can be said from here."""
+def _place(made: Path | str) -> Path | str:
+    """A path as short as it can be said from here; a URL as it is."""
+    if isinstance(made, str):
+        return made
     return made.relative_to(Path.cwd()) if made.is_relative_to(Path.cwd()) else made
 
 

@@ -28,8 +28,9 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import Kind, Manifest, fingerprint
 from storage.negatives import Negatives
+from storage.remote import Remote
 from storage.split import Split
 from storage.store import Store
 
@@ -57,6 +58,46 @@ class Workspace:
         """The store: $TEACHONCE_STORE, or the setting, relative to the work tree."""
         setting = os.environ.get("TEACHONCE_STORE") or self.params.store
         return Store((self.at.root / Path(setting).expanduser()).resolve())
+
+    def remote(self) -> Remote | None:
+        """The remote of the settings, if they name one.
+
+        Raises:
+            RemoteError: no such folder, or a kind of URL that is not known.
+        """
+        setting = self.params.remote
+        if setting is None:
+            return None
+        if "://" not in setting:
+            setting = str((self.at.root / Path(setting).expanduser()).resolve())
+        return Remote(setting)
+
+    def needed_remote(self) -> Remote:
+        """The remote, for commands that are of no use without one."""
+        remote = self.remote()
+        if remote is None:
+            raise SettingsError(
+                self.at.params.name, [("remote", "null; name s3://bucket/folder, or a folder")]
+            )
+        return remote
+
+    def manifests(self) -> dict[Path, Manifest]:
+        """The manifests that are in the work tree, by their files.
+
+        Raises:
+            MissingError: there is none.
+        """
+        kinds: dict[Path, Kind] = {
+            self.at.corpus: "corpus",
+            self.at.embeddings: "embeddings",
+            self.at.negatives: "negatives",
+        }
+        found = {path: Manifest.load(path, kind) for path, kind in kinds.items() if path.exists()}
+        if not found:
+            raise MissingError(
+                self.at.corpus, "not there", "run `teachonce shard`, or `git pull` the manifests"
+            )
+        return found
 
     def corpus(self) -> Corpus:
         """The texts."""

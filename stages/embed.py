@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.outcome import Outcome, Progress, log, write_json
 from stages.params import EmbedParams
+from stages.sharing import Sharing
 from storage.column import text_keys_of
 from storage.corpus import Corpus
-from storage.embeddings import put_vectors
+from storage.embeddings import check_received, put_vectors
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
-from storage.store import Object, Store
+from storage.remote import Remote
+from storage.store import Accept, Header, Object, Store
 
 # Raise it when a change of code moves the vectors of the same settings out of tolerance, and only
 # then: every cache in the world is made again.
@@ -37,6 +40,9 @@ class Encoded(Protocol):
     @property
     def truncated(self) -> int: ...  # noqa: D102
 
+
+WIDEST_ROW_BYTES = 4 << 16
+"""A vector of 65,536 float32 values; a shard from the remote with more a row is refused unread."""
 
 Encode = Callable[[Sequence[str]], Encoded]
 """The whole interface to a teacher: texts -> vectors in the same order, with counts."""
@@ -66,17 +72,23 @@ def run(
     files: Mapping[str, str],
     corpus: Corpus,
     store: Store,
+    remote: Remote | None,
     load_teacher: Callable[[], Encode] | None,
     out: Path,
     facts: Path,
 ) -> Outcome:
-    """Embed the shards that the store lacks, then write the manifest of all of them.
+    """Embed the shards that the store and the remote lack, then write the manifest of all of them.
+
+    With a remote, missing shards are asked for first, and all shards are handed over in the background.
+    A shard that could not be handed over is told, but the run has done its work: `teachonce push` sends
+    what is missing there.
 
     Args:
         params: Settings.
         files: Name -> sha256 of the teacher's files.
         corpus: The texts.
         store: Where vectors go.
+        remote: Shared with other boxes; None if there is none.
         load_teacher: Called once, and only if a shard is missing; None if the teacher is not here.
         out: The manifest.
         facts: Counts for `dvc metrics`.
@@ -84,6 +96,7 @@ def run(
     Raises:
         MissingError: shards are missing and there is no teacher.
         BadVectorsError: the teacher returned poison; earlier shards are kept.
+        RemoteError: shards are missing and the remote cannot be asked for them.
     """
     made_of = recipe(params, files)
     teacher = fingerprint(made_of)
@@ -92,9 +105,14 @@ def run(
     todo = [shard for shard, key in enumerate(keys) if found[key] is None]
     log.info("embed: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
     made: list[int] = []
-    if todo:
-        encode = _loaded(load_teacher, todo, len(keys))
-        made = _embed(todo, keys, encode, params=params, corpus=corpus, store=store)
+    with Sharing(remote, store) as shared:
+        todo = _fetched(todo, keys, shared, params=params, corpus=corpus)
+        for entry in found.values():
+            if entry is not None:  # the run that made it may have been killed before it was sent
+                shared.hand_over(entry)
+        if todo:
+            encode = _loaded(load_teacher, todo, len(keys))
+            made = _embed(todo, keys, encode, shared, params=params, corpus=corpus, store=store)
     objects = [_found(store, key) for key in keys]
     manifest = Manifest(
         kind="embeddings", recipe=made_of, parent=corpus.manifest.content, objects=tuple(objects)
@@ -109,18 +127,49 @@ def run(
         made=out,
         summary=(
             f"{manifest.rows:,} vectors in {len(keys)} shards: {len(made)} embedded ({rows_made:,} "
-            f"texts), {kept} found in the store; {_share(counts)} of the texts were cut at "
-            f"{params.max_tokens} tokens; {manifest.size / 1e6:,.1f} MB"
+            f"texts), {kept} found in the store{_shared(shared)}; {_share(counts)} of the texts were cut "
+            f"at {params.max_tokens} tokens; {manifest.size / 1e6:,.1f} MB"
         ),
         facts={
             **counts,
             "shards_embedded": len(made),
             "shards_found": kept,
+            "shards_fetched": len(shared.fetched),
+            "shards_handed_over": shared.sent,
+            "shards_not_handed_over": len(shared.problems),
             "texts_embedded": rows_made,
             "bytes": manifest.size,
             "fingerprint": teacher,
         },
     )
+
+
+def _fetched(
+    todo: list[int],
+    keys: list[str],
+    shared: Sharing,
+    *,
+    params: EmbedParams,
+    corpus: Corpus,
+) -> list[int]:
+    """Fetch those shards of `todo` that the remote has; the others, in the order they are to be made."""
+    shared.fetch(
+        {keys[shard]: _wanted(corpus, shard, params) for shard in todo},
+        most={keys[shard]: corpus.objects[shard].rows * WIDEST_ROW_BYTES for shard in todo},
+    )
+    if shared.fetched:
+        log.info("embed: %d shards came from the remote", len(shared.fetched))
+    return shared.order([shard for shard in todo if keys[shard] not in shared.fetched])
+
+
+def _wanted(corpus: Corpus, shard: int, params: EmbedParams) -> Accept:
+    """What vectors of a shard must be like if another box made them."""
+
+    def accept(batch: pa.RecordBatch, _: Header) -> None:
+        text_keys = text_keys_of(corpus.batch(shard))
+        check_received(batch, text_keys=text_keys, storage=params.storage)
+
+    return accept
 
 
 def _loaded(load_teacher: Callable[[], Encode] | None, todo: list[int], shards: int) -> Encode:
@@ -139,6 +188,7 @@ def _embed(
     todo: list[int],
     keys: list[str],
     encode: Encode,
+    shared: Sharing,
     *,
     params: EmbedParams,
     corpus: Corpus,
@@ -149,9 +199,12 @@ def _embed(
     tokens = 0
     made_here: list[int] = []
     for shard in todo:
-        if store.find(keys[shard]) is not None:
+        rows = corpus.objects[shard].rows
+        if store.find(keys[shard]) is not None or shared.ask(
+            keys[shard], _wanted(corpus, shard, params), most=rows * WIDEST_ROW_BYTES
+        ):
             # Another worker was faster, such as one that outlived the `dvc repro` that started it.
-            progress.skip(corpus.objects[shard].rows)
+            progress.skip(rows)
             continue
         texts = corpus.texts(shard)
         made = encode(texts)
@@ -161,7 +214,7 @@ def _embed(
                 f"the teacher returned {made.vectors.shape[0]} vectors for {len(texts)} texts",
                 "report this: the encode function breaks its contract",
             )
-        put_vectors(
+        entry = put_vectors(
             store,
             keys[shard],
             vectors=made.vectors,
@@ -169,6 +222,7 @@ def _embed(
             storage=params.storage,
             facts={"tokens": made.tokens, "truncated": made.truncated},
         )
+        shared.hand_over(entry)
         made_here.append(shard)
         tokens += made.tokens
         progress.advance(len(texts), f"{tokens / progress.seconds:,.0f} tokens/s")
@@ -199,6 +253,15 @@ def _counts(store: Store, manifest: Manifest) -> dict[str, int]:
         "tokens": sum(facts.get("tokens", 0) for facts in per_shard),
         "truncated": sum(facts.get("truncated", 0) for facts in per_shard),
     }
+
+
+def _shared(shared: Sharing) -> str:
+    if shared.remote is None:
+        return ""
+    late = len(shared.problems)
+    return f", {len(shared.fetched)} of them from the remote; {shared.sent} handed over" + (
+        f", {late} NOT: run `teachonce push` later" if late else ""
+    )
 
 
 def _share(counts: Mapping[str, int]) -> str:

@@ -27,13 +27,13 @@ class Outcome:
 
     Args:
         stage: Its name.
-        made: The file or folder it left.
+        made: The file or folder it left, or the URL it was sent to.
         summary: One sentence for a person: what was done, in numbers.
         facts: The same and more for a program (`--json`).
     """
 
     stage: str
-    made: Path
+    made: Path | str
     summary: str
     facts: Facts = field(default_factory=dict)
 

@@ -206,6 +206,7 @@ class Params(Section):
     """All of params.yaml."""
 
     store: Text  # folder; $TEACHONCE_STORE wins
+    remote: Text | None  # speed only: s3://bucket/folder, or a folder
     device: Text  # speed only: auto, cpu, cuda, cuda:1, mps
     docs: DocsParams
     shard: ShardParams

@@ -123,7 +123,8 @@ def _scratch(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     scratch = _scratch_name(path)
     with named(path, "creating a file"):
         # 0666 less the umask, not the 0600 of tempfile: a shared store is read by the whole group.
-        descriptor = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+        # Readable too: what comes from elsewhere is mapped and checked before it gets its name.
+        descriptor = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o666)
     try:
         with named(path, "writing"), os.fdopen(descriptor, "wb") as sink:
             yield scratch, sink

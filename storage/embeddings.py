@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import Column, fixed_lists, matrix_of, text_key_array
+from storage.column import TEXT_KEY, Column, fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import Corpus, check_derived
 from storage.errors import TeachonceError
 from storage.manifest import Manifest
@@ -77,6 +77,31 @@ def check_vectors(vectors: NDArray[np.float32], *, key: str, storage: str) -> No
                 if fault.startswith("too large")
                 else "look at these texts, or set embed.precision: fp32; nothing of the shard was stored",
             )
+
+
+def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], storage: str) -> None:
+    """Refuse vectors from elsewhere that no manifest vouches for and that we would not have stored.
+
+    Args:
+        batch: A whole object of vectors.
+        text_keys: (rows,) V16 of the texts it must belong to.
+        storage: "float16" or "float32".
+
+    Raises:
+        ValueError: other texts, another type, or vectors that are no numbers.
+    """
+    kind = pa.from_numpy_dtype(DTYPES[storage])
+    types = {field.name: field.type for field in batch.schema}
+    vector = types.get("vector", pa.null())
+    if types.get("text_key") != TEXT_KEY or not (
+        pa.types.is_fixed_size_list(vector) and vector.value_type == kind
+    ):
+        raise ValueError(f"columns other than text keys and vectors of {storage}")
+    theirs = text_keys_of(batch)
+    if len(theirs) != len(text_keys) or not bool((theirs == text_keys).all()):
+        raise ValueError("vectors of other texts")
+    if not bool(np.isfinite(matrix_of(batch, "vector")).all()):
+        raise ValueError("NaN or Inf among its vectors")
 
 
 class Embeddings(Column):

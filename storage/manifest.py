@@ -71,22 +71,31 @@ class Manifest(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     def save(self, path: Path, store: Store) -> None:
-        """Write the manifest and leave a note in the store that it exists.
-
-        The note (`refs/<digest>.json`: manifest, who, when, where) is what keeps the objects of one
-        person from being cleaned away by another.
-        """
-        note = {
-            "manifest": self.model_dump(mode="json"),
-            "made": {
-                "by": getpass.getuser(),
-                "on": platform.node(),
-                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "in": str(path.resolve().parent),
-            },
-        }
-        durable.replace(store.root / "refs" / f"{digest(self.encoded)}.json", canonical_json(note))
+        """Write the manifest and leave a note in the store that it exists."""
+        self.leave_note(path, store)
         durable.replace(path, self.encoded)
+
+    def leave_note(self, path: Path, store: Store) -> None:
+        """Note in the store that the manifest `path` names objects of it.
+
+        The note is what keeps the objects of one person from being cleaned away by another.
+        """
+        durable.replace(store.root / self.ref, self.note(path))
+
+    @property
+    def ref(self) -> str:
+        """Where the note of this manifest lies, in a store as on a remote."""
+        return f"refs/{digest(self.encoded)}.json"
+
+    def note(self, path: Path) -> bytes:
+        """The manifest with who has it, when, on which machine and where (`path`)."""
+        made = {
+            "by": getpass.getuser(),
+            "on": platform.node(),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "in": str(path.resolve().parent),
+        }
+        return canonical_json({"manifest": self.model_dump(mode="json"), "made": made})
 
     @classmethod
     def load(cls, path: Path, kind: Kind) -> Self:

@@ -14,7 +14,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -24,10 +24,14 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, V
 from typing_extensions import Buffer
 
 from storage import durable
-from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
+from storage.errors import AnotherCopyError, DamagedError, MissingError
 
 FORMAT = 1
 HEADER = b"teachonce"
+MAGIC = b"ARROW1"
+
+UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
+"""What Arrow and Python raise for bytes that are not what they should be."""
 
 DIGEST_PATTERN = r"[0-9a-f]{40}"
 KEY_PATTERN = (
@@ -67,6 +71,10 @@ class Header(BaseModel):
     rows: NonNegativeInt
     facts: dict[str, int]
     sha256: Sha256
+
+
+Accept = Callable[[pa.RecordBatch, Header], None]
+"""What else must be true of a whole object that comes from elsewhere; raises ValueError if it is not."""
 
 
 class Store:
@@ -136,6 +144,44 @@ class Store:
             )
         return batch
 
+    def receive(self, key: str, write: Callable[[BinaryIO], None], accept: Accept) -> bool:
+        """Publish under `key` what `write` brings from elsewhere, once it has proved itself.
+
+        Returns:
+            False if somebody else published the key meanwhile; theirs stays.
+
+        Raises:
+            ValueError: it is damaged, foreign, or not what `accept` wants; nothing is left behind.
+            StorageError: the disk refused; nothing is left behind.
+        """
+
+        def write_and_prove(sink: BinaryIO) -> None:
+            write(sink)
+            sink.flush()
+            content = mmap.mmap(sink.fileno(), 0, access=mmap.ACCESS_READ)
+            accept(*_prove(key, pa.py_buffer(content)))
+
+        return durable.publish(self.path(key), write_and_prove)
+
+    def content(self, named: Object) -> bytes:
+        """The file of an object that a manifest names, as it may be sent elsewhere.
+
+        The very bytes that are returned were checked: what this process checked when it first mapped
+        the file may have rotted since.
+
+        Raises:
+            MissingError, DamagedError, AnotherCopyError: as `open`.
+        """
+        self.open(named)
+        path = self.path(named.key)
+        with durable.named(path, "reading"):
+            content = path.read_bytes()
+        try:
+            _prove(named.key, pa.py_buffer(content))
+        except ValueError as error:
+            raise self._damaged(named.key, str(error)) from error
+        return content
+
     def facts(self, key: str) -> dict[str, int]:
         """The facts in the header of the object under `key`."""
         return self._map(key)[1].facts
@@ -169,14 +215,10 @@ class Store:
             os.close(descriptor)
         seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         try:
-            batch, header = _read(pa.py_buffer(content))
-            if seen not in self._checked:
-                _check(key, batch, header)
-                self._checked[seen] = header
-        except TeachonceError:
-            raise
-        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-            raise self._damaged(key, str(error).splitlines()[0] or type(error).__name__) from error
+            batch, header = _prove(key, pa.py_buffer(content), values=seen not in self._checked)
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
+        self._checked[seen] = header
         return batch, header
 
     def _missing(self, key: str) -> MissingError:
@@ -254,18 +296,57 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
     yield memoryview(array.buffers()[1] or b"")[start : start + len(array) * width]
 
 
+def header_at_front(head: bytes) -> Header:
+    """The header of an object of which only the first bytes are here, not yet checked.
+
+    Raises:
+        ValueError: these are not the first bytes of an object.
+    """
+    if not head.startswith(MAGIC):
+        raise ValueError("not an Arrow file")
+    try:
+        # After its magic, padded to 8 bytes, an Arrow file begins like a stream: with the schema.
+        return _header_in(pa.ipc.read_schema(pa.py_buffer(head)[8:]))
+    except UNREADABLE as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.RecordBatch, Header]:
+    """The batch and the header in `content`, whole and of the object `key`.
+
+    Args:
+        key: The name it must have.
+        content: A file.
+        values: False if its values were compared with its sha256 before.
+
+    Raises:
+        ValueError: says in one line what is wrong.
+    """
+    try:
+        batch, header = _read(content)
+        if values:
+            _check(key, batch, header)
+    except UNREADABLE as error:
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+    return batch, header
+
+
+def _header_in(schema: pa.Schema) -> Header:
+    metadata = schema.metadata or {}
+    if HEADER not in metadata:
+        raise ValueError("an Arrow file without our header")
+    try:
+        return Header.model_validate_json(metadata[HEADER])
+    except ValidationError as error:
+        raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
+
+
 def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
     """The one batch of an Arrow file and its header, not yet checked."""
     reader = pa.ipc.open_file(content)
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches instead of one")
-    metadata = reader.schema.metadata or {}
-    if HEADER not in metadata:
-        raise ValueError("an Arrow file without our header")
-    try:
-        header = Header.model_validate_json(metadata[HEADER])
-    except ValidationError as error:
-        raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
+    header = _header_in(reader.schema)
     batch = reader.get_batch(0)
     # Arrow checks no offset by itself: a damaged one read without this ends the process.
     batch.validate(full=True)

@@ -94,12 +94,13 @@ class Place:
         manifest.save(self.root / "corpus.json", self.store)
         return Corpus(self.store, manifest)
 
-    def embed(self, corpus, teacher, *, files=None, params=None):
+    def embed(self, corpus, teacher, *, files=None, params=None, remote=None):
         return embed.run(
             params or embed_params(),
             files=files or {"model.safetensors": "0" * 64},
             corpus=corpus,
             store=self.store,
+            remote=remote,
             load_teacher=None if teacher is None else lambda: teacher,
             out=self.root / "embeddings.json",
             facts=self.root / "embed-facts.json",

@@ -34,6 +34,8 @@ COMMANDS = [
     "export",
     "report",
     "search",
+    "push",
+    "pull",
     "init",
 ]
 

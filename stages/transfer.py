@@ -1,0 +1,162 @@
+"""`push` and `pull`: what manifests name, between the store and the remote.
+
+Bytes before names: the note of a manifest goes to the remote after every object it names is there, so
+nobody finds a name there without its object. Both can be cut off anywhere and run again; what was moved
+stays moved. Token ids are named by no manifest: they are made where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.outcome import Outcome, Progress, log
+from storage.errors import MissingError, TeachonceError
+from storage.manifest import Manifest
+from storage.remote import Remote, RemoteError
+from storage.store import Object, Store, made_again
+
+TRANSFERS = 8
+MEMORY_BYTES = 1 << 30
+"""An object is sent from memory, so large ones are moved by fewer threads."""
+
+
+@dataclass
+class Moved:
+    """How a transfer went."""
+
+    moved: list[Object] = field(default_factory=list)
+    there: list[Object] = field(default_factory=list)
+    missing: list[Object] = field(default_factory=list)
+    problems: list[TeachonceError] = field(default_factory=list)
+
+
+def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
+    """Send what manifests name to the remote, objects first.
+
+    Args:
+        manifests: By the file each was read from.
+        store: Has the objects.
+        remote: Where to.
+
+    Raises:
+        TeachonceError: the first thing that went wrong (others are logged); what could be sent was,
+            except the notes.
+    """
+
+    def send(entry: Object, result: Moved) -> None:
+        (result.moved if remote.push(entry, store) else result.there).append(entry)
+
+    result = _each("push", _objects(manifests), send)
+    _raise_problems("push", result)
+    notes = sum(
+        remote.push_ref(manifest.ref, manifest.note(path)) for path, manifest in manifests.items()
+    )
+    return _outcome("push", result, to=remote.url, manifests=manifests, notes=notes)
+
+
+def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
+    """Bring what manifests name from the remote into the store.
+
+    Args:
+        manifests: By the file each was read from.
+        store: Where to.
+        remote: Has the objects.
+
+    Raises:
+        MissingError: the remote lacks some; all others were brought.
+        TeachonceError: the first thing that went wrong (others are logged); what could be brought was.
+    """
+
+    def fetch(entry: Object, result: Moved) -> None:
+        try:
+            store.open(entry)
+        except MissingError:
+            (result.moved if remote.pull(entry, store) else result.missing).append(entry)
+        else:
+            result.there.append(entry)
+
+    objects = _objects(manifests)
+    result = _each("pull", objects, fetch)
+    _raise_problems("pull", result)
+    if result.missing:
+        first = result.missing[0].key
+        raise MissingError(
+            remote.url,
+            f"{len(result.missing)} of {len(objects)} objects are neither here nor there (such as "
+            f"{first}); {len(result.moved)} were brought",
+            f"run `teachonce push` where they were made, or {made_again(first)}",
+        )
+    for path, manifest in manifests.items():
+        if not (store.root / manifest.ref).exists():
+            manifest.leave_note(path, store)
+    return _outcome("pull", result, to=store.root, manifests=manifests, notes=0)
+
+
+def threads(objects: Sequence[Object]) -> int:
+    """How many of `objects` may be moved at a time."""
+    largest = max((entry.bytes for entry in objects), default=0)
+    return max(1, min(TRANSFERS, MEMORY_BYTES // max(largest, 1)))
+
+
+def _objects(manifests: Mapping[Path, Manifest]) -> list[Object]:
+    """Each object once, though several manifests, or a corpus with a repeated shard, name it."""
+    named = {entry: None for manifest in manifests.values() for entry in manifest.objects}
+    return list(named)
+
+
+def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved], None]) -> Moved:
+    """Move objects, several at a time. One that fails does not keep the others; a dead remote does."""
+    result = Moved()
+    progress = Progress(stage, total=len(objects), unit="objects")
+    pool = ThreadPoolExecutor(threads(objects), thread_name_prefix=stage)
+    futures: dict[Future[None], Object] = {
+        pool.submit(move, entry, result): entry for entry in objects
+    }
+    try:
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except RemoteError:
+                raise
+            except TeachonceError as error:
+                result.problems.append(error)
+            size = sum(entry.bytes for entry in result.moved)
+            progress.advance(
+                1, f"{size / 1e6:,.1f} MB moved, {size / 1e6 / progress.seconds:,.1f} MB/s"
+            )
+    finally:
+        # On the way out of an interruption, too: what runs is finished, what waits is dropped.
+        pool.shutdown(cancel_futures=True)
+    return result
+
+
+def _raise_problems(stage: str, result: Moved) -> None:
+    if not result.problems:
+        return
+    first, *others = result.problems
+    for error in others:
+        log.warning("%s: %s", stage, error)
+    raise first
+
+
+def _outcome(
+    stage: str, result: Moved, *, to: str | Path, manifests: Mapping[Path, Manifest], notes: int
+) -> Outcome:
+    size = sum(entry.bytes for entry in result.moved)
+    return Outcome(
+        stage=stage,
+        made=to,
+        summary=(
+            f"{len(result.moved)} objects moved ({size / 1e6:,.1f} MB), {len(result.there)} were there "
+            f"already; named by {', '.join(path.name for path in manifests)}"
+        ),
+        facts={
+            "objects_moved": len(result.moved),
+            "objects_there": len(result.there),
+            "bytes_moved": size,
+            "notes": notes,
+        },
+    )

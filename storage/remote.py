@@ -1,0 +1,338 @@
+"""The remote: a folder or an object store that boxes without a common disk share.
+
+It is laid out like a store and holds to the same rule. An object goes there if its name is free, whole or
+not at all, and only from bytes that were checked a moment before; it comes from there through a scratch
+file, and gets its name in the store after it has proved itself. A remote is believed nothing.
+
+What makes a name appear whole: on S3 a put is one step, and `If-None-Match` refuses a name that is taken;
+a folder goes through `durable`. Where a server ignores that condition, the worst is a second upload of the
+same thing: same key, same origin.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import pyarrow as pa
+
+from storage import durable
+from storage.errors import AnotherCopyError, DamagedError, TeachonceError, shown
+from storage.store import (
+    KEY_PATTERN,
+    MAGIC,
+    Accept,
+    Header,
+    Object,
+    Store,
+    header_at_front,
+    made_again,
+)
+
+PROTOCOLS = {"file", "s3", "memory"}
+"""Those of which we know that an upload appears whole or not at all."""
+
+ATTEMPTS = 5
+CHUNK_BYTES = 8 << 20
+HEAD_BYTES = 64 << 10
+SLACK_BYTES = 1 << 20
+"""Another version of Arrow may lay out the same values a little larger than the manifest says."""
+
+# The attempts are ours: s3fs makes five of each, botocore five of those, and a dead server takes minutes.
+S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
+FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
+CLIENTS = {"botocore", "aiobotocore", "aiohttp"}
+
+Result = TypeVar("Result")
+
+
+class RemoteError(TeachonceError):
+    """The remote could not be reached, or refused."""
+
+
+class Remote:
+    """A place that objects are pushed to and pulled from. Safe to use from several threads.
+
+    Args:
+        url: `s3://bucket/folder`, or an existing folder (also as `file://`).
+        first_pause: Seconds before the second attempt; each further one waits twice as long.
+
+    Raises:
+        RemoteError: no such folder, or a kind of URL that is not known here.
+    """
+
+    def __init__(self, url: str, *, first_pause: float = 0.5) -> None:
+        self.url, self.first_pause = url.rstrip("/"), first_pause
+        self._files, root = _file_system(url)
+        self._root = root.rstrip("/")
+        self._folder = Path(root) if "file" in _protocols(self._files) else None
+        if self._folder is not None and not self._folder.is_dir():
+            # Made here, it would fill the disk below a mount point that is not mounted.
+            raise RemoteError(
+                url, "no such folder", f"mount it, make it (mkdir -p '{root}'), or mend `remote`"
+            )
+
+    def find(self, key: str) -> Object | None:
+        """What the remote has under `key`, by its first and last bytes; None if there is nothing.
+
+        Enough to see that it is there, complete in length and which copy; not that no bit is flipped.
+
+        Raises:
+            DamagedError: it is cut off, no object, or another one.
+            RemoteError: the remote cannot be reached.
+        """
+        path = self._path(key)
+        try:
+            size = self._asked(key, lambda: self._size(path))
+            if size == 0:
+                raise self._damaged(key, "empty")
+            head = self._range(key, 0, min(size, HEAD_BYTES))
+            tail = self._range(key, max(0, size - len(MAGIC)), size)
+        except FileNotFoundError:
+            return None
+        try:
+            header = header_at_front(head)
+            if header.key != key:
+                raise ValueError(f"it is {header.key} under a foreign name")
+            if tail != MAGIC:
+                raise ValueError("its end is missing")
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
+        return Object(key=key, rows=header.rows, bytes=size, sha256=header.sha256)
+
+    def pull(self, named: Object, store: Store) -> bool:
+        """Bring an object that a manifest names into the store; False if the remote has none.
+
+        Raises:
+            AnotherCopyError: the remote has another copy than the manifest's.
+            DamagedError: what came is not what the manifest names; nothing is left behind.
+            RemoteError: the remote cannot be reached.
+        """
+        there = self.find(named.key)
+        if there is None:
+            return False
+        self._same(there, named)
+
+        def accept(_: pa.RecordBatch, header: Header) -> None:
+            if header.sha256 != named.sha256:
+                raise ValueError("another copy than it said before")
+
+        self._fetch(there, store, accept, most=named.bytes)
+        return True
+
+    def ask(self, key: str, store: Store, accept: Accept, *, most: int) -> bool:
+        """Bring an object that no manifest names yet; False if the remote has none.
+
+        Args:
+            key: Its name.
+            store: Where to.
+            accept: Raises ValueError if a whole object of this name is still not the one wanted.
+            most: Size in bytes beyond which it is refused unread.
+
+        Raises:
+            DamagedError, RemoteError: as `pull`.
+        """
+        there = self.find(key)
+        if there is None:
+            return False
+        self._fetch(there, store, accept, most=most)
+        return True
+
+    def push(self, named: Object, store: Store) -> bool:
+        """Send an object that a manifest names; False if the remote has that copy already.
+
+        Raises:
+            AnotherCopyError: the remote has another copy; it stays.
+            MissingError, DamagedError: the store has it not, or not whole; nothing is sent.
+            RemoteError: the remote cannot be reached or refuses.
+        """
+        there = self.find(named.key)
+        if there is None:
+            if self._put(named.key, store.content(named)):
+                return True
+            there = self.find(named.key)
+        if there is None:
+            raise RemoteError(
+                self._shown(named.key), "there and gone again", "run `teachonce push` again"
+            )
+        self._same(there, named)
+        return False
+
+    def push_ref(self, ref: str, note: bytes) -> bool:
+        """Send the note of a manifest, after its objects; False if it is there already."""
+        path = self._path(ref)
+        return not self._is_there(ref, path) and self._put(ref, note)
+
+    def _fetch(self, there: Object, store: Store, accept: Accept, *, most: int) -> None:
+        key = there.key
+        if there.bytes > most + SLACK_BYTES:
+            raise self._damaged(key, f"{there.bytes:,} bytes where {most:,} are expected")
+
+        def write(sink: BinaryIO) -> None:
+            for start in range(0, there.bytes, CHUNK_BYTES):
+                end = min(start + CHUNK_BYTES, there.bytes)
+                try:
+                    sink.write(self._range(key, start, end))
+                except FileNotFoundError:
+                    raise RemoteError(
+                        self._shown(key), "vanished while it was read", "run the same command again"
+                    ) from None
+
+        try:
+            store.receive(key, write, accept)
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
+
+    def _put(self, key: str, content: bytes) -> bool:
+        """Make `key` in one step; False if the name was taken."""
+        path = self._path(key)
+        if self._folder is not None:
+
+            def write(sink: BinaryIO) -> None:
+                sink.write(content)
+
+            return durable.publish(Path(path), write)
+
+        def put() -> bool:
+            try:
+                self._files.pipe_file(path, content, mode="create")
+            except Exception as error:
+                # A put may have worked though its answer was lost, and not all servers name a taken
+                # name alike: look.
+                if _is_transport(error) and self._is_there(key, path):
+                    return False
+                raise
+            return True
+
+        try:
+            return self._asked(key, put)
+        except FileNotFoundError as error:
+            raise RemoteError(
+                self.url, f"cannot be written: {shown(error)}", "make the bucket, or mend `remote`"
+            ) from error
+
+    def _is_there(self, key: str, path: str) -> bool:
+        try:
+            self._asked(key, lambda: self._size(path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _size(self, path: str) -> int:
+        found = self._files.info(path)
+        if found["type"] != "file":
+            raise IsADirectoryError(errno.EISDIR, f"a {found['type']}, not a file")
+        return int(found["size"])
+
+    def _range(self, key: str, start: int, end: int) -> bytes:
+        path = self._path(key)
+
+        def read() -> bytes:
+            # By name: the second argument of s3fs is another one than that of fsspec.
+            content: bytes = self._files.cat_file(path, start=start, end=end)
+            if len(content) != end - start:
+                raise OSError(errno.EIO, f"{len(content)} bytes came of {end - start} at {start}")
+            return content
+
+        return self._asked(key, read)
+
+    def _asked(self, key: str, call: Callable[[], Result]) -> Result:
+        """What `call` returns at one of five attempts; FileNotFoundError is an answer, not a failure.
+
+        Raises:
+            RemoteError: none succeeded, or it is of no use to try again.
+        """
+        attempt = 1
+        while True:
+            try:
+                return call()
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                if not _is_transport(error):
+                    raise
+                if _is_final(error) or attempt == ATTEMPTS:
+                    raise RemoteError(
+                        self._shown(key),
+                        f"failed{f' {attempt} times' if attempt > 1 else ''}: "
+                        f"{shown(error) or type(error).__name__}",
+                        "check the network, the credentials and `remote`, then run the same command "
+                        "again: what was moved is kept",
+                    ) from error
+            # Half of it by chance, so that boxes that failed together do not come back together.
+            time.sleep(self.first_pause * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+            attempt += 1
+
+    def _path(self, key: str) -> str:
+        """Where `key` lies. Refuses anything that is neither a key nor the name of a note."""
+        if not re.fullmatch(rf"{KEY_PATTERN}|refs/[0-9a-f]{{40}}\.json", key):
+            raise DamagedError(
+                key, "not the name of an object", "restore the manifest that names it"
+            )
+        return f"{self._root}/{key}"
+
+    def _shown(self, key: str) -> str:
+        return f"{self.url}/{key}"
+
+    def _same(self, there: Object, named: Object) -> None:
+        if there.sha256 != named.sha256:
+            raise AnotherCopyError(
+                self._shown(named.key),
+                f"another copy than the manifest's (sha256 {there.sha256[:12]}… there, "
+                f"{named.sha256[:12]}… in the manifest); the first to be pushed stays",
+                f"move the copy in your store away, {made_again(named.key)} with `remote` set to adopt "
+                "the remote's, then `dvc repro`",
+            )
+
+    def _damaged(self, key: str, problem: str) -> DamagedError:
+        return DamagedError(
+            self._shown(key),
+            f"damaged on the remote: {problem}",
+            "delete it there, then run `teachonce push` where the store has it whole",
+        )
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system that fsspec has for `url`, and the path in it."""
+    import fsspec  # here: 70 ms that commands without a remote need not wait for
+
+    cure = f"use s3://bucket/folder or a folder in `remote` ({', '.join(sorted(PROTOCOLS))})"
+    try:
+        # A remembered listing would hide what another worker has pushed meanwhile.
+        options = S3_OPTIONS if url.startswith("s3") else {}
+        files, root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+    except ImportError as error:
+        raise RemoteError(url, shown(error), "pip install 'teachonce[s3]'") from error
+    except (ValueError, OSError) as error:
+        raise RemoteError(url, f"no remote: {shown(error)}", cure) from error
+    if not _protocols(files) & PROTOCOLS:
+        raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
+    if hasattr(files, "retries"):
+        files.retries = (
+            1  # s3fs tries five times itself: with ours, a dead server would take minutes
+        )
+    return files, root
+
+
+def _protocols(files: Any) -> set[str]:  # noqa: ANN401 - fsspec has no types
+    return {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether an error is of the way to the remote, not of this program.
+
+    Not all errors of S3 clients are `OSError`s, and those clients are not installed everywhere.
+    """
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would fail alike."""
+    kind = type(error).__name__
+    return isinstance(error, FINAL) or "Credentials" in kind or "Validation" in kind
