@@ -8,6 +8,7 @@ renamed, truncated or flipped one is found out before a byte of it is used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -15,6 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -24,7 +26,13 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, V
 from typing_extensions import Buffer
 
 from storage import durable
-from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
+from storage.errors import (
+    AnotherCopyError,
+    DamagedError,
+    MissingError,
+    StorageError,
+    TeachonceError,
+)
 
 FORMAT = 1
 HEADER = b"teachonce"
@@ -41,6 +49,10 @@ KEY_PATTERN = (
 Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
+
+# What `open` says of a link and of a socket: no object of ours. Anything else it refuses for (no
+# permission, no more descriptors, a stale mount) says nothing about the object.
+NO_PLAIN_FILE = {errno.ELOOP, errno.ENXIO}
 
 # Token ids are missing here: whoever needs them makes them.
 MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
@@ -148,7 +160,32 @@ class Store:
             )
         return self.root / key
 
+    def header(self, key: str) -> tuple[Header, int]:
+        """What the object under `key` says of itself, and its size in bytes; no value is read.
+
+        Raises:
+            MissingError: it is not in the store.
+            DamagedError: it has no header, or that of another object.
+            StorageError: the operating system refused to open it.
+        """
+        content, status = self._content(key)
+        with self._reading(key):
+            _, header = _open(content)
+            _check_name(key, header)
+        return header, status.st_size
+
     def _map(self, key: str) -> tuple[pa.RecordBatch, Header]:
+        content, status = self._content(key)
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        with self._reading(key):
+            batch, header = _read(content)
+            if seen not in self._checked:
+                _check(key, batch, header)
+                self._checked[seen] = header
+        return batch, header
+
+    def _content(self, key: str) -> tuple[pa.Buffer, os.stat_result]:
+        """The mapped file."""
         path = self.path(key)
         try:
             # No links and no devices: the store may come from a stranger.
@@ -156,8 +193,11 @@ class Store:
         except FileNotFoundError:
             raise self._missing(key) from None
         except OSError as error:
-            raise self._damaged(
-                key, f"cannot be opened ({os.strerror(error.errno or 0)})"
+            cause = os.strerror(error.errno or 0)
+            if error.errno in NO_PLAIN_FILE:
+                raise self._damaged(key, f"cannot be opened ({cause})") from error
+            raise StorageError(
+                path, f"opening failed: {cause}", "mend that, then run the same command again"
             ) from error
         try:
             status = os.fstat(descriptor)
@@ -167,17 +207,17 @@ class Store:
         finally:
             # The map stays: it lives as long as an array points into it.
             os.close(descriptor)
-        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return pa.py_buffer(content), status
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        """Turn whatever a damaged file makes Arrow say into a DamagedError."""
         try:
-            batch, header = _read(pa.py_buffer(content))
-            if seen not in self._checked:
-                _check(key, batch, header)
-                self._checked[seen] = header
+            yield
         except TeachonceError:
             raise
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             raise self._damaged(key, str(error).splitlines()[0] or type(error).__name__) from error
-        return batch, header
 
     def _missing(self, key: str) -> MissingError:
         return MissingError(
@@ -254,8 +294,8 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
     yield memoryview(array.buffers()[1] or b"")[start : start + len(array) * width]
 
 
-def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
-    """The one batch of an Arrow file and its header, not yet checked."""
+def _open(content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
+    """An Arrow file with one batch, and its header; no value is read."""
     reader = pa.ipc.open_file(content)
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches instead of one")
@@ -266,16 +306,26 @@ def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
         header = Header.model_validate_json(metadata[HEADER])
     except ValidationError as error:
         raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
+    return reader, header
+
+
+def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
+    """The one batch of an Arrow file and its header, not yet checked."""
+    reader, header = _open(content)
     batch = reader.get_batch(0)
     # Arrow checks no offset by itself: a damaged one read without this ends the process.
     batch.validate(full=True)
     return batch, header
 
 
-def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
-    """Raise ValueError unless the batch is whole and is the object `key`."""
+def _check_name(key: str, header: Header) -> None:
     if header.key != key:
         raise ValueError(f"it is {header.key} under a foreign name")
+
+
+def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
+    """Raise ValueError unless the batch is whole and is the object `key`."""
+    _check_name(key, header)
     if header.rows != len(batch):
         raise ValueError(f"{len(batch)} rows instead of {header.rows}")
     if payload_sha256(key, batch, header.facts) != header.sha256:
