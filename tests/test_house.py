@@ -34,6 +34,11 @@ COMMANDS = [
     "export",
     "report",
     "search",
+    "verify",
+    "repair",
+    "ls",
+    "diff",
+    "gc",
     "init",
 ]
 
