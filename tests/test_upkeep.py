@@ -713,6 +713,20 @@ def test_a_worker_in_the_third_week_of_a_teacher_pass_loses_nothing(tree):
     assert not latest.exists()
 
 
+@pytest.mark.parametrize(
+    ("days", "grace_days", "stays"),
+    [(0.9, 1.0, True), (1.1, 1.0, False), (2.4, 2.5, True), (2.6, 2.5, False), (-1, 1.0, True)],
+)
+def test_how_long_an_object_without_a_ref_stays(tree, days, grace_days, stays):
+    """-1: written by a machine whose clock is ahead."""
+    orphan = put_texts_of_nobody(tree)
+    make_older(tree.store.root, days)
+    gc.run(tree.store.root, delete=True, grace_days=grace_days)
+    assert orphan.exists() == stays
+    gc.run(tree.store.root, delete=True, grace_days=0)
+    assert not orphan.exists()
+
+
 def test_young_objects_that_a_ref_keeps_do_not_spare_old_ones(tree):
     orphan = put_texts_of_nobody(tree)
     os.utime(orphan, (0, 0))
@@ -822,7 +836,11 @@ def test_forget_refuses_what_is_ambiguous_unknown_or_too_short(tree):
     folder = tree.store.root / "refs"
     name = sorted(folder.iterdir())[0].stem
     (folder / f"{name[:5]}{'f' * 35}.json").write_text("{}")
+    (folder / f"abc0{'f' * 36}.json").write_text("{}")
     before = sorted(folder.iterdir())
+    for prefix, count in (("abc", 1), ("abc0fe", 0)):
+        with pytest.raises(TeachonceError, match=f"{count} refs begin like that"):
+            gc.run(tree.store.root, delete=True, forget=[prefix])
     for prefix, count in ((name[:5], 2), ("zzzz", 0), (name[:3], 2), ("", len(before)), ("../", 0)):
         with pytest.raises(TeachonceError, match=f"{count} refs begin like that"):
             gc.run(tree.store.root, delete=True, forget=[prefix])
