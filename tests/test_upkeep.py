@@ -333,6 +333,9 @@ def test_a_damaged_manifest_is_one_problem_among_others(tree):
     assert states(outcome) == [("manifest", "negatives.json"), ("missing", path.name)]
     with pytest.raises(DamagedError, match="1 damaged manifests, 1 missing"):
         verify.check_sound(outcome)
+    with pytest.raises(DamagedError, match=r"negatives.json: no manifest.*\n  cure: restore it"):
+        repair.run(again(tree))
+    assert not path.exists()
 
 
 def test_what_exists_of_the_manifests_is_enough(tree):
@@ -410,6 +413,9 @@ def test_what_is_no_file_at_all_is_moved_too(tree):
     folder.mkdir()
     assert len(repair.run(again(tree)).facts["moved"]) == 2
     verify.check_sound(verify.run(again(tree), read_data=True))
+    make_older(tree.store.root, days=9)
+    assert gc.run(tree.store.root, delete=True, grace_days=0).facts["bytes"] == 0
+    assert len(list((tree.store.root / "quarantine").iterdir())) == 2
     freed = gc.run(tree.store.root, delete=True, quarantine=True).facts["quarantine"]
     assert len(freed) == 2
     assert list((tree.store.root / "quarantine").iterdir()) == []
@@ -457,6 +463,17 @@ def test_changed_sources_do_not_become_a_new_corpus_by_repair(tree):
     assert len(read_refs(tree.store.root)[0]) == 3
 
 
+def test_sources_are_read_only_as_far_as_a_lost_text_shard(tree):
+    tree.path("corpus").unlink()
+    (tree.at.root / "unreadable.txt.gz").write_bytes(b"no gzip")
+    write_params(tree.at.root, shard__sources=["texts.txt", "unreadable.txt.gz"])
+    repair.run(again(tree))
+    assert tree.path("corpus").exists()
+    tree.path("corpus", -1).unlink()  # it may go on in the next file
+    with pytest.raises(TeachonceError, match=r"unreadable.txt.gz: cannot be read"):
+        repair.run(again(tree))
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
@@ -471,6 +488,20 @@ def test_other_settings_do_not_become_a_new_cache_by_repair(tree, kind, change, 
     with pytest.raises(MissingError, match=said):
         repair.run(again(tree, HashTeacher()))
     assert tree.files() == before
+
+
+def test_vectors_older_than_the_corpus_are_for_embed_to_make(tree):
+    path = tree.path("embeddings")
+    path.unlink()
+    texts = (tree.at.root / "texts.txt").read_text()
+    (tree.at.root / "texts.txt").write_text(f"One more text for a start.\n{texts}")
+    tree.shard()
+    teacher = HashTeacher()
+    with pytest.raises(
+        MissingError, match=r"older than corpus.json.*\n  cure: run `teachonce embed`"
+    ):
+        repair.run(again(tree, teacher))
+    assert teacher.texts_seen == 0
 
 
 def test_vectors_of_another_machine_are_adopted_and_said_to_be_others(tree):
@@ -661,6 +692,9 @@ def test_a_dry_run_deletes_nothing(tree):
     assert sorted(tree.store.root.rglob("*")) == before
     assert f"text/{orphan.name}" in outcome.facts["orphans"]
     assert outcome.summary.endswith("this was a dry run")
+    # It says what forgetting that ref would free.
+    named = {entry.key for entry in read_refs(tree.store.root)[0][0].manifest.objects}
+    assert named <= set(outcome.facts["orphans"])
 
 
 def test_gc_deletes_what_no_ref_names_and_nothing_else(tree):
