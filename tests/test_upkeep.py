@@ -411,6 +411,7 @@ def test_what_is_no_file_at_all_is_moved_too(tree):
     link.symlink_to("nowhere")
     folder.unlink()
     folder.mkdir()
+    (folder / "inner").write_text("somebody's")
     assert len(repair.run(again(tree)).facts["moved"]) == 2
     verify.check_sound(verify.run(again(tree), read_data=True))
     make_older(tree.store.root, days=9)
