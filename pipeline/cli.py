@@ -1,4 +1,6 @@
-"""The commands, in the order of the pipeline. Each reads settings, opens inputs, runs a stage, prints.
+"""The commands: the pipeline in its order, then what looks after the store.
+
+Each reads settings, opens inputs, runs a stage, prints.
 
 There are no flags for settings: params.yaml holds them all, and `dvc exp run -S embed.max_tokens=64`
 changes one and records it. Heavy imports stand inside the commands, so that `--help` answers at once.
@@ -12,6 +14,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -378,6 +381,89 @@ def search(
 
 
 @app.command()
+def verify(
+    read_data: Annotated[
+        bool, typer.Option("--read-data", help="Read every value and compare its sha256.")
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Read so many objects, chosen at random.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the choice, to make it again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that the store has what the manifests here name, whole. Without options, headers only."""
+    from pipeline.verify import check_sound, lines, run
+
+    if seed is not None and sample is None:
+        raise typer.BadParameter("--seed chooses nothing without --sample")
+    outcome = run(workspace(), read_data=read_data, sample=sample, seed=seed)
+    show_lines(outcome, lines(outcome.facts), as_json)
+    check_sound(outcome)
+
+
+@app.command()
+def repair(as_json: Json = False) -> None:
+    """Move what is damaged into quarantine; make exactly that, and what is missing, again."""
+    from pipeline.repair import run
+
+    show(run(workspace()), as_json)
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """List what is in the store, for which teacher, how large, and whose manifests need it."""
+    from pipeline.ls import lines, run
+
+    outcome = run(workspace().store.root)
+    show_lines(outcome, lines(outcome.facts), as_json)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A manifest, such as data/embeddings.json.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+    as_json: Json = False,
+) -> None:
+    """Say in which settings and shards two manifests differ; exit code 1 if they do."""
+    from pipeline.diff import lines, run
+
+    outcome = run(a, b)
+    show_lines(outcome, lines(outcome.facts), as_json)
+    if not outcome.facts["equal"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Do it; without, only say what would go.")
+    ] = False,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Also what `repair` moved away.")
+    ] = False,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF", help="Remove a ref first; may be repeated."),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, metavar="DAYS", help="Spare a folder that changed since.")
+    ] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Delete objects that no ref in the store names. A dry run, unless told to."""
+    from pipeline.gc import lines, run
+
+    outcome = run(
+        workspace().store.root,
+        delete=delete,
+        quarantine=quarantine,
+        forget=forget or (),
+        grace_days=grace,
+    )
+    show_lines(outcome, lines(outcome.facts), as_json)
+
+
+@app.command()
 def push(as_json: Json = False) -> None:
     """Send what the manifests name to the remote: objects first, then who names them."""
     from stages.transfer import push as run
@@ -424,6 +510,16 @@ def show(outcome: Outcome, as_json: bool) -> None:
     # Under DVC it is DVC who knows what comes next.
     if outcome.stage in NEXT and "DVC_STAGE" not in os.environ:
         typer.echo(f"  next: {NEXT[outcome.stage]}")
+
+
+def show_lines(outcome: Outcome, lines: Iterable[str], as_json: bool) -> None:
+    """Print a listing and the sentence that sums it up, or all of it as JSON for a program."""
+    if as_json:
+        show(outcome, as_json)
+        return
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"{outcome.stage}: {outcome.summary}")
 
 
 def _place(made: Path | str) -> Path | str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -89,6 +89,38 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})",
         facts={**ledger, "shards": len(made), "shards_new": new, "bytes": manifest.size},
     )
+
+
+def make_again(
+    params: ShardParams, *, root: Path, store: Store, keys: Collection[str]
+) -> list[str]:
+    """Publish those of the text shards `keys` that the sources still give, and nothing else.
+
+    A shard is named by its texts, so what is published is what was lost, to the bit.
+
+    Args:
+        params: What to read and keep.
+        root: The work tree.
+        store: Where they go.
+        keys: Names of text shards.
+
+    Returns:
+        Those that the sources do not give any more.
+
+    Raises:
+        TeachonceError: a source is missing, truncated or unreadable.
+    """
+    items = chain.from_iterable(
+        read(source, params.field) for source in sources(params.sources, root)
+    )
+    wanted = dict.fromkeys(keys)
+    for shard in cut(clean(Reading(items), params, Counter()), params.rows_per_shard):
+        if (key := f"text/{text_digest(text for text, _ in shard)}.arrow") in wanted:
+            put_texts(store, shard)
+            del wanted[key]
+        if not wanted:
+            break
+    return list(wanted)
 
 
 def _publish(

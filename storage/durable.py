@@ -8,6 +8,8 @@ Two ways to write, and no third:
 Both write a scratch file beside the target, flush it to the disk, give it its final name and flush
 the folder. A failed flush is never retried: Linux reports a lost page once and then calls it clean,
 so the scratch file is thrown away and the caller starts it again.
+
+What was written is taken away by `move` and `remove`, which only the upkeep of the store calls.
 """
 
 from __future__ import annotations
@@ -115,6 +117,33 @@ def replace_folder(path: Path) -> Iterator[Path]:
             _flush(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give `path`, whatever it is, the new name `target` on the same disk, in one step.
+
+    Raises:
+        StorageError: it has its old name still.
+    """
+    _make_folder(target.parent)
+    with named(path, "moving"):
+        path.rename(target)
+        _flush(target.parent)
+        _flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder; one that is gone already is as good.
+
+    Raises:
+        StorageError: it, or a part of it, is still there.
+    """
+    with named(path, "deleting"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 @contextmanager

@@ -98,20 +98,24 @@ class Manifest(BaseModel):
         return canonical_json({"manifest": self.model_dump(mode="json"), "made": made})
 
     @classmethod
-    def load(cls, path: Path, kind: Kind) -> Self:
-        """Read a manifest of `kind`.
+    def load(cls, path: Path, kind: Kind | None) -> Self:
+        """Read a manifest of `kind`; None for one of any kind.
 
         Raises:
             MissingError: there is no such file.
-            DamagedError: it is no manifest of this kind, or of another format.
+            DamagedError: it is no manifest of this kind, or of another format, or cannot be read.
         """
-        cure = f"restore it from Git, or make it again with `{MADE_BY[kind]}`"
+        again = f"`{MADE_BY[kind]}`" if kind else "the stage that left it"
+        cure = f"restore it from Git, or make it again with {again}"
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 content = file.read(MAX_BYTES + 1)
         except FileNotFoundError:
-            raise MissingError(path, "not there", f"run `{MADE_BY[kind]}`") from None
+            raise MissingError(path, "not there", f"run {again}") from None
+        except OSError as error:
+            cause = os.strerror(error.errno or 0)
+            raise DamagedError(path, f"cannot be read: {cause}", cure) from error
         if size > MAX_BYTES:
             raise DamagedError(path, f"{size} bytes are too many for a manifest", cure)
         try:
@@ -127,7 +131,7 @@ class Manifest(BaseModel):
             ) from error
         except (ValueError, RecursionError) as error:
             raise DamagedError(path, f"no manifest: {shown(error)}", cure) from error
-        if manifest.kind != kind:
+        if kind and manifest.kind != kind:
             raise DamagedError(path, f"a manifest of {manifest.kind}, not of {kind}", cure)
         return manifest
 

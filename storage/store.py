@@ -8,6 +8,7 @@ renamed, truncated or flipped one is found out before a byte of it is used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -24,7 +25,12 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, V
 from typing_extensions import Buffer
 
 from storage import durable
-from storage.errors import AnotherCopyError, DamagedError, MissingError
+from storage.errors import (
+    AnotherCopyError,
+    DamagedError,
+    MissingError,
+    StorageError,
+)
 
 FORMAT = 1
 HEADER = b"teachonce"
@@ -45,6 +51,10 @@ KEY_PATTERN = (
 Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
+
+# What `open` says of a link and of a socket: no object of ours. Anything else it refuses for (no
+# permission, no more descriptors, a stale mount) says nothing about the object.
+NO_PLAIN_FILE = {errno.ELOOP, errno.ENXIO}
 
 # Token ids are missing here: whoever needs them makes them.
 MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
@@ -194,7 +204,34 @@ class Store:
             )
         return self.root / key
 
+    def header(self, key: str) -> tuple[Header, int]:
+        """What the object under `key` says of itself, and its size in bytes; no value is read.
+
+        Raises:
+            MissingError: it is not in the store.
+            DamagedError: it has no header, or that of another object.
+            StorageError: the operating system refused to open it.
+        """
+        content, status = self._content(key)
+        try:
+            _, header = _open(content)
+            _check_name(key, header)
+        except UNREADABLE as error:
+            raise self._damaged(key, _one_line(error)) from error
+        return header, status.st_size
+
     def _map(self, key: str) -> tuple[pa.RecordBatch, Header]:
+        content, status = self._content(key)
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            batch, header = _prove(key, content, values=seen not in self._checked)
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
+        self._checked[seen] = header
+        return batch, header
+
+    def _content(self, key: str) -> tuple[pa.Buffer, os.stat_result]:
+        """The mapped file."""
         path = self.path(key)
         try:
             # No links and no devices: the store may come from a stranger.
@@ -202,8 +239,11 @@ class Store:
         except FileNotFoundError:
             raise self._missing(key) from None
         except OSError as error:
-            raise self._damaged(
-                key, f"cannot be opened ({os.strerror(error.errno or 0)})"
+            cause = os.strerror(error.errno or 0)
+            if error.errno in NO_PLAIN_FILE:
+                raise self._damaged(key, f"cannot be opened ({cause})") from error
+            raise StorageError(
+                path, f"opening failed: {cause}", "mend that, then run the same command again"
             ) from error
         try:
             status = os.fstat(descriptor)
@@ -213,13 +253,7 @@ class Store:
         finally:
             # The map stays: it lives as long as an array points into it.
             os.close(descriptor)
-        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
-        try:
-            batch, header = _prove(key, pa.py_buffer(content), values=seen not in self._checked)
-        except ValueError as error:
-            raise self._damaged(key, str(error)) from error
-        self._checked[seen] = header
-        return batch, header
+        return pa.py_buffer(content), status
 
     def _missing(self, key: str) -> MissingError:
         return MissingError(
@@ -308,7 +342,7 @@ def header_at_front(head: bytes) -> Header:
         # After its magic, padded to 8 bytes, an Arrow file begins like a stream: with the schema.
         return _header_in(pa.ipc.read_schema(pa.py_buffer(head)[8:]))
     except UNREADABLE as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(_one_line(error)) from error
 
 
 def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.RecordBatch, Header]:
@@ -327,8 +361,12 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
         if values:
             _check(key, batch, header)
     except UNREADABLE as error:
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+        raise ValueError(_one_line(error)) from error
     return batch, header
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _header_in(schema: pa.Schema) -> Header:
@@ -341,22 +379,31 @@ def _header_in(schema: pa.Schema) -> Header:
         raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
 
 
-def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
-    """The one batch of an Arrow file and its header, not yet checked."""
+def _open(content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
+    """An Arrow file with one batch, and its header; no value is read."""
     reader = pa.ipc.open_file(content)
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches instead of one")
-    header = _header_in(reader.schema)
+    return reader, _header_in(reader.schema)
+
+
+def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
+    """The one batch of an Arrow file and its header, not yet checked."""
+    reader, header = _open(content)
     batch = reader.get_batch(0)
     # Arrow checks no offset by itself: a damaged one read without this ends the process.
     batch.validate(full=True)
     return batch, header
 
 
-def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
-    """Raise ValueError unless the batch is whole and is the object `key`."""
+def _check_name(key: str, header: Header) -> None:
     if header.key != key:
         raise ValueError(f"it is {header.key} under a foreign name")
+
+
+def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
+    """Raise ValueError unless the batch is whole and is the object `key`."""
+    _check_name(key, header)
     if header.rows != len(batch):
         raise ValueError(f"{len(batch)} rows instead of {header.rows}")
     if payload_sha256(key, batch, header.facts) != header.sha256:

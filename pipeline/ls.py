@@ -1,0 +1,172 @@
+"""`teachonce ls`: what is in the store, for which teacher, how large, and whose manifests need it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.outcome import Facts, Outcome
+from storage.errors import MissingError, TeachonceError, shown
+from storage.inventory import (
+    SHOWN_DIGITS,
+    File,
+    Inventory,
+    Ref,
+    orphans,
+    read_refs,
+    take_inventory,
+)
+
+LINES = 10  # of a kind; `--json` has all
+
+# What a person knows a teacher by; its name is in no recipe, since a mirror is the same teacher.
+TOLD = ("prompt", "max_tokens", "precision", "storage", "neighbours", "rows_per_shard")
+
+
+def run(root: Path) -> Outcome:
+    """All objects of a store by kind and fingerprint, with the refs that keep them. No object is opened.
+
+    Raises:
+        MissingError: there is no store.
+    """
+    inventory = take_inventory(root)
+    refs, unreadable = _refs_or_why_not(root)
+    groups = list(_groups(inventory.objects, refs))
+    size = sum(file.bytes for file in inventory.objects)
+    there = {file.name for file in inventory.objects}
+    return Outcome(
+        stage="ls",
+        made=root,
+        summary=(
+            f"{len(inventory.objects):,} objects, {bytes_of(size)}, {len(refs)} refs; no ref names "
+            f"{sum(group['orphans'] for group in groups):,} of them "
+            f"({bytes_of(sum(group['orphan_bytes'] for group in groups))})"
+        ),
+        facts={
+            "groups": groups,
+            "refs": {
+                ref.name: {
+                    **ref.made,
+                    "kind": ref.manifest.kind,
+                    "rows": ref.manifest.rows,
+                    "bytes": ref.manifest.size,
+                    "missing": sum(entry.key not in there for entry in ref.manifest.objects),
+                }
+                for ref in refs
+            },
+            "unreadable": [
+                {"where": e.where, "said": e.problem, "cure": e.cure} for e in unreadable
+            ],
+            **_others(inventory),
+        },
+    )
+
+
+def lines(facts: Facts) -> Iterator[str]:
+    """A table: a line for each kind and fingerprint, below it who uses it."""
+    for group in facts["groups"]:
+        name = f"{group['kind']} {group['fingerprint'][:SHOWN_DIGITS]}"
+        rows = f"{group['rows']:,}" if group["rows"] is not None else "?"
+        yield (
+            f"{name:<19}{group['objects']:>8,} objects{rows:>14} rows{bytes_of(group['bytes']):>14}"
+        )
+        if group["recipe"]:
+            yield f"    {_told(group['recipe'])}"
+        for name in group["refs"]:
+            yield f"    {_ref_line(name, facts['refs'][name])}"
+        if group["orphans"]:
+            yield f"    {group['orphans']:,} named by no ref, {bytes_of(group['orphan_bytes'])}"
+    used = {name for group in facts["groups"] for name in group["refs"]}
+    yield from (_ref_line(name, ref) for name, ref in facts["refs"].items() if name not in used)
+    for error in facts["unreadable"]:
+        yield f"unreadable: {error['where']}: {error['said']}"
+        yield f"  cure: {error['cure']}"
+    yield from other_lines(facts)
+
+
+def bytes_of(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"
+
+
+def other_lines(facts: Facts) -> Iterator[str]:
+    """Files that are no objects and no refs."""
+    yield from some(f"in quarantine: {shown(name)}" for name in facts["quarantine"])
+    yield from some(f"foreign, never deleted: {shown(name)}" for name in facts["foreign"])
+
+
+def some(lines: Iterable[str]) -> Iterator[str]:
+    """The first few lines, and how many more there are."""
+    found = list(lines)
+    yield from found[:LINES]
+    if len(found) > LINES:
+        yield f"... and {len(found) - LINES:,} more like that (--json lists all)"
+
+
+def sizes_of(files: Iterable[File]) -> dict[str, int]:
+    """Name -> bytes."""
+    return {file.name: file.bytes for file in files}
+
+
+def _refs_or_why_not(root: Path) -> tuple[list[Ref], Sequence[TeachonceError]]:
+    try:
+        return read_refs(root)
+    except MissingError as error:
+        return [], [error]
+
+
+def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, Any]]:
+    """The objects of each folder together, with the refs that keep any of them."""
+    rows = {entry.key: entry.rows for ref in refs for entry in ref.manifest.objects}
+    of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith("text/")}
+    unnamed = set(orphans(objects, refs))
+    used = {ref.name: _folders_of(ref, objects) for ref in refs}
+    folders: dict[str, list[File]] = defaultdict(list)
+    for file in objects:
+        folders[file.folder].append(file)
+    for folder, files in sorted(folders.items()):
+        kind, _, fingerprint = folder.partition("/")
+        users = [ref for ref in refs if folder in used[ref.name]]
+        counts = [rows.get(file.name, of_texts.get(file.name.rpartition("/")[2])) for file in files]
+        yield {
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "objects": len(files),
+            "bytes": sum(file.bytes for file in files),
+            "rows": None if None in counts else sum(n for n in counts if n is not None),
+            "orphans": sum(file in unnamed for file in files),
+            "orphan_bytes": sum(file.bytes for file in files if file in unnamed),
+            "recipe": users[0].manifest.recipe if users and kind != "tokens" else None,
+            "refs": [ref.name for ref in users],
+        }
+
+
+def _folders_of(ref: Ref, objects: Sequence[File]) -> set[str]:
+    """The folders in which a ref keeps something."""
+    others = set(orphans(objects, [ref]))
+    return {file.folder for file in objects if file not in others}
+
+
+def _told(recipe: Mapping[str, Any]) -> str:
+    told = [f"{name} {shown(repr(recipe[name]))}" for name in TOLD if name in recipe]
+    files = recipe.get("teacher")
+    if isinstance(files, Mapping):
+        hashes = [f"{shown(name)} {str(sha)[:SHOWN_DIGITS]}" for name, sha in files.items()]
+        told.append("teacher " + ", ".join(hashes))
+    return ", ".join(told) or "made with no settings"
+
+
+def _ref_line(name: str, ref: Mapping[str, Any]) -> str:
+    by, on, at, place = (shown(ref.get(word, "?")) for word in ("by", "on", "at", "in"))
+    missing = f", {ref['missing']:,} of its objects MISSING" if ref["missing"] else ""
+    return f"ref {name[:SHOWN_DIGITS]} {ref['kind']}: {by} on {on}, {at}, in {place}{missing}"
+
+
+def _others(inventory: Inventory) -> dict[str, dict[str, int]]:
+    return {
+        "scratch": sizes_of(inventory.scratch),
+        "quarantine": sizes_of(inventory.quarantine),
+        "foreign": sizes_of(inventory.foreign),
+    }
