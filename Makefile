@@ -48,5 +48,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # What only the slow tests need of the extras.
 $(VENV)/extras: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx,s3]" "moto[server,s3]"
 	touch $@
