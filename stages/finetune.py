@@ -6,8 +6,7 @@ may run beside it; like everything after `mine`, it needs no teacher.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.benchmarks import StsSet, read_sts, sts_files
-from stages.learning.agreement import sts_correlation
+from stages.labels import Labels, StsJudge, TripletJudge, rejections
 from stages.learning.batches import epoch_batches
 from stages.learning.checkpoints import Checkpoints
 from stages.learning.encoder import load_model, pick_precision
@@ -30,19 +28,16 @@ from stages.lineage import read_lineage
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
 from stages.params import FinetuneParams
-from stages.triplets import Triplet, read_triplets, triplet_files
+from stages.triplets import Triplet
 from storage import durable
 from storage.caches import Caches
-from storage.corpus import text_key
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
-from storage.store import digest
 from storage.tokens import Tokens
 
 VERSION = 1  # raise it when a code change gives other weights for the same settings and triplets
 
 NO_NEGATIVE = -1
-LEAST_ROWS = 2
 TEXTS_AT_ONCE = 8192
 
 
@@ -141,106 +136,11 @@ def run(
         made=out,
         summary=(
             f"{name}: {state.step:,} steps of {params.batch_size} of {len(labels.learned):,} rows"
-            f"{_rejections(labels.rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at "
+            f"{rejections(labels.rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at "
             f"step {state.best_step:,}"
         ),
         facts={**facts, "dev_before": first, "seconds": round(state.seconds, 1)},
     )
-
-
-class TripletJudge:
-    """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all of them.
-
-    Args:
-        rows: Two or more.
-    """
-
-    def __init__(self, rows: Sequence[Triplet]) -> None:
-        self.rows = rows
-        self.texts = [
-            *(row.anchor for row in rows),
-            *(row.positive for row in rows),
-            *(row.negative for row in rows if row.negative is not None),
-        ]
-
-    def __call__(self, vectors: NDArray[np.float32]) -> float:
-        """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
-
-        The other positives and all negatives stand beside it, less those that are the same text.
-        """
-        count = len(self.rows)
-        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        cosines = unit[:count] @ unit[count:].T
-        others = np.array(self.texts[count:], dtype=object)
-        ranks = np.empty(count)
-        for place, row in enumerate(self.rows):
-            rivals = cosines[place][(others != row.positive) & (others != row.anchor)]
-            ranks[place] = 1 + np.count_nonzero(rivals >= cosines[place, place])
-        return float((1 / ranks).mean())
-
-
-class StsJudge:
-    """Dev score from an STS set: Spearman's correlation x 100.
-
-    Args:
-        pairs: Sentences with a score.
-    """
-
-    def __init__(self, pairs: StsSet) -> None:
-        self.pairs = pairs
-        self.texts = pairs.texts
-
-    def __call__(self, vectors: NDArray[np.float32]) -> float:
-        """-100 to 100, from the vectors of `texts`."""
-        first, second = np.split(vectors, 2)
-        return sts_correlation(first, second, self.pairs.scores)
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The labelled rows of a run.
-
-    Args:
-        learned: Rows to learn from.
-        judge: Says how good weights are, by rows held out or by an STS set.
-        heldout: Rows held out; 0 where an STS set judges.
-        rejected: Rows that are none, by rule.
-        digest: Names all of it.
-    """
-
-    learned: list[Triplet]
-    judge: TripletJudge | StsJudge
-    heldout: int
-    rejected: Mapping[str, int]
-    digest: str
-
-    @classmethod
-    def read(cls, params: FinetuneParams, root: Path, evaluation: Collection[bytes]) -> Labels:
-        """Read what the settings name.
-
-        Raises:
-            TeachonceError: a damaged file, or too few right rows.
-        """
-        files = triplet_files(params.triplets, root)
-        rows, rejected = read_triplets(files, params.fields, evaluation)
-        judge: TripletJudge | StsJudge
-        if params.dev is None:
-            learned, heldout = _divided(rows, params.heldout)
-            judge, judged = TripletJudge(heldout), b""
-        else:
-            dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
-            learned, heldout = rows, []
-            judge, judged = StsJudge(dev), dev.scores.tobytes()
-        if len(learned) < LEAST_ROWS or (params.dev is None and len(heldout) < LEAST_ROWS):
-            raise TeachonceError(
-                "finetune.triplets",
-                f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
-                f"{_rejections(rejected)}",
-                "name files with more rows, change finetune.heldout, or name a finetune.dev",
-            )
-        texts = ((text or "").encode() for row in rows for text in row)
-        named = digest(judged, *(text.encode() for text in judge.texts), b"", *texts)
-        return cls(learned, judge, len(heldout), rejected, named)
 
 
 class Memory:
@@ -427,18 +327,3 @@ def token_ids(
 def _texts(triplets: Sequence[Triplet]) -> dict[str, None]:
     """The distinct texts, in the order of their first place."""
     return dict.fromkeys(text for row in triplets for text in row if text is not None)
-
-
-def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:
-    """Learned and held out: by the key of the anchor, so that a row stays where it is as files grow."""
-    limit = int(heldout * 2.0**64)
-    chosen = [int.from_bytes(text_key(row.anchor)[8:], "little") < limit for row in triplets]
-    return (
-        [row for row, out in zip(triplets, chosen, strict=True) if not out],
-        [row for row, out in zip(triplets, chosen, strict=True) if out],
-    )
-
-
-def _rejections(rejected: Mapping[str, int]) -> str:
-    named = [f"{count:,} {rule}" for rule, count in rejected.items() if count]
-    return f" (rejected: {', '.join(named)})" if named else ""

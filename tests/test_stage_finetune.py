@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from stages import finetune
 from stages.benchmarks import StsSet
-from stages.finetune import Lesson, Memory, StsJudge, TripletJudge, same_text
+from stages.finetune import Lesson, Memory, same_text
+from stages.labels import StsJudge, TripletJudge
 from stages.learning import loop
 from stages.learning.encoder import Encoder, load_model
 from stages.learning.student import PIECE_TOKENS, Student, encode_ids
