@@ -678,6 +678,7 @@ def test_a_missing_extra_is_named_with_its_cure():
     )
 
 
+@pytest.mark.slow
 def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
     for name in onnx.NEEDED:
         pytest.importorskip(name)
@@ -731,6 +732,7 @@ class Fickle(torch.nn.Module):
         return {"token_embeddings": vectors, "sentence_embedding": vectors}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_graph_is_refused(tmp_path):
     for name in onnx.NEEDED:
         pytest.importorskip(name)
