@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,11 +62,11 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         Params.model_validate(content)
         problems = []
     except ValidationError as error:
+        found = error.errors()
         problems = [
             (_address(entry["loc"]), _problem(entry))
-            for entry in error.errors()
-            # A list whose entries are all wrong is not too short besides.
-            if not (entry["type"] == "too_short" and entry["input"])
+            for entry in found
+            if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], found))
         ]
     raw = content if isinstance(content, dict) else {}
     sections = _readable(raw)
@@ -76,6 +76,12 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         if isinstance(raw.get(section), dict)
     }
     return content, [*problems, *contradictions(sections, names)], sections
+
+
+def _has_wrong_entries(location: tuple[int | str, ...], found: Sequence[Any]) -> bool:
+    """Whether entries of the list there are wrong: pydantic drops them and calls the list too short."""
+    deeper = len(location) + 1
+    return any(len(e["loc"]) >= deeper and e["loc"][: deeper - 1] == location for e in found)
 
 
 def _readable(raw: Mapping[str, Any]) -> Sections:

@@ -510,7 +510,7 @@ def test_everything_wrong_is_listed_before_anything_runs(project, teacher, tmp_p
     params["mine"]["neighbors"] = params["mine"].pop("neighbours")
     params["recipes"]["kd"]["batch_size"] = 1
     params["shard"]["sources"].append("texts/absent.txt")
-    params["students"]["kd-finetuned"] = {"recipe": "kd", "start": "half"}
+    params["finetune"]["fields"] = ["anchor"]
     params["embed"]["teacher"] = str(cut)
     (project.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
@@ -519,7 +519,7 @@ def test_everything_wrong_is_listed_before_anything_runs(project, teacher, tmp_p
         "mine.neighbors": "did you mean neighbours?",
         "recipes.kd.batch_size": "greater than or equal to 2",
         "shard.sources": "texts/absent.txt",
-        "students.kd": "kd-finetuned",
+        "finetune.fields": "at least 3 items",
         "embed.teacher": "model.safetensors is no whole safetensors file",
     }
     for words in (["teachonce", "check"], ["dvc", "repro"]):

@@ -117,6 +117,17 @@ def test_every_mistake_is_listed_with_its_address(tmp_path):
     assert str(caught.value).startswith("params.yaml: 11 wrong\n  ")
 
 
+def test_a_list_that_is_too_short_is_named_though_its_entries_are_right(tmp_path):
+    def change(content):
+        content["finetune"]["fields"] = ["anchor"]
+
+    with pytest.raises(SettingsError) as caught:
+        load_params(write(tmp_path, change))
+    ((address, problem),) = caught.value.problems
+    assert address == "finetune.fields"
+    assert "at least 3 items" in problem
+
+
 def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
     def change(content):
         content["finetune"] |= {"students": ["kd", "kdd"], "triplets": []}
