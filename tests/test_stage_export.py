@@ -822,7 +822,8 @@ def test_libraries_of_two_years_ago_give_the_same_vectors(wide, same, tmp_path):
     for folder, ours, theirs in zip(folders, now, old, strict=True):
         cosines = (unit(ours) * unit(theirs)).sum(1)
         assert cosines.min() >= 0.99999, folder.name
-        np.testing.assert_array_equal(ours, encode(folder))
+        # Last bits depend on how memory lies and on the number of threads.
+        np.testing.assert_allclose(ours, encode(folder), rtol=0, atol=1e-6)
 
 
 def test_the_weights_of_a_student_are_not_changed_by_its_export(wide, tmp_path):
