@@ -316,6 +316,30 @@ def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, dies_after)
     ).read_bytes()
 
 
+def test_the_minutes_are_those_of_all_starts_of_a_run(world, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    plain_step = loop._step
+
+    def dying_step(*args):
+        if args[4] == 12:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "_step", dying_step)
+    with pytest.raises(PowerCut):
+        world.train(recipe())
+    monkeypatch.setattr(loop, "_step", plain_step)
+    (run,) = (world.place.root / "work").iterdir()
+    state, tensors = Checkpoints(run).load()
+    assert 0 < state.seconds < 600
+    for path in run.iterdir():
+        path.unlink()
+    state.seconds = 6000.0
+    Checkpoints(run).save(state, tensors)
+    world.train(recipe())
+    assert 100 <= json.loads((world.place.root / "student.json").read_text())["minutes"] < 110
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     checkpoints = Checkpoints(tmp_path / "run")
     for step in (1, 2, 3):
