@@ -200,7 +200,7 @@ def distill(
 
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
     """
-    from stages.distill import run
+    from stages.distill import needs_negatives, run
     from stages.learning.encoder import pick_device
 
     here = workspace()
@@ -210,7 +210,7 @@ def distill(
             params,
             name=name,
             start=here.model_folder(start_name),
-            caches=here.caches(params),
+            caches=here.caches(with_negatives=needs_negatives(params)),
             device=pick_device(here.params.device),
             work=here.at.work,
             out=here.at.model(name),
@@ -233,15 +233,15 @@ def finetune(name: str, as_json: Json = False) -> None:
     from stages.params import FINETUNED
 
     here = workspace()
-    finetuned = f"{name}{FINETUNED}"
+    params, finetuned = here.params.finetune, f"{name}{FINETUNED}"
     show(
         run(
-            here.params.finetune,
+            params,
             name=finetuned,
             student=here.model_folder(name),
             root=here.at.root,
             evaluation={key for text in here.evaluation_texts() for key in evaluation_keys(text)},
-            caches=here.memory(),
+            caches=here.caches(with_negatives=False) if params.distill_weight else None,
             device=pick_device(here.params.device),
             work=here.at.work,
             out=here.at.model(finetuned),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.params import FINETUNED
+
+if TYPE_CHECKING:
+    from storage.manifest import Kind
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Layout:
     def negatives(self) -> Path:
         """`mine`: manifest of mined negatives."""
         return self.root / "data/negatives.json"
+
+    @property
+    def manifests(self) -> dict[Kind, Path]:
+        """Where manifests are, in the order in which they are made."""
+        return {"corpus": self.corpus, "embeddings": self.embeddings, "negatives": self.negatives}
 
     def start(self, name: str) -> Path:
         """`start`: a student before training."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.verify import Manifests, entries_of, manifest_paths, manifests_of
+from pipeline.verify import Manifests, entries_of, manifests_of
 from pipeline.workspace import Workspace
 from stages import embed, mine, shard
 from stages.outcome import Outcome, Progress, log
@@ -47,7 +47,7 @@ def run(here: Workspace) -> Outcome:
         _negatives_again(here, manifests, len(lost["negatives"]))
     changed = [
         str(path.relative_to(here.at.root))
-        for kind, path in manifest_paths(here.at).items()
+        for kind, path in here.at.manifests.items()
         if kind in manifests and Manifest.load(path, kind).encoded != manifests[kind].encoded
     ]
     made = {kind: len(keys) for kind, keys in lost.items() if keys}

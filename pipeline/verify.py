@@ -11,7 +11,6 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 from pipeline.layout import Layout
 from pipeline.workspace import Workspace
@@ -112,7 +111,7 @@ def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]
     """Those manifests of a work tree that exist, and what is wrong with those that cannot be read."""
     manifests: dict[Kind, Manifest] = {}
     broken: list[TeachonceError] = []
-    for kind, path in manifest_paths(at).items():
+    for kind, path in at.manifests.items():
         try:
             manifests[kind] = Manifest.load(path, kind)
         except MissingError:
@@ -124,11 +123,6 @@ def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]
             at.corpus.parent, "no manifest there, so nothing to look for", "run `teachonce shard`"
         )
     return manifests, broken
-
-
-def manifest_paths(at: Layout) -> dict[Kind, Path]:
-    """Where the manifests of a work tree are, in the order in which they are made."""
-    return {"corpus": at.corpus, "embeddings": at.embeddings, "negatives": at.negatives}
 
 
 def entries_of(store: Store, manifests: Manifests) -> dict[str, Object | None]:

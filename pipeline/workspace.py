@@ -28,7 +28,7 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
-from storage.manifest import Kind, Manifest, fingerprint
+from storage.manifest import Manifest, fingerprint
 from storage.negatives import Negatives
 from storage.remote import Remote
 from storage.split import Split
@@ -87,12 +87,11 @@ class Workspace:
         Raises:
             MissingError: there is none.
         """
-        kinds: dict[Path, Kind] = {
-            self.at.corpus: "corpus",
-            self.at.embeddings: "embeddings",
-            self.at.negatives: "negatives",
+        found = {
+            path: Manifest.load(path, kind)
+            for kind, path in self.at.manifests.items()
+            if path.exists()
         }
-        found = {path: Manifest.load(path, kind) for path, kind in kinds.items() if path.exists()}
         if not found:
             raise MissingError(
                 self.at.corpus, "not there", "run `teachonce shard`, or `git pull` the manifests"
@@ -112,16 +111,15 @@ class Workspace:
         """Which rows are for what."""
         return Split.load(self.at.split, self.corpus())
 
-    def caches(self, recipe: RecipeParams) -> Caches:
-        """What a student learns from; mined neighbours only if the recipe asks for them."""
-        from stages.distill import needs_negatives
+    def caches(self, *, with_negatives: bool) -> Caches:
+        """What a student learns from; mined neighbours only for those that read them."""
         from stages.mine import parent_of
 
         corpus = self.corpus()
         embeddings = Embeddings(self.store, Manifest.load(self.at.embeddings, "embeddings"), corpus)
         split = Split.load(self.at.split, corpus)
         negatives = None
-        if needs_negatives(recipe):
+        if with_negatives:
             negatives = Negatives(
                 self.store,
                 Manifest.load(self.at.negatives, "negatives"),
@@ -129,14 +127,6 @@ class Workspace:
                 mined_from=parent_of(embeddings, split),
             )
         return Caches(corpus, embeddings, negatives, split, self.store)
-
-    def memory(self) -> Caches | None:
-        """The caches of a finetuning's kd term; None if there is no such term."""
-        if self.params.finetune.distill_weight == 0:
-            return None
-        corpus = self.corpus()
-        embeddings = Embeddings(self.store, Manifest.load(self.at.embeddings, "embeddings"), corpus)
-        return Caches(corpus, embeddings, None, Split.load(self.at.split, corpus), self.store)
 
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""

@@ -206,12 +206,17 @@ class Survey:
 
     def _finetune(self, params: FinetuneParams) -> Entry:
         # Where nobody is finetuned, nothing is read, so nothing need be there.
-        wanted = getattr(params, "students", ()) and params.triplets
-        triplets = [one for one in wanted if not self._is_made_here(one, "finetune.triplets")]
+        students = getattr(params, "students", ())
+        triplets = [
+            one
+            for one in (params.triplets if students else ())
+            if not self._is_made_here(one, "finetune.triplets")
+        ]
+        dev = params.dev if students else None
 
         def look() -> list[Path]:
-            dev = benchmarks.sts_files(params.dev, self.root, "finetune.dev") if params.dev else []
-            return [*triplet_files(triplets, self.root), *dev]
+            judged = benchmarks.sts_files(dev, self.root, "finetune.dev") if dev else []
+            return [*triplet_files(triplets, self.root), *judged]
 
         declared = {"triplets": list(params.triplets), "dev": params.dev}
         return self._entry("finetune", declared, partial(self._hashed, look))

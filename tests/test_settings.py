@@ -229,7 +229,7 @@ def test_triplets_are_sources_of_finetuning_if_anybody_is_finetuned(project):
         run_check(project)
         return json.loads((project / "data/sources.json").read_bytes())["finetune"]
 
-    assert entry(triplets=["data/raw/pairs.jsonl"])["files"] == []
+    assert entry(triplets=["data/raw/pairs.jsonl"], dev="absent.tsv")["files"] == []
     before = entry(students=["kd"], triplets=["rows.tsv"], dev="sts.tsv")
     assert [name for name, _ in before["files"]] == ["rows.tsv", "sts.tsv"]
     (project / "rows.tsv").write_text("a\tb\nc\td\n")

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-PIECE_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 32768}
+PIECE_TOKENS = {"cpu": 1024, "mps": 4096}
 """Tokens a training batch is read in at once, by device: small pieces pad less, large ones fill a GPU."""
+GPU_PIECE_TOKENS = 32768
 
 
 def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
@@ -152,7 +153,7 @@ def encode_ids(
     """
     lengths = np.array([len(row) for row in rows], np.int64)
     pieces, order = [], []
-    for places in token_batches(lengths, PIECE_TOKENS[device.type]):
+    for places in token_batches(lengths, PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)):
         ids = [torch.from_numpy(rows[place].astype(np.int64)) for place in places]
         with autocast(device, precision):
             pieces.append(student(*pad(ids, pad_id=pad_id, device=device)))
