@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 import yaml
+from harness import ROOT, commit
 
 from stages.readers import read
 
-ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/quality_sts.md"
 
 # The same protocol in the prototype that the goals come from: STS12.
@@ -105,17 +105,10 @@ def run(work, *words):
 
 def table(work, models, rows):
     """The results as Markdown."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     lines = [
         f"# Quality on real text ({rows:,} sentences, one epoch)",
         "",
-        f"`python benchmarks/quality_sts.py`, commit {commit}, Python {platform.python_version()}.",
+        f"`python benchmarks/quality_sts.py`, commit {commit()}, Python {platform.python_version()}.",
         "Spearman x 100; prototype: its STS12, the goal. Agreement: rank correlation of the cosines",
         "of 1,000 held-out texts.",
         "",

@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,18 +28,22 @@ from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
+    from stages.embed import Share
     from stages.outcome import Outcome
 
 app = typer.Typer(
     name="teachonce",
     help="Run the teacher once. Train students from its memory for as long as you like.\n\n"
-    "Run these in a folder that has a params.yaml, in this order, or `dvc repro` for all of them.",
+    "Run these in a folder that has a params.yaml; `teachonce init` makes one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+STAGES = "The pipeline, in its order; `dvc repro` runs what is not up to date"
+STORE = "The store"
+NEW = "A new project"
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 NEXT = {
     "check": "`dvc repro` for everything, or `teachonce shard`",
@@ -52,15 +59,18 @@ NEXT = {
     "export": '`teachonce search "what you look for"`',
     "push": "`git add -A && git commit && git push`: bytes before names",
     "pull": "`dvc repro --pull --allow-missing`",
+    "import": "`git add data && git commit`; `dvc repro`, or `teachonce split` and `teachonce mine`",
+    "join": "`git add data && git commit`; `dvc repro`, or `teachonce split` and `teachonce mine`",
     "init": "go there, `git init && dvc init`, edit params.yaml, `teachonce check`, `dvc repro`",
 }
 """What a person who runs the stages by hand types after each."""
 
-INTERRUPTED = 130
-TERMINATED = 143
+SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
+PATIENCE = 4.0
+"""Seconds from a signal to the end, whatever a transfer to a dead remote still waits for."""
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def check(as_json: Json = False) -> None:
     """Check settings, sources and models; list all that is wrong. A second."""
     from pipeline.layout import Layout
@@ -83,7 +93,7 @@ def check(as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def docs(as_json: Json = False) -> None:
     """Write the demo's texts: the documentation of installed packages."""
     from stages.docs import run
@@ -92,7 +102,7 @@ def docs(as_json: Json = False) -> None:
     show(run(here.params.docs, out=here.at.raw, facts=here.at.stage_facts("docs")), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def shard(as_json: Json = False) -> None:
     """Clean the corpus and cut it into text shards."""
     from stages.shard import run
@@ -110,7 +120,7 @@ def shard(as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def split(as_json: Json = False) -> None:
     """Hold rows out, and find those that stand in evaluation sets."""
     from stages.split import run
@@ -128,11 +138,22 @@ def split(as_json: Json = False) -> None:
     )
 
 
-@app.command()
-def embed(as_json: Json = False) -> None:
+@app.command(rich_help_panel=STAGES)
+def embed(
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only the I-th of N shares, and no manifest, as in a Slurm array; "
+            "a last `teachonce embed` writes it.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Run the teacher over the shards that the store lacks. Safe to interrupt."""
     from stages.embed import run
 
+    share = None if shards is None else _share(shards)
     here = workspace()
     files, load_teacher = here.teacher()
     show(
@@ -145,12 +166,14 @@ def embed(as_json: Json = False) -> None:
             load_teacher=load_teacher,
             out=here.at.embeddings,
             facts=here.at.stage_facts("embed"),
+            engine=here.engine(),
+            share=share,
         ),
         as_json,
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def start(name: str, as_json: Json = False) -> None:
     """Make a student before training: NAME of params.yaml's `starts`."""
     from stages.start import run
@@ -169,9 +192,10 @@ def start(name: str, as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def mine(as_json: Json = False) -> None:
     """Find each row's hard negatives among the teacher's vectors."""
+    from stages.learning.encoder import pick_device
     from stages.mine import run
 
     here = workspace()
@@ -182,6 +206,7 @@ def mine(as_json: Json = False) -> None:
             embeddings=here.embeddings(),
             split=here.split(),
             store=here.store,
+            device=pick_device(here.params.device),
             out=here.at.negatives,
             facts=here.at.stage_facts("mine"),
         ),
@@ -189,7 +214,7 @@ def mine(as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def distill(
     name: str,
     recipe: Annotated[str | None, typer.Option(help="A name of `recipes`.")] = None,
@@ -201,27 +226,32 @@ def distill(
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
     """
     from stages.distill import needs_negatives, run
-    from stages.learning.encoder import pick_device
+    from stages.learning.ranks import is_first, joined
+    from stages.learning.trackers import tracking
 
     here = workspace()
     params, start_name = here.student(name, recipe, start)
-    show(
-        run(
+    with (
+        joined(here.params.device) as device,
+        tracking(here.params.tracker, name, here.at.tracking) as track,
+    ):
+        outcome = run(
             params,
             name=name,
             start=here.model_folder(start_name),
             caches=here.caches(with_negatives=needs_negatives(params)),
-            device=pick_device(here.params.device),
+            device=device,
             work=here.at.work,
             out=here.at.model(name),
             curve=here.at.curve(name),
             training=here.at.training(name),
-        ),
-        as_json,
-    )
+            track=track,
+        )
+        if is_first():
+            show(outcome, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def finetune(name: str, as_json: Json = False) -> None:
     """Train the student NAME on labelled pairs or triplets. Safe to interrupt.
 
@@ -229,30 +259,35 @@ def finetune(name: str, as_json: Json = False) -> None:
     """
     from stages.benchmarks import evaluation_keys
     from stages.finetune import run
-    from stages.learning.encoder import pick_device
+    from stages.learning.ranks import is_first, joined
+    from stages.learning.trackers import tracking
     from stages.params import FINETUNED
 
     here = workspace()
     params, finetuned = here.params.finetune, f"{name}{FINETUNED}"
-    show(
-        run(
+    with (
+        joined(here.params.device) as device,
+        tracking(here.params.tracker, finetuned, here.at.tracking) as track,
+    ):
+        outcome = run(
             params,
             name=finetuned,
             student=here.model_folder(name),
             root=here.at.root,
             evaluation={key for text in here.evaluation_texts() for key in evaluation_keys(text)},
             caches=here.caches(with_negatives=False) if params.distill_weight else None,
-            device=pick_device(here.params.device),
+            device=device,
             work=here.at.work,
             out=here.at.model(finetuned),
             curve=here.at.curve(finetuned),
             training=here.at.training(finetuned),
-        ),
-        as_json,
-    )
+            track=track,
+        )
+        if is_first():
+            show(outcome, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def evaluate(
     model: str,
     tasks: Annotated[
@@ -277,8 +312,17 @@ def evaluate(
             as_json,
         )
         return
-    from stages.evaluate import run
+    from stages.evaluate import run, run_imported
+    from stages.params import TEACHER
 
+    if model == TEACHER and here.params.embed.is_imported:
+        outcome = run_imported(
+            out=here.at.metrics(model),
+            details=here.at.details(model),
+            documents=here.at.documents,
+        )
+        show(outcome, as_json)
+        return
     show(
         run(
             here.params.evaluate,
@@ -290,12 +334,14 @@ def evaluate(
             root=here.at.root,
             out=here.at.metrics(model),
             details=here.at.details(model),
+            documents=here.at.documents,
+            in_teachers_space=here.is_in_teachers_space(model),
         ),
         as_json,
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def export(as_json: Json = False) -> None:
     """Write the model that `export.model` names for anyone who has sentence-transformers."""
     from stages.export import run
@@ -316,7 +362,7 @@ def export(as_json: Json = False) -> None:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def report(
     models: Annotated[list[str] | None, typer.Argument(help="Further models, by name.")] = None,
     as_json: Json = False,
@@ -350,7 +396,22 @@ def report(
     typer.echo(f"  -> {_place(outcome.made)}")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
+def plan(
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="To measure the teacher; each student gets half of it.")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what embed, mine and distill will take on this machine: a sample is measured. A minute."""
+    from pipeline.plan import lines, run
+
+    outcome = run(workspace(), seconds=seconds, seed=seed)
+    show_lines(outcome, lines(outcome.facts), as_json)
+
+
+@app.command(rich_help_panel=STAGES)
 def search(
     query: str,
     model: Annotated[
@@ -380,7 +441,7 @@ def search(
         typer.echo(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def verify(
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read every value and compare its sha256.")
@@ -401,15 +462,18 @@ def verify(
     check_sound(outcome)
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def repair(as_json: Json = False) -> None:
     """Move what is damaged into quarantine; make exactly that, and what is missing, again."""
     from pipeline.repair import run
 
-    show(run(workspace()), as_json)
+    outcome, failure = run(workspace())
+    show(outcome, as_json)
+    if failure is not None:
+        raise failure
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def ls(as_json: Json = False) -> None:
     """List what is in the store, for which teacher, how large, and whose manifests need it."""
     from pipeline.ls import lines, run
@@ -418,7 +482,7 @@ def ls(as_json: Json = False) -> None:
     show_lines(outcome, lines(outcome.facts), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def diff(
     a: Annotated[Path, typer.Argument(help="A manifest, such as data/embeddings.json.")],
     b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
@@ -433,7 +497,7 @@ def diff(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Do it; without, only say what would go.")
@@ -446,8 +510,11 @@ def gc(
         typer.Option(metavar="REF", help="Remove a ref first; may be repeated."),
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0, metavar="DAYS", help="Spare a folder that changed since.")
-    ] = 1.0,
+        float,
+        typer.Option(
+            min=0, metavar="DAYS", help="Spare a folder with an unnamed object this young."
+        ),
+    ] = 14.0,
     as_json: Json = False,
 ) -> None:
     """Delete objects that no ref in the store names. A dry run, unless told to."""
@@ -463,7 +530,7 @@ def gc(
     show_lines(outcome, lines(outcome.facts), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def push(as_json: Json = False) -> None:
     """Send what the manifests name to the remote: objects first, then who names them."""
     from stages.transfer import push as run
@@ -473,7 +540,7 @@ def push(as_json: Json = False) -> None:
     show(run(here.manifests(), store=here.store, remote=remote), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=STORE)
 def pull(as_json: Json = False) -> None:
     """Bring what the manifests name from the remote into the store; each object is checked."""
     from stages.transfer import pull as run
@@ -483,7 +550,32 @@ def pull(as_json: Json = False) -> None:
     show(run(here.manifests(), store=here.store, remote=remote), as_json)
 
 
-@app.command()
+@app.command("import", rich_help_panel=STORE)
+def import_(
+    vectors: Annotated[Path, typer.Argument(help="A .npy file of shape (texts, dim).")],
+    texts: Annotated[Path, typer.Argument(help="Their texts in the same order, as for `shard`.")],
+    as_json: Json = False,
+) -> None:
+    """Take vectors you have already instead of a teacher's: embed.teacher: imported:NAME."""
+    from pipeline.importing import run
+
+    show(run(workspace(), vectors, texts), as_json)
+
+
+@app.command(rich_help_panel=STORE)
+def join(
+    manifests: Annotated[
+        list[Path], typer.Argument(help="Of embeddings of this corpus, two or more.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Make one teacher of several: their vectors side by side. embed.teacher: imported:NAME."""
+    from pipeline.importing import join as run
+
+    show(run(workspace(), manifests), as_json)
+
+
+@app.command(rich_help_panel=NEW)
 def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")], as_json: Json = False
 ) -> None:
@@ -498,6 +590,18 @@ def workspace() -> Workspace:
     from pipeline.workspace import Workspace
 
     return Workspace(Path.cwd())
+
+
+def _share(text: str) -> Share:
+    """The share that I/N means."""
+    from stages.embed import Share
+
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise typer.BadParameter(
+            f"{shown(text)}: I/N is wanted, with I from 1 to N, such as 1/8", param_hint="--shards"
+        )
+    return Share(int(found[1]), int(found[2]))
 
 
 def show(outcome: Outcome, as_json: bool) -> None:
@@ -542,21 +646,30 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in SIGNALS:
+        signal.signal(number, _leave)
     try:
         app()
     except TeachonceError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what is finished is kept; run the same command to go on", err=True)
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code not in {code for _, code in SIGNALS.values()}:
+            raise
+        # What had to be cleaned up is; taking torch down in good order takes seconds more.
+        sys.stdout.flush()
+        os._exit(int(end.code))
 
 
-def _terminated(signum: int, frame: Any) -> NoReturn:  # noqa: ANN401 - a frame object
-    """Leave on SIGTERM as on Ctrl-C, so that scratch files are removed on the way out."""
-    typer.echo("terminated: what is finished is kept; run the same command to go on", err=True)
-    sys.exit(TERMINATED)
+def _leave(signum: int, frame: Any) -> NoReturn:  # noqa: ANN401 - a frame object
+    """Leave on Ctrl-C and on SIGTERM alike; scratch files are removed on the way out."""
+    word, code = SIGNALS[signal.Signals(signum)]
+    at_last = threading.Timer(PATIENCE, os._exit, [code])
+    at_last.daemon = True
+    at_last.start()
+    again = "dvc repro" if "DVC_STAGE" in os.environ else shlex.join(["teachonce", *sys.argv[1:]])
+    typer.echo(f"{word}: what is finished is kept; `{again}` goes on from there", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,15 @@ def run(
     delete: bool,
     quarantine: bool = False,
     forget: Sequence[str] = (),
-    grace_days: float = 1.0,
+    grace_days: float,
 ) -> Outcome:
     """Delete what no ref keeps; without `delete` only say what that would be.
 
     A running worker is safe: its objects stay while its folder is younger than `grace_days` (see
     `plan_sweep`), its scratch file for a day. An interrupted run that nobody resumes for so long is not:
-    its objects are listed before they go. A run that takes up such objects in the moment in which they
-    are deleted finds at its end that they vanished, and says to run again; nothing wrong is written.
+    its objects are listed before they go. They may be weeks of a GPU, and waiting costs some disk only, so
+    the command waits two weeks. A run that takes up such objects in the moment in which they are deleted
+    finds at its end that they vanished, and says to run again; nothing wrong is written.
 
     Args:
         root: The store.
@@ -90,7 +91,8 @@ def run(
             "young": sizes_of(sweep.young),
             "scratch": sizes_of(sweep.scratch),
             "live": sizes_of(sweep.live),
-            "quarantine": sizes_of(inventory.quarantine),
+            "emptied": sizes_of(inventory.quarantine if quarantine else ()),
+            "quarantine": sizes_of(() if quarantine else inventory.quarantine),
             "foreign": sizes_of(inventory.foreign),
         },
     )
@@ -102,7 +104,10 @@ def lines(facts: Facts) -> Iterator[str]:
     yield from (f"{word}: ref {name}" for name in facts["forgotten"])
     yield from _by_folder(word, facts["orphans"])
     yield from some(f"{word}: {name}" for name in facts["scratch"])
-    yield from _by_folder(f"kept, younger than {facts['grace_days']:g} days", facts["young"])
+    yield from some(f"{word}: {shown(name)}" for name in facts["emptied"])
+    yield from _by_folder(
+        f"kept, younger than {facts['grace_days']:g} days (--grace)", facts["young"]
+    )
     yield from some(f"kept, younger than a day: {name}" for name in facts["live"])
     yield from other_lines(facts)
 

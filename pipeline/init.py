@@ -15,7 +15,8 @@ from storage.errors import MissingError, TeachonceError
 HERE = Path(__file__).parent
 
 # Manifests, metrics and curves are committed: they are what lets a clone skip the teacher pass.
-GITIGNORE = "/work/\n.venv/\n"
+# A killed writer leaves its scratch file (`.name.….tmp`) beside what it was writing.
+GITIGNORE = "/work/\n.venv/\n.*.tmp\n"
 DVCIGNORE = "work/\n.venv/\n__pycache__/\n"
 README = """\
 # A teachonce project

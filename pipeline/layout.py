@@ -59,6 +59,11 @@ class Layout:
         return self.root / "data/negatives.json"
 
     @property
+    def documents(self) -> Path:
+        """`evaluate teacher`: its vectors of the documents that retrieval is measured on."""
+        return self.root / "data/documents"
+
+    @property
     def manifests(self) -> dict[Kind, Path]:
         """Where manifests are, in the order in which they are made."""
         return {"corpus": self.corpus, "embeddings": self.embeddings, "negatives": self.negatives}
@@ -118,6 +123,11 @@ class Layout:
     def work(self) -> Path:
         """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
         return self.root / "work"
+
+    @property
+    def tracking(self) -> Path:
+        """`distill`, `finetune`: files of a `tracker`."""
+        return self.work / "tracking"
 
     @property
     def hashes(self) -> Path:

@@ -18,11 +18,12 @@ from storage.inventory import (
     read_refs,
     take_inventory,
 )
+from storage.probe import PROBE_DIGEST
 
 LINES = 10  # of a kind; `--json` has all
 
 # What a person knows a teacher by; its name is in no recipe, since a mirror is the same teacher.
-TOLD = ("prompt", "max_tokens", "precision", "storage", "neighbours", "rows_per_shard")
+TOLD = ("prompt", "max_tokens", "precision", "storage", "dim", "neighbours", "rows_per_shard")
 
 
 def run(root: Path) -> Outcome:
@@ -36,13 +37,19 @@ def run(root: Path) -> Outcome:
     groups = list(_groups(inventory.objects, refs))
     size = sum(file.bytes for file in inventory.objects)
     there = {file.name for file in inventory.objects}
+    unnamed, unnamed_bytes = (
+        sum(g[count] for g in groups) for count in ("orphans", "orphan_bytes")
+    )
     return Outcome(
         stage="ls",
         made=root,
         summary=(
-            f"{len(inventory.objects):,} objects, {bytes_of(size)}, {len(refs)} refs; no ref names "
-            f"{sum(group['orphans'] for group in groups):,} of them "
-            f"({bytes_of(sum(group['orphan_bytes'] for group in groups))})"
+            f"{len(inventory.objects):,} objects, {bytes_of(size)}, {len(refs)} refs"
+            + (
+                f"; no ref names {unnamed:,} of them, {bytes_of(unnamed_bytes)}: see `teachonce gc`"
+                if unnamed
+                else "; a ref names each of them"
+            )
         ),
         facts={
             "groups": groups,
@@ -92,7 +99,7 @@ def bytes_of(size: int) -> str:
 
 
 def other_lines(facts: Facts) -> Iterator[str]:
-    """Files that are no objects and no refs."""
+    """Files that nothing deletes unasked."""
     yield from some(f"in quarantine: {shown(name)}" for name in facts["quarantine"])
     yield from some(f"foreign, never deleted: {shown(name)}" for name in facts["foreign"])
 
@@ -121,6 +128,7 @@ def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, 
     """The objects of each folder together, with the refs that keep any of them."""
     rows = {entry.key: entry.rows for ref in refs for entry in ref.manifest.objects}
     of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith("text/")}
+    of_texts[f"{PROBE_DIGEST}.arrow"] = 0  # they are no texts of anybody's corpus
     unnamed = set(orphans(objects, refs))
     used = {ref.name: _folders_of(ref, objects) for ref in refs}
     folders: dict[str, list[File]] = defaultdict(list)
@@ -153,8 +161,12 @@ def _told(recipe: Mapping[str, Any]) -> str:
     told = [f"{name} {shown(repr(recipe[name]))}" for name in TOLD if name in recipe]
     files = recipe.get("teacher")
     if isinstance(files, Mapping):
-        hashes = [f"{shown(name)} {str(sha)[:SHOWN_DIGITS]}" for name, sha in files.items()]
-        told.append("teacher " + ", ".join(hashes))
+        # Its weights tell teachers apart; the hashes of all its files are for `--json` and `diff`.
+        told += [
+            f"{shown(name)} {str(sha)[:SHOWN_DIGITS]}"
+            for name, sha in files.items()
+            if name.endswith(".safetensors")
+        ]
     return ", ".join(told) or "made with no settings"
 
 

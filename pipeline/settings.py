@@ -21,9 +21,16 @@ from stages.params import (
     StudentParams,
     contradictions,
 )
+from storage import durable
 from storage.errors import TeachonceError, shown
 
-MAX_BYTES = 1 << 20
+# The shipped settings have 6 KB; PyYAML needs a second for this much.
+MAX_BYTES = 64 << 10
+MAX_VALUES = 20_000
+"""In all, each alias counted as often as it is used: a few lines of aliases to aliases are billions."""
+
+ANCHORS = "x-"
+"""How a section begins that is there for YAML's anchors alone."""
 
 # Sections that hold named entries: a mistake in one entry must not hide those in the others.
 NAMED: dict[str, type[BaseModel]] = {
@@ -91,7 +98,7 @@ def _readable(raw: Mapping[str, Any]) -> Sections:
         if name in NAMED and isinstance(raw.get(name), dict):
             entries = ((key, _valid(NAMED[name], value)) for key, value in raw[name].items())
             sections[name] = {str(key): value for key, value in entries if value is not WRONG}
-        elif isinstance(raw.get(name), dict):
+        elif isinstance(raw.get(name), dict) and isinstance(field.annotation, type(BaseModel)):
             sections[name] = _right_part(field.annotation, raw[name])
     return sections
 
@@ -120,19 +127,40 @@ def _valid(kind: Any, value: object) -> Any:  # noqa: ANN401 - whatever the anno
 
 
 def _read(path: Path) -> object:
+    with durable.named(path, "reading"):
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise SettingsError(path.name, [("file", f"larger than {MAX_BYTES} bytes")])
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise TeachonceError(
+                path.resolve(), "not there", "run this in a folder that has a params.yaml"
+            ) from None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SettingsError(path.name, [("file", f"larger than {MAX_BYTES} bytes")])
-        return _UniqueKeys(path.read_bytes()).get_single_data()
-    except FileNotFoundError:
-        raise TeachonceError(
-            path.resolve(), "not there", "run this in a folder that has a params.yaml"
-        ) from None
+        values = _UniqueKeys(content).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise SettingsError(path.name, [(f"line {line}", shown(error.problem))]) from None
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+    # Values that are none of their tag (`!!int x`, 2001-99-99) raise what Python makes of them.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SettingsError(path.name, [("file", f"no YAML: {shown(error)}")]) from None
+    if _has_too_many_values(values):
+        raise SettingsError(path.name, [("file", f"more than {MAX_VALUES} values")])
+    if isinstance(values, dict):
+        return {name: value for name, value in values.items() if not str(name).startswith(ANCHORS)}
+    return values
+
+
+def _has_too_many_values(content: object) -> bool:
+    left, seen = [content], 0
+    while left and seen <= MAX_VALUES:
+        seen += 1
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return seen > MAX_VALUES
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -141,12 +169,24 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="the name of a setting is a text", problem_mark=key.start_mark
+                )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(
                     problem=f"{key.value} stands twice in one mapping", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            # Merges of merges of merges double at each step.
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_VALUES} values", problem_mark=node.start_mark
+            )
 
 
 def _address(location: tuple[int | str, ...]) -> str:

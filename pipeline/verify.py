@@ -16,7 +16,8 @@ from pipeline.layout import Layout
 from pipeline.workspace import Workspace
 from stages.outcome import Facts, Outcome, Progress
 from storage.errors import DamagedError, MissingError, TeachonceError
-from storage.manifest import Kind, Manifest
+from storage.manifest import Kind, Manifest, fingerprint
+from storage.probe import probe_key
 from storage.store import Object, Store, made_again
 from storage.upkeep import Finding, examine, tokens_of
 
@@ -126,7 +127,10 @@ def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]
 
 
 def entries_of(store: Store, manifests: Manifests) -> dict[str, Object | None]:
-    """Every object to look at by its key; None for token ids, which no manifest names."""
+    """Every object to look at by its key; None for those that no manifest names.
+
+    These are token ids and the teacher's vectors of the probe texts, as far as they are there.
+    """
     if not store.root.is_dir():
         # Not "everything is missing": a disk that is not mounted must not start a teacher pass.
         raise MissingError(
@@ -137,6 +141,9 @@ def entries_of(store: Store, manifests: Manifests) -> dict[str, Object | None]:
     }
     if "corpus" in manifests:
         entries |= dict.fromkeys(tokens_of(store, manifests["corpus"].objects))
+    if "embeddings" in manifests:
+        probe = probe_key(fingerprint(manifests["embeddings"].recipe))
+        entries |= {probe: None} if store.path(probe).exists() else {}
     return entries
 
 
@@ -155,4 +162,6 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def _extent(read: int, objects: int) -> str:
+    if not read:
+        return "headers only, `--read-data` reads the values too"
     return "every value read" if read == objects else f"{read:,} read, of the others the headers"

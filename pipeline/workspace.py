@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params
 from stages.check import Survey, read_sources
-from stages.lineage import read_lineage
+from stages.lineage import left_the_teacher, read_lineage
 from stages.models import find_model
+from stages.outcome import write_json
 from stages.params import (
     FINETUNED,
     MODEL_NAME,
@@ -35,7 +36,7 @@ from storage.split import Split
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from stages.embed import Encode
+    from stages.encoding import Encode, Engine
     from stages.learning.encoder import Encoder
 
 
@@ -164,7 +165,27 @@ class Workspace:
             self._teacher_folder()
         except MissingError:
             return files, None
-        return files, lambda: self.encoder(TEACHER).encode_counted
+        return files, self.load_teacher
+
+    def load_teacher(self) -> Encode:
+        """The teacher, ready to encode; also in a worker of another process or machine."""
+        return self.encoder(TEACHER).encode_counted
+
+    def engine(self) -> Engine:
+        """Where the teacher runs."""
+        from pipeline.engine import engine_of
+
+        return engine_of(self.params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a worker: the settings, nothing that was opened here."""
+        return {"at": self.at, "params": self.params}
+
+    def adopt_teacher(self, files: dict[str, str]) -> None:
+        """Note in data/sources.json which imported vectors are the teacher, where `check` keeps them."""
+        params = self.params.embed
+        entry = {"declared": {"name": params.teacher, "revision": params.revision}, "files": files}
+        write_json(self.at.sources, {**read_sources(self.at.sources), "teacher": entry})
 
     def named(self, section: str, name: str) -> Any:  # noqa: ANN401 - the class of the section
         """The entry `name` of a section of named entries."""
@@ -240,7 +261,8 @@ class Workspace:
     def load_encoder(self, folder: Path, *, is_teacher: bool) -> Encoder:
         """A model ready to encode; all read the same number of tokens at the same precision.
 
-        The prompt of the settings is the teacher's; a student learns its vectors from the plain texts.
+        The prompt and the width of the settings are the teacher's; a student learns those vectors from the
+        plain texts.
         """
         from stages.learning.encoder import Encoder, pick_device
 
@@ -250,8 +272,10 @@ class Workspace:
             device=pick_device(self.params.device),
             precision=params.precision,
             max_tokens=params.max_tokens,
-            batch_tokens=params.batch_tokens,
+            in_windows=params.long_texts == "windows" and is_teacher,
+            batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
             prompt=params.prompt if is_teacher else "",
+            dim=params.dim if is_teacher else None,
             trust_remote_code=params.trust_remote_code and is_teacher,
         )
 
@@ -268,6 +292,14 @@ class Workspace:
         """What a student was made of."""
         return read_lineage(self.model_folder(name))
 
+    def is_in_teachers_space(self, name: str) -> bool:
+        """Whether a model's vectors can be compared with those of the teacher at hand."""
+        if name == TEACHER:
+            return False
+        lineage = self.lineage(name)
+        learned_from = lineage.get("teacher", {}).get("fingerprint")
+        return learned_from == self.teacher_fingerprint() and not left_the_teacher(lineage)
+
     def metrics(self, model: str) -> dict[str, Any]:
         """One model's metrics."""
         return _read_json(self.at.metrics(model), f"teachonce evaluate {model}")
@@ -280,8 +312,15 @@ class Workspace:
             "teacher": self.params.embed.teacher,
             "corpus": f"{ledger['kept']:,} texts of {ledger['read']:,} read"
             + (f" (rejected: {', '.join(rejected)})" if rejected else ""),
-            "tokens read of a text": str(self.params.embed.max_tokens),
+            "tokens read of a text": str(self.params.embed.max_tokens)
+            + (" at once, all in windows" if self.params.embed.long_texts == "windows" else "")
+            + (" (by the teacher: unknown)" if self.params.embed.is_imported else ""),
+            "teacher's vectors": f"{self._values_told()}, kept as {self.params.embed.storage}",
         }
+
+    def _values_told(self) -> str:
+        dim = self.params.embed.dim
+        return "all values" if dim is None else f"their first {dim} values"
 
     def teacher_fingerprint(self) -> str:
         """The name of the teacher's vectors in the store."""

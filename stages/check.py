@@ -32,7 +32,7 @@ from stages.params import (
 )
 from stages.triplets import triplet_files
 from storage import durable
-from storage.errors import MissingError, TeachonceError
+from storage.errors import MissingError, TeachonceError, shown
 
 VERSIONED = (
     "docs",
@@ -149,6 +149,8 @@ class Survey:
         """The teacher's entry; its files may come from the committed one."""
         revision = getattr(params, "revision", None)
         declared = {"name": params.teacher, "revision": revision}
+        if params.is_imported:
+            return self._imported(declared)
 
         def files() -> dict[str, str]:
             address = "embed.teacher"
@@ -156,6 +158,20 @@ class Survey:
             return file_hashes(folder, address=address, sha256=self.sha256)
 
         return self._entry("teacher", declared, files)
+
+    def _imported(self, declared: Mapping[str, Any]) -> Entry:
+        """What `teachonce import` left: the vectors it read need not be on this machine."""
+        committed: Entry = self.committed.get("teacher", {})
+        if committed.get("files") and committed.get("declared") == declared:
+            return committed
+        self._report(
+            MissingError(
+                "embed.teacher",
+                f"nothing was imported as {shown(declared['name'])}",
+                "run `teachonce shard`, then `teachonce import VECTORS.npy TEXTS`",
+            )
+        )
+        return {"declared": dict(declared), "files": {}}
 
     def _start(self, name: str, params: StartParams, teacher: EmbedParams) -> Entry:
         if params.from_ == TEACHER:

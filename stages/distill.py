@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.learning import ranks
 from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement
-from stages.learning.batches import epoch_batches
+from stages.learning.batches import epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.encoder import load_model, pick_precision
@@ -20,9 +22,10 @@ from stages.learning.loop import Work, train
 from stages.learning.objectives import Objectives
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
+from stages.learning.trackers import Track
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, clock, log, write_csv, write_json
-from stages.params import CkdObjective, RecipeParams
+from stages.params import AmongOthers, DiscoKdObjective, RecipeParams
 from storage import durable
 from storage.caches import Caches
 from storage.embeddings import Embeddings
@@ -30,7 +33,7 @@ from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.tokens import Tokens
 
-VERSION = 2  # raise it when a code change gives other weights for the same recipe and caches
+VERSION = 3  # raise it when a code change gives other weights for the same recipe and caches
 
 UNIT_TOLERANCE = 0.01
 """Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
@@ -54,8 +57,9 @@ def run(
     out: Path,
     curve: Path,
     training: Path,
+    track: Track,
 ) -> Outcome:
-    """Train one student.
+    """Train one student. With several ranks, each calls this and the first one writes.
 
     Args:
         params: Recipe.
@@ -67,6 +71,7 @@ def run(
         out: Folder of the student.
         curve: CSV with a row for each evaluation.
         training: JSON that says how the run ended.
+        track: Takes the rows of the curve while it grows.
 
     Raises:
         TeachonceError: too few rows, or a loss that is no number.
@@ -83,31 +88,9 @@ def run(
         }
     )
     checkpoints = Checkpoints(work / run_name)
-    torch.manual_seed(params.seed)
-    model = load_model(start, device=device)
-    student = Student(
-        model,
-        teacher_dim=caches.embeddings.dim,
-        unit_length=has_unit_length(caches.embeddings),
-        project=params.projection == "always",
-        dropout=params.dropout,
-    ).to(device)
-    tokens = token_rows(
-        model.tokenizer,
-        start,
-        corpus=caches.corpus,
-        store=caches.store,
-        max_tokens=params.max_tokens,
-    )
-    lesson = Lesson(
-        params,
-        student=student,
-        tokens=tokens,
-        pad_id=int(getattr(model.tokenizer, "pad_token_id", None) or 0),
-        caches=caches,
-        device=device,
-    )
-    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
+    lesson = prepare(params, start=start, caches=caches, device=device)
+    student = lesson.student
+    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints, track=track)
     facts = _facts(state, params, lesson)
     lineage = {
         "student": name,
@@ -121,11 +104,12 @@ def run(
         "corpus": caches.corpus.manifest.content,
         **facts,
     }
-    with durable.replace_folder(out) as scratch:
-        student.save(scratch, lineage)
-    write_csv(curve, state.curve)
-    write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
-    checkpoints.delete()
+    if ranks.is_first():
+        with durable.replace_folder(out) as scratch:
+            student.save(scratch, lineage)
+        write_csv(curve, state.curve)
+        write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
+        checkpoints.delete()
     return Outcome(
         stage="distill",
         made=out,
@@ -134,6 +118,45 @@ def run(
             f"agreement with the teacher {state.best_score or 0:.4f} at step {state.best_step:,}"
         ),
         facts={**facts, "seconds": round(state.seconds, 1)},
+    )
+
+
+def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.device) -> Lesson:
+    """A lesson before its first step; makes the token ids that the store lacks.
+
+    Args:
+        params: Recipe, `auto` resolved.
+        start: Folder of the start.
+        caches: What is learned from.
+        device: Where it is trained.
+
+    Raises:
+        TeachonceError: too few rows, or a start that cannot be trained.
+    """
+    torch.manual_seed(params.seed)
+    model = load_model(start, device=device)
+    student = Student(
+        model,
+        teacher_dim=caches.embeddings.dim,
+        unit_length=has_unit_length(caches.embeddings) and not _is_raw(params),
+        project=params.projection == "always",
+        dropout=params.dropout,
+    ).to(device)
+    with ranks.first_alone():
+        tokens = token_rows(
+            model.tokenizer,
+            start,
+            corpus=caches.corpus,
+            store=caches.store,
+            max_tokens=params.max_tokens,
+        )
+    return Lesson(
+        params,
+        student=student,
+        tokens=tokens,
+        pad_id=int(getattr(model.tokenizer, "pad_token_id", None) or 0),
+        caches=caches,
+        device=device,
     )
 
 
@@ -161,9 +184,11 @@ class Lesson(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.objectives = Objectives(params.objectives).to(device)
+        self.objectives = Objectives(params.objectives, params.widths, params.precision).to(device)
         self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
         self.pad_id = pad_id
+        # The epoch at hand and the one before, which a queue of past steps may reach into.
+        self._batches = lru_cache(maxsize=2)(self._epoch_batches)
         self.rows = caches.split.train_rows(caches.corpus)
         heldout = caches.split.heldout_rows(caches.corpus)
         if len(heldout) < LEAST_HELDOUT or len(self.rows) < 2:
@@ -179,6 +204,7 @@ class Lesson(nn.Module):
             caches.embeddings,
             caches.negatives,
             train=self.rows,
+            rows_of_step=self._rows_of_step,
             text_keys=caches.corpus.text_keys,
             seed=params.seed,
             device=device,
@@ -196,30 +222,46 @@ class Lesson(nn.Module):
             notes=self._notes,
         )
 
-    def encode(self, rows: NDArray[np.int64]) -> Tensor:
-        """(B,) rows -> (B, D) float32 vectors of the student."""
+    def encode(self, rows: NDArray[np.int64], *, deleted: float = 0.0, step: int = 0) -> Tensor:
+        """(B,) rows -> (B, D) float32 vectors of the student.
+
+        Args:
+            rows: Ids.
+            deleted: Share of each text's tokens that the student does not see.
+            step: With the seed it decides which ones.
+        """
+        ids = self.tokens.rows_of(rows)
+        if deleted:
+            draw = np.random.default_rng([self.params.seed, step])
+            ids = [without_some(row, deleted, draw) for row in ids]
         return encode_ids(
             self.student,
-            self.tokens.rows_of(rows),
+            ids,
             pad_id=self.pad_id,
             device=self.device,
             precision=self.params.precision,
+            gradient_caching=self.params.gradient_caching,
         )
 
-    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def _epoch_batches(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(
             self.rows, batch_size=self.params.batch_size, seed=self.params.seed, epoch=epoch
         )
 
+    def _rows_of_step(self, step: int) -> NDArray[np.int64]:
+        steps = max(len(self.rows) // self.params.batch_size, 1)
+        epoch, place = divmod(step, steps)
+        return self._batches(epoch)[place]
+
     def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
         teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
-        candidates = [
-            self.source.draw(objective, rows, step=step)
-            if isinstance(objective, CkdObjective)
-            else None
-            for objective in self.params.objectives
-        ]
-        total: tuple[Tensor, list[float]] = self.objectives(self.encode(rows), teacher, candidates)
+        objectives = self.params.objectives
+        candidates = [self.source.draw(objective, rows, step=step) for objective in objectives]
+        vectors = {
+            deleted: self.encode(rows, deleted=deleted, step=step)
+            for deleted in sorted({objective.deleted for objective in objectives})
+        }
+        total: tuple[Tensor, list[float]] = self.objectives(vectors, teacher, candidates)
         return total
 
     @torch.no_grad()
@@ -233,7 +275,11 @@ class Lesson(nn.Module):
 
 def needs_negatives(params: RecipeParams) -> bool:
     """Whether a recipe asks for mined neighbours."""
-    return any(isinstance(o, CkdObjective) and o.neighbours > 0 for o in params.objectives)
+    return any(isinstance(o, AmongOthers) and o.neighbours > 0 for o in params.objectives)
+
+
+def _is_raw(params: RecipeParams) -> bool:
+    return any(isinstance(objective, DiscoKdObjective) for objective in params.objectives)
 
 
 def has_unit_length(embeddings: Embeddings) -> bool:

@@ -25,6 +25,7 @@ from stages.benchmarks import (
     sts_files,
 )
 from stages.details import likeness_details, neighbour_details, search_details
+from stages.documents import read_documents, write_documents
 from stages.learning.agreement import (
     MOST_ROWS,
     evenly,
@@ -38,9 +39,10 @@ from stages.params import TEACHER, EvaluateParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError, shown
+from storage.manifest import fingerprint
 from storage.split import Split
 
-VERSION = 2  # raise it when a code change alters the metrics of the same model
+VERSION = 3  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
@@ -83,16 +85,19 @@ def run(
     root: Path,
     out: Path,
     details: Path,
+    documents: Path,
+    in_teachers_space: bool,
 ) -> Outcome:
     """Measure the model `name` and write its metrics to `out`: flat keys, as in DESIGN.md section 5.
 
     Paths in `params` are relative to `root`. The held-out rows of `corpus` (of at least one row in all)
     show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of
-    likeness, a handful of searches) goes to `details`.
+    likeness, a handful of searches) goes to `details`. The teacher leaves its vectors of documents in
+    `documents`; a model `in_teachers_space` is measured on them, too.
 
     Raises:
-        TeachonceError: a wrong evaluation file (found before the model is used), or a model whose
-            vectors have NaN or Inf.
+        TeachonceError: a wrong evaluation file (found before the model is used), documents of the
+            teacher that are not these, or a model whose vectors have NaN or Inf.
     """
     sts = {
         key: read_sts(sts_files(glob, root, f"evaluate.sts.{key}"))
@@ -102,7 +107,13 @@ def run(
         key: read_beir(beir_folder(folder, root), key) for key, folder in params.retrieval.items()
     }
     heldout = split.heldout_rows(corpus)
-    found, searches = _measure_retrieval(name, encoder, retrieval)
+    teacher = fingerprint(embeddings.manifest.recipe)
+    of_teacher = {
+        key: vectors
+        for key, asked in (retrieval if in_teachers_space else {}).items()
+        if (vectors := read_documents(documents, key, asked.documents, teacher=teacher)) is not None
+    }
+    found, searches, indexed = _measure_retrieval(name, encoder, retrieval, of_teacher)
     likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout)
     metrics: dict[str, Fact] = {
         **_measure_sts(name, encoder, sts),
@@ -112,9 +123,24 @@ def run(
         "parameters": encoder.parameters,
         "megabytes": round(encoder.megabytes, 3),
     }
+    if name == TEACHER:
+        write_documents(documents, indexed, teacher=teacher)
     write_json(details, {**shown, "searches": searches or shown["searches"]})
     write_json(out, metrics)
     return Outcome("evaluate", out, _summary(name, metrics), metrics)
+
+
+def run_imported(*, out: Path, details: Path, documents: Path) -> Outcome:
+    """Leave empty metrics of a teacher whose vectors were imported, so that the report has a row for it."""
+    write_documents(documents, {}, teacher="")
+    write_json(details, {"texts": 0, "searches": [], **NOTHING_TO_SHOW})
+    write_json(out, {})
+    return Outcome(
+        "evaluate",
+        out,
+        f"{TEACHER}: imported vectors cannot read texts, so nothing is measured of it; students are "
+        "compared with its vectors of held-out texts",
+    )
 
 
 def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
@@ -169,11 +195,22 @@ def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[s
 
 
 def _measure_retrieval(
-    name: str, encoder: Encoder, sets: dict[str, RetrievalSet]
-) -> tuple[dict[str, Fact], list[dict[str, Any]]]:
-    """Metrics of all sets, and a handful of searches in the first."""
+    name: str,
+    encoder: Encoder,
+    sets: dict[str, RetrievalSet],
+    of_teacher: dict[str, NDArray[np.float32]],
+) -> tuple[dict[str, Fact], list[dict[str, Any]], dict[str, tuple[list[str], NDArray[np.float32]]]]:
+    """Metrics of all sets, a handful of searches in the first, and the documents' vectors.
+
+    Args:
+        name: Of the model.
+        encoder: The model.
+        sets: What is asked.
+        of_teacher: Set -> the teacher's vectors of its documents, where queries can be asked of them.
+    """
     metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
+    indexed = {}
     for key, asked in sets.items():
         log.info(
             "evaluate: %s, retrieval.%s, %s documents, %s queries",
@@ -184,10 +221,15 @@ def _measure_retrieval(
         )
         documents = _vectors(name, encoder, asked.documents, "document")
         queries = _vectors(name, encoder, asked.queries, "query")
-        found = retrieval_metrics(nearest(queries, documents, DEPTH), asked)
-        metrics |= {f"retrieval.{key}.{what}": round(value, 6) for what, value in found.items()}
+        indexes = {"retrieval": documents}
+        if key in of_teacher:
+            indexes["teacher_index"] = of_teacher[key]
+        for kind, index in indexes.items():
+            found = retrieval_metrics(nearest(queries, index, DEPTH), asked)
+            metrics |= {f"{kind}.{key}.{what}": round(value, 6) for what, value in found.items()}
         searches = searches or search_details(key, asked, queries, documents)
-    return metrics, searches
+        indexed[key] = asked.documents, documents
+    return metrics, searches, indexed
 
 
 def _measure_fidelity(
@@ -257,7 +299,7 @@ def _summary(name: str, metrics: dict[str, Fact]) -> str:
     parts += [
         f"nDCG@{CUT} {value:.3f} on {key.split('.')[1]}"
         for key, value in metrics.items()
-        if key.endswith(f".ndcg@{CUT}")
+        if key.startswith("retrieval.") and key.endswith(f".ndcg@{CUT}")
     ]
     if "fidelity.spearman" in metrics:
         parts.append(f"{metrics['fidelity.spearman']:.3f} rank correlation with the teacher")

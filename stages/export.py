@@ -92,13 +92,13 @@ def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
 
 
 def _card(params: ExportParams, model: SentenceTransformer, *, dropped: bool) -> Card:
+    from stages.learning.encoder import ends_in_normalize
     from stages.learning.portable import limit_of, old_ones_read
-    from stages.learning.student import has_normalize
 
     return Card(
         name=params.model,
         dim=model.get_embedding_dimension() or 0,
-        unit_length=has_normalize(model),
+        unit_length=ends_in_normalize(model),
         max_tokens=limit_of(model),
         dropped=dropped,
         old_ones_read=old_ones_read(model),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import zstandard
 
+from storage import durable
 from storage.errors import MissingError, TeachonceError, shown
 
 COMPRESSED_ENDINGS = (".gz", ".zst")
@@ -38,14 +39,16 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
     Raises:
         MissingError: it matches no file.
         TeachonceError: it matches one with another ending.
+        StorageError: the operating system refused to look.
     """
     wanted = root / Path(pattern).expanduser()
-    if wanted.is_file():
-        files = [wanted]
-    else:
-        # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
-        matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
-        files = [root / match for match in sorted(matches) if (root / match).is_file()]
+    with durable.named(wanted, "looking for the file"):
+        if wanted.is_file():
+            files = [wanted]
+        else:
+            # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
+            matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
+            files = [root / match for match in sorted(matches) if (root / match).is_file()]
     if not files:
         raise MissingError(
             address,

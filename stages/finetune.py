@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.labels import Labels, StsJudge, TripletJudge, rejections
+from stages.learning import ranks
 from stages.learning.batches import epoch_batches
 from stages.learning.checkpoints import Checkpoints
-from stages.learning.encoder import load_model, pick_precision
+from stages.learning.encoder import ends_in_normalize, load_model, pick_precision
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
-from stages.learning.student import Student, encode_ids, has_normalize
+from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
+from stages.learning.trackers import Track
 from stages.lineage import read_lineage
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
@@ -35,7 +36,7 @@ from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.tokens import Tokens
 
-VERSION = 1  # raise it when a code change gives other weights for the same settings and triplets
+VERSION = 2  # raise it when a code change gives other weights for the same settings and triplets
 
 NO_NEGATIVE = -1
 TEXTS_AT_ONCE = 8192
@@ -59,8 +60,9 @@ def run(
     out: Path,
     curve: Path,
     training: Path,
+    track: Track,
 ) -> Outcome:
-    """Finetune one student.
+    """Finetune one student. With several ranks, each calls this and the first one writes.
 
     Args:
         params: Settings.
@@ -74,6 +76,7 @@ def run(
         out: Folder of the finetuned student.
         curve: CSV with a row for each evaluation.
         training: JSON that says how the run ended.
+        track: Takes the rows of the curve while it grows.
 
     Raises:
         TeachonceError: a damaged file, too few right rows, or a loss that is no number.
@@ -96,7 +99,7 @@ def run(
     trainee = Student(
         model,
         teacher_dim=model.get_embedding_dimension() or 0,
-        unit_length=has_normalize(model),
+        unit_length=ends_in_normalize(model),
         project=False,
         dropout=params.dropout,
     ).to(device)
@@ -109,7 +112,7 @@ def run(
         memory=Memory.of(caches, model.tokenizer, student, params) if caches else None,
         device=device,
     )
-    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints)
+    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints, track=track)
     facts = {
         "steps": state.step,
         "best_step": state.best_step,
@@ -125,11 +128,12 @@ def run(
         "student": name,
         "finetuned": {"recipe": recipe(params), **facts},
     }
-    with durable.replace_folder(out) as scratch:
-        trainee.save(scratch, lineage)
-    write_csv(curve, state.curve)
-    write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
-    checkpoints.delete()
+    if ranks.is_first():
+        with durable.replace_folder(out) as scratch:
+            trainee.save(scratch, lineage)
+        write_csv(curve, state.curve)
+        write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
+        checkpoints.delete()
     first, best = state.curve[0]["dev"], state.best_score or 0.0
     return Outcome(
         stage="finetune",
@@ -165,13 +169,14 @@ class Memory:
         params: FinetuneParams,
     ) -> Memory:
         """The memory of a student whose files are in `folder`; its token ids are made if need be."""
-        tokens = token_rows(
-            tokenizer,
-            folder,
-            corpus=caches.corpus,
-            store=caches.store,
-            max_tokens=params.max_tokens,
-        )
+        with ranks.first_alone():
+            tokens = token_rows(
+                tokenizer,
+                folder,
+                corpus=caches.corpus,
+                store=caches.store,
+                max_tokens=params.max_tokens,
+            )
         return cls(caches, tokens, params.seed)
 
     def draw(self, count: int, step: int) -> tuple[list[NDArray[np.int32]], NDArray[np.floating]]:
@@ -257,7 +262,7 @@ class Lesson(nn.Module):
         )
         vectors = self._encode([*texts, *remembered])
         candidates = Candidates(
-            vectors=F.normalize(vectors[len(anchors) : len(texts)], dim=1),
+            vectors=vectors[len(anchors) : len(texts)],
             own=torch.arange(len(anchors), device=self.device),
             same_text=torch.from_numpy(same_text(anchors, positives, keys)).to(self.device),
         )
@@ -280,6 +285,7 @@ class Lesson(nn.Module):
             pad_id=self.pad_id,
             device=self.device,
             precision=self.params.precision,
+            gradient_caching=self.params.gradient_caching,
         )
 
 

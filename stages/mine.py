@@ -1,7 +1,10 @@
 """Vectors -> hard negatives: for each training row, other rows that the teacher finds most similar.
 
-Exact cosine search with FAISS, one query shard against blocks of the corpus at a time, so that memory
-is bounded by a setting. A shard's lists are published when they are done and found again on resume.
+Lists are exact unless an approximate index is asked for or the corpus is too large. Exact ones come from
+one of two ways, whichever is estimated to be done sooner: a self-join, all lists at once
+(learning/self_join.py), or FAISS, some query shards at a time against blocks of the corpus
+(learning/neighbours.py). A shard's lists are published when they are done and found again on resume; a
+self-join publishes at its end, so a killed one begins again: it is not begun above EXACT_ROWS.
 
 Rows of held-out and evaluation texts are neither asked for nor found: their lists are empty.
 """
@@ -9,14 +12,15 @@ Rows of held-out and evaluation texts are neither asked for nor found: their lis
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.outcome import Outcome, Progress, log, write_json
+from stages.outcome import Outcome, Progress, clock, log, write_json
 from stages.params import MineParams
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus
@@ -25,9 +29,25 @@ from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, put_negatives
 from storage.split import Split
-from storage.store import Object, Store, digest
+from storage.store import Store, digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.learning.neighbours import Search
 
 VERSION = 1
+
+# As many rows are compared exactly in minutes: 100,000 take 32 CPU seconds (benchmarks/mine.py), and the
+# time grows with their square. HNSW takes 1 to 2 ms a row and would be faster from about 600,000 on; the
+# limit is lower because a self-join that is killed begins again. On a GPU nothing was measured yet.
+FEWEST_JOINED = (
+    4096  # fewer rows take FAISS no longer than it takes to find out whether it is the faster
+)
+EXACT_ROWS = {"cpu": 400_000, "cuda": 4_000_000}
+LONGEST_JOIN = 128  # a self-join keeps lists up to this long
+QUERY_ROWS = 8192  # small shards are searched together: 256 rows take FAISS as long as 1,500
+RECALL_ROWS = 1024  # an approximate index is tried on as many rows
 
 SCORE_BINS = 2001  # of 0.001 cosine: bin 0 is -1, bin 2000 is 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -35,9 +55,14 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 RULES = ("itself", "same_text", "above_max_score", "below_min_score", "before_range_min")
 
 
-def recipe(params: MineParams) -> dict[str, Any]:
-    """Settings that change the lists; `memory_mb` only sets the size of a block."""
-    return {
+def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings that change the lists; `memory_mb` only sets the size of a block.
+
+    Args:
+        params: Of the stage.
+        index: What `resolve` says; exact lists need no mention of how they were found.
+    """
+    made_of: dict[str, Any] = {
         "version": VERSION,
         "neighbours": params.neighbours,
         "range_min": params.range_min,
@@ -45,6 +70,76 @@ def recipe(params: MineParams) -> dict[str, Any]:
         "max_score": params.max_score,
         "min_score": params.min_score,
     }
+    return made_of if index is None else {**made_of, "index": dict(index)}
+
+
+def resolve(
+    params: MineParams, *, rows: int, dim: int, device: torch.device
+) -> dict[str, Any] | None:
+    """The settings of the index that will be used, None for exact search; says in the log why.
+
+    Args:
+        params: Of the stage.
+        rows: How many take part.
+        dim: Of a vector.
+        device: Where exact search would run.
+
+    Raises:
+        TeachonceError: an approximate index that was asked for does not fit into `memory_mb`.
+    """
+    from stages.learning.neighbours import index_bytes, index_settings
+
+    wanted = "hnsw" if params.index == "auto" else params.index
+    limit = EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
+    megabytes = index_bytes(wanted, rows=rows, dim=dim) >> 20
+    fits = megabytes <= params.memory_mb
+    reason = f"{rows:,} rows, up to {limit:,} are compared exactly on {device.type}"
+    if params.index == "auto" and rows > limit and not fits:
+        reason = f"{wanted} needs {megabytes:,} MB, mine.memory_mb is {params.memory_mb:,}"
+    exact = params.index == "flat" or (params.index == "auto" and (rows <= limit or not fits))
+    if not exact and not fits:
+        raise TeachonceError(
+            "mine.memory_mb",
+            f"is {params.memory_mb}, but {wanted} needs {megabytes} MB for {rows:,} rows",
+            f"set it to {megabytes} or more, or set mine.index: flat",
+        )
+    chosen = "flat" if exact else wanted
+    log.info("mine: index %s: %s", chosen, "as set" if params.index != "auto" else reason)
+    if exact:
+        return None
+    return index_settings(wanted, rows=rows, k=min(params.range_max + 1, rows))
+
+
+def may_join(
+    rows: int, k: int, dim: int, *, itemsize: int, memory: int, device: torch.device
+) -> bool:
+    """Whether lists of k for all rows may be made by a self-join, if that is faster.
+
+    Args:
+        rows: How many take part.
+        k: Length of a list.
+        dim: Of a vector.
+        itemsize: Bytes of one of its values.
+        memory: Bytes for it on a CPU; a GPU is asked what it has.
+        device: Where.
+    """
+    import torch
+
+    from stages.learning.self_join import join_bytes, tile_on
+
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    return (
+        FEWEST_JOINED <= rows <= EXACT_ROWS[device.type]
+        and k <= LONGEST_JOIN
+        and join_bytes(rows, k, dim, itemsize, tile=tile_on(device)) <= room
+    )
+
+
+def as_made(params: MineParams, made_of: Mapping[str, Any]) -> MineParams:
+    """`params` with `auto` as it was resolved for lists that exist: another device must not do it anew."""
+    if params.index != "auto":
+        return params
+    return params.model_copy(update={"index": made_of.get("index", {"name": "flat"})["name"]})
 
 
 def parent_of(embeddings: Embeddings, split: Split) -> str:
@@ -59,46 +154,95 @@ def run(
     embeddings: Embeddings,
     split: Split,
     store: Store,
+    device: torch.device,
     out: Path,
     facts: Path,
 ) -> Outcome:
     """Mine the shards that the store lacks, then write the manifest of all of them.
 
     Raises:
-        TeachonceError: FAISS is not installed, or there is nothing to search.
+        TeachonceError: FAISS is needed and not installed, or an approximate index misses too much.
     """
-    made_of, parent = recipe(params), parent_of(embeddings, split)
+    train = split.train_rows(corpus)
+    index = resolve(params, rows=len(train), dim=embeddings.dim, device=device)
+    made_of, parent = recipe(params, index), parent_of(embeddings, split)
     name = fingerprint({**made_of, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
     found = {key: store.find(key) for key in keys}
-    train = split.train_rows(corpus)
     todo = [shard for shard, key in enumerate(keys) if found[key] is None]
     log.info("mine: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
     if todo:
-        search = Search(params, corpus=corpus, embeddings=embeddings, train=train)
+        miner = Miner(params, corpus=corpus, embeddings=embeddings, train=train)
+        asked = sum(miner.train_rows_of(shard) for shard in todo)
+        search = miner.search(index, asked=asked, device=device)
         progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
-        for shard in todo:
-            found[keys[shard]] = _mine_shard(search, shard, keys[shard], store)
-            progress.advance(corpus.objects[shard].rows)
+        for group in miner.groups(todo):
+            for shard, lists in zip(group, miner.mine(search, group), strict=True):
+                found[keys[shard]] = put_negatives(
+                    store,
+                    keys[shard],
+                    neighbours=lists.neighbours,
+                    scores=lists.scores,
+                    text_keys=text_keys_of(corpus.batch(shard)),
+                    facts=lists.facts,
+                )
+                progress.advance(corpus.objects[shard].rows)
     objects = [entry for entry in found.values() if entry is not None]
     manifest = Manifest(kind="negatives", recipe=made_of, parent=parent, objects=tuple(objects))
     counts = _counts(store, manifest, train_rows=len(train), neighbours=params.neighbours)
+    if index is not None:
+        check_recall(counts["recall"], params.min_recall, index)
     write_json(facts, counts)
     manifest.save(out, store)
+    recall = "" if index is None else f"{index['name']} with recall {counts['recall']:.3f}; "
     return Outcome(
         stage="mine",
         made=out,
         summary=(
             f"{counts['negatives']:,} negatives for {len(train):,} rows ({counts['short_lists']:,} "
-            f"lists are short); median cosine {counts['score_quantiles']['0.5']:.3f}; "
+            f"lists are short); median cosine {counts['score_quantiles']['0.5']:.3f}; {recall}"
             f"{len(todo)} shards mined, {len(keys) - len(todo)} found in the store"
         ),
         facts=counts,
     )
 
 
-class Search:
-    """Exact neighbours among the training rows.
+def check_recall(recall: float, min_recall: float, index: Mapping[str, Any]) -> None:
+    """Refuse an approximate index that misses too many of the nearest rows.
+
+    Raises:
+        TeachonceError: with both values.
+    """
+    if recall < min_recall:
+        raise TeachonceError(
+            "mine.min_recall",
+            f"{index['name']} found {recall:.3f} of the nearest rows of a sample, {min_recall} are wanted",
+            "set mine.index: flat (or hnsw, if it was ivf), or lower mine.min_recall",
+        )
+
+
+@dataclass(frozen=True)
+class ShardLists:
+    """The negatives of one shard.
+
+    Args:
+        neighbours: (rows, neighbours) row ids, -1 for none.
+        scores: (rows, neighbours) cosines, descending, 0 for none.
+        facts: Counts for the header of its object.
+    """
+
+    neighbours: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    facts: dict[str, int]
+
+
+class Miner:
+    """What is searched, how much of it at once, and what becomes of what is found.
+
+    `memory_mb` counts what is allocated here and by FAISS: vectors in float32, lists of candidates and
+    what the filters need, or all that a self-join holds. The mapped files of the store and the lists of
+    the shards in hand (12 bytes for each place) come on top. An approximate index is counted when it is
+    chosen.
 
     Args:
         params: Filters and memory.
@@ -116,71 +260,169 @@ class Search:
         train: NDArray[np.int64],
     ) -> None:
         self.params, self.corpus, self.embeddings, self.train = params, corpus, embeddings, train
-        self.is_train = np.zeros(corpus.rows, bool)
-        self.is_train[train] = True
-        # Half the memory for a block of vectors; the rest is for queries, scores and FAISS itself.
-        per_row = embeddings.dim * 4
-        self.block_rows = max(1024, params.memory_mb * (1 << 20) // 2 // per_row)
-        self._whole: NDArray[np.float32] | None = None
+        self.k = min(params.range_max + 1, len(train))
+        self.memory = params.memory_mb << 20
+        # Rows that an approximate index was tried on, and how many of their k nearest it found.
+        self.recall_rows: NDArray[np.int64] | None = None
+        self.recall_found = np.empty(0, np.int64)
+        # A quarter each for a block of the corpus, for the next block while it is made, for queries with
+        # their candidates (id, cosine, text key, what the filters say: 64 bytes), and for FAISS's own.
+        vector = embeddings.dim * 4
+        self.block_rows = max(1024, self.memory // 4 // vector)
+        self.query_rows = int(np.clip(self.memory // 4 // (vector + 64 * self.k), 64, QUERY_ROWS))
 
-    def nearest(
-        self, queries: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(n, k) row ids and cosines, descending, k = range_max + 1 (the row itself may be among them).
+    def train_rows_of(self, shard: int) -> int:
+        """How many rows of a shard take part."""
+        return len(self._places(shard))
 
-        -1 where the corpus has fewer rows.
+    def groups(self, todo: Sequence[int]) -> list[list[int]]:
+        """Shards that are searched together: neighbours in `todo`, up to about `query_rows`."""
+        groups: list[list[int]] = []
+        room = 0
+        for shard in todo:
+            rows = self.train_rows_of(shard)
+            if not groups or rows > room:
+                groups.append([])
+                room = self.query_rows
+            groups[-1].append(shard)
+            room -= rows
+        return groups
+
+    def search(
+        self, index: Mapping[str, Any] | None, *, asked: int, device: torch.device
+    ) -> Search:
+        """Whoever answers for `asked` rows; an approximate index is tried out first.
+
+        Raises:
+            TeachonceError: FAISS is needed and not installed, or the index misses too much.
         """
-        faiss = _faiss()
-        wanted = min(self.params.range_max + 1, len(self.train))
-        heap = faiss.ResultHeap(len(queries), wanted, keep_max=True)
-        for first, block in self._blocks():
-            in_block = min(wanted, len(block))
-            cosines, places = faiss.knn(queries, block, in_block, faiss.METRIC_INNER_PRODUCT)
-            heap.add_result(cosines, np.where(places >= 0, places + first, NONE))
-        heap.finalize()
-        ids = np.where(heap.I >= 0, self.train[heap.I], NONE)
-        return ids, heap.D
+        from stages.learning.neighbours import ApproximateSearch, found_of
 
-    def unit_rows(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(n, dim) float32 vectors of unit length."""
-        vectors = self.embeddings.rows_of(ids).astype(np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        rows = len(self.train)
+        if index is None or not asked:
+            return self._exact(asked, device)
+        search = ApproximateSearch(self.unit_rows, rows, self.k, index=index)
+        draw = np.random.default_rng(0)
+        sample = np.sort(draw.choice(rows, min(rows, RECALL_ROWS), replace=False))
+        exact = self.flat(device).nearest(sample)
+        self.recall_rows, self.recall_found = sample, found_of(search.nearest(sample), exact)
+        recall = float(self.recall_found.mean()) / self.k
+        check_recall(recall, self.params.min_recall, index)
+        log.info("mine: %s finds %.4f of what exact search finds", index["name"], recall)
+        return search
+
+    def _exact(self, asked: int, device: torch.device) -> Search:
+        """A self-join where it fits and is estimated to be done sooner, else FAISS."""
+        import torch
+
+        from stages.learning.self_join import SelfJoin, estimate, tile_on
+
+        if not asked:
+            return self.flat(device)
+        if device.type != "cuda":
+            device = torch.device("cpu")
+        rows, dim = len(self.train), self.embeddings.dim
+        size = self.rows_of(np.zeros(1, np.int64)).dtype.itemsize
+        if not may_join(rows, self.k, dim, itemsize=size, memory=self.memory, device=device):
+            return self.flat(device)
+        seconds = estimate(rows, self.k, dim, asked=asked, device=device)
+        # On a GPU the other way would be FAISS on the CPU, if it was not built for GPUs.
+        if device.type == "cpu" and seconds.join >= seconds.flat:
+            return self.flat(device)
+        log.info(
+            "mine: a self-join in %s on %s%s; killed, it begins again",
+            str(seconds.product).removeprefix("torch."),
+            device,
+            f", about {clock(seconds.join)} (FAISS: {clock(seconds.flat)})"
+            if device.type == "cpu"
+            else "",
+        )
+        join = SelfJoin(
+            self.rows_of,
+            rows,
+            self.k,
+            device=device,
+            product=seconds.product,
+            tile=tile_on(device),
+        )
+        progress = Progress("mine", total=join.steps, unit="tiles")
+        for _ in join.run():
+            progress.advance(1)
+        return join
+
+    def flat(self, device: torch.device) -> Search:
+        """Exact search by FAISS, block by block."""
+        from stages.learning.neighbours import FlatSearch
+
+        return FlatSearch(
+            self.unit_rows, len(self.train), self.k, block_rows=self.block_rows, device=device
+        )
+
+    def rows_of(self, places: NDArray[np.int64]) -> NDArray[np.floating]:
+        """(m, dim) stored vectors of rows that take part, by their place among those."""
+        return self.embeddings.rows_of(self.train[places])
+
+    def unit_rows(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The same in float32 and of unit length."""
+        vectors = np.empty((len(places), self.embeddings.dim), np.float32)
+        for first in range(0, len(places), 256):  # what it takes on the way stays small
+            part = self.rows_of(places[first : first + 256]).astype(np.float32)
+            part /= np.linalg.norm(part, axis=1, keepdims=True)
+            vectors[first : first + 256] = part
         return vectors
 
-    def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        if len(self.train) <= self.block_rows:
-            if self._whole is None:
-                self._whole = self.unit_rows(self.train)
-            yield 0, self._whole
-            return
-        for first in range(0, len(self.train), self.block_rows):
-            yield first, self.unit_rows(self.train[first : first + self.block_rows])
+    def mine(self, search: Search, shards: Sequence[int]) -> list[ShardLists]:
+        """Search some shards together and keep what is a negative."""
+        places = np.concatenate([self._places(shard) for shard in shards])
+        neighbours = np.full((len(places), self.params.neighbours), NONE, np.int64)
+        scores = np.zeros((len(places), self.params.neighbours), np.float32)
+        wrong = np.zeros((len(places), len(RULES)), np.int64)
+        for first in range(0, len(places), self.query_rows):
+            here = slice(first, first + self.query_rows)
+            found, cosines = search.nearest(places[here])
+            found = np.where(found >= 0, self.train[found], NONE)
+            rejected = reject(
+                self.params,
+                found,
+                cosines,
+                own=self.train[places[here]],
+                text_keys=self.corpus.text_keys,
+            )
+            left_out = np.logical_or.reduce([found == NONE, *rejected.values()])
+            neighbours[here], scores[here] = keep_first(
+                found, cosines, ~left_out, self.params.neighbours
+            )
+            wrong[here] = np.stack([rejected[rule].sum(axis=1) for rule in RULES], axis=1)
+        ends = np.cumsum([self.train_rows_of(shard) for shard in shards])[:-1]
+        parts = (np.split(values, ends) for values in (places, neighbours, scores, wrong))
+        return [self._of_shard(*part) for part in zip(shards, *parts, strict=True)]
 
+    def _of_shard(
+        self,
+        shard: int,
+        places: NDArray[np.int64],
+        neighbours: NDArray[np.int64],
+        scores: NDArray[np.float32],
+        wrong: NDArray[np.int64],
+    ) -> ShardLists:
+        """The lists of the rows that take part, spread over all rows of their shard."""
+        rows = self.train[places] - self.corpus.starts[shard]
+        shape = (self.corpus.objects[shard].rows, self.params.neighbours)
+        all_neighbours, all_scores = np.full(shape, NONE, np.int64), np.zeros(shape, np.float32)
+        all_neighbours[rows], all_scores[rows] = neighbours, scores
+        facts = {rule: int(count) for rule, count in zip(RULES, wrong.sum(axis=0), strict=True)}
+        facts["negatives"] = int((neighbours != NONE).sum())
+        facts["short_lists"] = int((neighbours == NONE).any(axis=1).sum())
+        if self.recall_rows is not None:
+            tried = np.isin(self.recall_rows, places)
+            facts["recall_wanted"] = int(tried.sum()) * self.k
+            facts["recall_found"] = int(self.recall_found[tried].sum())
+        return ShardLists(all_neighbours, all_scores, facts)
 
-def _mine_shard(search: Search, shard: int, key: str, store: Store) -> Object:
-    corpus, params = search.corpus, search.params
-    ids = np.arange(corpus.starts[shard], corpus.starts[shard + 1])
-    asked = search.is_train[ids]
-    neighbours = np.full((len(ids), params.neighbours), NONE, np.int64)
-    scores = np.zeros((len(ids), params.neighbours), np.float32)
-    facts = dict.fromkeys(RULES, 0)
-    if asked.any():
-        own = ids[asked]
-        found, cosines = search.nearest(search.unit_rows(own))
-        rejected = reject(params, found, cosines, own=own, text_keys=corpus.text_keys)
-        facts = {rule: int(wrong.sum()) for rule, wrong in rejected.items()}
-        wrong = np.logical_or.reduce([found == NONE, *rejected.values()])
-        neighbours[asked], scores[asked] = keep_first(found, cosines, ~wrong, params.neighbours)
-    facts["negatives"] = int((neighbours != NONE).sum())
-    facts["short_lists"] = int((neighbours[asked] == NONE).any(axis=1).sum())
-    return put_negatives(
-        store,
-        key,
-        neighbours=neighbours,
-        scores=scores,
-        text_keys=text_keys_of(corpus.batch(shard)),
-        facts=facts,
-    )
+    def _places(self, shard: int) -> NDArray[np.int64]:
+        """Places among the rows that take part of those of one shard."""
+        first, last = np.searchsorted(self.train, self.corpus.starts[shard : shard + 2])
+        return np.arange(first, last)
 
 
 def reject(
@@ -271,7 +513,7 @@ def _counts(
         else 0.0
         for q in QUANTILES
     }
-    return {
+    counts = {
         "rows": train_rows,
         "neighbours": neighbours,
         "negatives": total["negatives"],
@@ -279,13 +521,6 @@ def _counts(
         "rejected": {rule: total[rule] for rule in RULES},
         "score_quantiles": quantiles,
     }
-
-
-def _faiss() -> Any:  # noqa: ANN401 - FAISS has no types
-    try:
-        import faiss
-    except ImportError:
-        raise TeachonceError(
-            "mine", "FAISS is not installed", "pip install 'teachonce[cpu]' (or [gpu], never both)"
-        ) from None
-    return faiss
+    if "index" in manifest.recipe:  # of an empty sample nothing was missed
+        counts["recall"] = round((total["recall_found"] or 1) / (total["recall_wanted"] or 1), 4)
+    return counts

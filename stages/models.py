@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from stages.params import IMPORTED
 from storage.errors import MissingError, TeachonceError, shown
 
 PACKAGE = "package:"
@@ -21,8 +22,12 @@ PACKAGE = "package:"
 # What transformers and sentence-transformers read of a folder. Other formats of the same weights
 # (onnx/, *.bin), cards and training leftovers change nothing, so they are not part of a fingerprint.
 READ_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+MODULES = "modules.json"
+PICKLED_WEIGHTS = "pytorch_model*.bin"
+SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
-MAX_HEADER_BYTES = 100_000_000
+# The largest headers seen are below 1 MB; parsed, 10 MB of JSON take 10 times as much memory.
+MAX_HEADER_BYTES = 10_000_000
 
 Hash = Callable[[Path], str]
 """A file -> its sha256."""
@@ -39,8 +44,14 @@ def find_model(name: str, *, revision: str | None, root: Path, address: str) -> 
         address: The setting to name in an error, such as `embed.teacher`.
 
     Raises:
-        MissingError: it is not on this machine and cannot be fetched.
+        MissingError: it is not on this machine and cannot be fetched, or it stands for imported vectors.
     """
+    if name.startswith(IMPORTED):
+        raise MissingError(
+            address,
+            f"{shown(name)} stands for imported vectors, and these cannot read texts",
+            "name a model there, or do it with a student",
+        )
     if name.startswith(PACKAGE):
         return _package_folder(name.removeprefix(PACKAGE), address)
     folder = root / Path(name).expanduser()
@@ -112,7 +123,7 @@ def model_files(folder: Path, *, address: str) -> list[Path]:
         for path in folder.rglob(pattern)
         if path.is_file() and not FOREIGN_FOLDERS & set(path.relative_to(folder).parts)
     )
-    if not {"config.json", "modules.json"} & {path.name for path in files if path.parent == folder}:
+    if not {"config.json", MODULES} & {path.name for path in files if path.parent == folder}:
         raise TeachonceError(
             address,
             f"{folder} has neither config.json nor modules.json",
@@ -131,9 +142,43 @@ def model_files(folder: Path, *, address: str) -> list[Path]:
             f"{folder} has no *.safetensors",
             "save the model again with safetensors: pickled weights can run code, so they are not read",
         )
+    _check_modules(folder, address)
     for path in weights:
         _check_safetensors(path, address)
     return files
+
+
+def _check_modules(folder: Path, address: str) -> None:
+    """Raise for a module that is not in the folder, or has nothing but pickled weights.
+
+    Modules, such as a dense layer after pooling, stand in modules.json with their folders.
+    """
+    if (folder / MODULES).is_file():
+        for path in _module_paths(folder / MODULES, address):
+            if not (folder / path).resolve().is_relative_to(folder.resolve()):
+                raise TeachonceError(
+                    address,
+                    f"{folder / MODULES} names a module outside of its folder: {shown(repr(path))}",
+                    "save the model again, all of it in one folder",
+                )
+    for weights in sorted(folder.rglob(PICKLED_WEIGHTS)):
+        inside = FOREIGN_FOLDERS.isdisjoint(weights.relative_to(folder).parts)
+        if inside and not any((weights.parent / name).is_file() for name in SAFE_WEIGHTS):
+            raise TeachonceError(
+                address,
+                f"{weights} has no {SAFE_WEIGHTS[0]} beside it",
+                "save the model again with safetensors: pickled weights can run code, so they are not read",
+            )
+
+
+def _module_paths(file: Path, address: str) -> list[str]:
+    try:
+        modules = json.loads(file.read_bytes())
+        return [str(module.get("path", "")) for module in modules]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise TeachonceError(
+            address, f"{file} is no list of modules ({shown(error)})", "fetch the file again"
+        ) from None
 
 
 def _check_safetensors(path: Path, address: str) -> None:
@@ -149,7 +194,7 @@ def _check_safetensors(path: Path, address: str) -> None:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
             if 8 + length + max(ends, default=0) != size:
                 raise ValueError(f"{size} bytes, {8 + length + max(ends, default=0)} expected")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise TeachonceError(
                 address,
                 f"{path} is no whole safetensors file ({shown(error)})",

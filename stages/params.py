@@ -30,8 +30,10 @@ ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
+Temperature = Annotated[float, Field(gt=0, le=10)]
 
 TEACHER = "teacher"
+IMPORTED = "imported:"
 FINETUNED = "-finetuned"
 START_FOLDER = "start"
 
@@ -75,14 +77,22 @@ class SplitParams(Section):
 class EmbedParams(Section):
     """Corpus -> the teacher's vectors."""
 
-    teacher: Text  # hub name, folder, or package:<module>/<path>
+    teacher: Text  # hub name, folder, package:<module>/<path>, or imported:<any name>
     revision: Text | None  # of a hub name
     prompt: str  # put before every text
-    max_tokens: Annotated[int, Field(ge=4)]  # a longer text is cut, and counted
+    max_tokens: Annotated[int, Field(ge=4)]  # what is read of a text at once
+    long_texts: Literal["cut", "windows"]  # a longer one: cut there, or the mean of windows
     precision: Literal["fp32", "bf16", "fp16"]
-    storage: Literal["float16", "float32"]
+    storage: Literal["float16", "float32", "int8"]
+    dim: PositiveInt | None  # the first so many values of a vector; null: all
     trust_remote_code: bool
-    batch_tokens: PositiveInt  # speed only
+    reuse: bool  # last bits only: copy vectors of texts that stand in older shards
+    batch_tokens: PositiveInt | Literal["auto"]  # speed only
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the vectors come from `teachonce import`: no model here reads texts as they need."""
+        return self.teacher.startswith(IMPORTED)
 
 
 class MineParams(Section):
@@ -93,6 +103,10 @@ class MineParams(Section):
     range_max: PositiveInt  # nearest neighbours looked at
     max_score: Cosine  # a neighbour above this is a near duplicate, not a negative
     min_score: Cosine | None
+    index: Literal["auto", "flat", "ivf", "hnsw"]  # flat: exact
+    min_recall: Annotated[
+        float, Field(gt=0, le=1)
+    ]  # an approximate index that finds less is refused
     memory_mb: Annotated[int, Field(ge=64)]  # speed only
 
     @model_validator(mode="after")
@@ -125,25 +139,108 @@ class StudentParams(Section):
     start: ModelName
 
 
-class KdObjective(Section):
+class BaseObjective(Section):
+    """What every objective has."""
+
+    weight: PositiveFloat
+
+    @property
+    def deleted(self) -> float:
+        """Share of a text's tokens that the student does not see; the teacher has read them all."""
+        return 0.0
+
+
+class KdObjective(BaseObjective):
     """Mean squared error to the teacher's vector."""
 
     name: Literal["kd"]
-    weight: PositiveFloat
 
 
-class CkdObjective(Section):
-    """InfoNCE against the teacher's vectors of other rows."""
+class DiscoKdObjective(BaseObjective):
+    """The same on raw vectors, to the letter of the paper: the student's may have any length."""
 
-    name: Literal["ckd"]
-    weight: PositiveFloat
-    temperature: Annotated[float, Field(gt=0, le=10)]
-    learnable_temperature: bool
+    name: Literal["disco_kd"]
+
+
+class AmongOthers(BaseObjective):
+    """An objective about the teacher's vectors of other rows."""
+
     queue: NonNegativeInt  # rows drawn from the cache at each step
     neighbours: NonNegativeInt  # mined neighbours per row of the batch
 
 
-Objective = Annotated[KdObjective | CkdObjective, Field(discriminator="name")]
+class CkdObjective(AmongOthers):
+    """InfoNCE against the teacher's vectors of other rows."""
+
+    name: Literal["ckd"]
+    temperature: Temperature
+    learnable_temperature: bool
+
+
+class DiscoCkdObjective(BaseObjective):
+    """The same to the letter of the official code: 1 / temperature learned from e, rows of past steps."""
+
+    name: Literal["disco_ckd"]
+    queue: NonNegativeInt  # rows of the steps before this one, newest first
+
+
+class RelationalObjective(AmongOthers):
+    """The student's similarities to other rows, as a distribution, follow the teacher's."""
+
+    name: Literal["relational"]
+    temperature: Temperature  # of the student
+    teacher_temperature: Temperature
+    deleted_tokens: Share  # of what the student reads; the teacher has read all
+
+    @property
+    def deleted(self) -> float:  # noqa: D102 - as above
+        return self.deleted_tokens
+
+
+class SkewObjective(AmongOthers):
+    """The same by a divergence that stays finite: one side is mixed with a little of the other."""
+
+    name: Literal["skew"]
+    temperature: Temperature
+    teacher_temperature: Temperature
+    alpha: Annotated[float, Field(gt=0, lt=1)]  # how much of the other is mixed in
+    reverse: bool  # whether the student's distribution is the one that weighs
+
+
+class DecoupledObjective(AmongOthers):
+    """The same with a row's own key and the rest apart, and easy and hard rows apart."""
+
+    name: Literal["decoupled"]
+    temperature: Temperature
+    teacher_temperature: Temperature
+    alpha: Annotated[float, Field(ge=0, le=1)]  # weight of the easy half of a batch
+
+
+class ComparativeObjective(BaseObjective):
+    """Differences between the vectors of two rows point where the teacher's do."""
+
+    name: Literal["comparative"]
+
+
+class GramObjective(BaseObjective):
+    """The similarities within a batch of the student's vectors are the teacher's."""
+
+    name: Literal["gram"]
+    temperature: Temperature | None  # null: squared differences; else of a softmax over each row
+
+
+Objective = Annotated[
+    KdObjective
+    | CkdObjective
+    | DiscoKdObjective
+    | DiscoCkdObjective
+    | RelationalObjective
+    | SkewObjective
+    | DecoupledObjective
+    | ComparativeObjective
+    | GramObjective,
+    Field(discriminator="name"),
+]
 
 
 class TrainingParams(Section):
@@ -158,6 +255,7 @@ class TrainingParams(Section):
     dropout: bool  # false: the student is trained as it will be used, without dropout
     max_tokens: Annotated[int, Field(ge=4)]
     precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 where the device multiplies it faster
+    gradient_caching: bool  # true: read a batch twice, and keep only its vectors in between
     evaluate_every: PositiveInt  # steps
     patience: PositiveInt  # evaluations without a new best before the run stops
     seed: NonNegativeInt
@@ -167,6 +265,7 @@ class RecipeParams(TrainingParams):
     """Start + caches -> student."""
 
     projection: Literal["auto", "always"]  # auto: only where the widths differ
+    widths: tuple[PositiveInt, ...]  # of the student's vector that serve alone, too (Matryoshka)
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
 
 
@@ -178,7 +277,7 @@ class FinetuneParams(TrainingParams):
     fields: Annotated[
         tuple[Text, ...], Field(min_length=3, max_length=3)
     ]  # anchor, positive, negative
-    temperature: Annotated[float, Field(gt=0, le=10)]
+    temperature: Temperature
     learnable_temperature: bool
     dev: Text | None  # glob of an STS file that picks the best weights; null: triplets held out
     heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the triplets held out if dev is null
@@ -202,12 +301,25 @@ class ExportParams(Section):
     onnx: bool  # also as ONNX (extra `onnx`)
 
 
+class RayParams(Section):
+    """Where Ray runs; speed only."""
+
+    address: Text | None  # of a cluster; null: one of this machine alone, for this run
+    num_gpus: Annotated[float, Field(ge=0)]  # that each worker takes; 0: it takes one CPU
+
+
 class Params(Section):
     """All of params.yaml."""
 
     store: Text  # folder; $TEACHONCE_STORE wins
     remote: Text | None  # speed only: s3://bucket/folder, or a folder
     device: Text  # speed only: auto, cpu, cuda, cuda:1, mps
+    engine: Literal["this_process", "local", "ray"]  # speed only: where the teacher runs
+    workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]  # speed only: of local and ray
+    ray: RayParams
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow"
+    ]  # speed only: shows training's curves
     docs: DocsParams
     shard: ShardParams
     split: SplitParams
@@ -253,6 +365,8 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unusable_set_names(sections.get("evaluate")),
         *_unusable_recipes(sections.get("recipes", {}), sections.get("mine")),
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
+        *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
+        *_cut_imports(sections.get("embed")),
     ]
 
 
@@ -307,6 +421,29 @@ def _unknown_students(
     if model is not None and model not in made:
         wrong.append(("export.model", f"no student named {model}; there are {sorted(made)}"))
     return wrong
+
+
+def _cut_imports(embed: EmbedParams | None) -> list[Problem]:
+    dim = getattr(embed, "dim", None)
+    if dim is None or not getattr(embed, "teacher", "").startswith(IMPORTED):
+        return []
+    return [("embed.dim", f"{dim}, but imported vectors are taken whole: set it to null")]
+
+
+def _starts_of_nobody(
+    starts: Mapping[str, StartParams], embed: EmbedParams | None
+) -> list[Problem]:
+    """Imported vectors have no layers."""
+    if not getattr(embed, "teacher", "").startswith(IMPORTED):
+        return []
+    return [
+        (
+            f"starts.{name}.from",
+            "teacher, but embed.teacher stands for imported vectors: name the model to start from",
+        )
+        for name, start in starts.items()
+        if start.from_ == TEACHER
+    ]
 
 
 def _unusable_set_names(evaluate: EvaluateParams | None) -> list[Problem]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from stages.files import matching, reading, unpacked_name, with_compressed
 from stages.lines import lines
 from storage.errors import TeachonceError, shown
+from storage.ipc import unpacked_bytes
 
 Rule = Literal["undecodable", "malformed", "too_long"]
 
@@ -50,6 +51,10 @@ COLUMN_ENDINGS = (".parquet", ".arrow")
 ENDINGS = (*with_compressed(*LINE_ENDINGS), *COLUMN_ENDINGS)
 
 ROWS_AT_ONCE = 4096
+
+# Texts do not shrink to a hundredth; what says so is a few bytes that unpack to gigabytes.
+MOST_EXPANSION = 100
+ALWAYS_ALLOWED_BYTES = 64 << 20
 
 # What an Arrow stream ends with. Without it, one cut between two batches reads like a whole one.
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -213,20 +218,34 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
 def _parquet_items(path: Path, field: str) -> Iterator[Item]:
     from pyarrow import parquet
 
-    with reading(path, CURE), parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        column = _column_number(file.schema_arrow, path, field)
-        name = file.schema_arrow.names[column]
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
-            yield from cells(batch.column(0))
+    with reading(path, CURE):
+        schema = parquet.read_schema(path)
+        name = schema.names[_column_number(schema, path, field)]
+        # Dictionaries stay dictionaries: a long text that stands in every row is held once.
+        with parquet.ParquetFile(
+            path, page_checksum_verification=True, read_dictionary=[name]
+        ) as file:
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            # Of whole groups: pyarrow dies of what a damaged column says of itself.
+            _check_expansion(path.stat().st_size, sum(group.total_byte_size for group in groups))
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
+                yield from cells(batch.column(0))
+
+
+def _check_expansion(packed: int, unpacked: int) -> None:
+    if unpacked > max(ALWAYS_ALLOWED_BYTES, MOST_EXPANSION * packed):
+        raise ValueError(f"{packed:,} bytes in it say that they unpack to {unpacked:,}")
 
 
 def _arrow_items(path: Path, field: str) -> Iterator[Item]:
     """Cells of an Arrow file or of an Arrow stream, which is what `datasets` writes."""
     with reading(path, CURE), pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
+            _check_arrow_sizes(source, 8)
             reader = pa.ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
+            _check_arrow_sizes(source, 0)
             source.seek(0)
             reader = pa.ipc.open_stream(source)
             batches = iter(reader)
@@ -235,6 +254,17 @@ def _arrow_items(path: Path, field: str) -> Iterator[Item]:
             yield from cells(batch.column(column))
         if isinstance(reader, pa.ipc.RecordBatchStreamReader):
             _check_stream_end(source)
+
+
+def _check_arrow_sizes(source: pa.MemoryMappedFile, start: int) -> None:
+    """Look at the front of each message, from `start` on; no body is unpacked."""
+    source.seek(start)
+    for message in pa.ipc.MessageReader.open_stream(source):
+        if message.type in {"record batch", "dictionary"}:
+            unpacked = unpacked_bytes(
+                message.metadata, message.body, is_dictionary=message.type == "dictionary"
+            )
+            _check_expansion(message.body.size, unpacked)
 
 
 def _check_stream_end(source: pa.MemoryMappedFile) -> None:
@@ -272,14 +302,26 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 def cells(column: pa.Array) -> Iterator[Item]:
     """One item a cell. Arrow checks neither offsets nor UTF-8 on reading, so both are checked here."""
+    if pa.types.is_dictionary(column.type):
+        values = _as_bytes(column.dictionary)
+        pa.DictionaryArray.from_arrays(column.indices, values).validate(full=True)
+        for start in range(0, len(column), ROWS_AT_ONCE):
+            places = column.indices.slice(start, ROWS_AT_ONCE)
+            used = places.unique()
+            # A long text that stands in many cells is made once.
+            items = dict(zip(used.to_pylist(), _items(values.take(used)), strict=True))
+            yield from map(items.__getitem__, places.to_pylist())
+        return
     for start in range(0, len(column), ROWS_AT_ONCE):
-        for cell in _as_bytes(column.slice(start, ROWS_AT_ONCE)).to_pylist():
-            yield MALFORMED if cell is None else _decoded(cell)
+        yield from _items(_as_bytes(column.slice(start, ROWS_AT_ONCE)))
+
+
+def _items(column: pa.Array) -> Iterator[Item]:
+    for cell in column.to_pylist():
+        yield MALFORMED if cell is None else _decoded(cell)
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
-    if pa.types.is_dictionary(column.type):
-        return pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary))
     views = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     # Viewed before it is validated: as text, one cell that is no UTF-8 would fail the whole column.
     column = column.view(views.get(column.type, pa.binary_view()))

@@ -17,13 +17,16 @@ from types import TracebackType
 from typing import Self
 
 from stages.outcome import log
-from stages.transfer import TRANSFERS
+from stages.transfer import TRANSFERS, offer
 from storage.errors import DamagedError, TeachonceError
 from storage.remote import Remote, RemoteError
 from storage.store import Accept, Object, Store
 
 REST_SECONDS = 60.0
 """A remote that failed is left alone this long, so that nothing waits for it again and again."""
+
+WIDEST_ROW_BYTES = 4 << 16
+"""A vector of 65,536 float32 values; an object of the remote with more a row is refused unread."""
 
 
 class Sharing:
@@ -91,11 +94,19 @@ class Sharing:
         if self.remote is not None:
             self._sending.append(self._pool.submit(self._send, self.remote, entry))
 
+    def offer(self, entry: Object) -> None:
+        """Send, now, an object that all boxes compare themselves with; another box's copy stays."""
+        if self.remote is None or self._is_resting():
+            return
+        try:
+            offer(entry, self.store, self.remote)
+        except RemoteError as error:
+            log.warning("embed: %s; going on alone", error)
+            self._rest(error)
+
     def order(self, todo: list[int]) -> list[int]:
-        """The shards `todo` in an order of this box's own; as they are where nothing is shared."""
-        if self.remote is None:
-            return todo
-        # No result depends on it, so it needs no seed; two boxes must not have the same.
+        """The shards `todo` in an order of this worker's own: others may be at work on the same store."""
+        # No result depends on it, so it needs no seed; two workers must not have the same.
         return random.SystemRandom().sample(todo, len(todo))
 
     def _ask(self, key: str, accept: Accept, most: int) -> bool:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.outcome import Outcome, Progress, log
-from storage.errors import MissingError, TeachonceError
-from storage.manifest import Manifest
+from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
+from storage.manifest import Manifest, fingerprint
+from storage.probe import probe_key
 from storage.remote import Remote, RemoteError
 from storage.store import Object, Store, made_again
 
@@ -51,6 +52,11 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 
     result = _each("push", _objects(manifests), send)
     _raise_problems("push", result)
+    for manifest in manifests.values():
+        if manifest.kind == "embeddings" and (
+            record := store.find(probe_key(fingerprint(manifest.recipe)))
+        ):
+            offer(record, store, remote)
     notes = sum(
         remote.push_ref(manifest.ref, manifest.note(path)) for path, manifest in manifests.items()
     )
@@ -93,6 +99,21 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
         if not (store.root / manifest.ref).exists():
             manifest.leave_note(path, store)
     return _outcome("pull", result, to=store.root, manifests=manifests, notes=0)
+
+
+def offer(entry: Object, store: Store, remote: Remote) -> None:
+    """Send the record of a teacher's probe texts, if the remote has none: the first one stays.
+
+    Another copy there is left alone, since other hardware gives other last bits. Boxes that fetch it are
+    compared with it; a box that has a record of its own already goes by that one.
+
+    Raises:
+        RemoteError: the remote cannot be reached or refuses.
+    """
+    try:
+        remote.push(entry, store)
+    except (AnotherCopyError, DamagedError) as error:
+        log.info("%s: not sent: %s", entry.key, error.problem)
 
 
 def threads(objects: Sequence[Object]) -> int:

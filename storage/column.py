@@ -65,7 +65,7 @@ class Column:
         """Group row ids by shard.
 
         Yields:
-            shard, places in `ids`, rows within the shard; in shard order.
+            shard, places in `ids`, rows within the shard; both in the order of the rows.
 
         Raises:
             IndexError: an id outside 0 <= id < rows.
@@ -75,11 +75,12 @@ class Column:
             raise IndexError(f"row ids {ids.min()} to {ids.max()} in a column of {self.rows} rows")
         if not len(ids):
             return
-        shard_of = np.searchsorted(self.starts, ids, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        shards, firsts = np.unique(shard_of[order], return_index=True)
-        for shard, places in zip(shards, np.split(order, firsts[1:]), strict=True):
-            yield int(shard), places, ids[places] - self.starts[shard]
+        order = np.argsort(ids)
+        ascending = ids[order]
+        bounds = np.searchsorted(ascending, self.starts)
+        for shard in np.flatnonzero(np.diff(bounds)):
+            some = slice(bounds[shard], bounds[shard + 1])
+            yield int(shard), order[some], ascending[some] - self.starts[shard]
 
     @cached_property
     def text_keys(self) -> NDArray[np.bytes_]:
@@ -98,8 +99,35 @@ class Column:
         raise DamagedError(
             path,
             f"row {row} of shard {shard} belongs to another text",
+            # Not `repair`: it reads each object by itself, and by itself this one is whole.
             f"rm -f '{path}', then {made_again(key)}",
         )
+
+
+class KeyIndex:
+    """Text keys that are looked up by the thousand; 24 bytes of memory a key.
+
+    Args:
+        keys: (n,) V16.
+    """
+
+    def __init__(self, keys: NDArray[np.bytes_]) -> None:
+        # As S16 they are compared byte by byte like V16, twice as fast.
+        keys = keys.view(f"S{TEXT_KEY_BYTES}")
+        self._order = np.argsort(keys, kind="stable")
+        self._sorted = keys[self._order]
+
+    def places(self, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
+        """(m,) the first place of each of (m,) V16 keys among the n; -1 if it is not there."""
+        if not len(self._sorted):
+            return np.full(len(keys), -1, np.int64)
+        keys = keys.view(f"S{TEXT_KEY_BYTES}")
+        # Sorted, they ask for neighbours one after the other: four times as fast.
+        sorting = np.argsort(keys)
+        found = np.empty(len(keys), np.int64)
+        found[sorting] = np.searchsorted(self._sorted, keys[sorting])
+        found = np.minimum(found, len(self._sorted) - 1)
+        return np.where(self._sorted[found] == keys, self._order[found], -1)
 
 
 def text_keys_of(batch: pa.RecordBatch) -> NDArray[np.bytes_]:

@@ -34,6 +34,8 @@ CURES = {
     errno.EROFS: "mount it writable, or point `store` in params.yaml to a folder that is",
     errno.EACCES: "give yourself write permission there, or point `store` to another folder",
     errno.EPERM: "give yourself write permission there, or point `store` to another folder",
+    errno.EMFILE: "allow more open files (ulimit -n), then run the same command again",
+    errno.ESTALE: "mount the network disk again, then run the same command again",
     errno.EIO: "the device reports errors: check it, then run the same command again",
 }
 OTHER_CURE = "mend the cause, then run the same command again: what is finished is kept"
@@ -158,7 +160,8 @@ def _scratch(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         with named(path, "writing"), os.fdopen(descriptor, "wb") as sink:
             yield scratch, sink
     finally:
-        scratch.unlink(missing_ok=True)
+        with named(scratch, "deleting"):
+            scratch.unlink(missing_ok=True)
 
 
 def _scratch_name(path: Path) -> Path:
@@ -167,8 +170,9 @@ def _scratch_name(path: Path) -> Path:
 
 def _make_folder(folder: Path) -> None:
     """Make `folder` and its parents, each flushed into the one above so that none is lost."""
-    if folder.is_dir():
-        return
+    with named(folder, "looking for the folder"):
+        if folder.is_dir():
+            return
     _make_folder(folder.parent)
     with named(folder, "making the folder"):
         folder.mkdir(exist_ok=True)

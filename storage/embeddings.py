@@ -1,22 +1,60 @@
 """The embedding cache: the teacher's vectors by row id.
 
-Vectors are stored as the teacher's own pipeline returns them, unscaled, as float16 or float32.
+Vectors are stored as the teacher's own pipeline returns them: as float16 or float32 unscaled, or as int8
+with a scale of its own for each row (value = int8 x scale). Whoever reads int8 gets float32.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY, Column, fixed_lists, matrix_of, text_key_array, text_keys_of
+from storage.column import (
+    TEXT_KEY,
+    TEXT_KEY_BYTES,
+    Column,
+    fixed_lists,
+    matrix_of,
+    text_key_array,
+    text_keys_of,
+)
 from storage.corpus import Corpus, check_derived
-from storage.errors import TeachonceError
-from storage.manifest import Manifest
-from storage.store import Object, Store
+from storage.errors import DamagedError, TeachonceError
+from storage.manifest import Manifest, check_made_by
+from storage.store import Object, Store, made_again
 
-DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
-FLOAT16_MAX = float(np.finfo(np.float16).max)
+DTYPES: dict[str, type[np.number]] = {
+    "float16": np.float16,
+    "float32": np.float32,
+    "int8": np.int8,
+}
+
+LEAST_SCALE = float(np.finfo(np.float32).tiny)
+"""Below it a float32 has fewer digits."""
+
+EXTREMES = {
+    "float16": (float(np.finfo(np.float16).smallest_subnormal), float(np.finfo(np.float16).max)),
+    "float32": (0.0, np.inf),
+    "int8": (127 * LEAST_SCALE, np.inf),
+}
+"""Storage -> least and most that the largest value of a vector may be."""
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """Rows of a shard to be made whose vectors are in older shards.
+
+    Args:
+        rows: (m,) which rows of the shard, ascending.
+        batch: Their columns, as they are stored.
+    """
+
+    rows: NDArray[np.int64]
+    batch: pa.RecordBatch
 
 
 class BadVectorsError(TeachonceError):
@@ -31,52 +69,165 @@ def put_vectors(
     text_keys: NDArray[np.bytes_],
     storage: str,
     facts: dict[str, int],
+    known: KnownRows | None = None,
 ) -> Object:
     """Publish the vectors of one text shard.
 
     Args:
         store: Where to.
         key: `vectors/<teacher fingerprint>/<text digest>.arrow`.
-        vectors: (rows, dim) float32.
+        vectors: (rows, dim) float32; of those rows that are not `known`.
         text_keys: (rows,) V16.
-        storage: "float16" or "float32".
+        storage: "float16", "float32" or "int8".
         facts: Counts for the header.
+        known: Rows that are copied as they are.
 
     Raises:
-        BadVectorsError: NaN, Inf, zero, or too large for float16; names the rows. Nothing is stored.
+        BadVectorsError: NaN, Inf, zero, or too large or small for `storage`; names the rows. Nothing is
+            stored.
+        TeachonceError: `vectors` and those of `known` are not of one kind.
     """
-    check_vectors(vectors, key=key, storage=storage)
-    batch = pa.record_batch(
-        [text_key_array(text_keys), fixed_lists(vectors.astype(DTYPES[storage]))],
-        names=["text_key", "vector"],
-    )
-    return store.put(key, batch, facts)
+    if known is not None and len(known.rows) == len(text_keys):
+        return store.put(key, known.batch, facts)
+    rows = np.arange(len(text_keys))
+    if known is not None:
+        rows = np.delete(rows, known.rows)
+    check_vectors(vectors, rows=rows, key=key, storage=storage)
+    columns = {"text_key": text_key_array(text_keys[rows])}
+    if storage == "int8":
+        values, scales = rounded_to_int8(vectors)
+        columns |= {"vector": fixed_lists(values), "scale": pa.array(scales)}
+    else:
+        columns["vector"] = fixed_lists(vectors.astype(DTYPES[storage]))
+    batch = pa.record_batch(columns)
+    return store.put(key, batch if known is None else _merged(key, rows, batch, known), facts)
 
 
-def check_vectors(vectors: NDArray[np.float32], *, key: str, storage: str) -> None:
+def row_bytes(dim: int, storage: str) -> int:
+    """Bytes of a row in an object of vectors; its header comes on top, about 1 kB."""
+    scale = np.dtype(np.float32).itemsize if storage == "int8" else 0
+    return TEXT_KEY_BYTES + dim * np.dtype(DTYPES[storage]).itemsize + scale
+
+
+def rounded_to_int8(
+    vectors: NDArray[np.float32],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Each row as int8 and its own scale: a row never depends on what else is in its shard.
+
+    Args:
+        vectors: (n, dim), finite, in each row a value other than zero.
+
+    Returns:
+        (n, dim) int8, -127 to 127, rounded half to even; (n,) float32, the largest magnitude / 127.
+    """
+    scales = np.abs(vectors).max(axis=1, initial=0.0).astype(np.float32) / np.float32(127)
+    return np.rint(vectors / scales[:, None]).astype(np.int8), scales
+
+
+def as_read(vectors: NDArray[np.float32], storage: str) -> NDArray[np.floating]:
+    """(n, dim) vectors as they are read again after they were stored."""
+    if storage == "int8":
+        return _floats(*rounded_to_int8(vectors))
+    stored: NDArray[np.floating] = vectors.astype(DTYPES[storage])
+    return stored
+
+
+def _floats(
+    values: NDArray[np.generic], scales: NDArray[np.float32] | None
+) -> NDArray[np.floating]:
+    """(n, dim) stored values as numbers: what is not int8 has no scales and stays as it is."""
+    if scales is None:
+        return values  # type: ignore[return-value]  # by the schema
+    vectors: NDArray[np.floating] = np.multiply(values, scales[:, None], dtype=np.float32)
+    return vectors
+
+
+def vectors_of(batch: pa.RecordBatch) -> NDArray[np.floating]:
+    """(n, dim) vectors of an object: a view of the mapped file in its own type, or int8 as float32.
+
+    Raises:
+        ValueError: int8 without a scale, or with one that is not a positive number.
+    """
+    return _floats(matrix_of(batch, "vector"), scales_of(batch))
+
+
+def _placed(values: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+    """(n, ...) values with the first at place order[0], and so on."""
+    placed = np.empty_like(values)
+    placed[order] = values
+    return placed
+
+
+def scales_of(batch: pa.RecordBatch) -> NDArray[np.float32] | None:
+    """(n,) float32 scales of the rows of an object of vectors; None if they are not int8.
+
+    Raises:
+        ValueError: there are none, or one is not a positive number.
+    """
+    if not pa.types.is_int8(batch.schema.field("vector").type.value_type):
+        return None
+    if "scale" not in batch.schema.names or batch.schema.field("scale").type != pa.float32():
+        raise ValueError("vectors of int8 without their scales")
+    scales: NDArray[np.float32] = batch.column("scale").to_numpy(zero_copy_only=True)
+    wrong = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"the scale of row {row} is {scales[row]:g}, not a positive number")
+    return scales
+
+
+def _merged(
+    key: str, rows: NDArray[np.int64], batch: pa.RecordBatch, known: KnownRows
+) -> pa.RecordBatch:
+    """A whole shard: `batch` has its rows `rows`, `known` all others."""
+    if batch.schema != known.batch.schema:
+        kinds = [each.schema.field("vector").type for each in (batch, known.batch)]
+        raise TeachonceError(
+            key,
+            f"the teacher returned vectors of {kinds[0]}, and older shards hold {kinds[1]}",
+            "set embed.reuse: false, and ask who made the older ones (`teachonce ls`)",
+        )
+    order = np.argsort(np.concatenate([rows, known.rows]))
+    return pa.concat_batches([batch, known.batch]).take(pa.array(order))
+
+
+def check_vectors(
+    vectors: NDArray[np.float32], *, rows: NDArray[np.int64], key: str, storage: str
+) -> None:
     """Refuse poison: found here it costs a second, found in training it costs a night.
+
+    Args:
+        vectors: (n, dim) float32.
+        rows: (n,) which rows of the shard they are.
+        key: Of the shard.
+        storage: "float16" or "float32".
 
     Raises:
         BadVectorsError: names the first rows of the shard that are wrong, and how.
     """
+    if found := poison(vectors, storage):
+        fault, bad = found[0], rows[found[1]]
+        raise BadVectorsError(
+            key,
+            f"{len(bad)} of {len(vectors)} vectors are {fault}: rows "
+            f"{', '.join(map(str, bad[:8]))}{' …' if len(bad) > 8 else ''} of the shard",
+            "set embed.storage: float32"
+            if fault.startswith("too ")
+            else "look at these texts, or set embed.precision: fp32; nothing of the shard was stored",
+        )
+
+
+def poison(vectors: NDArray[np.float32], storage: str) -> tuple[str, NDArray[np.bool_]] | None:
+    """What is wrong with vectors that must not be stored, and (n,) which have it; None if all are well."""
     largest = np.abs(vectors).max(axis=1, initial=0.0)  # NaN stays NaN
     faults = {
         "NaN or Inf": ~np.isfinite(largest),
         "zero": largest == 0.0,
     }
-    if storage == "float16":
-        faults["too large for float16"] = np.isfinite(largest) & (largest > FLOAT16_MAX)
-    for fault, wrong in faults.items():
-        rows = np.flatnonzero(wrong)
-        if len(rows):
-            raise BadVectorsError(
-                key,
-                f"{len(rows)} of {len(vectors)} vectors are {fault}: rows "
-                f"{', '.join(map(str, rows[:8]))}{' …' if len(rows) > 8 else ''} of the shard",
-                "set embed.storage: float32"
-                if fault.startswith("too large")
-                else "look at these texts, or set embed.precision: fp32; nothing of the shard was stored",
-            )
+    least, most = EXTREMES[storage]
+    faults[f"too large for {storage}"] = np.isfinite(largest) & (largest > most)
+    faults[f"too small for {storage}"] = (largest > 0.0) & (largest < least)
+    return next(((fault, wrong) for fault, wrong in faults.items() if wrong.any()), None)
 
 
 def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], storage: str) -> None:
@@ -85,10 +236,10 @@ def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], stor
     Args:
         batch: A whole object of vectors.
         text_keys: (rows,) V16 of the texts it must belong to.
-        storage: "float16" or "float32".
+        storage: "float16", "float32" or "int8".
 
     Raises:
-        ValueError: other texts, another type, or vectors that are no numbers.
+        ValueError: other texts, another type, vectors that are no numbers, or int8 without a scale.
     """
     kind = pa.from_numpy_dtype(DTYPES[storage])
     types = {field.name: field.type for field in batch.schema}
@@ -100,6 +251,7 @@ def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], stor
     theirs = text_keys_of(batch)
     if len(theirs) != len(text_keys) or not bool((theirs == text_keys).all()):
         raise ValueError("vectors of other texts")
+    scales_of(batch)
     if not bool(np.isfinite(matrix_of(batch, "vector")).all()):
         raise ValueError("NaN or Inf among its vectors")
 
@@ -108,29 +260,69 @@ class Embeddings(Column):
     """The teacher's vectors of a corpus.
 
     Raises:
-        DamagedError: the manifest belongs to another corpus.
+        DamagedError: the manifest belongs to another corpus, or names vectors of another teacher or other
+            settings than its recipe says.
     """
 
     def __init__(self, store: Store, manifest: Manifest, corpus: Corpus) -> None:
         self.manifest = manifest
+        check_made_by(manifest, manifest.recipe)
         check_derived(manifest, corpus)
         super().__init__(store, manifest.objects, corpus)
+        self._values_known: dict[int, NDArray[np.generic]] = {}
+        self._scales_known: dict[int, NDArray[np.float32] | None] = {}
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return int(self.shard(0).shape[1]) if self.objects else 0
+        return int(self._values(0).shape[1]) if self.objects else 0
 
     def shard(self, shard: int) -> NDArray[np.floating]:
-        """(rows of the shard, dim) in the stored type; a view of the mapped file."""
-        return matrix_of(self.batch(shard), "vector")  # type: ignore[return-value]  # by the schema
+        """(rows of the shard, dim): a view of the mapped file in its own type, or int8 as float32."""
+        return _floats(self._values(shard), self._scales(shard))
 
     def rows_of(self, ids: NDArray[np.integer]) -> NDArray[np.floating]:
-        """(n, dim) vectors of `ids`, in their order, in the stored type."""
-        taken: NDArray[np.floating] | None = None
+        """(n, dim) vectors of `ids`, in their order, in the stored type, or int8 as float32."""
+        taken: NDArray[np.generic] | None = None
+        scales: NDArray[np.float32] | None = None
+        order = np.empty(len(ids), np.int64)
+        done = 0
         for shard, places, rows in self.by_shard(ids):
-            vectors = self.shard(shard)
+            values, of_shard = self._values(shard), self._scales(shard)
             if taken is None:
-                taken = np.empty((len(ids), vectors.shape[1]), vectors.dtype)
-            taken[places] = vectors[rows]
-        return np.empty((0, self.dim), np.float16) if taken is None else taken
+                taken = np.empty((len(ids), values.shape[1]), values.dtype)
+                scales = None if of_shard is None else np.empty(len(ids), np.float32)
+            some = slice(done, done + len(rows))
+            order[some], done = places, some.stop
+            # "clip" spares a copy; no row is outside.
+            np.take(values, rows, axis=0, out=taken[some], mode="clip")
+            if scales is not None and of_shard is not None:
+                scales[some] = of_shard[rows]
+        if taken is None:
+            return np.empty((0, self.dim), np.float16)
+        # Read in the order of the corpus, they are put in that of `ids` in one go.
+        if (np.diff(order) < 0).any():
+            taken, scales = (
+                _placed(taken, order),
+                None if scales is None else _placed(scales, order),
+            )
+        return _floats(taken, scales)
+
+    def _values(self, shard: int) -> NDArray[np.generic]:
+        """(rows of the shard, dim) as stored; a view of the mapped file."""
+        if shard not in self._values_known:
+            self._values_known[shard] = matrix_of(self.batch(shard), "vector")
+        return self._values_known[shard]
+
+    def _scales(self, shard: int) -> NDArray[np.float32] | None:
+        """(rows of the shard,); None if its values need none."""
+        if shard not in self._scales_known:
+            batch = self.batch(shard)
+            try:
+                self._scales_known[shard] = scales_of(batch)
+            except ValueError as error:
+                path = self.store.path(self.objects[shard].key)
+                raise DamagedError(
+                    path, str(error), f"rm -f '{path}', then {made_again(self.objects[shard].key)}"
+                ) from error
+        return self._scales_known[shard]

@@ -6,7 +6,9 @@ it without a traceback and exits with its `exit_code`; anything else is a bug an
 
 from __future__ import annotations
 
+import copyreg
 from pathlib import Path
+from typing import Any
 
 SHOWN_CHARACTERS = 300
 
@@ -17,10 +19,15 @@ def shown(value: object) -> str:
     Names and texts come from files of strangers; a newline or an escape sequence in one of them must
     not be able to write lines of its own to somebody's terminal.
     """
-    text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
-    )
+    text = harmless(str(value).replace("\n", "\\n"))
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def harmless(text: str) -> str:
+    """`text` without control characters, however long; it keeps its lines."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class TeachonceError(Exception):
@@ -36,7 +43,11 @@ class TeachonceError(Exception):
 
     def __init__(self, where: str | Path, problem: str, cure: str) -> None:
         self.where, self.problem, self.cure = str(where), problem, cure
-        super().__init__(f"{shown(where)}: {problem}\n  cure: {cure}")
+        super().__init__(f"{shown(where)}: {harmless(problem)}\n  cure: {harmless(cure)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a worker to the process it works for, as it is: made anew, its text would be its place."""
+        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
 class StorageError(TeachonceError):

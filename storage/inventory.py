@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage import durable
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.manifest import MAX_BYTES, Manifest
+from storage.probe import probe_key
 from storage.store import KEY_PATTERN, digest
 
 REFS, QUARANTINE = "refs", "quarantine"
@@ -180,10 +181,12 @@ def _read_ref(path: Path) -> Ref:
     cure = f"restore it, or if nobody needs it: `teachonce gc --forget {path.stem}`"
     try:
         # A link or a device here is nobody's ref.
-        if not stat.S_ISREG(path.lstat().st_mode):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a plain file")
-        with path.open("rb") as file:
-            note = Note.model_validate_json(file.read(MAX_BYTES))
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{status.st_size} bytes are too many")
+        note = Note.model_validate_json(path.read_bytes())
         if f"{digest(note.manifest.encoded)}.json" != path.name:
             raise ValueError("its manifest is not the one that its name says")
     except FileNotFoundError:
@@ -225,10 +228,12 @@ def orphans(objects: Iterable[File], refs: Iterable[Ref]) -> list[File]:
     """The objects that no ref keeps.
 
     A ref keeps what its manifest names. Token ids stand in no manifest: they are kept as long as the
-    texts that they were made of.
+    texts that they were made of. Neither do a teacher's vectors of the probe texts: they are kept as long
+    as any vectors of that teacher.
     """
     named = {entry.key for ref in refs for entry in ref.manifest.objects}
     texts = {_last(key) for key in named if key.startswith("text/")}
+    named |= {probe_key(key.split("/")[1]) for key in named if key.startswith("vectors/")}
     return [
         file
         for file in objects

@@ -22,8 +22,8 @@ from storage.store import Object, Store, canonical_json, digest
 
 Kind = Literal["corpus", "embeddings", "negatives"]
 
-# 1 TB of 64 MB objects is 3 MB of JSON; more than this is no manifest of ours.
-MAX_BYTES = 256 << 20
+# 1 TB of 64 MB objects is 3 MB of JSON; more than this is no manifest of ours, and is not read.
+MAX_BYTES = 64 << 20
 
 MADE_BY = {
     "corpus": "teachonce shard",
@@ -103,19 +103,20 @@ class Manifest(BaseModel):
 
         Raises:
             MissingError: there is no such file.
-            DamagedError: it is no manifest of this kind, or of another format, or cannot be read.
+            DamagedError: it is no manifest of this kind, or of another format.
+            StorageError: the operating system refused to read it.
         """
         again = f"`{MADE_BY[kind]}`" if kind else "the stage that left it"
         cure = f"restore it from Git, or make it again with {again}"
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                content = file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            raise MissingError(path, "not there", f"run {again}") from None
-        except OSError as error:
-            cause = os.strerror(error.errno or 0)
-            raise DamagedError(path, f"cannot be read: {cause}", cure) from error
+        with durable.named(path, "reading"):
+            try:
+                with path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    content = file.read() if size <= MAX_BYTES else b""
+            except FileNotFoundError:
+                raise MissingError(path, "not there", f"run {again}") from None
+            except IsADirectoryError as error:
+                raise DamagedError(path, "a folder, no manifest", cure) from error
         if size > MAX_BYTES:
             raise DamagedError(path, f"{size} bytes are too many for a manifest", cure)
         try:
@@ -134,6 +135,22 @@ class Manifest(BaseModel):
         if kind and manifest.kind != kind:
             raise DamagedError(path, f"a manifest of {manifest.kind}, not of {kind}", cure)
         return manifest
+
+
+def check_made_by(manifest: Manifest, recipe: dict[str, Any]) -> None:
+    """Raise unless every object of a manifest stands under the fingerprint of `recipe`.
+
+    Raises:
+        DamagedError: names the first that does not.
+    """
+    name = fingerprint(recipe)
+    for entry in manifest.objects:
+        if entry.key.split("/")[1] != name:
+            raise DamagedError(
+                f"{manifest.kind} manifest",
+                f"its recipe has the fingerprint {name}, but it names {entry.key}",
+                f"restore it from Git, or make it again with `{MADE_BY[manifest.kind]}`",
+            )
 
 
 def fingerprint(recipe: dict[str, Any]) -> str:

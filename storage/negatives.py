@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import Column, fixed_lists, matrix_of, text_key_array
+from storage.column import TEXT_KEY_BYTES, Column, fixed_lists, matrix_of, text_key_array
 from storage.corpus import Corpus
 from storage.errors import DamagedError
-from storage.manifest import Manifest
-from storage.store import Object, Store
+from storage.manifest import Manifest, check_made_by
+from storage.store import Object, Store, made_again
 
 NONE = -1
 """The id in a list that has fewer than the wanted neighbours; its score is 0."""
+
+
+def row_bytes(neighbours: int) -> int:
+    """Bytes of a row in an object of negatives; its header comes on top, about 1 kB."""
+    place = np.dtype(np.int64).itemsize + np.dtype(np.float32).itemsize
+    return TEXT_KEY_BYTES + neighbours * place
 
 
 def put_negatives(
@@ -37,7 +45,7 @@ class Negatives(Column):
     """Mined negatives of a corpus.
 
     Raises:
-        DamagedError: the manifest was mined from other vectors.
+        DamagedError: the manifest was mined from other vectors, or by other settings than its recipe says.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Negatives(Column):
                 "run `teachonce mine`, or `dvc repro`",
             )
         self.manifest = manifest
+        check_made_by(manifest, {**manifest.recipe, "parent": manifest.parent})
         super().__init__(store, manifest.objects, corpus)
 
     def rows_of(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -59,6 +68,7 @@ class Negatives(Column):
         for shard, places, rows in self.by_shard(ids):
             batch = self.batch(shard)
             found, cosines = matrix_of(batch, "neighbours"), matrix_of(batch, "scores")
+            self._check_ids(shard, found[rows])
             if neighbours is None or scores is None:
                 neighbours = np.full((len(ids), found.shape[1]), NONE, np.int64)
                 scores = np.zeros(neighbours.shape, np.float32)
@@ -66,3 +76,13 @@ class Negatives(Column):
         if neighbours is None or scores is None:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         return neighbours, scores
+
+    def _check_ids(self, shard: int, ids: NDArray[Any]) -> None:
+        """Raise if a stranger's list names a row that is none: -2 would be the last but one."""
+        if not ((ids >= NONE) & (ids < self.rows)).all():
+            key = self.objects[shard].key
+            raise DamagedError(
+                self.store.path(key),
+                f"names rows that a corpus of {self.rows} has not",
+                f"rm -f '{self.store.path(key)}', then {made_again(key)}",
+            )

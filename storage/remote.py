@@ -31,7 +31,6 @@ from storage.store import (
     Object,
     Store,
     header_at_front,
-    made_again,
 )
 
 PROTOCOLS = {"file", "s3", "memory"}
@@ -117,7 +116,7 @@ class Remote:
         there = self.find(named.key)
         if there is None:
             return False
-        self._same(there, named)
+        self._same(there, named, store)
 
         def accept(_: pa.RecordBatch, header: Header) -> None:
             if header.sha256 != named.sha256:
@@ -161,7 +160,7 @@ class Remote:
             raise RemoteError(
                 self._shown(named.key), "there and gone again", "run `teachonce push` again"
             )
-        self._same(there, named)
+        self._same(there, named, store)
         return False
 
     def push_ref(self, ref: str, note: bytes) -> bool:
@@ -280,15 +279,21 @@ class Remote:
     def _shown(self, key: str) -> str:
         return f"{self.url}/{key}"
 
-    def _same(self, there: Object, named: Object) -> None:
-        if there.sha256 != named.sha256:
-            raise AnotherCopyError(
-                self._shown(named.key),
-                f"another copy than the manifest's (sha256 {there.sha256[:12]}… there, "
-                f"{named.sha256[:12]}… in the manifest); the first to be pushed stays",
-                f"move the copy in your store away, {made_again(named.key)} with `remote` set to adopt "
-                "the remote's, then `dvc repro`",
-            )
+    def _same(self, there: Object, named: Object, store: Store) -> None:
+        if there.sha256 == named.sha256:
+            return
+        cure = "`git pull` the manifest of whoever pushed it; or delete it there, then run `teachonce push`"
+        if named.key.startswith("vectors/"):
+            # One move for all of them: if one is another copy, most are.
+            folder = store.path(named.key).parent
+            ours = f"mv '{folder}' '{folder}.mine', then " if folder.exists() else ""
+            cure = f"{ours}run `teachonce embed`, which takes the remote's, then `dvc repro`"
+        raise AnotherCopyError(
+            self._shown(named.key),
+            f"another copy than the manifest's (sha256 {there.sha256[:12]}… there, "
+            f"{named.sha256[:12]}… in the manifest); the first to be pushed stays",
+            cure,
+        )
 
     def _damaged(self, key: str, problem: str) -> DamagedError:
         return DamagedError(
@@ -314,9 +319,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     if not _protocols(files) & PROTOCOLS:
         raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
     if hasattr(files, "retries"):
-        files.retries = (
-            1  # s3fs tries five times itself: with ours, a dead server would take minutes
-        )
+        files.retries = 1  # as S3_OPTIONS: the attempts are ours
     return files, root
 
 

@@ -7,11 +7,11 @@ to be listed for it. Rows found in evaluation are few and are listed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from storage import durable
 from storage.corpus import Corpus
@@ -32,8 +32,8 @@ class Split(BaseModel):
 
     format: Literal[1] = 1
     corpus: str
-    heldout: float
-    evaluation: tuple[int, ...]
+    heldout: Annotated[float, Field(gt=0, le=0.5)]
+    evaluation: tuple[NonNegativeInt, ...]
 
     @property
     def content(self) -> str:
@@ -56,13 +56,21 @@ class Split(BaseModel):
         Raises:
             MissingError: there is no such file.
             DamagedError: it is no split, or that of another corpus.
+            StorageError: the operating system refused to read it.
         """
+        with durable.named(path, "reading"):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                raise MissingError(path, "not there", "run `teachonce split`") from None
         try:
-            split = cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise MissingError(path, "not there", "run `teachonce split`") from None
-        except (ValidationError, ValueError) as error:
+            split = cls.model_validate_json(content)
+        except ValidationError as error:
             raise DamagedError(path, "no split", "run `teachonce split`") from error
+        if any(row >= corpus.rows for row in split.evaluation):
+            raise DamagedError(
+                path, f"names rows that a corpus of {corpus.rows} has not", "run `teachonce split`"
+            )
         if split.corpus != corpus.manifest.content:
             raise DamagedError(path, "made for another corpus", "run `teachonce split`")
         return split

@@ -21,7 +21,14 @@ from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    ValidationError,
+)
 from typing_extensions import Buffer
 
 from storage import durable
@@ -30,11 +37,14 @@ from storage.errors import (
     DamagedError,
     MissingError,
     StorageError,
+    shown,
 )
+from storage.ipc import first_batch
 
 FORMAT = 1
 HEADER = b"teachonce"
 MAGIC = b"ARROW1"
+FRONT = 8  # where what follows the magic begins: a stream of Arrow, so first the schema
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
 """What Arrow and Python raise for bytes that are not what they should be."""
@@ -46,10 +56,27 @@ KEY_PATTERN = (
     rf"|negatives/{DIGEST_PATTERN}/[0-9]{{6}})\.arrow"
 )
 
+# What stands in an object of each kind. All code below the store relies on it, and no other type can
+# hide a value from the sha256 (a dictionary), nest without end or be a class of somebody's.
+COLUMNS = {
+    kind: rf"text_key: fixed_size_binary\[16\], {columns}"
+    for kind, columns in {
+        "text": r"text: large_string",
+        "vectors": r"vector: fixed_size_list<item: "
+        r"((halffloat|float)>\[[1-9][0-9]*\]|int8>\[[1-9][0-9]*\], scale: float)",
+        "tokens": r"token_ids: large_list<item: int32>",
+        "negatives": r"neighbours: fixed_size_list<item: int64>\[([1-9][0-9]*)\], "
+        r"scores: fixed_size_list<item: float>\[\1\]",
+    }.items()
+}
+
 # A key becomes a path, so it is matched as a whole before it touches the file system: no "..", no
 # absolute path and no link can be spelled in it.
 Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+# So many that sums over all objects of a manifest stay within 64 bits.
+Rows = Annotated[int, Field(ge=0, lt=1 << 40)]
 
 
 # What `open` says of a link and of a socket: no object of ours. Anything else it refuses for (no
@@ -66,7 +93,7 @@ class Object(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: Key
-    rows: NonNegativeInt
+    rows: Rows
     bytes: NonNegativeInt
     sha256: Sha256
 
@@ -78,7 +105,7 @@ class Header(BaseModel):
 
     format: Literal[1]
     key: Key
-    rows: NonNegativeInt
+    rows: Rows
     facts: dict[str, int]
     sha256: Sha256
 
@@ -111,7 +138,10 @@ class Store:
         Raises:
             StorageError: the disk refused; nothing is left behind.
             DamagedError: the object that was there before is damaged.
+            ValueError: a null, or other columns than those of its kind; nothing is written.
         """
+        # A wrong object that has its name would keep every later one from it.
+        _check_columns(key, batch.schema)
         facts = dict(facts or {})
         sha256 = payload_sha256(key, batch, facts)
         header = Header(format=FORMAT, key=key, rows=len(batch), facts=facts, sha256=sha256)
@@ -130,10 +160,9 @@ class Store:
     def find(self, key: str) -> Object | None:
         """The whole object under `key`, or None if there is none. Damage is an error, not a None."""
         try:
-            batch, header = self._map(key)
+            batch, header, size = self._map(key)
         except MissingError:
             return None
-        size = self.path(key).stat().st_size
         return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256)
 
     def open(self, named: Object) -> pa.RecordBatch:
@@ -144,7 +173,14 @@ class Store:
             DamagedError: its bytes are not what its header says.
             AnotherCopyError: it is whole, but another copy than the manifest's.
         """
-        batch, header = self._map(named.key)
+        batch, header, _ = self._map(named.key)
+        if header.rows != named.rows:
+            # Believed, it would shift every row behind it.
+            raise DamagedError(
+                f"the manifest that names {named.key}",
+                f"{named.rows} rows there, {header.rows} in the object",
+                "restore the manifest from Git, or make it again with the stage that left it",
+            )
         if header.sha256 != named.sha256:
             raise AnotherCopyError(
                 self.path(named.key),
@@ -153,6 +189,31 @@ class Store:
                 f"{made_again(named.key)} to adopt the copy that is there, then `dvc repro`",
             )
         return batch
+
+    def keys(self, folder: str) -> list[str]:
+        """The keys of all objects in a folder of the store, such as `vectors/<fingerprint>`, sorted.
+
+        Raises:
+            StorageError: it cannot be listed.
+        """
+        path = self.root / folder
+        with durable.named(path, "listing"):
+            names = [f"{folder}/{one.name}" for one in path.iterdir()] if path.is_dir() else []
+        return sorted(name for name in names if re.fullmatch(KEY_PATTERN, name))
+
+    def glance(self, key: str) -> pa.RecordBatch:
+        """The batch under `key`, mapped, but not compared with its sha256.
+
+        Only to see whether it is worth that: what is to be used is opened after `find`.
+
+        Raises:
+            MissingError, DamagedError, StorageError: as `header`.
+        """
+        content, _ = self._content(key)
+        try:
+            return _prove(key, content, values=False)[0]
+        except ValueError as error:
+            raise self._damaged(key, str(error)) from error
 
     def receive(self, key: str, write: Callable[[BinaryIO], None], accept: Accept) -> bool:
         """Publish under `key` what `write` brings from elsewhere, once it has proved itself.
@@ -214,13 +275,13 @@ class Store:
         """
         content, status = self._content(key)
         try:
-            _, header = _open(content)
-            _check_name(key, header)
+            _, header = _open(key, content)
         except UNREADABLE as error:
             raise self._damaged(key, _one_line(error)) from error
         return header, status.st_size
 
-    def _map(self, key: str) -> tuple[pa.RecordBatch, Header]:
+    def _map(self, key: str) -> tuple[pa.RecordBatch, Header, int]:
+        """The batch, the header and the size in bytes of the object under `key`, checked."""
         content, status = self._content(key)
         seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         try:
@@ -228,7 +289,7 @@ class Store:
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
         self._checked[seen] = header
-        return batch, header
+        return batch, header, status.st_size
 
     def _content(self, key: str) -> tuple[pa.Buffer, os.stat_result]:
         """The mapped file."""
@@ -245,14 +306,15 @@ class Store:
             raise StorageError(
                 path, f"opening failed: {cause}", "mend that, then run the same command again"
             ) from error
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-                raise self._damaged(key, "not a file with content")
-            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            # The map stays: it lives as long as an array points into it.
-            os.close(descriptor)
+        with durable.named(path, "reading"):
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+                    raise self._damaged(key, "not a file with content")
+                content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            finally:
+                # The map stays: it lives as long as an array points into it.
+                os.close(descriptor)
         return pa.py_buffer(content), status
 
     def _missing(self, key: str) -> MissingError:
@@ -264,7 +326,12 @@ class Store:
 
     def _damaged(self, key: str, problem: str) -> DamagedError:
         path = self.path(key)
-        return DamagedError(path, f"damaged: {problem}", f"rm -f '{path}', then {made_again(key)}")
+        return DamagedError(
+            path,
+            f"damaged: {problem}",
+            "run `teachonce repair`; if it finds nothing, no manifest here names it yet: "
+            f"rm -f '{path}', then {made_again(key)}",
+        )
 
 
 def made_again(key: str) -> str:
@@ -321,6 +388,9 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
         )
         yield np.ascontiguousarray(offsets - offsets[0]).data
         if pa.types.is_large_list(array.type):
+            # Arrow does not check the one offset of no lists, and ends the process when it follows it.
+            if not 0 <= offsets[0] <= len(array.values):
+                raise ValueError(f"lists that begin at value {offsets[0]} of {len(array.values)}")
             yield from _pieces(array.flatten())
         else:
             yield memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]]
@@ -339,8 +409,7 @@ def header_at_front(head: bytes) -> Header:
     if not head.startswith(MAGIC):
         raise ValueError("not an Arrow file")
     try:
-        # After its magic, padded to 8 bytes, an Arrow file begins like a stream: with the schema.
-        return _header_in(pa.ipc.read_schema(pa.py_buffer(head)[8:]))
+        return _header_in(pa.ipc.read_schema(pa.py_buffer(head)[FRONT:]))
     except UNREADABLE as error:
         raise ValueError(_one_line(error)) from error
 
@@ -357,16 +426,19 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
         ValueError: says in one line what is wrong.
     """
     try:
-        batch, header = _read(content)
+        reader, header = _open(key, content)
+        batch = reader.get_batch(0)
+        # Arrow checks no offset by itself: a damaged one read without this ends the process.
+        batch.validate(full=True)
         if values:
-            _check(key, batch, header)
+            _check(batch, header)
     except UNREADABLE as error:
         raise ValueError(_one_line(error)) from error
     return batch, header
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return shown((str(error) or type(error).__name__).splitlines()[0])
 
 
 def _header_in(schema: pa.Schema) -> Header:
@@ -379,32 +451,37 @@ def _header_in(schema: pa.Schema) -> Header:
         raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
 
 
-def _open(content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
-    """An Arrow file with one batch, and its header; no value is read."""
+def _open(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
+    """The Arrow file of the object `key`, and its header; no value is read."""
     reader = pa.ipc.open_file(content)
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches instead of one")
-    return reader, _header_in(reader.schema)
-
-
-def _read(content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
-    """The one batch of an Arrow file and its header, not yet checked."""
-    reader, header = _open(content)
-    batch = reader.get_batch(0)
-    # Arrow checks no offset by itself: a damaged one read without this ends the process.
-    batch.validate(full=True)
-    return batch, header
-
-
-def _check_name(key: str, header: Header) -> None:
+    header = _header_in(reader.schema)
     if header.key != key:
         raise ValueError(f"it is {header.key} under a foreign name")
+    _check_columns(key, reader.schema)
+    # An Arrow file has its schema twice, and who reads it as a stream believes the other one.
+    front = pa.BufferReader(content[FRONT:])
+    start, is_compressed = first_batch(content)
+    schema = pa.ipc.read_schema(front)
+    if not schema.equals(reader.schema, check_metadata=True) or front.tell() != start - FRONT:
+        raise ValueError("its front and its end do not say the same of what is between them")
+    if is_compressed:
+        raise ValueError("compressed, which no object is")
+    return reader, header
 
 
-def _check(key: str, batch: pa.RecordBatch, header: Header) -> None:
-    """Raise ValueError unless the batch is whole and is the object `key`."""
-    _check_name(key, header)
+def _check_columns(key: str, schema: pa.Schema) -> None:
+    """Raise ValueError unless the columns are those of the kind of object that `key` names."""
+    kind = key.split("/", 1)[0]
+    columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    if not re.fullmatch(COLUMNS[kind], columns):
+        raise ValueError(f"other columns than those of {kind}: {columns}")
+
+
+def _check(batch: pa.RecordBatch, header: Header) -> None:
+    """Raise ValueError unless the batch has the values that its header says."""
     if header.rows != len(batch):
         raise ValueError(f"{len(batch)} rows instead of {header.rows}")
-    if payload_sha256(key, batch, header.facts) != header.sha256:
+    if payload_sha256(header.key, batch, header.facts) != header.sha256:
         raise ValueError("its values are not those that were written (sha256 differs)")

@@ -43,7 +43,7 @@ def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Find
     Args:
         store: Where it should be.
         key: Its name.
-        named: What the manifest says; None for token ids, which no manifest names.
+        named: What the manifest says; None for what no manifest names.
         read: Read every value and compare the sha256.
 
     Returns:

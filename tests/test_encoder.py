@@ -1,5 +1,7 @@
 """Any model that sentence-transformers loads, with the vectors that it would return itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,15 +101,64 @@ def test_more_tokens_than_the_model_reads_are_refused(tiny_model):
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
-    with pytest.raises(TeachonceError, match="sentence-transformers cannot load it"):
+    (tmp_path / "config.json").write_text('{"model_type": "no such \\u001b[31mthing"}')
+    with pytest.raises(TeachonceError, match=r"has no \*\.safetensors"):
         load_model(tmp_path, device=CPU)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(TeachonceError, match="sentence-transformers cannot load it") as caught:
+        load_model(tmp_path, device=CPU)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_device_that_is_not_there_is_named():
     assert pick_device("cpu") == CPU
     with pytest.raises(TeachonceError, match="device: nonsense cannot be used"):
         pick_device("nonsense")
+
+
+class Small:
+    """A reader on a device that has memory for so many tokens, and says no as torch does."""
+
+    def __init__(self, reader, most):
+        self.reader, self.most, self.batches = reader, most, []
+
+    def read(self, texts, prompt):
+        read = self.reader.read(texts, prompt)
+
+        def forward(places):
+            tokens = int(read.lengths[places].sum())
+            if tokens > self.most:
+                raise torch.OutOfMemoryError(f"{tokens} tokens")
+            self.batches.append(tokens)
+            return read.forward(places)
+
+        return replace(read, forward=forward)
+
+
+def test_a_batch_without_memory_is_halved_and_no_text_is_left_out(tiny_model):
+    texts = sentences(80)
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=16, batch_tokens=1024)
+    expected = encoder.encode(texts)
+    encoder.reader = small = Small(encoder.reader, most=200)
+    assert np.allclose(encoder.encode(texts), expected, atol=1e-6)
+    assert 64 <= encoder.batch_tokens <= 256
+    assert max(small.batches) <= 200
+    assert sum(small.batches) == sum(encoder.reader.read(texts, "").lengths)
+
+
+def test_a_text_without_memory_is_an_error_with_a_cure(tiny_model):
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=16)
+    encoder.reader = Small(encoder.reader, most=3)
+    with pytest.raises(TeachonceError, match=r"cpu: no memory for one text of \d+ tokens"):
+        encoder.encode(["amber basin cedar"])
+
+
+def test_batches_stay_within_their_budget(tiny_model):
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=16, batch_tokens=100)
+    encoder.reader = small = Small(encoder.reader, most=100)
+    encoder.encode(sentences(60))
+    assert encoder.batch_tokens == 100
+    assert len(small.batches) > 5
 
 
 def test_batches_hold_each_text_once_within_their_budget():

@@ -23,7 +23,7 @@ def test_init_makes_a_new_folder(tmp_path):
         assert (tmp_path / "a/project" / name).read_bytes() == (ROOT / name).read_bytes()
         assert template(name) == (ROOT / name).read_bytes()
     # People commit their manifests, metrics and curves: only what can be made again is ignored.
-    assert (tmp_path / "a/project/.gitignore").read_text() == "/work/\n.venv/\n"
+    assert (tmp_path / "a/project/.gitignore").read_text() == "/work/\n.venv/\n.*.tmp\n"
 
 
 def test_init_overwrites_nothing(tmp_path):

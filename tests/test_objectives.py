@@ -6,15 +6,29 @@ import numpy as np
 import pytest
 import torch
 
+from stages.learning import frozen_keys
 from stages.learning.agreement import rank_agreement, top_overlap
 from stages.learning.batches import epoch_batches
 from stages.learning.candidates import CandidateSource
 from stages.learning.loop import learning_rate
-from stages.learning.objectives import LEAST_TEMPERATURE, Candidates, Objectives, ckd, kd
-from stages.params import CkdObjective, KdObjective, RecipeParams
+from stages.learning.objectives import (
+    LEAST_TEMPERATURE,
+    Candidates,
+    Objectives,
+    ckd,
+    info_nce,
+    kd,
+)
+from stages.params import (
+    CkdObjective,
+    DiscoCkdObjective,
+    GramObjective,
+    KdObjective,
+    RecipeParams,
+)
 from storage.column import text_keys_of
 from storage.embeddings import Embeddings
-from storage.manifest import Manifest
+from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, Negatives, put_negatives
 from tests.conftest import HashTeacher, sentences
 
@@ -82,6 +96,39 @@ def test_ckd_is_its_definition():
     assert fast == pytest.approx(slow_ckd(student, candidates, 8.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("width", [16, 10])
+def test_ckd_and_its_gradients_are_those_of_info_nce(width, monkeypatch):
+    """A pass in chunks of 7 beside autograd over the whole matrix of logits, keys of any length."""
+    monkeypatch.setattr(frozen_keys, "CHUNK", 7)
+    draw = torch.Generator().manual_seed(3)
+    vectors = 5 * torch.rand(40, 1, generator=draw) * unit(40, 16, seed=4)
+    same = torch.rand(5, 40, generator=draw) < 0.2
+    candidates = Candidates(vectors, own=torch.tensor([3, 0, 39, 8, 21]), same_text=same)
+    found = []
+    for objective in (ckd, info_nce):
+        student = unit(5, width, seed=5).mul(2).requires_grad_()
+        # Warm: at 30, float32 in another order of adding (another CPU) is off by more than this bound.
+        scale = torch.tensor(5.0, requires_grad=True)
+        loss = objective(student, candidates, scale)
+        (3 * loss).backward()
+        found.append((loss.detach(), student.grad, scale.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert float(found[0][0]) > 1
+
+
+def test_ckd_in_bfloat16_is_near_and_never_negative():
+    vectors = unit(3000, 64, seed=6)
+    same = torch.zeros(4, 3000, dtype=torch.bool)
+    candidates = Candidates(vectors.half(), own=torch.arange(4), same_text=same)
+    student, scale = unit(4, 64, seed=7), torch.tensor(20.0)
+    exact = float(ckd(student, candidates, scale))
+    assert float(ckd(student, candidates, scale, precision="bf16")) == pytest.approx(
+        exact, rel=1e-2
+    )
+    assert 0 <= float(ckd(vectors[:4], candidates, torch.tensor(100.0), precision="bf16")) < 1e-3
+
+
 def test_ckd_of_a_student_that_knows_nothing_is_the_logarithm_of_the_candidates():
     vectors = torch.eye(8)[:, :]
     candidates = Candidates(
@@ -117,7 +164,7 @@ def test_the_objectives_are_summed_by_weight(weights):
     candidates = Candidates(
         unit(9, 6, seed=2), own=torch.arange(3), same_text=torch.zeros(3, 9, dtype=torch.bool)
     )
-    total, parts = objectives(student, teacher, [None, candidates])
+    total, parts = objectives({0.0: student}, teacher, [None, candidates])
     total = total.detach()
     assert objectives.names == ["kd", "ckd"]
     assert parts[0] == pytest.approx(slow_kd(student, teacher), rel=1e-5)
@@ -132,7 +179,7 @@ def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
     )
     for learnable in (True, False):
         objectives = Objectives([ckd_objective(learnable_temperature=learnable)])
-        total, _ = objectives(student, unit(3, 6), [candidates])
+        total, _ = objectives({0.0: student}, unit(3, 6), [candidates])
         (total + 0 * student.sum()).backward()
         (scale,) = objectives.parameters()
         assert (scale.grad is not None and float(scale.grad) != 0) == learnable
@@ -174,7 +221,7 @@ def source(place):
         objects.append(
             put_negatives(
                 place.store,
-                f"negatives/{'a' * 40}/{shard:06}.arrow",
+                f"negatives/{fingerprint({'parent': 'p'})}/{shard:06}.arrow",
                 neighbours=neighbours,
                 scores=np.zeros(neighbours.shape, np.float32),
                 text_keys=text_keys_of(corpus.batch(shard)),
@@ -186,6 +233,7 @@ def source(place):
         embeddings,
         Negatives(place.store, manifest, corpus, mined_from="p"),
         train=train,
+        rows_of_step=lambda step: 10 * step + np.arange(10),
         text_keys=corpus.text_keys,
         seed=7,
         device=torch.device("cpu"),
@@ -230,6 +278,30 @@ def test_rows_of_equal_text_are_told_by_their_key(source):
         [True, False, False, True, False, False],
         [False, True, False, False, False, False],
     ]
+
+
+def test_the_queue_of_disco_holds_the_rows_of_past_steps_the_newest_batch_first(source):
+    ids = np.arange(50, 60)
+    disco = DiscoCkdObjective(name="disco_ckd", weight=1.0, queue=25)
+    rows = source.rows(disco, ids, step=5)
+    assert rows.tolist() == [*ids, *range(40, 50), *range(30, 40), *range(20, 25)]
+    assert source.rows(disco, ids, step=0).tolist() == ids.tolist()
+    assert source.rows(disco, ids, step=1).tolist() == [*ids, *range(10)]
+
+
+def test_disco_leaves_no_copy_of_a_rows_own_text_out(source):
+    """Row 2 of this batch stood in the batch before, and stays in its own denominator."""
+    ids, disco = np.array([2, 11]), DiscoCkdObjective(name="disco_ckd", weight=1.0, queue=4)
+    drawn = source.draw(disco, ids, step=1)
+    assert source.rows(disco, ids, step=1).tolist() == [2, 11, 0, 1, 2, 3]
+    assert drawn.same_text.int().tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
+
+
+def test_objectives_on_the_batch_alone_have_its_rows_as_candidates_and_kd_has_none(source):
+    ids = np.array([11, 3, 12])
+    drawn = source.draw(GramObjective(name="gram", weight=1.0, temperature=None), ids, step=3)
+    assert np.allclose(drawn.vectors.numpy(), source.embeddings.rows_of(ids), atol=1e-6)
+    assert source.draw(KdObjective(name="kd", weight=1.0), ids, step=3) is None
 
 
 # ------------------------------------------------------------------------------------------- batches

@@ -279,9 +279,9 @@ def test_a_student_may_pass_the_teacher():
 
 def test_models_in_a_plane():
     marks = [
-        charts.Mark("teacher", "teacher", 200, 72),
-        charts.Mark("kd", "hue0", 400, 70),
-        charts.Mark("ckd", "hue1", 400, 70),
+        charts.Mark("teacher", "teacher", 200, 72, ""),
+        charts.Mark("kd", "hue0", 400, 70, "8.7 min"),
+        charts.Mark("ckd", "hue1", 400, 70, "9.5 min"),
     ]
     svg = charts.plane(marks, x_title="texts per second", y_title="STS average")
     dots = shapes(svg, "circle", "dot")
@@ -289,7 +289,7 @@ def test_models_in_a_plane():
         ("77.3", "47.2"), ("354.7", "258.8"), ("354.7", "258.8"),
     ]  # fmt: skip
     assert [d["class"] for d in dots] == ["dot teacher", "dot hue0", "dot hue1"]
-    assert words(svg)[-3:] == ["teacher", "kd", "ckd"]
+    assert words(svg)[-3:] == ["teacher", "kd · 8.7 min", "ckd · 9.5 min"]
     ends = [(t["x"], t["y"]) for t in shapes(svg, "text", "label")]
     assert len(set(ends)) == 3
     assert "kd 400, 70; ckd 400, 70" in svg
@@ -534,8 +534,8 @@ def test_speeds_of_another_device_are_not_drawn(site):
     page = site.drawn()
     speed = page[page.index("Against speed") : page.index("Against size")]
     assert "Measured on another device, so not compared: ckd." in page
-    assert ">kd<" in speed
-    assert ">ckd<" not in speed
+    assert ">kd · 7.9 min<" in speed
+    assert ">ckd ·" not in speed
 
 
 def test_a_finetuned_student_has_the_hue_of_its_first_stage():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -204,7 +205,7 @@ def test_a_small_file_of_zeros_does_not_fill_the_memory(tmp_path):
     path = tmp_path / "a.txt.zst"
     path.write_bytes(compressed(bytes(1 << 28), level=19))
     with path.open("rb") as file:
-        assert max(map(len, lines._unzstd(path, file))) <= 130 << 20
+        assert max(map(len, lines._unzstd(path, file))) <= 66 << 20
     assert items(path) == [TOO_LONG]
 
 
@@ -310,6 +311,51 @@ def test_a_damaged_offset_is_an_error_and_not_the_end_of_the_process(tmp_path):
     content[place : place + 4] = (0x7FFFFFF0).to_bytes(4, "little")
     path.write_bytes(content)
     assert refusal(read, path, "text").startswith(f"{path}: cannot be read: ")
+
+
+BOMB_BYTES = 300 << 20
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "b.arrow", "a.parquet"])
+def test_a_few_bytes_that_unpack_to_gigabytes_are_refused_unread(tmp_path, name):
+    path = tmp_path / name
+    bomb = pa.table({"text": pa.array(["a" * BOMB_BYTES], pa.large_string())})
+    if name == "a.parquet":
+        pq.write_table(bomb, path, compression="zstd", use_dictionary=False)
+    else:
+        if name == "b.arrow":
+            bomb = pa.table({"text": bomb.column(0).combine_chunks().dictionary_encode()})
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        make = pa.ipc.new_file if name == "a.arrow" else pa.ipc.new_stream
+        with make(path, bomb.schema, options=options) as writer:
+            writer.write_table(bomb)
+    del bomb
+    assert path.stat().st_size < 64 << 10
+    before = pa.total_allocated_bytes()
+    message = refusal(read, path, "text")
+    assert re.search(r"cannot be read: [\d,]+ bytes in it say that they unpack to 314,57", message)
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_long_text_in_every_row_of_a_parquet_file_is_held_once(tmp_path):
+    path = tmp_path / "a.parquet"
+    indices = pa.array([0] * 2000 + [None, 1], pa.int32())
+    texts = pa.DictionaryArray.from_arrays(indices, pa.array(["a" * (1 << 20), "b"]))
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    first, *rest = read(path, "text")
+    assert len(first) == 1 << 20
+    assert all(text is first for text in rest[:1999])
+    assert rest[1999:] == [MALFORMED, "b"]
+
+
+def test_packed_texts_are_read(tmp_path):
+    texts = [f"text {number}" for number in range(1000)]
+    for codec in ("zstd", "lz4"):
+        table = pa.table({"text": pa.array(texts)})
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        with pa.ipc.new_file(tmp_path / "a.arrow", table.schema, options=options) as writer:
+            writer.write_table(table)
+        assert items(tmp_path / "a.arrow") == texts
 
 
 # --- datasets

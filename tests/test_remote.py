@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -24,7 +25,7 @@ from storage.errors import AnotherCopyError, DamagedError, MissingError, Storage
 from storage.manifest import Manifest
 from storage.remote import ATTEMPTS, Remote, RemoteError
 from storage.store import Object, Store
-from tests.conftest import HashTeacher, Place, embed_params, sentences
+from tests.conftest import HashTeacher, Place, embed_params, is_probe, probe_of, sentences
 
 ROOT = Path(__file__).parent.parent
 URL = "shaky://bucket/store"
@@ -52,7 +53,7 @@ class Shaky(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("shaky://"))
+        return super()._strip_protocol(path.rpartition("://")[2])
 
     def do(self, operation, path, call):
         self.asked.append((operation, path))
@@ -84,7 +85,21 @@ class Shaky(MemoryFileSystem):
         return [path.removeprefix("/bucket/store/") for what, path in cls.asked if what == "put"]
 
 
-fsspec.register_implementation("shaky", Shaky, clobber=True)
+class Stubborn(Shaky):
+    """One that tries again itself, as s3fs does and under the same name."""
+
+    protocol = ("stubborn", "memory")
+    retries = 5
+
+    def do(self, operation, path, call):
+        for _ in range(self.retries - 1):
+            with suppress(OSError):
+                return super().do(operation, path, call)
+        return super().do(operation, path, call)
+
+
+for kind in (Shaky, Stubborn):
+    fsspec.register_implementation(kind.protocol[0], kind, clobber=True)
 
 
 @pytest.fixture
@@ -175,7 +190,7 @@ def test_a_second_time_nothing_is_moved(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here")
     transfer.push(manifests, store=here.store, remote=remote_at(shaky))
     count = len(objects_of(manifests))
-    assert len(Shaky.puts()) == count + 2
+    assert len(Shaky.puts()) == count + 1 + 2  # the probe texts' vectors, two notes
     Shaky.reset(emptied=False)
     again = transfer.push(manifests, store=here.store, remote=remote_at(shaky))
     assert Shaky.puts() == []
@@ -193,7 +208,9 @@ def test_names_go_after_all_bytes(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here")
     transfer.push(manifests, store=here.store, remote=remote_at(shaky))
     puts = Shaky.puts()
-    assert sorted(puts[:-2]) == sorted(entry.key for entry in objects_of(manifests))
+    assert sorted(puts[:-2]) == sorted(
+        [*(entry.key for entry in objects_of(manifests)), probe_of(here.embeddings)]
+    )
     assert puts[-2:] == [manifest.ref for manifest in manifests.values()]
     assert names_without_objects(files_of_shaky()) == []
 
@@ -325,6 +342,15 @@ def test_pauses_grow_and_end(shaky, monkeypatch, tmp_path):
     )
 
 
+def test_a_client_that_tries_again_itself_makes_one_attempt_of_each_of_ours(shaky, tmp_path):
+    _, entry = pushed_object(tmp_path / "here")
+    Shaky.asked.clear()
+    Shaky.fails = staticmethod(lambda number: OSError(errno.EIO, "down"))
+    with pytest.raises(RemoteError, match=r"failed 5 times: \[Errno 5\] down\n"):
+        remote_at(shaky.replace("shaky", "stubborn")).pull(entry, Store(tmp_path / "there"))
+    assert len(Shaky.asked) == ATTEMPTS
+
+
 def test_a_put_whose_answer_was_lost_is_found_done(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here", sentences(100))
 
@@ -335,7 +361,7 @@ def test_a_put_whose_answer_was_lost_is_found_done(shaky, tmp_path):
 
     Shaky.lost = staticmethod(lost_once)
     transfer.push(manifests, store=here.store, remote=remote_at(shaky))
-    assert len(Shaky.puts()) == len(objects_of(manifests)) + 2
+    assert len(Shaky.puts()) == len(objects_of(manifests)) + 1 + 2
     assert names_without_objects(files_of_shaky()) == []
 
 
@@ -543,6 +569,29 @@ def test_another_copy_on_the_remote_stays_and_gets_no_name(shaky, tmp_path):
     assert not list((tmp_path / "there").glob("refs/*"))
 
 
+def test_the_cure_for_another_copy_on_the_remote_takes_it(tmp_path):
+    here, manifests = furnished(tmp_path / "here")
+    other = Place(tmp_path / "other")
+    other.embed(other.corpus(sentences(300)), HashTeacher(scale=0.5))
+    (tmp_path / "remote").mkdir()
+    remote = remote_at(str(tmp_path / "remote"))
+    transfer.push(manifests_of(other), store=other.store, remote=remote)
+    with pytest.raises(AnotherCopyError) as error:
+        transfer.push(manifests, store=here.store, remote=remote)
+    move, _, then = error.value.cure.partition(", then ")
+    assert then == "run `teachonce embed`, which takes the remote's, then `dvc repro`"
+    subprocess.run(["bash", "-c", move], check=True)
+    corpus = here.corpus(sentences(300))
+    outcome = here.embed(corpus, None, remote=remote)
+    assert outcome.facts["shards_fetched"] == len(corpus.objects)
+    assert here.embeddings == other.embeddings
+    transfer.push(manifests_of(here), store=here.store, remote=remote)
+    # Somebody who has no copy yet has nothing to move.
+    with pytest.raises(AnotherCopyError) as error:
+        transfer.pull(manifests, store=Store(tmp_path / "there"), remote=remote)
+    assert error.value.cure == then
+
+
 def test_what_is_nowhere_is_counted_and_the_rest_is_brought(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here")
     entry = objects_of(manifests)[0]
@@ -557,6 +606,76 @@ def test_what_is_nowhere_is_counted_and_the_rest_is_brought(shaky, tmp_path):
     assert not list(store.root.glob("refs/*"))
 
 
+def pushed_object(root):
+    """A store with one text shard on the remote, and that shard."""
+    place = Place(root)
+    (entry, *_) = place.corpus(sentences(40)).objects
+    remote_at(URL).push(entry, place.store)
+    return place.store, entry
+
+
+def test_an_object_that_somebody_else_made_and_deleted_is_told(shaky, tmp_path):
+    """The name is taken at the put, and free again at the next look."""
+    place = Place(tmp_path)
+    (entry, *_) = place.corpus(sentences(40)).objects
+    looks = []
+
+    def fails(_):
+        what, path = Shaky.asked[-1]
+        if what == "put":
+            looks.append("put")
+            MemoryFileSystem.pipe_file(Shaky(), path, b"theirs")
+            return FileExistsError(path)
+        if looks:
+            looks.append(what)
+        if len(looks) > 2:
+            Shaky.store.pop(path, None)
+            return FileNotFoundError(path)
+        return None
+
+    Shaky.fails = staticmethod(fails)
+    with pytest.raises(RemoteError, match=r"there and gone again\n  cure: run `teachonce push`"):
+        remote_at(shaky).push(entry, place.store)
+
+
+def test_an_object_that_vanishes_while_it_is_read_is_told_and_not_kept(shaky, tmp_path):
+    _, entry = pushed_object(tmp_path / "here")
+    there = Store(tmp_path / "there")
+    Shaky.asked.clear()
+    assert remote_at(shaky).pull(entry, there)
+    reads = sum(what == "read" for what, _ in Shaky.asked)
+    there.path(entry.key).unlink()
+    Shaky.asked.clear()
+
+    def fails(_):
+        last = sum(what == "read" for what, _ in Shaky.asked) == reads
+        return FileNotFoundError() if last and Shaky.asked[-1][0] == "read" else None
+
+    Shaky.fails = staticmethod(fails)
+    with pytest.raises(RemoteError, match="vanished while it was read"):
+        remote_at(shaky).pull(entry, there)
+    assert not there.path(entry.key).exists()
+
+
+def test_a_bucket_that_is_not_there_is_told(shaky, tmp_path):
+    place = Place(tmp_path)
+    (entry, *_) = place.corpus(sentences(40)).objects
+    Shaky.fails = staticmethod(
+        lambda _: FileNotFoundError("no bucket") if Shaky.asked[-1][0] == "put" else None
+    )
+    with pytest.raises(RemoteError, match=r"cannot be written: no bucket\n  cure: make the bucket"):
+        remote_at(shaky).push(entry, place.store)
+
+
+def test_another_copy_of_what_no_teacher_made_is_cured_by_its_manifest(shaky, tmp_path):
+    store, entry = pushed_object(tmp_path)
+    other = entry.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(
+        AnotherCopyError, match="cure: `git pull` the manifest of whoever pushed it"
+    ):
+        remote_at(shaky).push(other, store)
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     """Below a mount point that is not mounted, it would fill the wrong disk."""
     with pytest.raises(RemoteError, match="no such folder"):
@@ -564,7 +683,9 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["sftp://host/x", "nonsense://x", "zip://a.zip", "http://host/x"])
+@pytest.mark.parametrize(
+    "url", ["data://x/y", "sftp://host/x", "nonsense://x", "zip://a.zip", "http://host/x"]
+)
 def test_other_kinds_of_url_are_refused(url):
     with pytest.raises(RemoteError, match=r"cure: (use s3://|pip install)"):
         Remote(url)
@@ -626,7 +747,7 @@ def test_two_boxes_at_the_same_time_share_the_work(shaky, tmp_path):
 
     class WithTheOther(HashTeacher):
         def __call__(self, texts):
-            if not other.texts_seen:
+            if not other.texts_seen and not is_probe(texts):
                 two.embed(two.corpus(sentences(400)), other, remote=remote_at(shaky))
             return super().__call__(texts)
 
@@ -668,8 +789,9 @@ def test_a_remote_that_fails_meanwhile_costs_no_work(shaky, tmp_path):
 
     class Meanwhile(HashTeacher):
         def __call__(self, texts):
-            before.append(len(Shaky.asked))
-            Shaky.fails = staticmethod(lambda number: OSError(errno.EIO, "down"))
+            if not is_probe(texts):
+                before.append(len(Shaky.asked))
+                Shaky.fails = staticmethod(lambda number: OSError(errno.EIO, "down"))
             return super().__call__(texts)
 
     teacher = Meanwhile()
@@ -778,8 +900,8 @@ def test_two_workers_without_a_common_disk_one_killed(tmp_path):
     try:
         deadline = time.monotonic() + 60
         begun = tmp_path / "killed.begun"
-        # Not counted in its store: some of what is there came from the other.
-        while not begun.exists() or len(begun.read_text().splitlines()) < 5:
+        # Not counted in its store: some of what is there came from the other. First go the probe texts.
+        while not begun.exists() or len(begun.read_text().splitlines()) < 7:
             assert killed.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)

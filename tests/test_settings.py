@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from pipeline.settings import examine, load_params
 from stages import check
 from stages.models import file_hashes, find_model, model_files, sha256_of
 from stages.params import SettingsError
-from storage.errors import MissingError, TeachonceError
+from storage.errors import MissingError, StorageError, TeachonceError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "params.yaml"
@@ -78,11 +79,34 @@ def test_the_shipped_settings_are_right():
 
 
 def test_the_shipped_recipes_differ_in_their_objectives_only():
-    recipes = [
-        recipe.model_dump(exclude={"objectives"})
-        for recipe in load_params(SHIPPED).recipes.values()
-    ]
-    assert all(recipe == recipes[0] for recipe in recipes)
+    """But for those of DisCo, which always project."""
+    recipes = load_params(SHIPPED).recipes
+    common = recipes["kd"].model_dump(exclude={"objectives"})
+    for name, recipe in recipes.items():
+        projection = "always" if name.startswith("disco_") else "auto"
+        expected = common | {"projection": projection}
+        assert recipe.model_dump(exclude={"objectives"}) == expected, name
+
+
+def test_sections_for_anchors_are_left_out_and_what_they_bring_is_checked(tmp_path):
+    text = SHIPPED.read_text().replace("  batch_size: 128\n", "  batch_size: 1\n", 1)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_params(tmp_path / "params.yaml")
+    found = dict(caught.value.problems)
+    assert set(found) == {f"recipes.{name}.batch_size" for name in load_params(SHIPPED).recipes}
+    (tmp_path / "params.yaml").write_text(SHIPPED.read_text() + "\ny-mine: {a: 1}\n")
+    with pytest.raises(SettingsError, match="y-mine: no such setting"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_imported_vectors_are_neither_cut_nor_have_layers(tmp_path):
+    def change(content):
+        content["embed"] |= {"teacher": "imported:abroad", "dim": 128}
+
+    with pytest.raises(SettingsError) as caught:
+        load_params(write(tmp_path, change))
+    assert {address for address, _ in caught.value.problems} == {"embed.dim", "starts.half.from"}
 
 
 def test_every_mistake_is_listed_with_its_address(tmp_path):
@@ -161,6 +185,16 @@ def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
         ("\x00", "file: no YAML"),
         ("- a\n- b\n", "file: Input should be a valid dictionary"),
         ("", "file: Input should be a valid dictionary"),
+        ("store: {a: 1}", "store: Input should be a valid string"),
+        ("embed: {dim: 8}", "embed.teacher: is missing"),
+        ("embed: {teacher: 'imported:x'}", "embed.dim: is missing"),
+        ("? [a]\n: 1", "line 1: the name of a setting is a text"),
+        ("store: !!int x", "file: no YAML: invalid literal"),
+        ("store: !!bool x", "file: no YAML: 'x'"),
+        ("store: !!timestamp x", "file: no YAML: 'NoneType' object"),
+        ("store: 2001-99-99", "file: no YAML: month must be in 1..12"),
+        ("store: &a [*a]", "file: more than 20000 values"),
+        ("x" * (65 << 10), "file: larger than 65536 bytes"),
     ],
 )
 def test_what_is_no_settings_file_is_refused(tmp_path, text, said):
@@ -169,8 +203,32 @@ def test_what_is_no_settings_file_is_refused(tmp_path, text, said):
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"], ids=["aliases", "merges"])
+def test_a_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path, form):
+    first = "[x, x]" if form == "[{}]" else "{x: 1, y: 2}"
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{n}: &a{n} {form.format(', '.join([f'*a{n - 1}'] * 20))}" for n in range(1, 20)]
+    (tmp_path / "params.yaml").write_text("\n".join([*lines, "store: *a19"]))
+    started = time.monotonic()
+    with pytest.raises(SettingsError, match="more than 20000 values"):
+        load_params(tmp_path / "params.yaml")
+    assert time.monotonic() - started < 5
+
+
+def test_a_folder_in_the_place_of_settings_is_named(tmp_path):
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(TeachonceError, match="reading failed: Is a directory"):
+        load_params(tmp_path / "params.yaml")
+
+
 def test_a_folder_without_settings_is_named(tmp_path):
     with pytest.raises(TeachonceError, match=r"run this in a folder that has a params\.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(StorageError, match=r"params.yaml: reading failed: Is a directory\n  cure:"):
         load_params(tmp_path / "params.yaml")
 
 
@@ -367,6 +425,32 @@ def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
             ),
             "no whole safetensors",
         ),
+        (
+            lambda m: (m / "model.safetensors").write_bytes(
+                (28).to_bytes(8, "little") + b'{"a": {"data_offsets": [0]}}'
+            ),
+            "no whole safetensors",
+        ),
+        (
+            lambda m: (m / "model.safetensors").write_bytes(
+                (20 << 20).to_bytes(8, "little") + bytes(20 << 20)
+            ),
+            "no whole safetensors",
+        ),
+        (
+            # A dense layer after pooling: its weights decide vectors, and would not be hashed.
+            lambda m: (
+                (m / "2_Dense").mkdir(),
+                (m / "2_Dense/pytorch_model.bin").write_bytes(b"a pickle"),
+            ),
+            "2_Dense/pytorch_model.bin has no model.safetensors beside it",
+        ),
+        (
+            lambda m: (m / "modules.json").write_text('[{"path": "../elsewhere"}]'),
+            "names a module outside of its folder: '../elsewhere'",
+        ),
+        (lambda m: (m / "modules.json").write_text("{"), "is no list of modules"),
+        (lambda m: (m / "modules.json").write_text("[1]"), "is no list of modules"),
     ],
 )
 def test_what_is_no_whole_model_is_refused(tmp_path, damage, said):

@@ -17,13 +17,14 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
+from stages.documents import read_documents, write_documents
 from stages.learning import agreement
 from stages.learning.agreement import evenly, rank_agreement, spearman, top_overlap
 from stages.params import EvaluateParams
 from storage.corpus import Corpus, cut, put_texts, shard_digest
 from storage.embeddings import Embeddings, put_vectors
-from storage.errors import TeachonceError
-from storage.manifest import Manifest
+from storage.errors import DamagedError, TeachonceError
+from storage.manifest import Manifest, fingerprint
 from storage.split import Split
 from storage.store import Store
 
@@ -105,7 +106,7 @@ def embeddings(corpus):
     objects = [
         put_vectors(
             corpus.store,
-            f"vectors/{'a' * 40}/{shard_digest(entry)}.arrow",
+            f"vectors/{fingerprint({})}/{shard_digest(entry)}.arrow",
             vectors=np.array([hashed(text) for text in corpus.texts(shard)]),
             text_keys=corpus.text_keys[corpus.starts[shard] : corpus.starts[shard + 1]],
             storage="float32",
@@ -123,11 +124,11 @@ def split_of(corpus, heldout):
     return Split(corpus=corpus.manifest.content, heldout=heldout, evaluation=())
 
 
-def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, **params):
+def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", **params):
     params = EvaluateParams.model_validate({"sts": {}, "retrieval": {}, "speed_texts": 8} | params)
     return evaluate.run(
         params,
-        name="kd",
+        name=name,
         encoder=encoder,
         corpus=corpus,
         embeddings=embeddings,
@@ -135,6 +136,8 @@ def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, **params):
         root=tmp_path,
         out=tmp_path / "kd.json",
         details=tmp_path / "kd-details.json",
+        documents=tmp_path / "documents",
+        in_teachers_space=name != "teacher",
     )
 
 
@@ -519,3 +522,55 @@ def test_wrong_files_are_found_before_the_model_is_used(tmp_path, corpus, embedd
             tmp_path, corpus, embeddings, encoder, sts={"A": "a.tsv"}, retrieval={"docs": "docs"}
         )
     assert encoder.asked == []
+
+
+# --- the teacher's index ------------------------------------------------------------------------------
+
+
+class TurnedEncoder(HashEncoder):
+    """A student that is its teacher on queries, and nothing like it on documents."""
+
+    def encode(self, texts, *, role):
+        vectors = super().encode(texts, role=role)
+        return vectors if role == "query" else -vectors
+
+
+def test_a_students_queries_are_asked_of_the_documents_that_the_teacher_left(
+    tmp_path, corpus, embeddings, beir
+):
+    sets = {"docs": "docs"}
+    teacher = measure(
+        tmp_path, corpus, embeddings, HashEncoder(), name="teacher", retrieval=sets
+    ).facts
+    student = measure(tmp_path, corpus, embeddings, TurnedEncoder(), retrieval=sets).facts
+    for what in ("ndcg@10", "mrr@10", "recall@100"):
+        assert student[f"teacher_index.docs.{what}"] == teacher[f"retrieval.docs.{what}"]
+    assert student["retrieval.docs.ndcg@10"] != teacher["retrieval.docs.ndcg@10"]
+    assert not [key for key in teacher if key.startswith("teacher_index")]
+
+
+def test_without_documents_of_the_teacher_nothing_is_asked_of_them(
+    tmp_path, corpus, embeddings, beir
+):
+    student = measure(tmp_path, corpus, embeddings, HashEncoder(), retrieval={"docs": "docs"}).facts
+    assert not [key for key in student if key.startswith("teacher_index")]
+
+
+def test_documents_are_those_of_this_teacher_and_this_set_or_refused(tmp_path):
+    folder, vectors = tmp_path / "documents", np.eye(2, dtype=np.float32) * 3
+    write_documents(folder, {"docs": (["a", "b"], vectors)}, teacher="me")
+    found = read_documents(folder, "docs", ["a", "b"], teacher="me")
+    assert np.array_equal(found, np.eye(2))
+    assert read_documents(folder, "others", ["a"], teacher="me") is None
+    wrong = {
+        "vectors of other documents than the set docs has now": (["b", "a"], "me"),
+        "vectors of another teacher": (["a", "b"], "you"),
+    }
+    for problem, (texts, teacher) in wrong.items():
+        with pytest.raises(DamagedError, match=problem):
+            read_documents(folder, "docs", texts, teacher=teacher)
+    (folder / "docs.safetensors").write_bytes(b"no weights")
+    with pytest.raises(DamagedError, match="run `teachonce evaluate teacher`"):
+        read_documents(folder, "docs", ["a", "b"], teacher="me")
+    write_documents(folder, {}, teacher="me")
+    assert list(folder.iterdir()) == []

@@ -629,7 +629,7 @@ def test_a_finetuned_model_says_what_it_was_before():
     finetuned = {"recipe": {"distill_weight": 0.0}, "rows": 9}
     lineage = lineage_of(projection=True) | {"finetuned": finetuned}
     text = card(lineage=lineage)
-    assert "then finetuned away from the teacher's space: do not mix the two in one index." in text
+    assert "but not held near the teacher's: do not mix the two in one index." in text
     said = "recipe:\n  distill_weight: 0.0\nrows: 9\n"
     assert f"Then finetuned on labelled pairs or triplets:\n\n```yaml\n{said}```" in text
     # With a term that kept it near, it may still be used beside the teacher.

@@ -1,9 +1,12 @@
 """The store: objects that prove themselves, manifests, columns."""
 
+import errno
 import json
 import os
 import stat
+import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import durable
+from storage import durable, inventory, upkeep
 from storage.column import text_key_array, text_keys_of
 from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
 from storage.embeddings import BadVectorsError, Embeddings, put_vectors
@@ -23,17 +26,19 @@ from storage.errors import (
     TeachonceError,
     shown,
 )
+from storage.ipc import first_batch, unpacked_bytes
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, Negatives, put_negatives
 from storage.split import Split
-from storage.store import Object, Store, digest, payload_sha256
+from storage.store import HEADER, Object, Store, digest, payload_sha256
 from storage.tokens import Tokens, put_tokens
-from tests.conftest import HashTeacher, sentences
+from tests.conftest import HashTeacher, put_foreign, sentences
 
-FINGERPRINT = "a" * 40
+RECIPE = {"prompt": ""}
+FINGERPRINT = fingerprint(RECIPE)
 
 
-def vectors_of(corpus, store, *, dim=4, fingerprint=FINGERPRINT, seed=0, storage="float32"):
+def vectors_of(corpus, store, *, dim=4, seed=0, storage="float32"):
     """An embeddings manifest with vectors drawn from a generator."""
     draw = np.random.default_rng(seed)
     objects, everything = [], []
@@ -43,7 +48,7 @@ def vectors_of(corpus, store, *, dim=4, fingerprint=FINGERPRINT, seed=0, storage
         objects.append(
             put_vectors(
                 store,
-                f"vectors/{fingerprint}/{corpus.shard_digest(shard)}.arrow",
+                f"vectors/{FINGERPRINT}/{corpus.shard_digest(shard)}.arrow",
                 vectors=vectors,
                 text_keys=text_keys_of(corpus.batch(shard)),
                 storage=storage,
@@ -51,7 +56,7 @@ def vectors_of(corpus, store, *, dim=4, fingerprint=FINGERPRINT, seed=0, storage
             )
         )
     manifest = Manifest(
-        kind="embeddings", recipe={}, parent=corpus.manifest.content, objects=tuple(objects)
+        kind="embeddings", recipe=RECIPE, parent=corpus.manifest.content, objects=tuple(objects)
     )
     return manifest, np.concatenate(everything)
 
@@ -108,6 +113,81 @@ def test_every_flipped_bit_is_found_or_harmless(place):
     assert refused > len(whole) * 8 * 0.4  # most of so small a file is padding and offsets
 
 
+def written(schema, batch, **options):
+    """An Arrow file as somebody else might write it."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(**options)
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def test_the_two_schemas_of_a_file_must_agree(place):
+    """Who reads it as a stream, such as `datasets`, sees the one at the front only."""
+    corpus = place.corpus(sentences(20))
+    manifest, _ = vectors_of(corpus, place.store)
+    path = place.store.path(manifest.objects[0].key)
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    front = whole.index(b"vector\0")
+    assert whole.rindex(b"vector\0") > front
+    for damaged in (
+        whole[:front] + b"vectoz" + whole[front + 6 :],
+        whole[:12]
+        + (int.from_bytes(whole[12:16], "little") + 8).to_bytes(4, "little")
+        + whole[16:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError, match="its front and its end do not say the same"):
+            place.store.open(manifest.objects[0])
+
+
+def test_a_compressed_object_is_refused_before_it_is_unpacked(place):
+    """A stranger's kilobyte of zstd may be gigabytes; ours are never compressed."""
+    entry = put_texts(place.store, [("a" * (64 << 20), text_key("a" * (64 << 20)))])
+    path = place.store.path(entry.key)
+    batch = place.store.open(entry)
+    content = written(batch.schema, batch, compression="zstd")
+    assert len(content) < 16 << 10
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match="compressed, which no object is"):
+        place.store.open(entry)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text_key": pa.array([b"a" * 16], pa.binary(16))},
+        {"text": pa.array(["a"], pa.large_string())},
+        {
+            "text_key": pa.array([b"a" * 15], pa.binary(15)),
+            "text": pa.array(["a"], pa.large_string()),
+        },
+        {"text_key": pa.array([b"a" * 16], pa.binary(16)), "text": pa.array([1], pa.int64())},
+        {
+            "text_key": pa.array([b"a" * 16], pa.binary(16)),
+            "text": pa.array(["a"]).dictionary_encode(),
+        },
+        {
+            "text_key": pa.array([b"a" * 16], pa.binary(16)),
+            "text": pa.array(["a"], pa.large_string()),
+            "\x1b[31m": pa.array(["a"], pa.large_string()),
+        },
+    ],
+)
+def test_other_columns_than_those_of_its_kind_are_refused(place, columns):
+    """True to its own sha256, but nothing below the store could read it."""
+    key = f"text/{'0' * 40}.arrow"
+    with pytest.raises(ValueError, match="other columns than those of text: "):
+        place.store.put(key, pa.record_batch(columns))
+    assert not (place.root / "store/text").exists()
+    put_foreign(place.store, key, pa.record_batch(columns))
+    with pytest.raises(DamagedError, match="other columns than those of text: ") as caught:
+        place.store.find(key)
+    assert "\x1b" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 8, 100, -1])
 def test_a_truncated_object_is_refused(place, kept):
     entry = put_texts(place.store, [(text, text_key(text)) for text in sentences(50)])
@@ -130,7 +210,8 @@ def test_a_swapped_object_is_refused_by_its_name(place):
         place.store.open(first)
     assert str(caught.value) == (
         f"{one}: damaged: it is {second.key} under a foreign name\n"
-        f"  cure: rm -f '{one}', then run `teachonce shard`"
+        "  cure: run `teachonce repair`; if it finds nothing, no manifest here names it yet: "
+        f"rm -f '{one}', then run `teachonce shard`"
     )
 
 
@@ -199,10 +280,26 @@ def test_only_keys_become_paths(place, key):
 
 def test_a_null_is_not_stored(place):
     keys = text_key_array(np.zeros(2, "V16"))
-    batch = pa.record_batch([keys, pa.array(["a", None], pa.large_string())], names=["k", "v"])
+    texts = pa.array(["a", None], pa.large_string())
+    batch = pa.record_batch([keys, texts], names=["text_key", "text"])
     with pytest.raises(ValueError, match="1 nulls"):
         place.store.put(f"text/{'0' * 40}.arrow", batch)
     assert not (place.root / "store/text").exists()
+
+
+@pytest.mark.parametrize("offset", [8_388_608, 4])
+def test_an_offset_of_no_lists_is_not_followed(offset):
+    """Arrow holds such an array for valid, and ends the process when it is flattened."""
+    start = pa.py_buffer(np.array([offset], np.int64))
+    lists = pa.Array.from_buffers(
+        pa.large_list(pa.int32()), 0, [None, start], children=[pa.array([1, 2, 3], pa.int32())]
+    )
+    lists.validate(full=True)
+    batch = pa.record_batch(
+        [text_key_array(np.zeros(0, "V16")), lists], names=["text_key", "token_ids"]
+    )
+    with pytest.raises(ValueError, match=f"lists that begin at value {offset} of 3"):
+        payload_sha256("tokens/x", batch, {})
 
 
 def test_the_payload_digest_is_that_of_the_values():
@@ -263,6 +360,41 @@ def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", ["unlink", "stat"])
+def test_a_refusal_before_or_after_the_write_names_its_file(tmp_path, monkeypatch, call):
+    """Also what is done around a write is done by name: no error of Python's own comes out."""
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError) as caught:
+        patch.setattr(Path, call, refuse)
+        durable.publish(tmp_path / "object", lambda sink: None)
+    assert str(tmp_path) in str(caught.value)
+    assert "cure: the device reports errors" in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["os.fstat", "mmap.mmap", "os.close"])
+def test_a_refusal_to_read_an_object_is_no_damage(place, monkeypatch, call):
+    entry = put_texts(place.store, [("a text", text_key("a text"))])
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError) as caught:
+        patch.setattr(call, refuse)
+        place.store.find(entry.key)
+    assert "reading failed: Cannot allocate memory" in str(caught.value)
+    assert str(place.store.path(entry.key)) in str(caught.value)
+
+
+def test_a_split_that_cannot_be_read_is_named(place):
+    corpus = place.corpus(sentences(50))
+    (place.root / "split.json").mkdir()
+    with pytest.raises(StorageError, match=r"split.json: reading failed: Is a directory"):
+        Split.load(place.root / "split.json", corpus)
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "store").write_text("a file")
     with pytest.raises(StorageError, match="making the folder failed"):
@@ -286,6 +418,8 @@ def test_replacing_a_folder_keeps_the_old_one_if_it_fails(tmp_path):
 def test_messages_show_no_control_characters():
     assert shown("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
     assert len(shown("x" * 1000)) == 300
+    error = TeachonceError("a\nb", "c \x1b]0;title\x07\n  d", "e \x9b\u202e")
+    assert str(error) == "a\\nb: c \\x1b]0;title\\x07\n  d\n  cure: e \\x9b\\u202e"
 
 
 # ----------------------------------------------------------------------------------------- manifests
@@ -388,6 +522,30 @@ def test_rows_are_found_in_any_order_across_shards(place):
             embeddings.rows_of(np.array([0, wrong]))
 
 
+def test_a_manifest_with_other_counts_of_rows_is_refused(place):
+    """Believed, it would shift every row behind the wrong count."""
+    corpus = place.corpus(sentences(100))
+    first, *rest = corpus.objects
+    assert rest
+    for rows in (first.rows - 1, first.rows + 1, 0):
+        changed = first.model_copy(update={"rows": rows})
+        wrong = Corpus(
+            place.store, corpus.manifest.model_copy(update={"objects": (changed, *rest)})
+        )
+        with pytest.raises(DamagedError, match=f"{rows} rows there, {first.rows} in the object"):
+            wrong.texts(0)
+    with pytest.raises(ValueError, match="rows"):
+        Object(key=first.key, rows=1 << 40, bytes=1, sha256=first.sha256)
+
+
+def test_a_manifest_with_vectors_of_another_teacher_is_refused(place):
+    corpus = place.corpus(sentences(100))
+    manifest, _ = vectors_of(corpus, place.store)
+    other = manifest.model_copy(update={"recipe": {"prompt": "query: "}})
+    with pytest.raises(DamagedError, match=f"it names vectors/{FINGERPRINT}"):
+        Embeddings(place.store, other, corpus)
+
+
 def test_float16_is_what_is_stored_and_read(place):
     corpus = place.corpus(sentences(30))
     manifest, vectors = vectors_of(corpus, place.store, storage="float16")
@@ -442,7 +600,7 @@ def test_vectors_under_a_forged_key_name_the_first_wrong_row(place):
         storage="float32",
         facts={},
     )
-    manifest = Manifest(kind="embeddings", recipe={}, parent=None, objects=(entry,))
+    manifest = Manifest(kind="embeddings", recipe=RECIPE, parent=None, objects=(entry,))
     with pytest.raises(DamagedError, match="row 4 of shard 0 belongs to another text"):
         Embeddings(place.store, manifest, corpus).rows_of(np.array([0]))
 
@@ -472,7 +630,7 @@ def test_negatives_come_back_by_row_and_know_their_parent(place):
     scores = np.linspace(1, 0, 30, dtype=np.float32).reshape(10, 3)
     entry = put_negatives(
         place.store,
-        f"negatives/{FINGERPRINT}/000000.arrow",
+        f"negatives/{fingerprint({'parent': 'p'})}/000000.arrow",
         neighbours=neighbours,
         scores=scores,
         text_keys=text_keys_of(corpus.batch(0)),
@@ -484,6 +642,27 @@ def test_negatives_come_back_by_row_and_know_their_parent(place):
     assert np.array_equal(found[1], scores[[2, 9]])
     with pytest.raises(DamagedError, match="mined from other vectors"):
         Negatives(place.store, manifest, corpus, mined_from="q")
+    other = manifest.model_copy(update={"recipe": {"neighbours": 4}})
+    with pytest.raises(DamagedError, match="it names negatives/"):
+        Negatives(place.store, other, corpus, mined_from="p")
+
+
+@pytest.mark.parametrize("wrong", [NONE - 1, 10, 1 << 62])
+def test_ids_of_no_row_among_negatives_are_refused(place, wrong):
+    corpus = place.corpus(sentences(10), rows_per_shard=16)
+    neighbours = np.zeros((10, 2), np.int64)
+    neighbours[7, 1] = wrong
+    entry = put_negatives(
+        place.store,
+        f"negatives/{fingerprint({'parent': 'p'})}/000000.arrow",
+        neighbours=neighbours,
+        scores=np.zeros((10, 2), np.float32),
+        text_keys=text_keys_of(corpus.batch(0)),
+        facts={},
+    )
+    manifest = Manifest(kind="negatives", recipe={}, parent="p", objects=(entry,))
+    with pytest.raises(DamagedError, match="names rows that a corpus of 10 has not"):
+        Negatives(place.store, manifest, corpus, mined_from="p").rows_of(np.arange(10))
 
 
 # --------------------------------------------------------------------------------------------- split
@@ -515,6 +694,33 @@ def test_a_split_of_another_corpus_is_refused(place, tmp_path):
         Split.load(tmp_path / "split.json", corpus)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"evaluation": [50]}, "names rows that a corpus of 50 has not"),
+        ({"evaluation": [-1]}, "no split"),
+        ({"evaluation": [10**30]}, "names rows that a corpus of 50 has not"),
+        ({"heldout": 1.5}, "no split"),
+        ({"heldout": 0}, "no split"),
+    ],
+)
+def test_a_split_of_rows_that_are_not_there_is_refused(place, tmp_path, change, said):
+    corpus = place.corpus(sentences(50))
+    path = tmp_path / "split.json"
+    right = {"format": 1, "corpus": corpus.manifest.content, "heldout": 0.2, "evaluation": [3]}
+    path.write_text(json.dumps(right))
+    assert Split.load(path, corpus).evaluation == (3,)
+    path.write_text(json.dumps(right | change))
+    with pytest.raises(DamagedError, match=said):
+        Split.load(path, corpus)
+
+
+def test_a_folder_in_the_place_of_a_split_is_named(place, tmp_path):
+    (tmp_path / "split.json").mkdir()
+    with pytest.raises(StorageError, match="reading failed: Is a directory"):
+        Split.load(tmp_path / "split.json", place.corpus(sentences(5)))
+
+
 def test_the_fake_teacher_is_a_function_of_the_text():
     assert np.array_equal(HashTeacher().vector("a"), HashTeacher()(["b", "a"]).vectors[1])
 
@@ -523,3 +729,114 @@ def test_a_store_reads_a_corpus_another_process_wrote(place):
     corpus = place.corpus(sentences(100))
     again = Corpus(Store(place.root / "store"), Manifest.load(place.root / "corpus.json", "corpus"))
     assert again.texts(0) == corpus.texts(0)
+
+
+# -------------------------------------------------------------------------------- what seldom happens
+
+
+def test_a_column_of_other_shards_than_the_texts_is_refused(place):
+    corpus = place.corpus(sentences(10), rows_per_shard=64)
+    with pytest.raises(DamagedError, match="0 rows in 0 shards beside 10 texts in 1 shards"):
+        Tokens(place.store, [], corpus)
+
+
+def test_no_ids_give_no_rows(place):
+    corpus = place.corpus(sentences(10))
+    none = np.empty(0, np.int64)
+    assert corpus.take(none) == []
+    manifest = Manifest(kind="negatives", recipe={}, parent="p", objects=())
+    ids, scores = Negatives(place.store, manifest, place.corpus([]), mined_from="p").rows_of(none)
+    assert ids.shape == scores.shape == (0, 0)
+    assert place.corpus([]).text_keys.shape == (0,)
+
+
+def test_offsets_that_lead_out_of_an_arrow_message_are_refused():
+    with pytest.raises(ValueError, match="an offset in it leads out of it"):
+        unpacked_bytes(b"\xff" * 16, b"", is_dictionary=False)
+    with pytest.raises(ValueError, match="an offset in it leads out of it"):
+        first_batch(b"\xff" * 16)
+
+
+def test_a_place_before_the_start_of_an_arrow_file_is_not_counted_from_its_end(place):
+    entry = put_texts(place.store, [("a text", text_key("a text"))])
+    content = bytearray(place.store.path(entry.key).read_bytes())
+    start, _ = first_batch(content)
+    block = content.rindex(struct.pack("<q", start))
+    content[block : block + 8] = struct.pack("<q", start - len(content))
+    with pytest.raises(ValueError, match="an offset in it leads out of it"):
+        first_batch(content)
+
+
+def test_what_is_no_manifest_file_is_named(tmp_path):
+    path = tmp_path / "corpus.json"
+    path.mkdir()
+    with pytest.raises(DamagedError, match="a folder, no manifest"):
+        Manifest.load(path, "corpus")
+    path.rmdir()
+    with path.open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(DamagedError, match="68157440 bytes are too many for a manifest"):
+        Manifest.load(path, "corpus")
+    ref = tmp_path / f"refs/{'0' * 40}.json"
+    ref.parent.mkdir()
+    path.rename(ref)
+    _, (unreadable,) = inventory.read_refs(tmp_path)
+    assert "68157440 bytes are too many" in str(unreadable)
+
+
+def test_an_object_that_vanishes_while_it_is_put_is_named(place, monkeypatch):
+    monkeypatch.setattr(durable, "publish", lambda path, write: True)
+    with pytest.raises(MissingError, match="not in the store"):
+        put_texts(place.store, [("a", text_key("a"))])
+
+
+def test_a_header_with_another_count_of_rows_is_refused(place):
+    entry = put_texts(place.store, [("a", text_key("a"))])
+    path = place.store.path(entry.key)
+    batch = place.store.open(entry)
+    header = json.loads(batch.schema.metadata[HEADER]) | {"rows": 2}
+    schema = batch.schema.with_metadata({HEADER: json.dumps(header).encode()})
+    content = written(schema, batch)
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match="1 rows instead of 2"):
+        place.store.find(entry.key)
+
+
+def test_a_missing_split_names_the_command(place, tmp_path):
+    with pytest.raises(MissingError, match="run `teachonce split`"):
+        Split.load(tmp_path / "split.json", place.corpus(sentences(5)))
+
+
+def test_files_that_go_while_a_store_is_listed_are_not_missed(place, monkeypatch):
+    place.corpus(sentences(5))
+    root = place.store.root
+    walk = inventory._walk
+    monkeypatch.setattr(inventory, "_walk", lambda at: [*walk(at), at / "text/gone.tmp"])
+    assert len(inventory.take_inventory(root).objects) == 1
+    names = [path.name for path in (root / "refs").iterdir()]
+    gone = root / f"refs/{'0' * 40}.json"
+    monkeypatch.setattr(type(root), "iterdir", lambda folder: [*map(folder.joinpath, names), gone])
+    refs, unreadable = inventory.read_refs(root)
+    assert (len(refs), unreadable) == (1, [])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(place, monkeypatch):
+    place.corpus(sentences(5))
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(StorageError, match="listing failed: Permission denied"):
+        inventory.take_inventory(place.store.root)
+
+
+def test_an_object_that_cannot_be_opened_is_not_called_damaged(place, monkeypatch):
+    entry = place.corpus(sentences(5)).objects[0]
+
+    def refused(path, flags, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refused)
+    assert upkeep.examine(place.store, entry.key, entry, read=False).state == "unreadable"

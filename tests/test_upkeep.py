@@ -9,22 +9,24 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import diff, gc, ls, repair, verify
 from pipeline.workspace import Workspace
-from stages import embed, mine, shard, split
+from stages import embed, mine, shard, split, transfer
 from storage import durable
 from storage.column import text_keys_of
 from storage.errors import DamagedError, MissingError, StorageError, TeachonceError
 from storage.inventory import orphans, read_refs, take_inventory
 from storage.manifest import Manifest, fingerprint
+from storage.remote import Remote
 from storage.store import Store
 from storage.tokens import put_tokens
 from storage.upkeep import quarantine
-from tests.conftest import HashTeacher, sentences
+from tests.conftest import HashTeacher, probe_of, sentences
 
 ROOT = Path(__file__).parent.parent
 FILES = {"model.safetensors": "0" * 64}
@@ -98,6 +100,7 @@ class Tree(Workspace):
             embeddings=self.embeddings(),
             split=self.split(),
             store=self.store,
+            device=torch.device("cpu"),
             out=self.at.negatives,
             facts=self.at.stage_facts("mine"),
         )
@@ -186,6 +189,17 @@ def teachonce(folder, *words):
     )
 
 
+def collect(root, **options):
+    return gc.run(root, **{"grace_days": 1.0, **options})
+
+
+def repaired(tree):
+    outcome, failure = repair.run(tree)
+    if failure is not None:
+        raise failure
+    return outcome
+
+
 def states(outcome):
     return sorted((p["state"], Path(p["where"]).name) for p in outcome.facts["problems"])
 
@@ -194,10 +208,10 @@ def states(outcome):
 
 
 def test_a_sound_store_is_said_to_be_sound(tree):
-    count = 4 * len(tree.keys("corpus"))
+    count = 4 * len(tree.keys("corpus")) + 1  # the probe texts' vectors
     outcome = verify.run(tree, read_data=False)
     assert outcome.summary == (
-        f"{count} objects of 3 manifests: all well; 0 read, of the others the headers"
+        f"{count} objects of 3 manifests: all well; headers only, `--read-data` reads the values too"
     )
     verify.check_sound(outcome)
     outcome = verify.run(again(tree), read_data=True)
@@ -298,7 +312,7 @@ def test_another_copy_is_a_warning_and_nothing_is_moved(tree):
         assert cure == (
             "  cure: run `teachonce embed` to adopt the copy that is there, then `dvc repro`"
         )
-    repair.run(again(tree))
+    repaired(again(tree))
     assert tree.files() == before
 
 
@@ -335,7 +349,7 @@ def test_a_damaged_manifest_is_one_problem_among_others(tree):
     with pytest.raises(DamagedError, match="1 damaged manifests, 1 missing"):
         verify.check_sound(outcome)
     with pytest.raises(DamagedError, match=r"negatives.json: no manifest.*\n  cure: restore it"):
-        repair.run(again(tree))
+        repaired(again(tree))
     assert not path.exists()
 
 
@@ -350,7 +364,7 @@ def test_what_exists_of_the_manifests_is_enough(tree):
 
 def test_a_store_that_is_not_mounted_is_said_so_and_starts_no_teacher(tree):
     tree.store.root.rename(tree.at.root / "unmounted")
-    for command in (lambda: verify.run(tree, read_data=False), lambda: repair.run(tree)):
+    for command in (lambda: verify.run(tree, read_data=False), lambda: repaired(tree)):
         with pytest.raises(MissingError, match="no store there\n  cure: mount it"):
             command()
     assert tree.fake.texts_seen == 0
@@ -370,7 +384,7 @@ def test_exactly_what_is_damaged_or_missing_is_made_again(tree, count):
             flip_a_value(tree, "embeddings", place)
     inodes = {path: path.stat().st_ino for path in tree.store.root.rglob("*.arrow")}
     teacher = HashTeacher()
-    outcome = repair.run(again(tree, teacher))
+    outcome = repaired(again(tree, teacher))
     assert teacher.texts_seen == sum(rows[:count])
     assert tree.files() == before
     assert tree.manifests() == manifests
@@ -388,7 +402,7 @@ def test_each_kind_is_made_again_in_order(tree):
     before, manifests = tree.files(), tree.manifests()
     for kind in ("corpus", "embeddings", "negatives"):
         flip_a_value(tree, kind, 2)
-    outcome = repair.run(again(tree, HashTeacher()))
+    outcome = repaired(again(tree, HashTeacher()))
     assert tree.files() == before
     assert tree.manifests() == manifests
     assert outcome.summary.endswith(
@@ -400,7 +414,7 @@ def test_what_was_damaged_can_be_looked_at_in_quarantine(tree):
     path = flip_a_value(tree, "negatives")
     content = path.read_bytes()
     key = tree.keys("negatives")[0]
-    where = Path(repair.run(again(tree)).facts["moved"][key])
+    where = Path(repaired(again(tree)).facts["moved"][key])
     assert where.read_bytes() == content
     assert where.parent == tree.store.root / "quarantine"
     assert where.name.startswith(key.replace("/", "_") + "-20")
@@ -413,12 +427,12 @@ def test_what_is_no_file_at_all_is_moved_too(tree):
     folder.unlink()
     folder.mkdir()
     (folder / "inner").write_text("somebody's")
-    assert len(repair.run(again(tree)).facts["moved"]) == 2
+    assert len(repaired(again(tree)).facts["moved"]) == 2
     verify.check_sound(verify.run(again(tree), read_data=True))
     make_older(tree.store.root, days=9)
-    assert gc.run(tree.store.root, delete=True, grace_days=0).facts["bytes"] == 0
+    assert collect(tree.store.root, delete=True, grace_days=0).facts["bytes"] == 0
     assert len(list((tree.store.root / "quarantine").iterdir())) == 2
-    freed = gc.run(tree.store.root, delete=True, quarantine=True).facts["quarantine"]
+    freed = collect(tree.store.root, delete=True, quarantine=True).facts["emptied"]
     assert len(freed) == 2
     assert list((tree.store.root / "quarantine").iterdir()) == []
 
@@ -426,7 +440,7 @@ def test_what_is_no_file_at_all_is_moved_too(tree):
 def test_damaged_token_ids_are_moved_and_left_to_whoever_needs_them(tree):
     path = next((tree.store.root / "tokens" / TOKENIZER).iterdir())
     cut_in_half(path)
-    outcome = repair.run(again(tree))
+    outcome = repaired(again(tree))
     assert list(outcome.facts["moved"]) == [f"tokens/{TOKENIZER}/{path.name}"]
     assert not path.exists()
     verify.check_sound(verify.run(again(tree), read_data=True))
@@ -437,7 +451,7 @@ def test_without_the_teacher_it_says_where_that_can_be_done(tree):
     tree.path("embeddings", 1).unlink()
     ref = read_refs(tree.store.root)[0][0]
     with pytest.raises(MissingError) as error:
-        repair.run(again(tree, None))
+        repaired(again(tree, None))
     assert error.value.exit_code == 3
     assert "2 shards of vectors are lost, and the teacher is not on this machine" in str(
         error.value
@@ -446,8 +460,38 @@ def test_without_the_teacher_it_says_where_that_can_be_done(tree):
     assert f"such vectors were made by {ref.made['by']} on {ref.made['on']}, " in str(error.value)
     # What is damaged is out of the way already, so that a worker elsewhere makes it again.
     assert not path.exists()
-    repair.run(again(tree, HashTeacher()))
+    repaired(again(tree, HashTeacher()))
     verify.check_sound(verify.run(again(tree), read_data=True))
+
+
+def test_what_the_remote_has_is_brought_and_not_made(tree):
+    """Neither the sources nor the teacher are here."""
+    (tree.at.root / "remote").mkdir()
+    remote = Remote(str(tree.at.root / "remote"))
+    transfer.push(Workspace.manifests(tree), store=tree.store, remote=remote)
+    manifests, files = tree.manifests(), tree.files()
+    settings = yaml.safe_load(tree.at.params.read_text()) | {"remote": "remote"}
+    tree.at.params.write_text(yaml.safe_dump(settings))
+    (tree.at.root / "texts.txt").unlink()
+    tree.path("corpus", 1).unlink()
+    tree.path("negatives", 2).unlink()
+    damaged = flip_a_value(tree, "embeddings")
+    outcome = repaired(again(tree))
+    assert (tree.manifests(), tree.files()) == (manifests, files)
+    assert outcome.facts["brought"] == sorted(
+        [tree.keys("corpus")[1], tree.keys("embeddings")[0], tree.keys("negatives")[2]]
+    )
+    assert outcome.summary.endswith("made again: none; brought from the remote: 3")
+    # What is not there either is made.
+    shutil.rmtree(tree.at.root / "remote/negatives")
+    for kind in ("embeddings", "negatives"):
+        tree.path(kind, 1).unlink()
+    facts = repaired(again(tree)).facts
+    assert (facts["brought"], facts["made"]["negatives"]) == (
+        [tree.keys("embeddings")[1]],
+        [tree.keys("negatives")[1]],
+    )
+    assert damaged.exists()
 
 
 def test_changed_sources_do_not_become_a_new_corpus_by_repair(tree):
@@ -459,7 +503,7 @@ def test_changed_sources_do_not_become_a_new_corpus_by_repair(tree):
     row = lost[0].rows + 1  # in shard 1
     (tree.at.root / "texts.txt").write_text("\n".join([*texts[:row], *texts[row + 1 :]]))
     with pytest.raises(MissingError, match="1 of its text shards are lost, and the sources have"):
-        repair.run(tree)
+        repaired(tree)
     assert tree.manifests() == manifests
     assert tree.path("corpus", 3).exists()
     assert len(read_refs(tree.store.root)[0]) == 3
@@ -469,11 +513,11 @@ def test_sources_are_read_only_as_far_as_a_lost_text_shard(tree):
     tree.path("corpus").unlink()
     (tree.at.root / "unreadable.txt.gz").write_bytes(b"no gzip")
     write_params(tree.at.root, shard__sources=["texts.txt", "unreadable.txt.gz"])
-    repair.run(again(tree))
+    repaired(again(tree))
     assert tree.path("corpus").exists()
     tree.path("corpus", -1).unlink()  # it may go on in the next file
     with pytest.raises(TeachonceError, match=r"unreadable.txt.gz: cannot be read"):
-        repair.run(again(tree))
+        repaired(again(tree))
 
 
 @pytest.mark.parametrize(
@@ -488,7 +532,7 @@ def test_other_settings_do_not_become_a_new_cache_by_repair(tree, kind, change, 
     write_params(tree.at.root, **change)
     before = tree.files()
     with pytest.raises(MissingError, match=said):
-        repair.run(again(tree, HashTeacher()))
+        repaired(again(tree, HashTeacher()))
     assert tree.files() == before
 
 
@@ -502,20 +546,44 @@ def test_vectors_older_than_the_corpus_are_for_embed_to_make(tree):
     with pytest.raises(
         MissingError, match=r"older than corpus.json.*\n  cure: run `teachonce embed`"
     ):
-        repair.run(again(tree, teacher))
+        repaired(again(tree, teacher))
     assert teacher.texts_seen == 0
 
 
 def test_vectors_of_another_machine_are_adopted_and_said_to_be_others(tree):
     tree.path("embeddings").unlink()
-    outcome = repair.run(again(tree, HashTeacher(scale=1.0 + 1e-6)))
+    outcome = repaired(again(tree, HashTeacher(scale=1.0 + 1e-6)))
     assert outcome.facts["changed"] == ["data/embeddings.json"]
     assert "data/embeddings.json changed (equal settings, other last bits): `dvc repro`" in (
         outcome.summary
     )
     tree.path("negatives").unlink()
     with pytest.raises(MissingError, match=r"mined from other vectors.*\n  cure: run `dvc repro`"):
-        repair.run(again(tree, HashTeacher()))
+        repaired(again(tree, HashTeacher()))
+
+
+def test_damage_found_before_there_is_a_manifest_has_a_cure_too(tree):
+    """The first run was killed, its text shard rotted, and it is run again."""
+    path = tree.path("corpus")
+    tree.at.corpus.unlink()
+    cut_in_half(path)
+    with pytest.raises(DamagedError) as error:
+        again(tree).shard()
+    cure = (
+        "run `teachonce repair`; if it finds nothing, no manifest here names it yet: "
+        f"rm -f '{path}', then run `teachonce shard`"
+    )
+    assert error.value.cure == cure
+    outcome = repaired(again(tree))
+    assert outcome.facts["moved"] == {}
+    path.unlink()
+    again(tree).shard()
+    # Now one does, and that is what the same message says first.
+    cut_in_half(path)
+    with pytest.raises(DamagedError, match="cure: run `teachonce repair`"):
+        again(tree).shard()
+    assert list(repaired(again(tree)).facts["moved"]) == [tree.keys("corpus")[0]]
+    again(tree).shard()
 
 
 def test_an_object_mended_meanwhile_is_put_back(tree):
@@ -571,14 +639,15 @@ def test_ls_says_what_is_there_and_who_needs_it(tree):
     shards = len(tree.keys("corpus"))
     assert {kind: group["objects"] for kind, group in groups.items()} == {
         "text": shards + 1,
-        "vectors": shards,
+        "vectors": shards + 1,
         "tokens": shards,
         "negatives": shards,
     }
     vectors = groups["vectors"]
     manifest = tree.manifest("embeddings")
     assert vectors["fingerprint"] == fingerprint(manifest.recipe)
-    assert (vectors["rows"], vectors["bytes"]) == (manifest.rows, manifest.size)
+    probe = tree.store.path(probe_of(manifest)).stat().st_size
+    assert (vectors["rows"], vectors["bytes"]) == (manifest.rows, manifest.size + probe)
     assert vectors["recipe"] == manifest.recipe
     assert (vectors["orphans"], groups["text"]["orphans"]) == (0, 1)
     assert groups["tokens"]["rows"] == manifest.rows
@@ -690,7 +759,7 @@ def test_a_dry_run_deletes_nothing(tree):
     make_older(tree.store.root, days=2)
     before = sorted(tree.store.root.rglob("*"))
     name = read_refs(tree.store.root)[0][0].name
-    outcome = gc.run(tree.store.root, delete=False, quarantine=True, forget=[name[:6]])
+    outcome = collect(tree.store.root, delete=False, quarantine=True, forget=[name[:6]])
     assert sorted(tree.store.root.rglob("*")) == before
     assert f"text/{orphan.name}" in outcome.facts["orphans"]
     assert outcome.summary.endswith("this was a dry run")
@@ -711,14 +780,14 @@ def test_gc_deletes_what_no_ref_names_and_nothing_else(tree):
     )
     size = orphan.stat().st_size + tokens.stat().st_size
     make_older(tree.store.root, days=2)
-    outcome = gc.run(tree.store.root, delete=True)
+    outcome = collect(tree.store.root, delete=True)
     assert set(outcome.facts["orphans"]) == {
         f"text/{orphan.name}",
         f"tokens/{TOKENIZER}/{orphan.name}",
     }
     assert outcome.facts["bytes"] == size
     assert tree.files() == before
-    assert gc.run(tree.store.root, delete=True, grace_days=0).facts["orphans"] == {}
+    assert collect(tree.store.root, delete=True, grace_days=0).facts["orphans"] == {}
 
 
 def test_a_worker_in_the_third_week_of_a_teacher_pass_loses_nothing(tree):
@@ -730,22 +799,21 @@ def test_a_worker_in_the_third_week_of_a_teacher_pass_loses_nothing(tree):
     latest = tree.store.root / sorted(ref.manifest.objects, key=lambda e: e.key)[-1].key
     before = tree.files()
     os.utime(latest)
-    outcome = gc.run(tree.store.root, delete=True)
+    outcome = collect(tree.store.root, delete=True)
     assert tree.files() == before
-    assert set(outcome.facts["young"]) == {entry.key for entry in ref.manifest.objects}
+    keys = {*(entry.key for entry in ref.manifest.objects), probe_of(ref.manifest)}
+    assert set(outcome.facts["young"]) == keys
     assert outcome.facts["orphans"] == {}
-    assert "kept, younger than 1 days: vectors/" in "\n".join(gc.lines(outcome.facts))
+    assert "kept, younger than 1 days (--grace): vectors/" in "\n".join(gc.lines(outcome.facts))
     # So does the scratch file of the shard at work.
     make_older(tree.store.root, days=20)
     latest.with_name(".x.arrow.1.aa.tmp").write_text("half of it")
-    assert gc.run(tree.store.root, delete=True).facts["orphans"] == {}
+    assert collect(tree.store.root, delete=True).facts["orphans"] == {}
     # Nobody went on: it goes when its time is over, or when somebody insists.
     make_older(tree.store.root, days=20)
-    assert len(gc.run(tree.store.root, delete=False).facts["orphans"]) == len(ref.manifest.objects)
+    assert set(collect(tree.store.root, delete=False).facts["orphans"]) == keys
     os.utime(latest)
-    assert len(gc.run(tree.store.root, delete=True, grace_days=0).facts["orphans"]) == len(
-        ref.manifest.objects
-    )
+    assert set(collect(tree.store.root, delete=True, grace_days=0).facts["orphans"]) == keys
     assert not latest.exists()
 
 
@@ -757,16 +825,16 @@ def test_how_long_an_object_without_a_ref_stays(tree, days, grace_days, stays):
     """-1: written by a machine whose clock is ahead."""
     orphan = put_texts_of_nobody(tree)
     make_older(tree.store.root, days)
-    gc.run(tree.store.root, delete=True, grace_days=grace_days)
+    collect(tree.store.root, delete=True, grace_days=grace_days)
     assert orphan.exists() == stays
-    gc.run(tree.store.root, delete=True, grace_days=0)
+    collect(tree.store.root, delete=True, grace_days=0)
     assert not orphan.exists()
 
 
 def test_young_objects_that_a_ref_keeps_do_not_spare_old_ones(tree):
     orphan = put_texts_of_nobody(tree)
     os.utime(orphan, (0, 0))
-    gc.run(tree.store.root, delete=True)
+    collect(tree.store.root, delete=True)
     assert not orphan.exists()
 
 
@@ -778,7 +846,7 @@ def test_scratch_files_are_deleted_when_they_are_a_day_old(tree):
     then = time.time() - 1.01 * DAY
     os.utime(dead, (then, then))
     os.utime(in_refs, (then, then))
-    outcome = gc.run(tree.store.root, delete=True, grace_days=0)
+    outcome = collect(tree.store.root, delete=True, grace_days=0)
     assert (live.exists(), dead.exists(), in_refs.exists()) == (True, False, False)
     assert list(outcome.facts["live"]) == ["vectors/.live.arrow.1.aa.tmp"]
 
@@ -793,7 +861,7 @@ def test_foreign_files_are_never_deleted(tree):
     for name in ("README", "text/x.arrow", "vectors/x.arrow", f"text/{'e' * 40}.arrow.bak"):
         (root / name).write_text("somebody's")
     make_older(root, days=9)
-    outcome = gc.run(root, delete=True, quarantine=True, grace_days=0)
+    outcome = collect(root, delete=True, quarantine=True, grace_days=0)
     assert set(outcome.facts["foreign"]) == {
         key,
         "vectors/elsewhere",
@@ -804,6 +872,22 @@ def test_foreign_files_are_never_deleted(tree):
     }
     assert all(os.path.lexists(root / name) for name in outcome.facts["foreign"])
     assert outside.exists()
+
+
+def test_a_linked_folder_of_a_store_is_foreign(tree):
+    """README says so: what lies behind a link is never deleted, and `ls` misses it."""
+    vectors, elsewhere = tree.store.root / "vectors", tree.at.root / "elsewhere"
+    vectors.rename(elsewhere)
+    vectors.symlink_to(elsewhere)
+    for path in (tree.store.root / "refs").iterdir():
+        path.unlink()
+    before = sorted(elsewhere.rglob("*"))
+    outcome = collect(tree.store.root, delete=True, grace_days=0)
+    assert list(outcome.facts["foreign"]) == ["vectors"]
+    assert sorted(elsewhere.rglob("*")) == before
+    tree.manifest("embeddings").leave_note(tree.at.embeddings, tree.store)
+    count = len(tree.keys("embeddings"))
+    assert f", {count} of its objects MISSING" in "\n".join(ls.lines(ls.run(tree.store.root).facts))
 
 
 @pytest.mark.parametrize("damage", ["garbage", "flip", "other name", "link", "folder", "newer"])
@@ -824,17 +908,17 @@ def test_a_ref_that_cannot_be_read_stops_gc(tree, damage):
         ref.symlink_to(tree.at.root / "moved") if damage == "link" else ref.mkdir()
     for delete in (False, True):
         with pytest.raises(DamagedError, match="1 refs cannot be read, so nobody knows what") as e:
-            gc.run(tree.store.root, delete=delete, grace_days=0)
+            collect(tree.store.root, delete=delete, grace_days=0)
         assert e.value.exit_code == 3
     other = sorted((tree.store.root / "refs").iterdir())[-1].stem
     with pytest.raises(DamagedError):
-        gc.run(tree.store.root, delete=True, grace_days=0, forget=[other])
+        collect(tree.store.root, delete=True, grace_days=0, forget=[other])
     assert (tree.store.root / f"refs/{other}.json").exists()
     assert orphan.exists()
     # The cure that the message names, for somebody who knows that nobody needs it.
     assert "cure: restore it, or if nobody needs it: `teachonce gc --forget " in str(e.value)
     name = str(e.value).rpartition("--forget ")[2].rstrip("`")
-    gc.run(tree.store.root, delete=True, grace_days=0, forget=[name])
+    collect(tree.store.root, delete=True, grace_days=0, forget=[name])
     assert not orphan.exists()
 
 
@@ -842,10 +926,10 @@ def test_a_store_without_refs_is_not_taken_for_one_that_nobody_needs(tree):
     shutil.rmtree(tree.store.root / "refs")
     before = tree.files()
     with pytest.raises(MissingError, match="cannot be known which objects are needed"):
-        gc.run(tree.store.root, delete=True, grace_days=0)
+        collect(tree.store.root, delete=True, grace_days=0)
     assert tree.files() == before
     with pytest.raises(MissingError, match="no store there"):
-        gc.run(tree.at.root / "nowhere", delete=True)
+        collect(tree.at.root / "nowhere", delete=True)
 
 
 def test_two_refs_share_shards_and_forgetting_one_frees_the_rest(tree):
@@ -859,8 +943,8 @@ def test_two_refs_share_shards_and_forgetting_one_frees_the_rest(tree):
     gone = set(old) - set(new)
     assert gone
     assert set(old) & set(new)
-    assert gc.run(tree.store.root, delete=True, grace_days=0).facts["orphans"] == {}
-    outcome = gc.run(tree.store.root, delete=True, grace_days=0, forget=[old_ref[:8]])
+    assert collect(tree.store.root, delete=True, grace_days=0).facts["orphans"] == {}
+    outcome = collect(tree.store.root, delete=True, grace_days=0, forget=[old_ref[:8]])
     assert outcome.facts["forgotten"] == [old_ref]
     tokens = {f"tokens/{TOKENIZER}/{key.rpartition('/')[2]}" for key in gone}
     assert set(outcome.facts["orphans"]) == gone | tokens
@@ -876,10 +960,10 @@ def test_forget_refuses_what_is_ambiguous_unknown_or_too_short(tree):
     before = sorted(folder.iterdir())
     for prefix, count in (("abc", 1), ("abc0fe", 0)):
         with pytest.raises(TeachonceError, match=f"{count} refs begin like that"):
-            gc.run(tree.store.root, delete=True, forget=[prefix])
+            collect(tree.store.root, delete=True, forget=[prefix])
     for prefix, count in ((name[:5], 2), ("zzzz", 0), (name[:3], 2), ("", len(before)), ("../", 0)):
         with pytest.raises(TeachonceError, match=f"{count} refs begin like that"):
-            gc.run(tree.store.root, delete=True, forget=[prefix])
+            collect(tree.store.root, delete=True, forget=[prefix])
     assert sorted(folder.iterdir()) == before
 
 
@@ -924,7 +1008,9 @@ def test_gc_never_deletes_what_a_ref_names(
     named = {entry.key for ref in refs for entry in ref.manifest.objects}
     texts = {key.removeprefix("text/") for key in named if key.startswith("text/")}
     kept = named | {f"tokens/{TOKENIZER}/{text}" for text in texts}
-    gc.run(root, delete=True, grace_days=grace, forget=forgotten)
+    if any(key.startswith("vectors/") for key in named):
+        kept |= {probe_of(source.manifest("embeddings"))}
+    collect(root, delete=True, grace_days=grace, forget=forgotten)
     left = {file.name for file in take_inventory(root).objects}
     assert kept & {file.name for file in files} <= left
     if not grace:
@@ -971,12 +1057,24 @@ def test_a_person_verifies_and_repairs_where_the_teacher_is_not(tree):
     assert (len(facts["read"]), facts["seed"], facts["sound"]) == (2, 1, False)
     run = teachonce(root, "repair")
     assert run.returncode == 3
-    assert run.stdout == ""
+    assert run.stdout.splitlines()[0].endswith("made again: none; still missing: 1")
     assert "error: embed.teacher: 1 shards of vectors are lost" in run.stderr
     # Where nobody ever checked, not even the hashes of its files are known.
     (tree.at.root / "data/sources.json").unlink()
     second = teachonce(root, "repair")
     assert (second.returncode, second.stderr) == (3, run.stderr.partition("\n")[2])
+    # A program is told what was moved all the same.
+    damaged = flip_a_value(tree, "negatives")
+    run = teachonce(root, "repair", "--json")
+    facts = json.loads(run.stdout)["facts"]
+    assert (run.returncode, list(facts["moved"])) == (3, [tree.keys("negatives")[0]])
+    assert not damaged.exists()
+    assert facts["missing"] == {
+        "corpus": [],
+        "embeddings": [tree.keys("embeddings")[0]],
+        "negatives": [tree.keys("negatives")[0]],
+    }
+    assert facts["made"] == {"corpus": [], "embeddings": [], "negatives": []}
     assert teachonce(root, "verify", "--seed", "1").returncode == 2
 
 
@@ -984,7 +1082,9 @@ def test_a_person_lists_compares_and_cleans(tree):
     root = tree.at.root
     run = teachonce(root, "ls")
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines()[-1].startswith(f"ls: {4 * len(tree.keys('corpus'))} objects, ")
+    assert run.stdout.splitlines()[-1].startswith(
+        f"ls: {4 * len(tree.keys('corpus')) + 1} objects, "
+    )
     assert json.loads(teachonce(root, "ls", "--json").stdout)["stage"] == "ls"
     assert teachonce(root, "diff", "data/corpus.json", "data/corpus.json").returncode == 0
     run = teachonce(root, "diff", "data/corpus.json", "data/negatives.json", "--json")
@@ -994,11 +1094,20 @@ def test_a_person_lists_compares_and_cleans(tree):
         assert (run.returncode, run.stderr.startswith(f"error: {wrong}: ")) == (3, True)
     orphan = put_texts_of_nobody(tree)
     size = orphan.stat().st_size
+    make_older(tree.store.root, days=13.9)
+    run = teachonce(root, "gc", "--delete")
+    assert run.stdout.startswith("kept, younger than 14 days (--grace): text: 1 objects, ")
+    assert orphan.exists()
     run = teachonce(root, "gc", "--grace", "0")
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("would go: text: 1 objects, ")
     run = teachonce(root, "gc", "--grace", "0", "--delete", "--json")
     assert json.loads(run.stdout)["facts"]["orphans"] == {f"text/{orphan.name}": size}
     assert not orphan.exists()
+    (tree.store.root / "quarantine").mkdir()
+    (tree.store.root / "quarantine/x").write_text("moved")
+    assert teachonce(root, "gc").stdout.startswith("in quarantine: quarantine/x\n")
+    run = teachonce(root, "gc", "--quarantine", "--delete")
+    assert run.stdout.startswith("deleted: quarantine/x\ngc: ")
     run = teachonce(root, "gc", "--forget", "nope")
     assert (run.returncode, run.stderr.startswith("error: ref nope: 0 refs begin")) == (1, True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 QUERIES_AT_ONCE = 256
 
@@ -32,6 +31,9 @@ def spearman(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
     0 if one of them is constant: the correlation is undefined then, and a model that gives every pair
     the same cosine knows nothing.
     """
+    # Here: it takes a second to import, and `embed` needs the rest of this module.
+    from scipy.stats import spearmanr
+
     if np.ptp(left) == 0 or np.ptp(right) == 0:
         return 0.0
     return float(spearmanr(left, right).statistic)
@@ -93,6 +95,27 @@ def rank_agreement(ours: NDArray[np.floating], teacher: NDArray[np.floating]) ->
     """
     pairs = np.triu_indices(len(ours), k=1)
     return spearman(cosines(ours)[pairs], cosines(teacher)[pairs])
+
+
+def row_cosines(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n,) cosines of row i of `left` (n, d) with row i of `right` (n, d), of any length but 0.
+
+    In float64: 1 - cosine is meant to be looked at. NaN for rows with NaN in them.
+    """
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: NDArray[np.float64] = np.einsum("nd,nd->n", a, b) / lengths
+    return found
+
+
+def row_stretches(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n,) how much longer or shorter row i of `right` is than row i of `left`, as a share; at least 0."""
+    a = np.linalg.norm(left.astype(np.float64), axis=1)
+    b = np.linalg.norm(right.astype(np.float64), axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: NDArray[np.float64] = np.abs(b / a - 1)
+    return found
 
 
 def top_overlap(ours: NDArray[np.floating], teacher: NDArray[np.floating], count: int) -> float:

@@ -2,7 +2,7 @@
 
 Rows are drawn without regard to their length: batches of texts of like length pad less, but then a step
 learns from short texts only and the next from long ones. Padding is saved inside the step instead
-(`student.encode_ids` reads a batch in pieces of like length).
+(`student.encode_ids` reads a batch without any).
 """
 
 from __future__ import annotations
@@ -30,3 +30,21 @@ def epoch_batches(
     order = rows[np.random.default_rng([seed, epoch]).permutation(len(rows))]
     size = min(batch_size, len(rows))
     return [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
+
+
+def without_some(
+    tokens: NDArray[np.int32], share: float, draw: np.random.Generator
+) -> NDArray[np.int32]:
+    """A text's token ids without a share of them, the first and the last always kept; never none.
+
+    Those two are the special tokens of most tokenizers. ConGen deletes a tenth of the words; tokens are
+    what is in the store.
+
+    Args:
+        tokens: (n,) ids.
+        share: How likely each is deleted, 0 to 1.
+        draw: Decides which.
+    """
+    keep = draw.random(len(tokens)) >= share
+    keep[[0, -1]] = True
+    return tokens[keep]

@@ -19,8 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stages.models import weights_bytes
-from storage.errors import TeachonceError
+from stages.learning.agreement import unit
+from stages.learning.packed import NOT_PACKED, Packed, Read
+from stages.learning.probes import likeness, probes
+from stages.learning.windows import Windows, windows_of
+from stages.models import model_files, weights_bytes
+from stages.outcome import log
+from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -29,6 +34,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Role = Literal["text", "query", "document"]
 
 NO_LIMIT = sys.maxsize
+
+BATCH_TOKENS = {"cpu": 2048, "mps": 8192}
+"""Tokens read at once, by device. On a CPU (benchmarks/encode.py) 1,024 are as fast, 4,096 lose 5 %."""
+GPU_BATCH_TOKENS = 65_536
+"""Not measured yet; what does not fit is halved."""
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,14 +55,17 @@ class Encoded:
     """What came of some texts.
 
     Args:
-        vectors: (n, dim) float32, in the order of the texts, as the model's own pipeline returns them.
+        vectors: (n, dim) float32, in the order of the texts, as the model's own pipeline returns them; the
+            first values of those, if only so many were asked for.
         tokens: Tokens read, after cutting.
-        truncated: Texts that were longer than the limit.
+        truncated: Texts that were longer than the limit; they were cut, or read in windows.
+        whole: (n, width) float32, all values; the same array as `vectors` if all were asked for.
     """
 
     vectors: NDArray[np.float32]
     tokens: int
     truncated: int
+    whole: NDArray[np.float32]
 
 
 def pick_device(setting: str) -> torch.device:
@@ -109,7 +122,11 @@ def load_model(
     """A sentence-transformers model in float32; a bare transformers folder gets mean pooling.
 
     The dtype is always given: transformers 5 would take the checkpoint's own.
+
+    Raises:
+        TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker.
     """
+    model_files(folder, address=str(folder))
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
@@ -123,11 +140,12 @@ def load_model(
             local_files_only=True,
             model_kwargs={"dtype": torch.float32, "use_safetensors": True},
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
+    # Its loaders believe the files of a model, and raise whatever comes of what is wrong there.
+    except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TeachonceError(
             folder,
-            f"sentence-transformers cannot load it: {first_line}",
+            f"sentence-transformers cannot load it: {shown(first_line)}",
             "check that `SentenceTransformer(folder)` works; a model with code of its own needs "
             "embed.trust_remote_code: true",
         ) from error
@@ -136,13 +154,19 @@ def load_model(
 class Encoder:
     """A loaded model that turns texts into vectors.
 
+    A transformer reads texts without padding where that is proved right (see `packed`); other models
+    read batches of similar length, padded to the longest.
+
     Args:
         folder: The model.
         device: Where it runs.
-        precision: Of the matrix products; weights and sums stay float32.
-        max_tokens: Longer texts are cut; at most what the model can read.
-        batch_tokens: Tokens in a batch, padding included. Speed only.
+        precision: Of the matrix products; sums and what lies between layers stay float32.
+        max_tokens: Of a text, or of a window; at most what the model can read.
+        in_windows: A longer text is read in windows, and its vector is their mean; else it is cut.
+        batch_tokens: Tokens in a batch, padding included; None for what suits the device. Speed only.
         prompt: Put before every text that has no prompt of the model's own for its role.
+        dim: Return the first so many values of each vector, with its length made 1 again if the model
+            ends in Normalize; None for all.
         trust_remote_code: Whether code in the model's folder may run.
     """
 
@@ -153,19 +177,46 @@ class Encoder:
         device: torch.device,
         precision: Precision = "fp32",
         max_tokens: int | None = None,
-        batch_tokens: int = 4096,
+        in_windows: bool = False,
+        batch_tokens: int | None = None,
         prompt: str = "",
+        dim: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.model = load_model(folder, device=device, trust_remote_code=trust_remote_code).eval()
         self.torch_device, self.precision = device, precision
-        self.batch_tokens, self.prompt = batch_tokens, prompt
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+        self.prompt = prompt
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.megabytes = weights_bytes(folder) / 1e6
         self.max_tokens = self._limit(max_tokens, folder)
         if self.max_tokens != NO_LIMIT:
             self.model.max_seq_length = self.max_tokens
+        self.in_windows = in_windows and self.max_tokens != NO_LIMIT
+        if self.in_windows and not getattr(self.model.tokenizer, "is_fast", False):
+            raise TeachonceError(
+                "embed.long_texts",
+                f"windows, but the tokenizer of the model in {folder} does not say where a token stands",
+                "set it to cut, or take a model with a tokenizer.json",
+            )
+        self.reader = self._reader()
+        self.dim = self._dim(dim, folder)
+        if precision != "fp32":
+            self._cast_products(AUTOCAST[precision])
+
+    def _dim(self, wanted: int | None, folder: Path) -> int | None:
+        """How many values of a vector are returned; None if it is left as it is."""
+        if wanted is None:
+            return None
+        width = self._vectors(self.reader.read(["width"], ""), precision="fp32").shape[1]
+        if wanted > width:
+            raise TeachonceError(
+                "embed.dim",
+                f"{wanted}, but the vectors of the model in {folder} have {width} values",
+                f"set it to {width} or less, or to null for all of them",
+            )
+        return wanted
 
     def _limit(self, wanted: int | None, folder: Path) -> int:
         own = self.model.max_seq_length
@@ -181,6 +232,28 @@ class Encoder:
             )
         return wanted or own or positions or 512
 
+    def _reader(self) -> Packed | Padded:
+        """Packed, if that gives the vectors of probe texts that the model gives by itself."""
+        padded = Padded(self.model)
+        if self.max_tokens == NO_LIMIT:
+            return padded
+        texts = probes(self.max_tokens)
+        own = self._vectors(padded.read(texts, self.prompt), precision="fp32")
+        try:
+            packed = Packed(self.model)
+            likeness(own, self._vectors(packed.read(texts, self.prompt), precision="fp32"))
+        except NOT_PACKED as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            log.info("texts are padded for this model; without padding: %s", first_line)
+            return padded
+        return packed
+
+    def _cast_products(self, dtype: torch.dtype) -> None:
+        """Keep the weights of matrix products as autocast would cast them, anew for every batch."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(dtype)
+
     def encode(self, texts: Sequence[str], *, role: Role = "text") -> NDArray[np.float32]:
         """(n, dim) float32 vectors of `texts`, in their order."""
         return self.encode_counted(texts, role=role).vectors
@@ -188,17 +261,45 @@ class Encoder:
     def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
         """Vectors of `texts` with counts of what was read."""
         prompt = self._prompt(role)
-        lengths = self._lengths([prompt + text for text in texts])
-        cut = np.minimum(lengths, self.max_tokens)
-        vectors: NDArray[np.float32] | None = None
-        for places in token_batches(cut, self.batch_tokens):
-            batch = self._forward([texts[place] for place in places], prompt)
-            if vectors is None:
-                vectors = np.empty((len(texts), batch.shape[1]), np.float32)
-            vectors[places] = batch
-        if vectors is None:
-            vectors = np.empty((0, self.model.get_embedding_dimension() or 0), np.float32)
-        return Encoded(vectors, tokens=int(cut.sum()), truncated=int((lengths > cut).sum()))
+        windows = self._windows(texts, prompt)
+        read = self.reader.read(texts if windows is None else windows.texts, prompt)
+        cut = np.minimum(read.lengths, self.max_tokens)
+        whole = self._vectors(read, precision=self.precision)
+        longer = int((read.lengths > cut).sum())
+        if windows is not None:
+            whole, longer = windows.means(whole), windows.longer
+            # The mean of vectors of length 1 is shorter.
+            whole = unit(whole) if longer and ends_in_normalize(self.model) else whole
+        return Encoded(
+            self._first_values(whole), tokens=int(cut.sum()), truncated=longer, whole=whole
+        )
+
+    def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """(n,) tokens of each of `texts` before cutting, with the prompt's; nothing is encoded."""
+        return self.reader.read(texts, self._prompt("text")).lengths
+
+    def _windows(self, texts: Sequence[str], prompt: str) -> Windows | None:
+        if not self.in_windows:
+            return None
+        tokenizer = self.model.tokenizer
+        around = tokenizer.num_special_tokens_to_add() + len(
+            tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        )
+        if around >= self.max_tokens:
+            raise TeachonceError(
+                "embed.max_tokens",
+                f"{self.max_tokens}, but special tokens and the prompt take {around} of each window",
+                "set it higher, or shorten embed.prompt",
+            )
+        return windows_of(texts, tokenizer, room=self.max_tokens - around)
+
+    def _first_values(self, whole: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n, width) -> (n, dim) float32."""
+        if self.dim is None:
+            return whole
+        first = whole[:, : self.dim]
+        # Judged by the model, not by the lengths of its vectors: all of a cache are scaled alike.
+        return unit(first) if ends_in_normalize(self.model) else np.ascontiguousarray(first)
 
     def _prompt(self, role: Role) -> str:
         for name in ROLE_PROMPTS[role]:
@@ -206,29 +307,88 @@ class Encoder:
                 return str(self.model.prompts[name])
         return self.prompt
 
-    def _lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """(n,) tokens of each text before cutting, special tokens included."""
+    @torch.inference_mode()
+    def _vectors(self, read: Read, *, precision: Precision) -> NDArray[np.float32]:
+        """(n, dim) vectors of what was read, batch by batch, longest texts first.
+
+        A batch that the device has no memory for is halved, and so is `batch_tokens` from then on; no
+        text is left out.
+        """
+        cut = np.minimum(read.lengths, self.max_tokens)
+        waiting = list(token_batches(cut, self.batch_tokens))
+        vectors: NDArray[np.float32] | None = None
+        while waiting:
+            places = waiting.pop(0)
+            try:
+                with autocast(self.torch_device, precision):
+                    batch = read.forward(places).float().cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                self._take_less(len(places), int(cut[places[0]]), error)
+                rest = np.concatenate([places, *waiting])
+                waiting = [rest[some] for some in token_batches(cut[rest], self.batch_tokens)]
+                continue
+            if vectors is None:
+                vectors = np.empty((len(cut), batch.shape[1]), np.float32)
+            vectors[places] = batch
+        if vectors is None:
+            return np.empty((0, self.model.get_embedding_dimension() or 0), np.float32)
+        return vectors
+
+    def _take_less(self, texts: int, longest: int, error: torch.OutOfMemoryError) -> None:
+        """Halve `batch_tokens` after a batch of so many texts did not fit."""
+        if texts == 1:
+            raise TeachonceError(
+                str(self.torch_device),
+                f"no memory for one text of {longest} tokens",
+                "set embed.max_tokens lower, embed.precision: bf16, or use a larger device",
+            ) from error
+        self.batch_tokens = texts * longest // 2
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.info("no memory for %d texts: batches of %d tokens now", texts, self.batch_tokens)
+
+
+class Padded:
+    """Any model, as sentence-transformers runs it: a batch is padded to its longest text."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+
+    def read(self, texts: Sequence[str], prompt: str) -> Read:
+        """Count the tokens; the model tokenises batch by batch."""
+
+        def forward(places: NDArray[np.int64]) -> torch.Tensor:
+            some = [texts[place] for place in places]
+            features: dict[str, Any] = self.model.preprocess(some, prompt=prompt or None)
+            features = {
+                name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
+                for name, value in features.items()
+            }
+            vectors: torch.Tensor = self.model(features)["sentence_embedding"]
+            return vectors
+
+        return Read(self._lengths([prompt + text for text in texts]), forward)
+
+    def _lengths(self, texts: list[str]) -> NDArray[np.int64]:
         if not texts:
             return np.empty(0, np.int64)
         tokenizer = self.model.tokenizer
         if not callable(tokenizer):  # word-level and static models count words
             return np.array([len(text.split()) + 2 for text in texts], np.int64)
         found = tokenizer(
-            list(texts), truncation=False, padding=False, return_attention_mask=False, verbose=False
+            texts, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
         return np.array([len(ids) for ids in found["input_ids"]], np.int64)
 
-    @torch.inference_mode()
-    def _forward(self, texts: list[str], prompt: str) -> NDArray[np.float32]:
-        features: dict[str, Any] = self.model.preprocess(texts, prompt=prompt or None)
-        features = {
-            name: value.to(self.torch_device) if isinstance(value, torch.Tensor) else value
-            for name, value in features.items()
-        }
-        with autocast(self.torch_device, self.precision):
-            vectors = self.model(features)["sentence_embedding"]
-        array: NDArray[np.float32] = vectors.float().cpu().numpy()
-        return array
+
+def ends_in_normalize(model: SentenceTransformer) -> bool:
+    """Whether a model's vectors have length 1."""
+    return is_normalize(model[-1])
+
+
+def is_normalize(module: torch.nn.Module) -> bool:
+    """Whether a module scales vectors to length 1."""
+    return type(module).__name__ == "Normalize"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -1,7 +1,8 @@
 """One training loop. It knows steps, weights and a score; what is learned comes from outside.
 
 A step is a function of (seed, step) and the weights before it: order, queue and dropout all have that
-address. A run killed anywhere and started again ends with the same weights (on a CPU, bit by bit).
+address. A run killed anywhere and started again ends with the same weights (on a CPU, bit by bit). With
+several ranks each takes every step, and the first one keeps the checkpoints.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.learning import ranks
 from stages.learning.checkpoints import (
     Checkpoints,
     State,
     optimizer_tensors,
     restore_optimizer,
 )
+from stages.learning.trackers import Track
 from stages.outcome import Progress, log
 from stages.params import TrainingParams
 from storage.errors import TeachonceError
@@ -63,6 +66,7 @@ def train(
     *,
     name: str,
     checkpoints: Checkpoints,
+    track: Track,
 ) -> State:
     """Train until the last step, or until the score has not risen for `patience` evaluations.
 
@@ -74,32 +78,39 @@ def train(
         params: Recipe.
         name: Of the student, for the log.
         checkpoints: Where the run's state is kept.
+        track: Takes the rows of the curve; after a resumption those of before, too.
 
     Raises:
-        TeachonceError: the loss is NaN or infinite; names the step and the rows.
+        TeachonceError: the loss is NaN or infinite; names the step and the rows. Or the ranks do not see
+            the same run.
     """
     batches = work.batches(0)
     total = params.epochs * len(batches)
     optimizer = make_optimizer(model, params)
     state, best = _resume(model, optimizer, checkpoints, name)
+    ranks.check_same(f"step {state.step} of run {checkpoints.folder.name}")
+    for row in state.curve:
+        track(row)
     progress = Progress(name, total=total, unit="steps", done=state.step)
     started = saved = time.monotonic()
     seconds_before = state.seconds
     if not state.curve:
         best = _evaluate(model, work, state, best, params, total)
+        track(state.curve[-1])
     epoch_of_batches = 0
     while state.step < total and state.stale < params.patience:
         epoch, place = divmod(state.step, len(batches))
         if epoch != epoch_of_batches:
             batches, epoch_of_batches = work.batches(epoch), epoch
-        parts = _step(model, optimizer, work, batches[place], state.step, total, params)
+        parts = take_step(model, optimizer, work, batches[place], state.step, total, params)
         state.step += 1
         _add(state, parts)
         if state.step % params.evaluate_every == 0 or state.step == total:
             best = _evaluate(model, work, state, best, params, total)
+            track(state.curve[-1])
         progress.advance(1, f"loss {sum(parts):.4f}")
         state.seconds = seconds_before + time.monotonic() - started
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if ranks.is_first() and time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoints.save(state, _tensors(model, optimizer, best))
             saved = time.monotonic()
     model.load_state_dict(best)
@@ -126,7 +137,7 @@ def learning_rate(step: int, total: int, params: TrainingParams) -> float:
     return params.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _step(
+def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     work: Work,
@@ -138,8 +149,9 @@ def _step(
     """One step; returns each objective's part of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, params)
-    # Dropout has an address, too: (seed, step).
-    torch.manual_seed(int(np.random.SeedSequence([params.seed, step]).generate_state(1)[0]))
+    # Dropout has an address, too: (seed, step), and the rank, whose texts are others.
+    address = np.random.SeedSequence([params.seed, step, ranks.rank()])
+    torch.manual_seed(int(address.generate_state(1)[0]))
     model.train()
     loss, parts = work.loss(rows, step)
     if not bool(torch.isfinite(loss)):
@@ -152,6 +164,7 @@ def _step(
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    ranks.average_gradients(model)
     if params.clip is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip)
     optimizer.step()
@@ -175,7 +188,7 @@ def _evaluate(
 ) -> dict[str, Tensor]:
     """Score the weights, add a row to the curve, and return the best weights so far."""
     model.eval()
-    score = work.score()
+    score = ranks.of_first(work.score())
     # Before the first step there is a score and no loss yet.
     means = (
         [round(value / state.loss_steps, 8) for value in state.loss_sums]

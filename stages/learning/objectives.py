@@ -1,23 +1,50 @@
 """Training objectives: pure functions from a batch of vectors to a scalar loss.
 
-Shape letters: B batch, C candidates, D width of the teacher's space. The student's vectors are what the
-saved student will return: of length 1 if the teacher's are, else of any length. A function that compares
-directions normalises them itself.
+Most of them are one idea: for each row two distributions over a set of candidates, the teacher's
+P_T = softmax(cos(T_i, T_j) / tau_T) and the student's P_S = softmax(cos(h_i, T_j) / tau_S), and a
+divergence between them. `ckd` has a one-hot P_T, `relational` the whole one; `skew` and `decoupled`
+take another divergence. `kd`, `comparative` and `gram` compare vectors, differences and similarities.
+
+Shape letters: B batch, C candidates, D width of the teacher's space, W <= D width of the student's
+vectors here. The student's vectors are what the saved student will return: of length 1 if the
+teacher's are, else of any length. A function that compares directions normalises them itself. Where
+W < D (Matryoshka) the student is compared with the first W values of a vector (`narrow`), and P_T and
+the teacher's similarities are those of whole vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.params import CkdObjective, KdObjective
+from stages.learning.frozen_keys import FrozenInfoNce
+from stages.params import (
+    CkdObjective,
+    ComparativeObjective,
+    DecoupledObjective,
+    DiscoCkdObjective,
+    DiscoKdObjective,
+    GramObjective,
+    KdObjective,
+    Objective,
+    RelationalObjective,
+    SkewObjective,
+)
 
 # A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP.
 LEAST_TEMPERATURE = 0.01
+
+DISCO_TEMPERATURE = math.exp(-1)
+"""Where the official code's learned temperature begins: its scale is exp(1)."""
+
+LEFT_OUT = -1e4
+"""Logit of a candidate that does not count: its share is exactly 0, and finite logarithms stay so."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +52,7 @@ class Candidates:
     """Who stands in the denominator.
 
     Args:
-        vectors: (C, D) float32 of unit length: the teacher's, of any rows of the cache, or a student's.
+        vectors: (C, D) of any length: the teacher's as stored, of any rows of the cache, or a student's.
         own: (B,) where in `vectors` the row's own key is.
         same_text: (B, C) True where a candidate is a vector of the row's own text, its own included.
     """
@@ -34,37 +61,77 @@ class Candidates:
     own: Tensor
     same_text: Tensor
 
+    @cached_property
+    def keys(self) -> Tensor:
+        """(C, D) float32 of unit length."""
+        return F.normalize(self.vectors.float(), dim=1)
+
+    @property
+    def is_own(self) -> Tensor:
+        """(B, C) True at each row's own key."""
+        return torch.arange(len(self.vectors), device=self.own.device) == self.own[:, None]
+
+    @property
+    def copies(self) -> Tensor:
+        """(B, C) True at other vectors of the row's own text."""
+        return self.same_text & ~self.is_own
+
+
+def narrow(vectors: Tensor, width: int) -> Tensor:
+    """(n, D) -> (n, W) the first W values of each vector, scaled to the length of the whole.
+
+    Args:
+        vectors: (n, D).
+        width: W, 1 to D.
+    """
+    if width == vectors.shape[1]:
+        return vectors
+    lengths: Tensor = vectors.norm(dim=1, keepdim=True)
+    return F.normalize(vectors[:, :width], dim=1) * lengths
+
 
 def kd(student: Tensor, teacher: Tensor) -> Tensor:
     """Knowledge distillation: mean squared error to the teacher's vector (DisCo, section 3.2).
 
-    L = 1 / (B D) * sum_i |h_i - T_i|^2, on raw vectors: neither side is normalised here.
+    L = 1 / (B W) * sum_i |h_i - T_i|^2, on vectors as they are: neither side is normalised here.
 
     Args:
-        student: (B, D).
+        student: (B, W).
         teacher: (B, D), as stored.
 
     Returns:
         Scalar, at least 0; 0 for a student that equals the teacher.
     """
-    return F.mse_loss(student, teacher)
+    return F.mse_loss(student, narrow(teacher, student.shape[1]))
 
 
-def ckd(student: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
+def ckd(
+    student: Tensor, candidates: Candidates, scale: Tensor, *, precision: str = "fp32"
+) -> Tensor:
     """Contrastive distillation: find your own teacher vector among many (DisCo, section 3.3).
 
     `info_nce` where every candidate is a vector of the teacher. The teacher is frozen, so its vector of
-    any cached row is as good a candidate as one of this batch.
+    any cached row is as good a candidate as one of this batch, and `FrozenInfoNce` computes the same
+    without a (B, C) matrix of logits.
 
     Args:
-        student: (B, D).
+        student: (B, W).
         candidates: Of C vectors of the teacher, each row's own among them.
         scale: a = 1 / temperature, > 0; a scalar, may be learned.
+        precision: Of the products of vectors: "fp32" or "bf16".
 
     Returns:
         Scalar, at least 0; log(C) for a student that knows nothing, if no candidate is left out.
     """
-    return info_nce(student, candidates, scale)
+    loss: Tensor = FrozenInfoNce.apply(  # type: ignore[no-untyped-call]  # torch has no types here
+        F.normalize(student, dim=1),
+        scale,
+        candidates.vectors,
+        candidates.own,
+        candidates.same_text,
+        torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+    return loss
 
 
 def info_nce(anchors: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
@@ -76,17 +143,193 @@ def info_nce(anchors: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
     and more under the loss of a perfect student.
 
     Args:
-        anchors: (B, D), any length.
+        anchors: (B, W), any length.
         candidates: Of C vectors.
         scale: a = 1 / temperature, > 0; a scalar, may be learned.
 
     Returns:
         Scalar, at least 0; log(C) for vectors that know nothing, if no candidate is left out.
     """
-    logits = scale * (F.normalize(anchors, dim=1) @ candidates.vectors.T)
-    others = candidates.same_text.clone()
-    others[torch.arange(len(others), device=others.device), candidates.own] = False
-    return F.cross_entropy(logits.masked_fill(others, float("-inf")), candidates.own)
+    return F.cross_entropy(_logits(anchors, candidates, scale), candidates.own)
+
+
+def relational(
+    student: Tensor, candidates: Candidates, *, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """The student's similarities to the candidates follow the teacher's (RRD; SEED and ConGen).
+
+    L = 1/B sum_i KL(P_T(.|i) || P_S(.|i)). The papers minimise the cross-entropy (RRD, eq. 4), which is
+    larger by the entropy of P_T, a constant. RRD trains a projection of the teacher's vectors as well;
+    those of a cache stay as they are. With tau_T -> 0 this is `ckd`.
+
+    Args:
+        student: (B, W); of an augmented text, if the recipe says so (ConGen).
+        candidates: Of C vectors of the teacher, each row's own among them.
+        temperature: tau_S.
+        teacher_temperature: tau_T.
+
+    Returns:
+        Scalar, at least 0; 0 for a student that equals the teacher, at equal temperatures.
+    """
+    log_p = _teacher_log_shares(candidates, teacher_temperature)
+    log_q = _log_shares(student, candidates, temperature)
+    return _kl(log_p, log_q).mean()
+
+
+def skew(
+    student: Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    alpha: float,
+    reverse: bool,
+) -> Tensor:
+    """Skewed KL divergence (DistiLLM, eq. 4 and 5), over candidates instead of a vocabulary.
+
+    Forward: KL(P_T || a P_T + (1 - a) P_S). Reverse: KL(P_S || (1 - a) P_T + a P_S). What one side
+    holds impossible costs log(1/a) at most, where KL would have no bound. The paper's texts that the
+    student generates have no counterpart among embeddings.
+
+    Args:
+        student: (B, W).
+        candidates: Of C vectors of the teacher, each row's own among them.
+        temperature: tau_S.
+        teacher_temperature: tau_T.
+        alpha: a, in (0, 1); 0.1 in the paper.
+        reverse: Whether the student's distribution weighs.
+
+    Returns:
+        Scalar, 0 to log(1/a); 0 for a student that equals the teacher, at equal temperatures.
+    """
+    log_p = _teacher_log_shares(candidates, teacher_temperature)
+    log_q = _log_shares(student, candidates, temperature)
+    if reverse:
+        log_p, log_q = log_q, log_p
+    mixed = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
+    return _kl(log_p, mixed).mean()
+
+
+def decoupled(
+    student: Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    alpha: float,
+) -> Tensor:
+    """The own key and the rest apart, easy and hard rows apart (ATKD, eq. 7 to 9).
+
+    KL(P_T || P_S) = TKD + UNC * DKD: TKD is the divergence of the pair (own, all the rest), DKD that
+    within the rest, UNC_i = 1 - P_T(own | i). A row is easy if its UNC is not above the batch's median.
+    L = a * mean_easy(DKD) + (1 - a) * mean_hard(TKD + DKD). The paper's classes are a vocabulary; here
+    they are the candidates, which are others at each step, and its target is the row's own key.
+
+    Args:
+        student: (B, W).
+        candidates: Of C vectors of the teacher, each row's own among them, and two more at least.
+        temperature: tau_S.
+        teacher_temperature: tau_T.
+        alpha: a, 0 to 1; 0.2 in the paper's code.
+
+    Returns:
+        Scalar, at least 0; 0 for a student that equals the teacher, at equal temperatures.
+    """
+    own, rest = candidates.is_own, ~candidates.same_text
+    pairs, within = [], []
+    for log_shares in (
+        _teacher_log_shares(candidates, teacher_temperature),
+        _log_shares(student, candidates, temperature),
+    ):
+        others = log_shares.masked_fill(~rest, LEFT_OUT)
+        all_others = others.logsumexp(dim=1)
+        pairs.append(torch.stack([log_shares[own], all_others], dim=1))
+        within.append(others.log_softmax(dim=1))
+    uncertain = pairs[0][:, 1]
+    easy = uncertain <= uncertain.median()
+    target, others = _kl(*pairs), _kl(*within)
+    hard_rows = (~easy).sum().clamp(min=1)
+    return alpha * others[easy].mean() + (1 - alpha) * (target + others)[~easy].sum() / hard_rows
+
+
+def comparative(student: Tensor, candidates: Candidates) -> Tensor:
+    """Differences between rows point where the teacher's do (Comparative KD, section 3).
+
+    L = mean over pairs i, j of other texts of 1 - cos(h_i - h_j, T_i - T_j), on vectors of length 1. The
+    paper compares differences of class scores by a softmax. Squared differences would be `kd` again: over
+    all pairs they are its squared errors, less the one offset that all rows share.
+
+    Args:
+        student: (B, W).
+        candidates: The teacher's vectors of these B rows, in their order.
+
+    Returns:
+        Scalar, 0 to 2; 0 for a student that equals the teacher.
+    """
+    ours = F.normalize(student, dim=1)
+    theirs = narrow(candidates.keys, student.shape[1])
+    # |a_i - a_j|^2 and <a_i - a_j, b_i - b_j> out of products of whole vectors: no (B, B, W) tensor.
+    across = ours @ theirs.T
+    own = across.diagonal()
+    along = own[:, None] + own[None, :] - across - across.T
+    squared = _squared_distances(ours) * _squared_distances(theirs)
+    pairs = ~candidates.same_text
+    return 1 - (along[pairs] * squared[pairs].clamp(min=1e-12).rsqrt()).mean()
+
+
+def gram(student: Tensor, candidates: Candidates, *, temperature: float | None) -> Tensor:
+    """The similarities within a batch are the teacher's (Luxical; Stella and Jasper, L_sim).
+
+    Without a temperature (Stella): the mean of (cos(h_i, h_j) - cos(T_i, T_j))^2 over pairs i, j of other
+    texts. With a temperature t (Luxical): t^2 / B sum_i KL(softmax_j cos(T_i, T_j) / t ||
+    softmax_j cos(h_i, h_j) / t), j over rows of other texts.
+
+    Args:
+        student: (B, W).
+        candidates: The teacher's vectors of these B rows, in their order.
+        temperature: t, or None.
+
+    Returns:
+        Scalar, at least 0; 0 for a student whose similarities are the teacher's.
+    """
+    ours = F.normalize(student, dim=1)
+    similar, wanted = ours @ ours.T, candidates.keys @ candidates.keys.T
+    pairs = ~candidates.same_text
+    if temperature is None:
+        return F.mse_loss(similar[pairs], wanted[pairs])
+    log_p, log_q = (
+        (cosines / temperature).masked_fill(~pairs, LEFT_OUT).log_softmax(dim=1)
+        for cosines in (wanted, similar)
+    )
+    return temperature**2 * _kl(log_p, log_q).mean()
+
+
+def _logits(anchors: Tensor, candidates: Candidates, scale: Tensor | float) -> Tensor:
+    """(B, C) a cos(h_i, k_j); copies of a row's own text left out."""
+    keys = narrow(candidates.keys, anchors.shape[1])
+    logits = scale * (F.normalize(anchors, dim=1) @ keys.T)
+    return logits.masked_fill(candidates.copies, LEFT_OUT)
+
+
+def _log_shares(student: Tensor, candidates: Candidates, temperature: float) -> Tensor:
+    """(B, C) log P_S."""
+    return _logits(student, candidates, 1 / temperature).log_softmax(dim=1)
+
+
+@torch.no_grad()
+def _teacher_log_shares(candidates: Candidates, temperature: float) -> Tensor:
+    """(B, C) log P_T."""
+    return _log_shares(candidates.keys[candidates.own], candidates, temperature)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(B,) KL(p || q) of each row of (B, C) logarithms."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _squared_distances(vectors: Tensor) -> Tensor:
+    """(B, B) |a_i - a_j|^2 of vectors of length 1."""
+    return 2 - 2 * vectors @ vectors.T
 
 
 class Temperature(nn.Module):
@@ -115,20 +358,23 @@ class Objectives(nn.Module):
 
     Args:
         params: One or more objectives, in the order of the recipe.
+        widths: Of the student's vector, besides the whole, that are to serve alone (Matryoshka).
+        precision: In which `ckd` multiplies vectors; all others do in float32.
     """
 
-    def __init__(self, params: Sequence[KdObjective | CkdObjective]) -> None:
+    def __init__(
+        self, params: Sequence[Objective], widths: Sequence[int] = (), precision: str = "fp32"
+    ) -> None:
         super().__init__()
-        self.params = tuple(params)
-        self.learned = nn.ModuleDict(
-            {
-                str(place): Temperature(
+        self.params, self.widths, self.precision = tuple(params), tuple(widths), precision
+        self.learned = nn.ModuleDict()
+        for place, objective in enumerate(self.params):
+            if isinstance(objective, CkdObjective):
+                self.learned[str(place)] = Temperature(
                     objective.temperature, learnable=objective.learnable_temperature
                 )
-                for place, objective in enumerate(self.params)
-                if isinstance(objective, CkdObjective)
-            }
-        )
+            elif isinstance(objective, DiscoCkdObjective):
+                self.learned[str(place)] = Temperature(DISCO_TEMPERATURE, learnable=True)
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +386,7 @@ class Objectives(nn.Module):
         ]
 
     def temperatures(self) -> dict[str, float]:
-        """Name -> temperature, for the objectives that have one."""
+        """Name -> temperature, for the objectives that learn one."""
         return {
             name: self._temperature(place).value()
             for place, name in enumerate(self.names)
@@ -148,30 +394,78 @@ class Objectives(nn.Module):
         }
 
     def forward(
-        self, student: Tensor, teacher: Tensor, candidates: Sequence[Candidates | None]
+        self,
+        student: Mapping[float, Tensor],
+        teacher: Tensor,
+        candidates: Sequence[Candidates | None],
     ) -> tuple[Tensor, list[float]]:
-        """The loss of a batch.
+        """The loss of a batch: the mean over the widths.
 
         Args:
-            student: (B, D) float32.
+            student: Share of deleted tokens -> (B, D) float32 vectors of what was left of the texts.
             teacher: (B, D) float32, as stored.
             candidates: One entry for each objective; None for those that take none.
 
         Returns:
-            The weighted sum, and each objective's loss before weighting.
+            The weighted sum, and each objective's loss at the whole width before weighting.
         """
-        losses = []
-        for place, (objective, among) in enumerate(zip(self.params, candidates, strict=True)):
-            if isinstance(objective, KdObjective):
-                losses.append(kd(student, teacher))
-            elif among is not None:
-                losses.append(ckd(student, among, self._temperature(place).scale()))
-        total = sum(
-            (objective.weight * loss for objective, loss in zip(self.params, losses, strict=True)),
-            start=student.new_zeros(()),
-        )
-        return total, [float(loss.detach()) for loss in losses]
+        whole = teacher.shape[1]
+        total, parts = teacher.new_zeros(()), []
+        for width in (whole, *self.widths):
+            for place, (objective, among) in enumerate(zip(self.params, candidates, strict=True)):
+                vectors = narrow(student[objective.deleted], width)
+                loss = self._loss(place, objective, vectors, teacher, among)
+                total = total + objective.weight * loss / (1 + len(self.widths))
+                if width == whole:
+                    parts.append(float(loss.detach()))
+        return total, parts
+
+    def _loss(
+        self,
+        place: int,
+        objective: Objective,
+        student: Tensor,
+        teacher: Tensor,
+        candidates: Candidates | None,
+    ) -> Tensor:
+        match objective:
+            case CkdObjective() | DiscoCkdObjective():
+                scale = self._temperature(place).scale()
+                return ckd(student, _there(candidates), scale, precision=self.precision)
+            case RelationalObjective() | SkewObjective() | DecoupledObjective():
+                return _between_distributions(objective, student, _there(candidates))
+            case ComparativeObjective():
+                return comparative(student, _there(candidates))
+            case GramObjective():
+                return gram(student, _there(candidates), temperature=objective.temperature)
+            case KdObjective() | DiscoKdObjective():
+                return kd(student, teacher)
 
     def _temperature(self, place: int) -> Temperature:
         found: Temperature = self.learned[str(place)]  # type: ignore[assignment]  # put there above
         return found
+
+
+def _between_distributions(
+    objective: RelationalObjective | SkewObjective | DecoupledObjective,
+    student: Tensor,
+    candidates: Candidates,
+) -> Tensor:
+    given = {
+        "temperature": objective.temperature,
+        "teacher_temperature": objective.teacher_temperature,
+    }
+    match objective:
+        case RelationalObjective():
+            return relational(student, candidates, **given)
+        case SkewObjective():
+            alpha, reverse = objective.alpha, objective.reverse
+            return skew(student, candidates, **given, alpha=alpha, reverse=reverse)
+        case DecoupledObjective():
+            return decoupled(student, candidates, **given, alpha=objective.alpha)
+
+
+def _there(candidates: Candidates | None) -> Candidates:
+    if candidates is None:
+        raise TypeError("this objective needs candidates")
+    return candidates

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.learning.agreement import row_cosines, row_stretches
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -60,11 +62,8 @@ def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
     """
     if own.shape != copied.shape:
         raise ValueError(f"its vectors are {copied.shape[1]} wide, not {own.shape[1]}")
-    a, b = own.astype(np.float64), copied.astype(np.float64)
-    lengths, others = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        lowest = float(((a * b).sum(1) / (lengths * others)).min())
-        stretch = float(np.abs(others / lengths - 1).max())
+    lowest = float(row_cosines(own, copied).min())
+    stretch = float(row_stretches(own, copied).max())
     # Not `lowest < LEAST_COSINE`: a vector with NaN in it is like nothing.
     if not lowest >= LEAST_COSINE:
         raise ValueError(f"on a probe text the cosine of the two is {lowest:.6f}")

@@ -15,19 +15,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from stages.learning.encoder import autocast, token_batches
+from stages.learning import ranks
+from stages.learning.encoder import autocast, is_normalize, token_batches
+from stages.learning.packed import NOT_PACKED, Packed
+from stages.learning.probes import likeness
 from stages.lineage import LINEAGE
-from stages.outcome import write_json
+from stages.outcome import log, write_json
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+PACKED_TOKENS = 8192
+"""Tokens that are read at once: 128 texts of 64. Each piece costs a gradient of all weights."""
 PIECE_TOKENS = {"cpu": 1024, "mps": 4096}
-"""Tokens a training batch is read in at once, by device: small pieces pad less, large ones fill a GPU."""
+"""The same where texts are padded, by device: small pieces pad less, large ones fill a GPU."""
 GPU_PIECE_TOKENS = 32768
+
+PROBED_LENGTHS = (40, 33, 32, 12, 11, 9, 2)
+"""Tokens of the texts on which it is tried whether a student can read without padding."""
 
 
 def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
@@ -86,19 +95,55 @@ class Student(nn.Module):
         width = model.get_embedding_dimension() or 0
         # A normalisation at the end of the start goes: it is the teacher's vectors that say whether the
         # student's have length 1, and it would stand before the projection.
-        self.body = nn.ModuleList([module for module in model if not _is_normalize(module)])
+        self.body = nn.ModuleList([module for module in model if not is_normalize(module)])
         needed = project or width != teacher_dim
         self.projection = nn.Linear(width, teacher_dim) if needed else None
         if self.projection is not None and width == teacher_dim:
             nn.init.eye_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
+        self.packed = self._packed()
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) token ids and mask -> (B, D) float32 vectors, as the saved student returns them."""
+        return self._finished(self._padded(token_ids, mask))
+
+    def _padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) token ids and mask -> (B, width) what the model makes of them."""
         features = {"input_ids": token_ids, "attention_mask": mask}
         for module in self.body:
             features = module(features)
-        vectors = features["sentence_embedding"]
+        return features["sentence_embedding"]
+
+    def read(self, rows: Sequence[NDArray[np.int32]], *, pad_id: int) -> Tensor:
+        """Token ids of B texts, the longest first -> (B, D): as `forward`, without padding if possible."""
+        if self.packed is not None:
+            return self._finished(self.packed(rows, np.arange(len(rows))))
+        ids = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+        vectors: Tensor = self(*pad(ids, pad_id=pad_id, device=next(self.parameters()).device))
+        return vectors
+
+    @torch.no_grad()
+    def _packed(self) -> Packed | None:
+        """A reader without padding, if it gives the vectors that a padded batch gives."""
+        try:
+            packed = Packed(self.body)
+            # From the middle of the vocabulary: a special token might change how the others are read.
+            first = packed.body.get_input_embeddings().num_embeddings // 4
+            ids = [first + np.arange(length, dtype=np.int32) for length in PROBED_LENGTHS]
+            self.eval()
+            batch = pad(
+                [torch.from_numpy(row).long() for row in ids], pad_id=0, device=packed.body.device
+            )
+            vectors = packed(ids, np.arange(len(ids)))
+            likeness(self._padded(*batch).cpu().numpy(), vectors.cpu().numpy())
+        except NOT_PACKED as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            log.info("texts are padded for this student; without padding: %s", first_line)
+            return None
+        return packed
+
+    def _finished(self, vectors: Tensor) -> Tensor:
+        """What the model makes of a text -> (B, D) float32 in the teacher's space."""
         if self.projection is not None:
             vectors = self.projection(vectors)
         vectors = vectors.float()
@@ -138,42 +183,50 @@ def encode_ids(
     pad_id: int,
     device: torch.device,
     precision: str,
+    gradient_caching: bool,
 ) -> Tensor:
     """Token ids of B texts -> (B, D) float32 vectors, in their order.
 
-    The batch is read in pieces of like length, which saves the padding that a random batch has; the
-    vectors are those of the whole batch up to last bits.
+    The batch is shared out among the ranks. Each reads its texts end to end, without padding; a model that
+    cannot reads them in pieces of like length, which saves most of the padding that a random batch has.
+    The vectors are those of the whole batch up to last bits.
 
     Args:
         student: On `device`.
-        rows: Token ids of each text, special tokens included.
-        pad_id: The id that fills up a piece.
+        rows: Token ids of each text, special tokens included; the same on all ranks.
+        pad_id: The id that fills up a piece that is padded.
         device: Where.
         precision: Of the matrix products: "fp32" or "bf16".
+        gradient_caching: Keep nothing of a piece but its vectors, and read it again, with the same dropout,
+            when its gradient is due: the memory of one piece, for a third more work (GradCache, which
+            keeps the gradients of the vectors instead; the sums are the same).
     """
     lengths = np.array([len(row) for row in rows], np.int64)
-    pieces, order = [], []
-    for places in token_batches(lengths, PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)):
-        ids = [torch.from_numpy(rows[place].astype(np.int64)) for place in places]
-        with autocast(device, precision):
-            pieces.append(student(*pad(ids, pad_id=pad_id, device=device)))
-        order.append(places)
-    return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+    piece_tokens = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
+    if student.packed is not None:
+        piece_tokens = min(piece_tokens, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
+
+    def read(some: NDArray[np.int64]) -> Tensor:
+        pieces, order = [], []
+        for places in token_batches(lengths[some], piece_tokens):
+            texts = [rows[place] for place in some[places]]
+            with autocast(device, precision):
+                if gradient_caching:
+                    pieces.append(
+                        checkpoint(student.read, texts, pad_id=pad_id, use_reentrant=False)
+                    )
+                else:
+                    pieces.append(student.read(texts, pad_id=pad_id))
+            order.append(places)
+        return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+
+    return ranks.together(lengths, read)
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
     """Write a model; equal weights give equal files (no card with a date in it)."""
     model.to("cpu")
     model.save(str(folder), create_model_card=False, safe_serialization=True)
-
-
-def has_normalize(model: SentenceTransformer) -> bool:
-    """Whether a model ends in vectors of length 1."""
-    return any(_is_normalize(module) for module in model)
-
-
-def _is_normalize(module: nn.Module) -> bool:
-    return type(module).__name__ == "Normalize"
 
 
 def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -43,13 +43,16 @@ def token_rows(
             f"a student needs a transformers tokenizer, not {type(tokenizer).__name__}",
             "choose a transformer as the start",
         )
+    # A slow tokenizer is not in tokenizer.json, but in files that its class names: vocab.txt and others.
+    own = set(getattr(tokenizer, "vocab_files_names", {}).values())
     name = fingerprint(
         {
             "version": VERSION,
             "tokenizer": {
                 path.name: sha256_of(path)
                 for path in sorted(folder.iterdir())
-                if path.suffix in {".json", ".txt", ".model"} and "token" in path.name
+                if path.name in own
+                or (path.suffix in {".json", ".txt", ".model"} and "token" in path.name)
             },
             "max_tokens": max_tokens,
         }

@@ -113,7 +113,7 @@ def _what(card: Card, lineage: Mapping[str, Any]) -> str:
     if card.dropped:
         space = "in a space of its own, not comparable with the teacher's"
     elif left_the_teacher(lineage):
-        space = "then finetuned away from the teacher's space: do not mix the two in one index"
+        space = "but not held near the teacher's: do not mix the two in one index"
     else:
         space = "in the teacher's space, so they can search an index that the teacher built"
     return (

@@ -53,12 +53,14 @@ class Mark:
         tone: CSS class of its colour.
         x: Its cost.
         y: Its quality.
+        note: Said after its name; may be empty.
     """
 
     name: str
     tone: str
     x: float
     y: float
+    note: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 
 
 def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> str:
-    """All models by cost and quality, each with its name beside it.
+    """All models by cost and quality, each with its name and note beside it.
 
     Args:
         marks: At least one.
@@ -114,7 +116,7 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> str:
     width, height = 400.0, 320.0
     x = Axis.around([mark.x for mark in marks], 44, width - 12, margin=0.12)
     y = Axis.around([mark.y for mark in marks], height - 40, 26, margin=0.1)
-    names = [cut(mark.name, 20) for mark in marks]
+    names = [" · ".join(filter(None, (cut(mark.name, 20), mark.note))) for mark in marks]
     places = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
     boxes = label_boxes(
         places,

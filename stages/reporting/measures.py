@@ -129,7 +129,11 @@ def millions(metrics: Metrics) -> float | None:
 
 def ndcg(metrics: Metrics) -> float | None:
     """The mean over all retrieval sets, 0 to 1."""
-    found = [float(value) for key, value in metrics.items() if key.endswith(".ndcg@10")]
+    found = [
+        float(value)
+        for key, value in metrics.items()
+        if key.startswith("retrieval.") and key.endswith(".ndcg@10")
+    ]
     return statistics.fmean(found) if found else None
 
 

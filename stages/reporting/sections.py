@@ -129,7 +129,9 @@ def trade_off(subject: Subject) -> str:
         ("Against size: up and left is better", _sizes(subject), "MB"),
     ):
         marks = [
-            charts.Mark(name, subject.tones[name], costs[name], quality[name])
+            charts.Mark(
+                name, subject.tones[name], costs[name], quality[name], _minutes(subject, name)
+            )
             for name in subject.models
             if name in costs and name in quality
         ]
@@ -141,9 +143,17 @@ def trade_off(subject: Subject) -> str:
     away = sorted(
         set(measures.measured(subject.metrics, measures.of(SPEED))) - set(_speeds(subject))
     )
-    note = "The axes show only the range that is in use; they do not begin at 0."
+    note = (
+        "The axes show only the range that is in use; they do not begin at 0. "
+        "Minutes are those of training."
+    )
     absent = f" Measured on another device, so not compared: {', '.join(away)}." if away else ""
     return f'<p class="note">{esc(note + absent)}</p><div class="pair">{"".join(panels)}</div>'
+
+
+def _minutes(subject: Subject, name: str) -> str:
+    run = subject.models[name].training
+    return f"{measures.short(run.minutes)} min" if run else ""
 
 
 def _speeds(subject: Subject) -> dict[str, float]:

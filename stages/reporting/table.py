@@ -140,6 +140,10 @@ def columns(
     return [column for column in found if column.cells]
 
 
+INDEX = "teacher_index."
+"""Of the keys about the student's queries among the teacher's vectors of the documents."""
+
+
 def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list[Quality]:
     """Every measure of which more is better, as far as `models` name its sets, in the table's order."""
     named, searched = _names(models, "sts.", ""), _names(models, "retrieval.", ".ndcg@10")
@@ -155,6 +159,12 @@ def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list
         found += [
             Quality(f"nDCG@10\n{_title(name)}", of(f"retrieval.{name}.ndcg@10"), 3, 4)
             for name in searched
+        ]
+        found += [
+            Quality(
+                f"nDCG@10\n{_title(name)},\nteacher's\nindex", of(f"{INDEX}{name}.ndcg@10"), 3, 2
+            )
+            for name in _names(models, INDEX, ".ndcg@10")
         ]
     found.append(Quality("fidelity", likeness, 3, 8))
     found.append(Quality("top-10\noverlap", of("fidelity.top10_overlap"), 3, 3))

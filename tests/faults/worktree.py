@@ -1,0 +1,82 @@
+"""Small work trees with a store inside, and what is in them."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+
+from pipeline import gc
+from storage.durable import SCRATCH_SUFFIX
+from tests.conftest import sentences
+from tests.faults.processes import run
+
+SETTINGS = Path(__file__).parents[2] / "params.yaml"
+STAGES = ("shard", "split", "embed", "mine")
+STORE = "store"
+
+
+def make(folder, texts):
+    """A work tree in which nothing has run yet; about 16 texts make a shard."""
+    folder.mkdir()
+    params = yaml.safe_load(SETTINGS.read_text())
+    params["store"] = STORE
+    params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 16}
+    params["evaluate"] |= {"retrieval": {}}
+    params["finetune"] |= {"students": []}
+    params["export"] |= {"model": "kd"}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "texts.txt").write_text("\n".join(texts))
+    return folder
+
+
+def before_and_after(folder, stage, *, texts, seed=0):
+    """A work tree in which `stage` is next, and one in which it has run."""
+    folder.mkdir()
+    before = make(folder / "before", sentences(texts, seed=seed))
+    for earlier in STAGES[: STAGES.index(stage)]:
+        assert run(before, earlier).code == 0
+    after = copied(before, folder / "after")
+    ended = run(after, stage)
+    assert ended.code == 0, ended.said
+    return before, after
+
+
+def copied(folder, target):
+    """A copy, in the place of whatever was there."""
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(folder, target)
+
+
+def results(folder):
+    """All that stages leave, by name: objects, manifests, counts. Refs hold a time, so only their names."""
+    return {
+        str(path.relative_to(folder)): b"" if path.parent.name == "refs" else path.read_bytes()
+        for top in (STORE, "data", "reports")
+        for path in (folder / top).rglob("*")
+        if path.is_file() and path.suffix != SCRATCH_SUFFIX
+    }
+
+
+def finished(folder):
+    """The objects in the store by name, each with what changes if it is made again."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in (folder / STORE).rglob("*.arrow")
+    }
+
+
+def scratch(folder):
+    """Files that writers have not finished."""
+    return [path for path in (folder / STORE).rglob("*") if path.suffix == SCRATCH_SUFFIX]
+
+
+def swept(folder):
+    """What is left of scratch files after `gc --delete`, two days later."""
+    old = time.time() - 2 * 86_400
+    for path in scratch(folder):
+        os.utime(path, (old, old))
+    if (folder / STORE / "refs").is_dir():
+        gc.run(folder / STORE, delete=True, grace_days=14)
+    return scratch(folder)
