@@ -245,7 +245,11 @@ def test_the_teacher_as_evaluated_is_the_teacher_as_cached(tmp_path, tiny_model)
     corpus = place.corpus(sentences(60))
     place.embed(corpus, load_teacher(), files=files, params=here.params.embed)
     cached = Embeddings(place.store, place.embeddings, corpus).rows_of(np.arange(60))
-    assert np.array_equal(cached, here.encoder("teacher").encode(sentences(60)))
+    # Shard by shard: with other texts beside it, a text's last bits may be others on some processors.
+    teacher = here.encoder("teacher")
+    evaluated = [teacher.encode(corpus.texts(shard)) for shard in range(len(corpus.objects))]
+    assert len(evaluated) > 1
+    assert np.array_equal(cached, np.concatenate(evaluated))
     assert cached.shape == (60, 8)
     assert place.embeddings.recipe["dim"] == 8
     # A student has its own width.
