@@ -165,7 +165,7 @@ class DiscoKdObjective(BaseObjective):
 class AmongOthers(BaseObjective):
     """An objective about the teacher's vectors of other rows."""
 
-    queue: NonNegativeInt  # rows drawn from the cache at each step
+    queue: NonNegativeInt  # rows drawn from the cache, anew every 16 steps
     neighbours: NonNegativeInt  # mined neighbours per row of the batch
 
 

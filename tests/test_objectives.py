@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.learning import frozen_keys
+from stages.learning import objectives
 from stages.learning.agreement import rank_agreement, top_overlap
 from stages.learning.batches import epoch_batches
 from stages.learning.candidates import CandidateSource
@@ -25,6 +25,7 @@ from stages.params import (
     GramObjective,
     KdObjective,
     RecipeParams,
+    RelationalObjective,
 )
 from storage.column import text_keys_of
 from storage.embeddings import Embeddings
@@ -96,14 +97,20 @@ def test_ckd_is_its_definition():
     assert fast == pytest.approx(slow_ckd(student, candidates, 8.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("queued", [0, 17])
 @pytest.mark.parametrize("width", [16, 10])
-def test_ckd_and_its_gradients_are_those_of_info_nce(width, monkeypatch):
+def test_ckd_and_its_gradients_are_those_of_info_nce(width, queued, monkeypatch):
     """A pass in chunks of 7 beside autograd over the whole matrix of logits, keys of any length."""
-    monkeypatch.setattr(frozen_keys, "CHUNK", 7)
+    monkeypatch.setattr(objectives, "CHUNK", 7)
     draw = torch.Generator().manual_seed(3)
     vectors = 5 * torch.rand(40, 1, generator=draw) * unit(40, 16, seed=4)
-    same = torch.rand(5, 40, generator=draw) < 0.2
-    candidates = Candidates(vectors, own=torch.tensor([3, 0, 39, 8, 21]), same_text=same)
+    same = torch.rand(5, 40 + queued, generator=draw) < 0.2
+    candidates = Candidates(
+        vectors,
+        own=torch.tensor([3, 0, 39, 8, 21]),
+        same_text=same,
+        queue=unit(queued, 16, seed=6) if queued else None,
+    )
     found = []
     for objective in (ckd, info_nce):
         student = unit(5, width, seed=5).mul(2).requires_grad_()
@@ -242,32 +249,67 @@ def source(place):
 
 def test_candidates_are_the_batch_its_neighbours_and_a_queue_of_training_rows(source):
     ids = np.array([11, 3, 12])
-    rows = source.rows(ckd_objective(queue=0, neighbours=2), ids, step=0)
-    assert rows.tolist() == [11, 3, 12, 4, 5, 13, 14]
-    rows = source.rows(ckd_objective(queue=50, neighbours=0), ids, step=0)
-    assert rows[:3].tolist() == [11, 3, 12]
-    assert len(set(rows.tolist())) == len(rows)
-    assert not any(row % 5 == 0 for row in rows)
+    objective = ckd_objective(queue=50, neighbours=2)
+    assert source.rows(objective, ids, step=0).tolist() == [11, 3, 12, 4, 5, 13, 14]
+    queue = source.queue(objective, step=0).rows.tolist()
+    assert len(queue) > 25
+    assert sorted(set(queue)) == queue
+    assert not any(row % 5 == 0 for row in queue)
+    alone = ckd_objective(queue=0, neighbours=0)
+    assert source.rows(alone, ids, step=0).tolist() == [11, 3, 12]
+    assert source.queue(alone, step=0) is None
 
 
-def test_the_queue_is_drawn_by_seed_and_step_alone(source):
-    ids, objective = np.array([1, 2]), ckd_objective(queue=50, neighbours=0)
-    again = source.rows(objective, ids, step=4)
-    assert np.array_equal(source.rows(objective, ids, step=4), again)
-    assert not np.array_equal(source.rows(objective, ids, step=5), again)
+def test_the_queue_is_drawn_by_seed_and_step_alone_and_anew_after_some_steps(source):
+    objective = ckd_objective(queue=50, neighbours=0)
+    steps = [0, 15, 16, 31, 32]
+    found = [source.queue(objective, step=step).rows.tolist() for step in steps]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0] != found[2] != found[4] != found[0]
+    # A run that was killed at step 31 and goes on has it again: of those asked for last, two are known.
+    assert source.queue(objective, step=0).rows.tolist() == found[0]
+    assert source.queue(objective, step=31).rows.tolist() == found[3]
     source.seed = 8
-    assert not np.array_equal(source.rows(objective, ids, step=4), again)
+    assert source.queue(objective, step=32).rows.tolist() != found[4]
 
 
 def test_candidate_vectors_are_the_teachers_and_know_their_own_text(source):
     ids = np.array([11, 3])
     objective = ckd_objective(queue=20)
     drawn = source.draw(objective, ids, step=1)
-    rows = source.rows(objective, ids, step=1)
-    expected = source.embeddings.rows_of(rows)
-    assert np.allclose(drawn.vectors.numpy(), expected, atol=1e-6)
+    rows, queue = source.rows(objective, ids, step=1), source.queue(objective, step=1).rows
+    assert np.allclose(drawn.vectors.numpy(), source.embeddings.rows_of(rows), atol=1e-6)
+    queued = source.embeddings.rows_of(queue).astype(np.float32)
+    queued /= np.linalg.norm(queued, axis=1, keepdims=True)
+    assert np.allclose(drawn.queue.numpy(), queued, atol=1e-6)
+    expected = np.concatenate([source.embeddings.rows_of(rows), queued])
+    assert np.allclose(drawn.keys.numpy(), expected, atol=1e-3)  # of length 1, as float16 keeps it
     assert drawn.own.tolist() == [0, 1]
-    assert drawn.same_text.numpy().tolist() == (ids[:, None] == rows[None, :]).tolist()
+    own = ids[:, None] == np.concatenate([rows, queue])[None, :]
+    twice = np.isin(queue, rows)
+    assert twice.any()
+    assert drawn.same_text[:, : len(rows)].tolist() == own[:, : len(rows)].tolist()
+    assert drawn.same_text[:, len(rows) :].tolist() == [twice.tolist()] * 2
+
+
+def test_only_ckd_has_its_queue_in_the_type_of_its_products(source):
+    source.precision = "bf16"
+    ids = np.array([11, 3])
+    drawn = source.draw(ckd_objective(queue=20), ids, step=0)
+    relational = RelationalObjective(
+        name="relational",
+        weight=1.0,
+        temperature=0.1,
+        teacher_temperature=0.1,
+        queue=20,
+        neighbours=2,
+        deleted_tokens=0.0,
+    )
+    exact = source.draw(relational, ids, step=0)
+    assert drawn.queue.dtype == torch.bfloat16
+    assert exact.queue.dtype == torch.float32
+    assert torch.equal(drawn.queue, exact.queue.bfloat16())
 
 
 def test_rows_of_equal_text_are_told_by_their_key(source):

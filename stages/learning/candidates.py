@@ -1,23 +1,52 @@
 """Who stands in the denominator: the batch, its mined neighbours, and a queue drawn from the cache.
 
 MoCo's and DisCo's queue holds what past batches left behind. The teacher here is frozen and all its
-vectors are on disk, so the queue is drawn anew from the whole cache by (seed, step): full from the
-first step, never stale, and the same for a resumed run. DisCo's own queue is there for `disco_ckd`:
-which rows past steps had is a function of the step, too, so there is nothing to keep.
+vectors are on disk, so the queue is drawn from the whole cache by (seed, step): full from the first step,
+never stale, and the same for a resumed run. A few steps share one: that costs nothing in quality (theirs
+hardly differ from one step to the next), and what a large queue takes is to fetch and normalise it.
+DisCo's own queue is there for `disco_ckd`: which rows past steps had is a function of the step, too, so
+there is nothing to keep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
-from stages.learning.objectives import Candidates
-from stages.params import AmongOthers, DiscoCkdObjective, DiscoKdObjective, KdObjective, Objective
+from stages.learning.objectives import CHUNK, Candidates, type_of_products
+from stages.params import (
+    AmongOthers,
+    CkdObjective,
+    DiscoCkdObjective,
+    DiscoKdObjective,
+    KdObjective,
+    Objective,
+)
 from storage.embeddings import Embeddings
 from storage.negatives import NONE, Negatives
+
+STEPS_OF_A_QUEUE = 16
+"""Steps that share a queue."""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Rows of the cache that stand in the denominator of several steps.
+
+    Args:
+        rows: (Q,) distinct, ascending.
+        keys: (Q, D) of length 1, on the device.
+    """
+
+    rows: NDArray[np.int64]
+    keys: Tensor
 
 
 class CandidateSource:
@@ -31,6 +60,7 @@ class CandidateSource:
         text_keys: (rows of the corpus,) V16.
         seed: Of the recipe.
         device: Where the tensors go.
+        precision: In which `ckd` multiplies vectors: its queue is kept in that type.
     """
 
     def __init__(
@@ -43,12 +73,15 @@ class CandidateSource:
         text_keys: NDArray[np.bytes_],
         seed: int,
         device: torch.device,
+        precision: str = "fp32",
     ) -> None:
         self.embeddings, self.negatives, self.train = embeddings, negatives, train
         self.rows_of_step = rows_of_step
         # Half a text key tells texts apart well enough to mask: 1 in 1e19 pairs is masked in vain.
         self.half_keys = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)[:, 0]
-        self.seed, self.device = seed, device
+        self.seed, self.device, self.precision = seed, device, precision
+        # Two, for a recipe whose objectives keep theirs in two types.
+        self._queue = lru_cache(maxsize=2)(self._drawn)
 
     def draw(self, objective: Objective, ids: NDArray[np.int64], *, step: int) -> Candidates | None:
         """The candidates of one step, those of the batch first; None for an objective without any.
@@ -60,35 +93,49 @@ class CandidateSource:
         """
         if isinstance(objective, KdObjective | DiscoKdObjective):
             return None
-        rows = self.rows(objective, ids, step=step)
-        vectors = torch.from_numpy(self.embeddings.rows_of(rows)).to(self.device)
+        rows, queue = self.rows(objective, ids, step=step), self.queue(objective, step=step)
         if isinstance(objective, DiscoCkdObjective):
             # The official code leaves nothing out.
             same = np.arange(len(ids))[:, None] == np.arange(len(rows))[None, :]
         else:
-            same = self.half_keys[ids][:, None] == self.half_keys[rows][None, :]
+            others = rows if queue is None else np.concatenate([rows, queue.rows])
+            same = self.half_keys[ids][:, None] == self.half_keys[others][None, :]
+        if queue is not None:
+            same[:, len(rows) :] |= _stand_in(queue.rows, rows)
         return Candidates(
-            vectors=vectors,
+            vectors=torch.from_numpy(self.embeddings.rows_of(rows)).to(self.device),
             own=torch.arange(len(ids), device=self.device),
             same_text=torch.from_numpy(same).to(self.device),
+            queue=None if queue is None else queue.keys,
         )
 
     def rows(self, objective: Objective, ids: NDArray[np.int64], *, step: int) -> NDArray[np.int64]:
-        """(C,) row ids: the batch first, in its order; then the others, distinct and ascending.
+        """(F,) row ids of this step alone: the batch, in its order; then its mined neighbours, ascending.
 
         Those of `disco_ckd` are the rows of the steps before this one, the newest first.
         """
         if isinstance(objective, DiscoCkdObjective):
             return np.concatenate([ids, self._past(objective.queue, step)])
-        others = [np.empty(0, np.int64)]
-        if isinstance(objective, AmongOthers):
-            if objective.neighbours and self.negatives is not None:
-                mined = self.negatives.rows_of(ids)[0][:, : objective.neighbours].ravel()
-                others.append(mined[mined != NONE])
-            if objective.queue:
-                draw = np.random.default_rng([self.seed, step])
-                others.append(self.train[draw.integers(len(self.train), size=objective.queue)])
-        return np.concatenate([ids, _others(np.concatenate(others), ids)])
+        if not (isinstance(objective, AmongOthers) and objective.neighbours and self.negatives):
+            return ids
+        mined = np.unique(self.negatives.rows_of(ids)[0][:, : objective.neighbours])
+        return np.concatenate([ids, np.setdiff1d(mined[mined != NONE], ids, assume_unique=True)])
+
+    def queue(self, objective: Objective, *, step: int) -> Queue | None:
+        """The queue of a step; None for an objective without one."""
+        if not (isinstance(objective, AmongOthers) and objective.queue):
+            return None
+        precision = self.precision if isinstance(objective, CkdObjective) else "fp32"
+        return self._queue(objective.queue, step // STEPS_OF_A_QUEUE, type_of_products(precision))
+
+    def _drawn(self, size: int, number: int, kind: torch.dtype) -> Queue:
+        draw = np.random.default_rng([self.seed, number])
+        rows = np.unique(self.train[draw.integers(len(self.train), size=size)])
+        stored = torch.from_numpy(self.embeddings.rows_of(rows))
+        keys = torch.empty(stored.shape, dtype=kind, device=self.device)
+        for some, here in zip(torch.split(stored, CHUNK), torch.split(keys, CHUNK), strict=True):
+            here.copy_(F.normalize(some.to(self.device).float(), dim=1))
+        return Queue(rows, keys)
 
     def _past(self, count: int, step: int) -> NDArray[np.int64]:
         """Up to `count` rows of the steps before, the newest batch first."""
@@ -101,13 +148,9 @@ class CandidateSource:
         return np.concatenate(found)
 
 
-def _others(rows: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The distinct rows that are none of `ids`, ascending; `np.setdiff1d`, several times as fast."""
-    rows = np.sort(rows)
-    keep = np.ones(len(rows), bool)
-    keep[1:] = rows[1:] != rows[:-1]
-    known = np.sort(ids)
-    firsts, ends = np.searchsorted(rows, known, "left"), np.searchsorted(rows, known, "right")
-    for first, end in zip(firsts, ends, strict=True):
-        keep[first:end] = False
-    return rows[keep]
+def _stand_in(ascending: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(Q,) which of Q ascending rows are among others: `np.isin`, without sorting what is sorted."""
+    places = np.searchsorted(ascending, rows).clip(max=len(ascending) - 1)
+    found = np.zeros(len(ascending), bool)
+    found[places[ascending[places] == rows]] = True
+    return found

@@ -10,14 +10,12 @@ has a higher logit (as in online softmax, Milakov and Gimelshein 2018). Vectors 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-CHUNK = 2048
-"""Keys that are looked at together: few enough that they stay in the processor's cache."""
 
 
 class FrozenInfoNce(torch.autograd.Function):
@@ -28,10 +26,9 @@ class FrozenInfoNce(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 - torch's own
         anchors: Tensor,
         scale: Tensor,
-        vectors: Tensor,
-        own: Tensor,
+        own_keys: Tensor,
         left_out: Tensor,
-        product: torch.dtype,
+        chunks: Iterable[Tensor],
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -39,32 +36,24 @@ class FrozenInfoNce(torch.autograd.Function):
             ctx: Of autograd.
             anchors: (B, W) h, float32 of length 1; learns.
             scale: a, a scalar; may learn.
-            vectors: (C, D) of any type and length; their first W values are the keys.
-            own: (B,) where in `vectors` each anchor's own key is. It always counts.
-            left_out: (B, C) True where another key does not count.
-            product: Type in which anchors and keys are multiplied; sums are float32.
+            own_keys: (B, W) k_own, float32 of length 1. It always counts.
+            left_out: (B, C) True where a key does not count; each anchor's own is to be left out there.
+            chunks: (n, W) of the C keys in turn, of length 1, in the type in which they are multiplied;
+                sums are float32.
         """
-        width = anchors.shape[1]
-        own_keys = torch.nn.functional.normalize(vectors[own, :width].float(), dim=1)
+        # The own key stands for itself, unrounded.
         own_logits = scale * (anchors * own_keys).sum(dim=1)
-        # The own key stands for itself, unrounded; among the others it is left out.
-        left_out = left_out.index_put(
-            (torch.arange(len(own), device=own.device), own), left_out.new_ones(())
-        )
         highest, total, pulled = own_logits, torch.ones_like(own_logits), own_keys
-        queries = (scale * anchors).to(product)
-        for some, without in zip(
-            torch.split(vectors, CHUNK), torch.split(left_out, CHUNK, dim=1), strict=True
-        ):
-            keys = some[:, :width].float()
-            shrink = keys.norm(dim=1).clamp(min=1e-12).reciprocal()
-            keys = keys.to(product)
-            logits = ((queries @ keys.T) * shrink).masked_fill_(without, -torch.inf)
+        queries, first = scale * anchors, 0
+        for keys in chunks:
+            without = left_out[:, first : first + len(keys)]
+            first += len(keys)
+            logits = (queries.to(keys.dtype) @ keys.T).float().masked_fill_(without, -torch.inf)
             rescale, highest = highest, torch.maximum(highest, logits.amax(dim=1))
             rescale = (rescale - highest).exp()
-            shares = (logits - highest[:, None]).exp_()
+            shares = logits.sub_(highest[:, None]).exp_()
             total = total * rescale + shares.sum(dim=1)
-            pulled = pulled * rescale[:, None] + ((shares * shrink).to(product) @ keys).float()
+            pulled = pulled * rescale[:, None] + (shares.to(keys.dtype) @ keys).float()
         ctx.save_for_backward(anchors, scale, (pulled / total[:, None] - own_keys) / len(anchors))
         return (highest + total.log() - own_logits).mean()
 
@@ -73,4 +62,4 @@ class FrozenInfoNce(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's own
         """Gradients of `anchors` and `scale`."""
         anchors, scale, pull = ctx.saved_tensors
-        return gradient * scale * pull, gradient * (anchors * pull).sum(), None, None, None, None
+        return gradient * scale * pull, gradient * (anchors * pull).sum(), None, None, None

@@ -15,7 +15,7 @@ the teacher's similarities are those of whole vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,6 +43,9 @@ LEAST_TEMPERATURE = 0.01
 DISCO_TEMPERATURE = math.exp(-1)
 """Where the official code's learned temperature begins: its scale is exp(1)."""
 
+CHUNK = 2048
+"""Keys that are looked at together where there may be many: so few stay in the processor's cache."""
+
 LEFT_OUT = -1e4
 """Logit of a candidate that does not count: its share is exactly 0, and finite logarithms stay so."""
 
@@ -52,28 +55,41 @@ class Candidates:
     """Who stands in the denominator.
 
     Args:
-        vectors: (C, D) of any length: the teacher's as stored, of any rows of the cache, or a student's.
+        vectors: (F, D) of any length: the teacher's as stored, of any rows of the cache, or a student's.
         own: (B,) where in `vectors` the row's own key is.
-        same_text: (B, C) True where a candidate is a vector of the row's own text, its own included.
+        same_text: (B, C) True where a candidate is a vector of the row's own text, its own included; or
+            one that stands among the F already.
+        queue: (Q, D) more keys, of length 1; C = F + Q. None for no more.
     """
 
     vectors: Tensor
     own: Tensor
     same_text: Tensor
+    queue: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
         """(C, D) float32 of unit length."""
-        return F.normalize(self.vectors.float(), dim=1)
+        keys = F.normalize(self.vectors.float(), dim=1)
+        return keys if self.queue is None else torch.cat([keys, self.queue.float()])
+
+    def key_chunks(self, width: int, kind: torch.dtype) -> Iterator[Tensor]:
+        """(n <= CHUNK, W) the first W values of all keys in turn, of unit length: no copy of a queue."""
+        for some in torch.split(self.vectors, CHUNK):
+            yield F.normalize(some[:, :width].float(), dim=1).to(kind)
+        for some in [] if self.queue is None else torch.split(self.queue, CHUNK):
+            whole = width == some.shape[1]
+            yield (some if whole else F.normalize(some[:, :width].float(), dim=1)).to(kind)
 
     @property
     def is_own(self) -> Tensor:
         """(B, C) True at each row's own key."""
-        return torch.arange(len(self.vectors), device=self.own.device) == self.own[:, None]
+        places = torch.arange(self.same_text.shape[1], device=self.own.device)
+        return places == self.own[:, None]
 
     @property
     def copies(self) -> Tensor:
-        """(B, C) True at other vectors of the row's own text."""
+        """(B, C) True at other vectors of the row's own text, and at what stands there twice."""
         return self.same_text & ~self.is_own
 
 
@@ -123,15 +139,21 @@ def ckd(
     Returns:
         Scalar, at least 0; log(C) for a student that knows nothing, if no candidate is left out.
     """
+    width, kind = student.shape[1], type_of_products(precision)
+    own = candidates.vectors[candidates.own, :width].float()
     loss: Tensor = FrozenInfoNce.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         F.normalize(student, dim=1),
         scale,
-        candidates.vectors,
-        candidates.own,
-        candidates.same_text,
-        torch.bfloat16 if precision == "bf16" else torch.float32,
+        F.normalize(own, dim=1),
+        candidates.same_text | candidates.is_own,
+        candidates.key_chunks(width, kind),
     )
     return loss
+
+
+def type_of_products(precision: str) -> torch.dtype:
+    """In which `ckd` multiplies vectors; its sums are float32."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def info_nce(anchors: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
