@@ -169,7 +169,7 @@ class Workspace:
 
     def load_teacher(self) -> Encode:
         """The teacher, ready to encode; also in a worker of another process or machine."""
-        return self.encoder(TEACHER).encode_counted
+        return self.encoder(TEACHER).as_teacher()
 
     def engine(self) -> Engine:
         """Where the teacher runs."""

@@ -7,9 +7,11 @@ else, no store and no common disk, and losing one loses nothing.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,23 @@ class Encoded(Protocol):
 
 Encode = Callable[[Sequence[str]], Encoded]
 """The whole interface to a teacher: texts -> vectors in the same order, with counts."""
+
+
+Given = TypeVar("Given")
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """An `Encode` in two steps; the first can be taken while the second is busy with other texts."""
+
+    def __call__(self, texts: Sequence[str], /) -> Encoded:
+        """Both steps."""
+
+    def read(self, texts: Sequence[str], /) -> Any:  # noqa: ANN401 - for `encode_read` alone
+        """Tokenise; in a thread of its own."""
+
+    def encode_read(self, read: Any, /) -> Encoded:  # noqa: ANN401
+        """What was read -> vectors."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +110,33 @@ def this_process(
     tasks: Iterator[Task],
     admit: Callable[[Encoded], None],
 ) -> Results:
-    """One teacher, here; one task after the other."""
+    """One teacher, here; one task after the other. The next one's texts are read meanwhile, if it can."""
     encode = load_teacher()
     admit(encode(PROBE_TEXTS))
-    for task in tasks:
-        yield task.shard, encoded(encode, task.texts)
+    if not isinstance(encode, ReadsAhead):
+        for task in tasks:
+            yield task.shard, encoded(encode, task.texts)
+        return
+
+    def second_step(reading: Future[Any]) -> Encoded:
+        return encode.encode_read(reading.result())
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        ahead: deque[tuple[int, Future[Any]]] = deque()
+        for task in tasks:
+            ahead.append((task.shard, reader.submit(encode.read, task.texts)))
+            if len(ahead) == 1:
+                continue
+            shard, reading = ahead.popleft()
+            yield shard, encoded(second_step, reading)
+        for shard, reading in ahead:
+            yield shard, encoded(second_step, reading)
 
 
-def encoded(encode: Encode, texts: Sequence[str]) -> Plain | TeachonceError:
+def encoded(encode: Callable[[Given], Encoded], given: Given) -> Plain | TeachonceError:
     """What a teacher makes of texts, or what a person can mend about them; any other error is a bug."""
     try:
-        made = encode(texts)
+        made = encode(given)
     except TeachonceError as error:
         return error
     return Plain(made.vectors, made.whole, made.tokens, made.truncated)

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -203,6 +204,76 @@ def test_a_share_of_the_command_line_says_what_comes_last(tmp_path):
         assert said in run.stdout
         assert ("next: " in run.stdout) == (not words)
         assert (tmp_path / "data/embeddings.json").exists() == (not words)
+
+
+# -------------------------------------------------------------------------------------- reading ahead
+
+
+class TwoSteps(HashTeacher):
+    """Reads in one step and encodes in another; knows in which threads, and what was read by then."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        self.last, self.lock, self.threads = last, threading.Condition(), set()
+        self.begun, self.behind = 0, []
+
+    def read(self, texts):
+        with self.lock:
+            self.begun += 1
+            self.lock.notify_all()
+        self.threads.add(threading.current_thread().name)
+        if ERROR in texts:
+            raise TeachonceError("embed.max_tokens", "7, but a prompt takes 9", "set it higher")
+        return self.begun, texts
+
+    def encode_read(self, read):
+        number, texts = read
+        with self.lock:  # of all but the last, the next ones are being read by now
+            self.lock.wait_for(lambda: self.begun > number or number == self.last, timeout=5)
+            self.behind.append(self.begun - number)
+        made = HashTeacher.__call__(self, texts)
+        if POISON in texts:
+            made.vectors[texts.index(POISON)] = np.nan
+        return made
+
+
+def test_the_texts_of_the_next_shard_are_read_while_this_one_is_encoded(place, tmp_path):
+    corpus = place.corpus(sentences(300), rows_per_shard=32)
+    place.embed(corpus, HashTeacher())
+    alone = results(place)
+    twin = type(place)(tmp_path / "twin")
+    shards = len(corpus.objects)
+    teacher = TwoSteps(last=shards)
+    twin.embed(twin.corpus(sentences(300), rows_per_shard=32), teacher)
+    assert results(twin) == alone
+    assert shards > 3
+    # One shard ahead and no more: what is drawn is not made by anyone else.
+    assert teacher.behind == [1] * (shards - 1) + [0]
+    assert teacher.threads == {"read_0"}
+    assert not [t for t in threading.enumerate() if t.name.startswith("read")]
+
+
+def test_a_shard_that_cannot_be_read_or_has_poison_is_named_and_all_others_are_kept(place, whole):
+    texts, _ = whole
+    corpus = place.corpus(texts, rows_per_shard=32)
+    with pytest.raises(FailedShardsError) as failed:
+        place.embed(corpus, TwoSteps(last=len(corpus.objects)))
+    assert "2 of" in str(failed.value)
+    assert "a prompt takes 9" in str(failed.value)
+    assert "NaN" in str(failed.value)
+    made = {path.name for path in (place.root / "store/vectors").rglob("*.arrow")}
+    asked = [f"{corpus.shard_digest(shard)}.arrow" for shard in range(len(corpus.objects))]
+    assert sum(name not in made for name in asked) == 2
+
+
+def test_a_bug_in_reading_ends_the_pass_and_leaves_no_thread(place):
+    class Broken(TwoSteps):
+        def read(self, texts):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        place.embed(place.corpus(sentences(200)), Broken())
+    assert not [t for t in threading.enumerate() if t.name.startswith("read")]
 
 
 def test_processes_make_what_one_makes(place, whole, seen):
@@ -437,7 +508,7 @@ def test_no_worker_outlives_the_command(tmp_path, seen, number, code, whole_grou
         else:
             process.send_signal(number)
         sent = time.monotonic()
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=5)
         assert time.monotonic() - sent < 10
         assert process.returncode == code
         while any(alive(pid) for pid in notes(seen, "loaded")):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+from stages.encoding import ReadsAhead
 from stages.learning.encoder import Encoder, Padded, load_model
 from stages.learning.packed import Packed, Run, runs_of
 from stages.learning.student import Student, encode_ids
@@ -151,6 +152,23 @@ def test_tokens_are_counted_before_and_after_cutting(tiny_model):
     made = encoder.encode_counted(texts)
     assert made.tokens == sum(min(length, 12) for length in lengths)
     assert made.truncated == sum(length > 12 for length in lengths) > 0
+
+
+def test_a_packed_teacher_reads_ahead_and_its_two_steps_are_the_one(tiny_model):
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=12, in_windows=True)
+    teacher = encoder.as_teacher()
+    assert isinstance(teacher, ReadsAhead)
+    first, second = sentences(60), sentences(60, seed=1)
+    expected = [encoder.encode_counted(texts) for texts in (first, second)]
+    read = [teacher.read(first), teacher.read(second)]
+    for found, wanted in zip(
+        [*map(teacher.encode_read, read), teacher(first)], [*expected, expected[0]], strict=True
+    ):
+        assert np.array_equal(found.vectors, wanted.vectors)
+        assert (found.tokens, found.truncated) == (wanted.tokens, wanted.truncated)
+    # Padded, a model needs its tokenizer for every batch, and two threads must not share that.
+    encoder.reader = Padded(encoder.model)
+    assert not isinstance(encoder.as_teacher(), ReadsAhead)
 
 
 def test_gradients_flow_through_the_packed_model(tiny_model):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stages.encoding import Encode
 from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read
 from stages.learning.probes import likeness, probes
@@ -260,9 +261,25 @@ class Encoder:
 
     def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
         """Vectors of `texts` with counts of what was read."""
+        return self.encode_read(self.read(texts, role=role))
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Vectors of a corpus' texts."""
+        return self.encode_counted(texts)
+
+    def as_teacher(self) -> Encode:
+        """What `embed` calls: this, in two steps; or in one, if the second needs the tokenizer, too."""
+        return self if isinstance(self.reader, Packed) else self.encode_counted
+
+    def read(self, texts: Sequence[str], *, role: Role = "text") -> tuple[Windows | None, Read]:
+        """The first step, all on the CPU: tokens."""
         prompt = self._prompt(role)
         windows = self._windows(texts, prompt)
-        read = self.reader.read(texts if windows is None else windows.texts, prompt)
+        return windows, self.reader.read(texts if windows is None else windows.texts, prompt)
+
+    def encode_read(self, windows_and_read: tuple[Windows | None, Read]) -> Encoded:
+        """The second step, on the device: vectors, with counts of what was read."""
+        windows, read = windows_and_read
         cut = np.minimum(read.lengths, self.max_tokens)
         whole = self._vectors(read, precision=self.precision)
         longer = int((read.lengths > cut).sum())
