@@ -336,6 +336,7 @@ def evaluate(
             details=here.at.details(model),
             documents=here.at.documents,
             in_teachers_space=here.is_in_teachers_space(model),
+            widths=here.widths(model),
         ),
         as_json,
     )

@@ -300,6 +300,15 @@ class Workspace:
         learned_from = lineage.get("teacher", {}).get("fingerprint")
         return learned_from == self.teacher_fingerprint() and not left_the_teacher(lineage)
 
+    def widths(self, name: str) -> tuple[int, ...]:
+        """How many first values of a student's vectors are to serve alone, too (Matryoshka).
+
+        A finetuned student has those of the student it was made from.
+        """
+        # A teacher may be an exported student; that is cut by `embed.dim` alone.
+        recipe = {} if name == TEACHER else self.lineage(name).get("recipe", {})
+        return tuple(recipe.get("widths", ()))
+
     def metrics(self, model: str) -> dict[str, Any]:
         """One model's metrics."""
         return _read_json(self.at.metrics(model), f"teachonce evaluate {model}")

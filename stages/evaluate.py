@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,7 +42,7 @@ from storage.errors import TeachonceError, shown
 from storage.manifest import fingerprint
 from storage.split import Split
 
-VERSION = 3  # raise it when a code change alters the metrics of the same model
+VERSION = 4  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
@@ -51,6 +51,9 @@ PASSES = 3
 TEXTS_AT_ONCE = 2048  # between two looks at the clock
 
 Role = Literal["text", "query", "document"]
+
+Cuts = Mapping[str, int | None]
+"""What stands before the keys of metrics -> how many first values of each vector they are of; None: all."""
 
 NOTHING_TO_SHOW: dict[str, Any] = {"similarities": None, "scatter": [], "disagreements": []}
 
@@ -87,6 +90,7 @@ def run(
     details: Path,
     documents: Path,
     in_teachers_space: bool,
+    widths: Sequence[int],
 ) -> Outcome:
     """Measure the model `name` and write its metrics to `out`: flat keys, as in DESIGN.md section 5.
 
@@ -94,6 +98,10 @@ def run(
     show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of
     likeness, a handful of searches) goes to `details`. The teacher leaves its vectors of documents in
     `documents`; a model `in_teachers_space` is measured on them, too.
+
+    Of a model whose first values are to serve alone, STS, retrieval and likeness are also measured at each
+    of these `widths`, as `widths.128.sts.average` and so on: the same vectors, cut. Queries that are cut
+    cannot be asked of the teacher's documents.
 
     Raises:
         TeachonceError: a wrong evaluation file (found before the model is used), documents of the
@@ -113,10 +121,12 @@ def run(
         for key, asked in (retrieval if in_teachers_space else {}).items()
         if (vectors := read_documents(documents, key, asked.documents, teacher=teacher)) is not None
     }
-    found, searches, indexed = _measure_retrieval(name, encoder, retrieval, of_teacher)
-    likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout)
+    # Nothing scales what was cut to length 1: all that is measured are cosines.
+    cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
+    found, searches, indexed = _measure_retrieval(name, encoder, retrieval, of_teacher, cuts)
+    likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
     metrics: dict[str, Fact] = {
-        **_measure_sts(name, encoder, sts),
+        **_measure_sts(name, encoder, sts, cuts),
         **found,
         **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
@@ -182,15 +192,21 @@ def speed(work: Callable[[], object], texts: int, clock: Callable[[], float]) ->
     return texts / max(statistics.median(seconds), 1e-9)
 
 
-def _measure_sts(name: str, encoder: Encoder, sets: dict[str, StsSet]) -> dict[str, Fact]:
+def _measure_sts(
+    name: str, encoder: Encoder, sets: dict[str, StsSet], cuts: Cuts
+) -> dict[str, Fact]:
     found: dict[str, float] = {}
     for key, pairs in sets.items():
         log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
         vectors = _vectors(name, encoder, pairs.texts, "text")
         first, second = np.split(vectors, 2)
-        found[f"sts.{key}"] = sts_correlation(first, second, pairs.scores)
-    if found:
-        found["sts.average"] = statistics.fmean(found.values())
+        for prefix, width in cuts.items():
+            found[f"{prefix}sts.{key}"] = sts_correlation(
+                first[:, :width], second[:, :width], pairs.scores
+            )
+    for prefix in cuts if sets else ():
+        every = [found[f"{prefix}sts.{key}"] for key in sets]
+        found[f"{prefix}sts.average"] = statistics.fmean(every)
     return {key: round(value, 6) for key, value in found.items()}
 
 
@@ -199,6 +215,7 @@ def _measure_retrieval(
     encoder: Encoder,
     sets: dict[str, RetrievalSet],
     of_teacher: dict[str, NDArray[np.float32]],
+    cuts: Cuts,
 ) -> tuple[dict[str, Fact], list[dict[str, Any]], dict[str, tuple[list[str], NDArray[np.float32]]]]:
     """Metrics of all sets, a handful of searches in the first, and the documents' vectors.
 
@@ -207,6 +224,7 @@ def _measure_retrieval(
         encoder: The model.
         sets: What is asked.
         of_teacher: Set -> the teacher's vectors of its documents, where queries can be asked of them.
+        cuts: How many values of both sides' vectors are compared; the teacher's documents as a whole only.
     """
     metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
@@ -221,11 +239,14 @@ def _measure_retrieval(
         )
         documents = _vectors(name, encoder, asked.documents, "document")
         queries = _vectors(name, encoder, asked.queries, "query")
-        indexes = {"retrieval": documents}
+        sides = {
+            f"{prefix}retrieval": (queries[:, :width], documents[:, :width])
+            for prefix, width in cuts.items()
+        }
         if key in of_teacher:
-            indexes["teacher_index"] = of_teacher[key]
-        for kind, index in indexes.items():
-            found = retrieval_metrics(nearest(queries, index, DEPTH), asked)
+            sides["teacher_index"] = queries, of_teacher[key]
+        for kind, (ours, index) in sides.items():
+            found = retrieval_metrics(nearest(ours, index, DEPTH), asked)
             metrics |= {f"{kind}.{key}.{what}": round(value, 6) for what, value in found.items()}
         searches = searches or search_details(key, asked, queries, documents)
         indexed[key] = asked.documents, documents
@@ -238,8 +259,9 @@ def _measure_fidelity(
     corpus: Corpus,
     embeddings: Embeddings,
     heldout: NDArray[np.int64],
+    cuts: Cuts,
 ) -> tuple[dict[str, Fact], dict[str, Any]]:
-    """Metrics of likeness to the teacher, and what the page shows of it."""
+    """Metrics of likeness to the teacher's whole vectors, and what the page shows of it."""
     if len(heldout) < OVERLAP + 2:
         # With 11 rows everybody is among everybody's 10 nearest.
         log.warning(
@@ -254,10 +276,13 @@ def _measure_fidelity(
     texts = corpus.take(rows)
     ours = _vectors(name, encoder, texts, "text")
     teacher = embeddings.rows_of(rows)
-    metrics: dict[str, Fact] = {
-        "fidelity.spearman": round(rank_agreement(ours, teacher), 6),
-        f"fidelity.top{OVERLAP}_overlap": round(top_overlap(ours, teacher, OVERLAP), 6),
-    }
+    metrics: dict[str, Fact] = {}
+    for prefix, width in cuts.items():
+        cut = ours[:, :width]
+        metrics[f"{prefix}fidelity.spearman"] = round(rank_agreement(cut, teacher), 6)
+        metrics[f"{prefix}fidelity.top{OVERLAP}_overlap"] = round(
+            top_overlap(cut, teacher, OVERLAP), 6
+        )
     # A teacher beside itself is no picture.
     shown = likeness_details(ours, teacher, texts) if name != TEACHER else NOTHING_TO_SHOW
     return metrics, {"texts": len(rows), "searches": neighbour_details(ours, texts), **shown}

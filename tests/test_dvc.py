@@ -259,10 +259,13 @@ def test_comments_and_speed_settings_compute_nothing(project):
 def test_one_recipe_trains_one_student(project):
     other = (project.root / "models/ckd/model.safetensors").read_bytes()
     ours = (project.root / "models/kd/model.safetensors").read_bytes()
-    project.set(recipes__kd__learning_rate=1e-3)
+    project.set(recipes__kd__learning_rate=1e-3, recipes__kd__widths=[16])
     ended = project.repro()
     print(f"\none recipe changed: {ended.seconds:.0f} s")
     assert ended.ran == OF_KD
+    reported = json.loads((project.root / "reports/metrics.json").read_bytes())["models"]
+    cut = {name for name, metrics in reported.items() if "widths.16.sts.pairs" in metrics}
+    assert cut == {"kd", "kd-finetuned"}
     assert ended.skipped == ALL - ended.ran
     assert (project.root / "models/ckd/model.safetensors").read_bytes() == other
     assert (project.root / "models/kd/model.safetensors").read_bytes() != ours

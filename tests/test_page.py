@@ -19,7 +19,7 @@ from stages.reporting.page import POLICY, tones
 from stages.reporting.page import page as drawn
 from stages.reporting.results import Details, Model, Similarities
 from stages.reporting.svg import Axis, Box, cut, esc, label_boxes, px, spread
-from tests.test_stage_report import DETAILS, Folder, metrics_of
+from tests.test_stage_report import DETAILS, Folder, at_width, metrics_of
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
 MODELS = ["teacher", "half", *STUDENTS]
@@ -372,6 +372,24 @@ def test_the_table_marks_the_best_student(full):
     assert cells[0][:3] == ["72.90", "72.40", "73.40"]
     assert cells[2][:3] == [f"<strong>{v}</strong>" for v in ("72.50", "72.00", "73.00")]
     assert cells[3][:3] == ["72.30", "71.80", "72.80"]
+
+
+def test_a_students_widths_stand_below_it_on_the_page(site, full):
+    kd = json.loads((site.root / "kd.json").read_text())
+    site.evaluated("kd", kd | at_width(128, 71.5, 0.83, 0.93, 0.7), details_of("kd"))
+    page = site.drawn(Teacher="all-MiniLM-L6-v2", Corpus="24,310 texts")
+    (part,) = re.findall(r'<tr class="part"><th scope="row">first 128</th>.*?</tr>', page)
+    assert re.findall("<td>(.*?)</td>", part) == [
+        *("71.50", "71.00", "72.00", "0.830", "0.930", "0.700", "-", "-", "-", "-")
+    ]
+    before, after = page.split(part)
+    assert re.findall('<th scope="row">(?:<svg.*?</svg>)?([a-z-]+)', before)[-1] == "kd"
+    # A sentence below the table explains it; all else is the page without it.
+    note = (
+        "first so many: what the first values of the vectors of the model above are worth alone. "
+    )
+    assert after.count(note) == 1
+    assert before + after.replace(note, "") == full
 
 
 def test_bars_are_shares_of_the_teacher(full):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.workspace import Workspace
 from stages import distill, start
 from stages.learning import loop
 from stages.learning.agreement import row_cosines
@@ -27,6 +28,7 @@ from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.split import Split
 from tests.conftest import embed_params, make_tiny_model, sentences
+from tests.test_upkeep import write_params
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: threads that wait for each other only cost
@@ -219,6 +221,24 @@ def test_a_student_of_the_first_values_kept_as_int8_ends_in_their_space(
     rows = world.embeddings.rows_of(np.arange(400))
     assert row_cosines(vectors, rows).mean() > 0.8
     assert read_lineage(place.root / "student")["teacher"]["dim"] == 8
+
+
+def test_a_student_says_which_of_its_widths_serve_alone(world):
+    root = world.place.root
+    write_params(root)
+    for name, widths in (("kd", []), ("ckd", [16, 8])):
+        world.train(recipe(epochs=1, widths=widths))
+        (root / "models").mkdir(exist_ok=True)
+        (root / "student").rename(root / "models" / name)
+    here = Workspace(root)
+    assert here.widths("kd") == ()
+    assert here.widths("ckd") == (16, 8)
+    # The lineage of a folder that is the teacher is that of another project.
+    write_params(root, embed__teacher=str(root / "models/ckd"))
+    assert Workspace(root).widths("teacher") == ()
+    # A model that was not trained here has no lineage.
+    (root / "models/ckd/teachonce.json").unlink()
+    assert here.widths("ckd") == ()
 
 
 def test_what_is_saved_is_what_was_trained_projection_and_all(world, tmp_path):

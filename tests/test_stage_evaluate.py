@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -124,7 +126,7 @@ def split_of(corpus, heldout):
     return Split(corpus=corpus.manifest.content, heldout=heldout, evaluation=())
 
 
-def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", **params):
+def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", widths=(), **params):
     params = EvaluateParams.model_validate({"sts": {}, "retrieval": {}, "speed_texts": 8} | params)
     return evaluate.run(
         params,
@@ -138,6 +140,7 @@ def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", **
         details=tmp_path / "kd-details.json",
         documents=tmp_path / "documents",
         in_teachers_space=name != "teacher",
+        widths=widths,
     )
 
 
@@ -574,3 +577,129 @@ def test_documents_are_those_of_this_teacher_and_this_set_or_refused(tmp_path):
         read_documents(folder, "docs", ["a", "b"], teacher="me")
     write_documents(folder, {}, teacher="me")
     assert list(folder.iterdir()) == []
+
+
+# --- fewer values than there are ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Two sets of scored pairs, and thirty documents, three of which answer each of five queries."""
+    names = [f"word{i}" for i in range(30)]
+    judged = [f"q{i}\tword{3 * i + j}\t{j + 1}" for i in range(5) for j in range(3)]
+    write_beir(
+        tmp_path / "docs",
+        corpus=[{"_id": name, "text": name} for name in names],
+        queries=[{"_id": f"q{i}", "text": f"ask {i}"} for i in range(5)],
+        qrels=["query-id\tcorpus-id\tscore", *judged],
+    )
+    for file, count, left, right in (("a", 4, "left", "right"), ("b", 3, "north", "south")):
+        lines = [f"{i % count}\t{left} {i}\t{right} {i}\n" for i in range(20)]
+        (tmp_path / f"{file}.tsv").write_text("".join(lines))
+    return {"sts": {"A": "a.tsv", "B": "b.tsv"}, "retrieval": {"docs": "docs"}}
+
+
+def slow_metrics_of_first(width, *, corpus, asked):
+    """What `HashEncoder` is worth if all that is kept of its vectors are `width` values, pair by pair."""
+
+    def kept(text):
+        vector = hashed(text)[:width].astype(float)
+        return vector / math.sqrt(float(vector @ vector))
+
+    def ten_nearest(vectors, own):
+        others = [row for row in range(len(vectors)) if row != own]
+        return {*sorted(others, key=lambda row: -slow_cosine(vectors[own], vectors[row]))[:10]}
+
+    found = {}
+    for key, count, left, right in (("A", 4, "left", "right"), ("B", 3, "north", "south")):
+        cosines = [float(kept(f"{left} {i}") @ kept(f"{right} {i}")) for i in range(20)]
+        found[f"sts.{key}"] = 100 * slow_spearman(cosines, [i % count for i in range(20)])
+    found["sts.average"] = (found["sts.A"] + found["sts.B"]) / 2
+    slow = np.mean(
+        [
+            slow_retrieval(
+                sorted(asked.document_ids, key=lambda d: -float(kept(query) @ kept(d))),
+                asked.relevant[key],
+            )
+            for key, query in zip(asked.query_ids, asked.queries, strict=True)
+        ],
+        axis=0,
+    )
+    names = ("ndcg@10", "mrr@10", "recall@100")
+    found |= {f"retrieval.docs.{name}": value for name, value in zip(names, slow, strict=True)}
+    texts = corpus.take(split_of(corpus, 0.4).heldout_rows(corpus))
+    ours, teacher = [kept(text) for text in texts], [hashed(text) for text in texts]
+    found["fidelity.spearman"] = slow_spearman(
+        *([slow_cosine(a, b) for a, b in combinations(side, 2)] for side in (ours, teacher))
+    )
+    found["fidelity.top10_overlap"] = np.mean(
+        [len(ten_nearest(ours, row) & ten_nearest(teacher, row)) / 10 for row in range(len(texts))]
+    )
+    return found
+
+
+def test_at_each_width_it_is_the_first_values_that_are_measured(tmp_path, corpus, embeddings, sets):
+    measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher", **sets)
+    whole, cut = HashEncoder(), HashEncoder()
+    facts = measure(tmp_path, corpus, embeddings, whole, **sets).facts
+    outcome = measure(tmp_path, corpus, embeddings, cut, widths=(4, 9), **sets)
+    metrics = json.loads((tmp_path / "kd.json").read_bytes())
+    assert metrics == outcome.facts
+
+    asked = read_beir(tmp_path / "docs", "docs")
+    slow = {
+        f"widths.{width}.{key}": value
+        for width in (4, 9)
+        for key, value in slow_metrics_of_first(width, corpus=corpus, asked=asked).items()
+    }
+    # The teacher's documents are not among them: they have all values.
+    assert {key: value for key, value in metrics.items() if key.startswith("widths.")} == (
+        pytest.approx(slow, abs=1e-6)
+    )
+    assert any(key.startswith("teacher_index.docs") for key in metrics)
+    # What was there is what it was, no text was read twice, and the sentence is that of the whole.
+    rest = {key: value for key, value in metrics.items() if not key.startswith("widths.")}
+    assert rest == facts | {"sentences_per_second": metrics["sentences_per_second"]}
+    assert cut.asked == whole.asked
+    assert outcome.summary.startswith(
+        f"kd: STS {facts['sts.average']:.2f}, nDCG@10 "
+        f"{facts['retrieval.docs.ndcg@10']:.3f} on docs, 1.000 rank correlation"
+    )
+
+
+def test_widths_without_evaluation_sets_show_likeness_alone(tmp_path, corpus, embeddings):
+    facts = measure(tmp_path, corpus, embeddings, HashEncoder(), widths=(4,)).facts
+    assert [key for key in facts if key.startswith("widths.")] == [
+        "widths.4.fidelity.spearman",
+        "widths.4.fidelity.top10_overlap",
+    ]
+
+
+def test_without_widths_the_file_is_what_it_was_before_there_were_any(
+    tmp_path, corpus, embeddings, sets
+):
+    """Bytes of version 3, but for the speed."""
+    measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher", **sets)
+    measure(tmp_path, corpus, embeddings, TurnedEncoder(), **sets)
+    text = (tmp_path / "kd.json").read_text()
+    assert (
+        re.sub(r'(?<="sentences_per_second": ).*(?=,)', "1", text)
+        == """{
+  "device": "abacus",
+  "fidelity.spearman": 1.0,
+  "fidelity.top10_overlap": 1.0,
+  "megabytes": 5.679,
+  "parameters": 1234,
+  "retrieval.docs.mrr@10": 0.202222,
+  "retrieval.docs.ndcg@10": 0.264344,
+  "retrieval.docs.recall@100": 1.0,
+  "sentences_per_second": 1,
+  "sts.A": -10.082368,
+  "sts.B": -21.206229,
+  "sts.average": -15.644298,
+  "teacher_index.docs.mrr@10": 0.273333,
+  "teacher_index.docs.ndcg@10": 0.219745,
+  "teacher_index.docs.recall@100": 1.0
+}
+"""
+    )

@@ -353,3 +353,49 @@ def test_averages_over_other_sets_are_not_compared(models):
     assert verdict(models, ["kd"]) == (
         "kd keeps 96.8 % of the teacher's nDCG@10, is 131 times as fast and takes 0.49 % of its space."
     )
+
+
+# --- fewer values than there are
+
+
+def at_width(width, sts, ndcg, likeness, overlap):
+    """What `evaluate` adds of a student that has a width."""
+    found = metrics_of(sts, ndcg, likeness, overlap, 1.0)
+    kinds = ("sts.", "retrieval.", "fidelity.")
+    return {f"widths.{width}.{key}": value for key, value in found.items() if key.startswith(kinds)}
+
+
+def test_a_students_widths_stand_below_it_the_widest_first(models):
+    models["kd"] |= at_width(64, 70.25, 0.8011, 0.9021, 0.6511)
+    models["kd"] |= at_width(128, 71.5, 0.8301, 0.9311, 0.7001)
+    models["kd-finetuned"] |= at_width(128, 73.5, 0.9, 0.99, 0.98)
+    lines = drawn(models)
+    assert lines[2].split()[:4] == ["model", "average", "STS12", "STSB"]
+    assert [line for line in lines if line.startswith("  first")] == [
+        "  first 128     71.50  71.00  72.00      0.830     0.931    0.700      -       -        -     -",
+        "  first 64      70.25  69.75  70.75      0.801     0.902    0.651      -       -        -     -",
+        "  first 128     73.50  73.00  74.00      0.900     0.990    0.980      -       -        -     -",
+    ]
+    names = [line[:14].rstrip() for line in lines[4:12]]
+    whole = ["teacher", "half", "kd", "ckd", "kd-finetuned"]
+    assert names == [*whole[:3], "  first 128", "  first 64", *whole[3:], "  first 128"]
+
+
+def test_widths_are_no_rivals_and_change_nothing_else(models):
+    plain = drawn(models, styled=True)
+    models["ckd"] |= at_width(128, 99, 0.99, 0.99, 0.99)
+    lines = drawn(models, styled=True)
+    assert [line for line in lines if "first" not in line] == plain
+    (row,) = [line for line in lines if "first" in line]
+    assert "\x1b[1m" not in row
+    assert verdict(models, STUDENTS).startswith("kd-finetuned, the best student, keeps 99.6 %")
+
+
+def test_a_wide_label_takes_its_room(models):
+    short = {
+        "teacher": models["teacher"],
+        "kd": models["kd"] | at_width(128, 71.5, 0.8301, 0.93, 0.70),
+    }
+    lines = drawn(short, students=["kd"], width=79)
+    assert max(map(len, lines)) <= 79
+    assert lines[-1] == "No room for: STS12, STSB, million weights."

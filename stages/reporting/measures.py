@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ def share_of_space(metrics: Metrics, teacher: Metrics) -> float | None:
     """Size of the weights in percent of the teacher's."""
     ours, theirs = number(metrics, "megabytes"), number(teacher, "megabytes")
     return 100 * ours / theirs if ours and theirs else None
+
+
+def at_widths(metrics: Metrics) -> dict[int, Metrics]:
+    """What the first values of a model's vectors are worth alone, as far as it was measured.
+
+    Returns:
+        How many values -> metrics, under the keys of whole vectors; the most values first.
+    """
+    found: dict[int, dict[str, str | int | float]] = {}
+    for key, value in metrics.items():
+        if match := re.fullmatch(r"widths\.(\d+)\.(.+)", key):
+            found.setdefault(int(match[1]), {})[match[2]] = value
+    return dict(sorted(found.items(), reverse=True))
 
 
 def measured(models: Mapping[str, Metrics], measure: Measure) -> dict[str, float]:

@@ -12,7 +12,7 @@ from stages.params import TEACHER
 from stages.reporting import charts, measures
 from stages.reporting.results import Metrics, Model
 from stages.reporting.svg import cut, esc
-from stages.reporting.table import NOTHING, columns, qualities, speed_note
+from stages.reporting.table import NOTHING, columns, part_of, qualities, rows, speed_note
 
 ANY_NUMBER = 1_000  # of sets: a page has room for all columns
 SPEED = "sentences_per_second"
@@ -27,6 +27,9 @@ GLOSSARY = {
     "fidelity": "fidelity: rank correlation of all pairs' cosines with the teacher's.",
     "top-10": "top-10 overlap: share of a text's ten nearest that the teacher has too.",
 }
+WIDTHS_NOTE = (
+    "first so many: what the first values of the vectors of the model above are worth alone."
+)
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,31 @@ def labelled(subject: Subject, name: str) -> str:
 
 def table_of_models(subject: Subject) -> str:
     """All columns of all models; wider than a phone, it scrolls in its own box."""
-    found = columns(subject.metrics, subject.students, most_sets=ANY_NUMBER)
-    head = "".join(f'<th scope="col">{_lines(column.title)}</th>' for column in found)
+    shown = rows(subject.metrics)
+    found = columns(shown, subject.students, most_sets=ANY_NUMBER)
+    titles = "".join(f'<th scope="col">{_lines(column.title)}</th>' for column in found)
     contest = len(subject.students) > 1
-    rows = []
-    for name in subject.models:
+    body = []
+    for row in shown:
         cells = []
         for column in found:
-            cell = esc(column.cells.get(name, NOTHING))
-            cells.append(f"<td>{f'<strong>{cell}</strong>' if name in column.bold else cell}</td>")
-        tag = '<span class="tag">best</span>' if contest and name == subject.best else ""
-        label = labelled(subject, name) + tag
-        rows.append(f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>')
+            cell = esc(column.cells.get(row, NOTHING))
+            cells.append(f"<td>{f'<strong>{cell}</strong>' if row in column.bold else cell}</td>")
+        if row in subject.models:
+            tag = '<span class="tag">best</span>' if contest and row == subject.best else ""
+            head, kind = labelled(subject, row) + tag, ""
+        else:
+            head, kind = esc(part_of(row)), ' class="part"'
+        body.append(f'<tr{kind}><th scope="row">{head}</th>{"".join(cells)}</tr>')
     names = " ".join(column.name for column in found)
     notes = [said for word, said in GLOSSARY.items() if word in names]
-    notes = [*notes, *filter(None, [speed_note(subject.metrics)])]
+    notes += [WIDTHS_NOTE] if len(shown) > len(subject.models) else []
+    notes += filter(None, [speed_note(subject.metrics)])
     bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
     return (
         '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'
-        f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<thead><tr><th scope="col">model</th>{titles}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
         f'<p class="note after">{esc(" ".join([*bold, *notes]))}</p>'
     )
 

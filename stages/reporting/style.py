@@ -66,6 +66,8 @@ th:first-child {
 }
 thead th:first-child { background: var(--card); }
 tbody th { font-weight: 500; }
+.part th, .part td { padding-top: 0; border-top: 0; color: var(--soft); }
+.part th:first-child { padding-left: 32px; font-weight: 400; }
 td strong { padding: 1px 5px; margin-right: -5px; border-radius: 4px; background: var(--good-card); }
 .tag {
   display: inline-block; margin-left: 6px; padding: 0 6px; border-radius: 4px; color: var(--good);

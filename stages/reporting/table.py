@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from stages.params import TEACHER
 from stages.reporting.measures import (
     Measure,
+    at_widths,
     devices,
     likeness,
     listed,
@@ -86,7 +87,7 @@ class Column:
 
 
 def table(report: Report, *, students: Collection[str], width: int = 100) -> Table:
-    """The report for a terminal: one row a model, best students bold, `verdict` below.
+    """The report for a terminal: its `rows`, best students bold, `verdict` below.
 
     Args:
         report: As the stage gives it, or as reports/metrics.json holds it.
@@ -102,8 +103,10 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
     others = [name for name in models if name not in students]
     names = sorted(others, key=lambda name: name != TEACHER)
     names += [name for name in students if name in models]
-    found = columns(models, students)
-    kept = _fitting(found, width - max(map(len, ["model", *names])))
+    shown = rows({name: models[name] for name in names})
+    labels = {row: row if row in models else f"  {part_of(row)}" for row in shown}
+    found = columns(shown, students)
+    kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
     drawn.caption = Text("\n".join(["", *_notes(models, students, found, kept)]))
@@ -111,13 +114,31 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
     drawn.add_column("model", vertical="bottom", no_wrap=True)
     for column in kept:
         drawn.add_column(column.title, justify="right", vertical="bottom", no_wrap=True)
-    for name in names:
+    for row, label in labels.items():
         cells = [
-            Text(column.cells.get(name, NOTHING), "bold" if name in column.bold else "")
+            Text(column.cells.get(row, NOTHING), "bold" if row in column.bold else "")
             for column in kept
         ]
-        drawn.add_row(Text(name), *cells)
+        drawn.add_row(Text(label), *cells)
     return drawn
+
+
+def rows(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """A row for each model, and one below it for each width at which it was measured.
+
+    Returns:
+        `kd`, `kd · first 128` -> metrics under the keys of whole vectors, in the order of `models`.
+    """
+    found = {}
+    for name, metrics in models.items():
+        found[name] = metrics
+        found |= {f"{name} · first {w}": cut for w, cut in at_widths(metrics).items()}
+    return found
+
+
+def part_of(row: str) -> str:
+    """`kd · first 128` -> `first 128`, where the model's own row stands above."""
+    return row.rpartition(" · ")[2]
 
 
 def columns(
@@ -126,7 +147,7 @@ def columns(
     """Every column that some model has a number for, in the order of the table.
 
     Args:
-        models: Name -> metrics.
+        models: Name -> metrics; or `rows` of models.
         students: The names among which the best is bold.
         most_sets: Of one kind of evaluation; if there are more, their average stands for them.
     """
