@@ -131,13 +131,20 @@ def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.
         device: Where it is trained.
 
     Raises:
-        TeachonceError: too few rows, or a start that cannot be trained.
+        TeachonceError: too few rows, a start that cannot be trained, or a width that is no part of one.
     """
+    dim = caches.embeddings.dim
+    if wrong := [width for width in params.widths if width >= dim]:
+        raise TeachonceError(
+            "recipes.*.widths",
+            f"{wrong[0]}, but the teacher's vectors have {dim} values, and all of them serve anyway",
+            f"take it out, or set it to less than {dim}",
+        )
     torch.manual_seed(params.seed)
     model = load_model(start, device=device)
     student = Student(
         model,
-        teacher_dim=caches.embeddings.dim,
+        teacher_dim=dim,
         unit_length=has_unit_length(caches.embeddings) and not _is_raw(params),
         project=params.projection == "always",
         dropout=params.dropout,

@@ -223,6 +223,15 @@ def test_a_student_of_the_first_values_kept_as_int8_ends_in_their_space(
     assert read_lineage(place.root / "student")["teacher"]["dim"] == 8
 
 
+@pytest.mark.parametrize("width", [32, 48])
+def test_a_width_that_is_no_part_of_the_vector_is_refused(world, width):
+    with pytest.raises(
+        TeachonceError, match=rf"widths: {width}, but the teacher's vectors have 32 "
+    ):
+        world.train(recipe(widths=[16, width]))
+    assert not (world.place.root / "student").exists()
+
+
 def test_a_student_says_which_of_its_widths_serve_alone(world):
     root = world.place.root
     write_params(root)
