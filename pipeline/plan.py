@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     """
     from stages.plan import run as measure
 
+    started = time.perf_counter()
+    Workspace(here.at.root)
+    settings_seconds = time.perf_counter() - started
     corpus = here.corpus()
     files, is_here = here.teacher()
     return measure(
@@ -35,6 +39,7 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
         },
         seconds=seconds,
         seed=seed,
+        settings_seconds=settings_seconds,
     )
 
 

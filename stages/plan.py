@@ -45,6 +45,7 @@ FIRST_TEXTS = 4  # of the first call; a teacher may need seconds for each
 CALLS = 8  # a call of the teacher takes about so much of the time that is given
 WARM_STEPS = 2
 MOST_STEPS = 50
+FLAT_ROWS = (2048, 16_384)  # so many are asked for their nearest among so many
 FILTERED_ROWS = 2048
 INDEX_ROWS = (4096, 16_384)  # an approximate index grows with its rows by more than their number
 PARENT = "plan"  # of what a sample's student reads
@@ -76,6 +77,7 @@ def run(
     starts: Mapping[str, Path | None],
     seconds: float,
     seed: int,
+    settings_seconds: float,
 ) -> Outcome:
     """Say what embed, mine and distill will take here.
 
@@ -89,6 +91,7 @@ def run(
         starts: Student -> the folder of its start; None where there is none yet.
         seconds: To measure the teacher; a student gets half of it. More where one call takes longer.
         seed: Of the sample.
+        settings_seconds: To read the settings, as each command does; a small corpus is mined in no more.
 
     Raises:
         MissingError: texts are to be embedded, and there is no teacher to be measured.
@@ -109,7 +112,7 @@ def run(
         "texts_to_reuse": of_shards - len(rows),
     }
     log.info("plan: %s of %s texts are to embed", f"{len(rows):,}", f"{corpus.rows:,}")
-    measured: dict[str, Any] = {}
+    measured: dict[str, Any] = {"settings": {"seconds": settings_seconds}}
     extrapolated: dict[str, Any] = {"embed": {"tokens": 0, "seconds": 0.0}}
     if len(rows):
         at = teacher_rate(
@@ -135,7 +138,8 @@ def run(
 
     device = pick_device(params.device)
     extrapolated["mine"] = {
-        "seconds": mining_seconds(
+        "seconds": settings_seconds
+        + mining_seconds(
             params.mine,
             rows=_train_rows(params, corpus.rows),
             dim=dim,
@@ -323,8 +327,9 @@ def mining_seconds(
 ) -> float:
     """Seconds to search all of `rows` rows and to filter what is found.
 
-    Exact search is extrapolated from tiles as mining itself does it, an approximate index from two small
-    ones of random vectors, which knows nothing of a cache that is too small: rather too little.
+    What mining chooses itself is extrapolated from its own tiles, FAISS where there is no choice from a
+    part of the search: its products may take three times as long. An approximate index is extrapolated
+    from two small ones of random vectors, which know of no cache that is too small: rather too little.
     """
     import torch
 
@@ -336,14 +341,27 @@ def mining_seconds(
     k = min(params.range_max + 1, rows)
     filtering = rows * _filtering_seconds(params, k)
     where = device if device.type in mine.EXACT_ROWS else torch.device("cpu")
-    exact = estimate(rows, k, dim, asked=rows, device=where)
-    if index is not None:
-        tried = exact.flat * min(1.0, mine.RECALL_ROWS / rows)
-        return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)
-    joined = mine.may_join(
+    if index is None and not mine.may_join(
         rows, k, dim, itemsize=itemsize, memory=params.memory_mb << 20, device=where
+    ):
+        return filtering + _flat_seconds(rows, k=k, dim=dim, device=where)
+    exact = estimate(rows, k, dim, asked=rows, device=where)
+    if index is None:
+        return filtering + min(exact.join, exact.flat)
+    tried = exact.flat * min(1.0, mine.RECALL_ROWS / rows)
+    return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)
+
+
+def _flat_seconds(rows: int, *, k: int, dim: int, device: torch.device) -> float:
+    """Seconds to compare all rows with all by FAISS, from a part of both."""
+    from stages.learning.neighbours import FlatSearch
+
+    asked, among = (min(rows, most) for most in FLAT_ROWS)
+    vectors = _unit_vectors(among, dim)
+    search = FlatSearch(
+        lambda ids: vectors[ids], among, min(k, among), block_rows=among, device=device
     )
-    return filtering + (min(exact.join, exact.flat) if joined else exact.flat)
+    return _timed(lambda: search.nearest(np.arange(asked))) * rows / asked * rows / among
 
 
 def _filtering_seconds(params: MineParams, k: int) -> float:

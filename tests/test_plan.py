@@ -15,6 +15,7 @@ import yaml
 from pipeline.plan import lines
 from stages import embed, plan, start
 from stages.learning.encoder import Encoder
+from stages.learning.neighbours import FlatSearch
 from stages.models import find_model
 from stages.params import Params, StartParams
 from storage import negatives
@@ -71,6 +72,7 @@ def planned(place, corpus, teacher=None, *, params=None, remote=None, starts=Non
         starts=starts or {},
         seconds=seconds,
         seed=0,
+        settings_seconds=100.0,
     )
     return outcome.facts
 
@@ -108,7 +110,7 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
         at["load_seconds"] + said["tokens"] / at["tokens_per_second"]
     )
     assert at["dim"] == 16
-    assert facts["extrapolated"]["mine"]["seconds"] > 0
+    assert 100 < facts["extrapolated"]["mine"]["seconds"] < 150
 
 
 def test_calls_grow_to_a_shard_and_only_then_the_clock_runs(place):
@@ -259,6 +261,22 @@ def test_mining_grows_with_the_square_of_the_rows():
     assert plan.mining_seconds(params, rows=0, dim=64, itemsize=2, device=CPU) == 0
 
 
+def test_mining_without_a_choice_is_planned_by_what_faiss_takes(monkeypatch):
+    """Its products may take three times as long as those by which mining chooses. In CPU seconds."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    params = settings(mine={"memory_mb": 64, "index": "flat"}).mine
+    few, some, many = (
+        plan.mining_seconds(params, rows=rows, dim=256, itemsize=2, device=CPU)
+        for rows in (3_000, 20_000, 320_000)
+    )
+    vectors = np.random.default_rng(1).standard_normal((3_000, 256), dtype=np.float32)
+    search = FlatSearch(lambda ids: vectors[ids], 3_000, 65, block_rows=3_000, device=CPU)
+    started = time.process_time()
+    search.nearest(np.arange(3_000))
+    assert 0.5 < few / (time.process_time() - started) < 2
+    assert 60 < many / some < 1_000  # 256, for 16 times as many rows
+
+
 def test_the_share_that_is_cut_is_embeds(place, tiny_model):
     """The same tokenizer, the same limit, the prompt in front: all of a small corpus is counted."""
     texts = sentences(300)
@@ -328,6 +346,8 @@ def test_the_command_says_how_each_number_is_known(tmp_path, tiny_model):
     assert last.endswith("nothing was written")
     facts = json.loads(teachonce(tmp_path, "plan", "--seconds", "0.2", "--json").stdout)["facts"]
     assert facts["counted"]["texts_to_embed"] == 500
+    settings_seconds = facts["measured"]["settings"]["seconds"]
+    assert facts["extrapolated"]["mine"]["seconds"] > settings_seconds > 1e-3
     assert set(facts) == {"counted", "measured", "extrapolated", "starts_missing"}
 
 
