@@ -13,7 +13,7 @@ from tests.conftest import sentences
 
 ROOT = Path(__file__).parent.parent
 
-# The commands themselves. Writes down which files got their names, and may die as in a power cut.
+# The commands themselves. Writes down which files got their names, and may die as in a power cut, or stop.
 COMMAND = """
 import os, signal, sys
 from pathlib import Path
@@ -24,7 +24,7 @@ log = Path(os.environ["LOG"], os.environ.get("RANK", "0")).open("w", buffering=1
 die_at, _, when = os.environ.get("DIE_AT", "").partition(" ")
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGSTOP if os.environ.get("ONLY_STOPS") else signal.SIGKILL)
 
 def note(event, args):
     if event in {"os.rename", "os.link"}:  # about to happen
@@ -55,7 +55,8 @@ def environment(*, log, checkpoint_seconds=0.0, die_at=""):
         log: An existing folder: a file for each rank, with a line for each file that got its name.
         checkpoint_seconds: Least time between two checkpoints.
         die_at: `N step`: by SIGKILL, before the N-th step (0-based). `N checkpoint`: when the checkpoint
-            after N steps is written, and has no name yet.
+            after N steps is written, and has no name yet. With $ONLY_STOPS it stops there, to be killed or
+            continued by somebody else.
     """
     return {
         **os.environ,

@@ -80,6 +80,7 @@ class Project:
     root: Path
     store: Path
     code: Path | None = None  # where teachonce is imported from, if not from this repository
+    tools: Path = Path(sys.executable).parent  # where commands are looked for first
 
     @property
     def params(self):
@@ -102,9 +103,9 @@ class Project:
 
     def popen(self, *words, log):
         """A command as a process that can be killed; it prints into the file `log`."""
-        tools = Path(sys.executable).parent
+        tools = [str(self.tools), str(Path(sys.executable).parent), os.environ["PATH"]]
         settled = {
-            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(tools),
             "DVC_SITE_CACHE_DIR": str(self.root.parent / "site"),
             "DVC_NO_ANALYTICS": "1",
             "GIT_CONFIG_GLOBAL": os.devnull,
@@ -180,13 +181,13 @@ def settings(folder, teacher):
     return params
 
 
-def new_project(folder, teacher):
+def new_project(folder, teacher, *, texts=TEXTS):
     project = Project(folder / "project", folder / "store")
     (project.root / ".dvc").mkdir(parents=True)
     for name in ("dvc.yaml", ".dvcignore", ".dvc/config"):
         shutil.copy(ROOT / name, project.root / name)
     (project.root / ".gitignore").write_text("work/\n")
-    furnish(project, folder, teacher)
+    furnish(project, folder, teacher, texts=texts)
     project.run("git", "init", "-q", "-b", "main")
     return project
 

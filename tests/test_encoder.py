@@ -1,16 +1,25 @@
 """Any model that sentence-transformers loads, with the vectors that it would return itself."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from stages.learning.encoder import Encoder, load_model, pick_device, token_batches
+from stages.learning.encoder import (
+    Encoder,
+    batch_tokens_on,
+    load_model,
+    pick_device,
+    token_batches,
+)
 from storage.errors import TeachonceError
 from tests.conftest import HashTeacher, make_tiny_model, sentences
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +170,28 @@ def test_batches_stay_within_their_budget(tiny_model):
     assert len(small.batches) > 5
 
 
+def test_a_batch_is_as_large_as_suits_the_device_unless_a_number_is_set(models):
+    """A static model reads nothing while it is loaded, so it loads on a device that computes nothing."""
+    meta = torch.device("meta")  # stands for every device that has no number of its own
+    assert Encoder(models["static"], device=CPU).batch_tokens == 2_048
+    assert Encoder(models["static"], device=meta).batch_tokens == 65_536
+    assert Encoder(models["static"], device=CPU, batch_tokens=100_000).batch_tokens == 100_000
+    assert Encoder(models["static"], device=meta, batch_tokens=1).batch_tokens == 1
+
+
+def test_params_yaml_says_what_auto_is():
+    """Of these devices none is needed to be named."""
+    text = (ROOT / "params.yaml").read_text()
+    said = " ".join(
+        re.search(r"batch_tokens: auto +#(.+\n +#.+)", text)[1].replace("#", "").split()
+    )
+    cpu, mps, other = (
+        f"{batch_tokens_on(torch.device(name)):,}" for name in ("cpu", "mps", "cuda:1")
+    )
+    assert said.endswith(f"; auto is {cpu} on a CPU, {mps} on MPS, {other} on another GPU")
+    assert (cpu, mps, other) == ("2,048", "8,192", "65,536")
+
+
 def test_batches_hold_each_text_once_within_their_budget():
     lengths = np.random.default_rng(0).integers(1, 50, size=500)
     batches = list(token_batches(lengths, 200))
@@ -183,8 +214,6 @@ def test_the_hash_teacher_keeps_to_the_interface():
 @pytest.mark.slow
 def test_the_real_teacher_gives_its_published_vectors():
     """all-MiniLM-L6-v2 by its name in a package: pinned, so that a change of pooling is seen."""
-    from pathlib import Path
-
     from stages.models import find_model
 
     folder = find_model(

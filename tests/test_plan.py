@@ -15,6 +15,7 @@ import yaml
 from pipeline.plan import lines
 from stages import embed, plan, start
 from stages.learning.encoder import Encoder
+from stages.learning.neighbours import FlatSearch
 from stages.models import find_model
 from stages.params import Params, StartParams
 from storage import negatives
@@ -257,6 +258,25 @@ def test_mining_grows_with_the_square_of_the_rows():
     )
     assert 4 < many / few < 40
     assert plan.mining_seconds(params, rows=0, dim=64, itemsize=2, device=CPU) == 0
+
+
+def test_mining_without_a_choice_is_planned_by_what_faiss_takes(monkeypatch):
+    """Not by products of torch, which may take a third of that. In CPU seconds."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    params = settings(mine={"memory_mb": 64, "index": "flat"}).mine
+    few, some, many = (
+        plan.mining_seconds(params, rows=rows, dim=256, itemsize=2, device=CPU)
+        for rows in (3_000, 20_000, 320_000)
+    )
+    vectors = np.random.default_rng(1).standard_normal((3_000, 256), dtype=np.float32)
+    search = FlatSearch(lambda ids: vectors[ids], 3_000, 65, block_rows=3_000, device=CPU)
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        search.nearest(np.arange(3_000))
+        taken.append(time.process_time() - started)
+    assert 0.5 < few / min(taken) < 2
+    assert 60 < many / some < 1_000  # 256, for 16 times as many rows
 
 
 def test_the_share_that_is_cut_is_embeds(place, tiny_model):

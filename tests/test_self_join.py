@@ -186,5 +186,7 @@ def test_estimates_count_the_rows_asked_for():
     whole = estimate(50_000, 33, 64, asked=50_000, device=CPU)
     some = estimate(50_000, 33, 64, asked=500, device=CPU)
     assert some.flat < 0.1 * whole.flat
+    more = estimate(100_000, 33, 64, asked=100_000, device=CPU)
+    assert 2 < more.flat / whole.flat < 8  # 4: it grows with the pairs
     assert whole.join > 50_000 * 33 * self_join.KEEPING
     assert whole.product in (torch.bfloat16, torch.float32)

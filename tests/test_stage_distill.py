@@ -323,6 +323,16 @@ def test_token_ids_are_made_once(world):
     assert [path.stat().st_mtime_ns for path in made] == times
 
 
+def test_a_student_has_the_tokenizer_of_its_start(world):
+    """Whether token ids were made in this run or found: else a killed run would end with other files."""
+    for name in ("made", "found"):
+        world.train(recipe(epochs=1), name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert (world.place.root / name / file).read_bytes() == (
+                world.start / file
+            ).read_bytes()
+
+
 def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(world):
     world.train(recipe(), "a")
     world.train(recipe(), "b")
@@ -438,6 +448,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     assert f"{newest}: damaged" in caplog.text
     older.unlink()
     assert checkpoints.load() is None
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_looked_for_is_no_error(tmp_path):
+    """By another process that trains the same student; a link to nothing is listed and not there, too."""
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.load() is None
+    checkpoints.save(State(step=3), {"model/w": torch.ones(1)})
+    (tmp_path / "run" / f"step-000000004-{'0' * 64}.safetensors").symlink_to("gone")
+    assert checkpoints.load()[0].step == 3
 
 
 # ---------------------------------------------------------------------------------------- no teacher

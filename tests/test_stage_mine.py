@@ -109,7 +109,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(mine, "FEWEST_JOINED", 1)
         for cost in ("READING", "KEEPING"):
             monkeypatch.setattr(self_join, cost, 0)
-        monkeypatch.setattr(searches, "load_faiss", lambda: pytest.fail("FAISS was asked for"))
+        monkeypatch.setattr(mine.Miner, "flat", lambda *_: pytest.fail("FAISS was asked for"))
     return request.param
 
 

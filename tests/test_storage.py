@@ -5,6 +5,9 @@ import json
 import os
 import stat
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import durable, inventory, upkeep
-from storage.column import text_key_array, text_keys_of
+from storage.column import fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
 from storage.embeddings import BadVectorsError, Embeddings, put_vectors
 from storage.errors import (
@@ -319,6 +322,52 @@ def test_the_payload_digest_is_that_of_the_values():
     assert payload_sha256(f"text/{'0' * 40}.arrow", joined.slice(2, 2), {"tokens": 3}) == whole
     assert payload_sha256(f"text/{'1' * 40}.arrow", batch, {"tokens": 3}) != whole
     assert payload_sha256(f"text/{'0' * 40}.arrow", batch, {"tokens": 4}) != whole
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int64, np.int8])
+def test_lists_of_a_fixed_size_are_read_and_proved_where_they_lie(kind):
+    values = np.arange(28, dtype=kind).reshape(7, 4)
+    whole = pa.record_batch([fixed_lists(values)], names=["vector"])
+    part = whole.slice(2, 3)
+    assert matrix_of(whole, "vector").tolist() == values.tolist()
+    assert matrix_of(whole, "vector").dtype == kind
+    assert matrix_of(part, "vector").tolist() == values[2:5].tolist()
+    same = pa.record_batch([fixed_lists(values[2:5])], names=["vector"])
+    key = f"vectors/{'0' * 40}/{'0' * 40}.arrow"
+    assert payload_sha256(key, part, {}) == payload_sha256(key, same, {})
+    assert payload_sha256(key, part, {}) != payload_sha256(key, whole.slice(3, 3), {})
+    assert matrix_of(whole.slice(7), "vector").shape == (0, 4)
+
+
+def test_vectors_and_negatives_are_put_and_read_without_pandas(tmp_path):
+    """Half a second of imports, where a small corpus is mined in as much."""
+    code = """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from storage.column import matrix_of
+        from storage.negatives import put_negatives
+        from storage.store import Store
+        store = Store(Path("store"))
+        entry = put_negatives(
+            store,
+            f"negatives/{'0' * 40}/000000.arrow",
+            neighbours=np.array([[1, 2], [0, 2], [0, 1]]),
+            scores=np.full((3, 2), 0.5, np.float32),
+            text_keys=np.frombuffer(bytes(48), "V16"),
+            facts={},
+        )
+        print(matrix_of(store.open(entry), "neighbours").tolist())
+        print({"pandas", "pyarrow.compute"} & set(sys.modules))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "[[1, 2], [0, 2], [0, 1]]\nset()\n"
 
 
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))

@@ -73,9 +73,15 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def load(self) -> tuple[State, dict[str, Tensor]] | None:
-        """The newest whole checkpoint, or None. A damaged one is passed over, and said so."""
+        """The newest whole checkpoint, or None. A damaged one is passed over, and said so.
+
+        One that is gone by now, too: an orphan of a killed `dvc repro` may train the same student.
+        """
         for path in self._found():
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
             match = NAME.fullmatch(path.name)
             if match is None or hashlib.sha256(content).hexdigest() != match[2]:
                 log.warning("%s: damaged, going back to the checkpoint before it", path)
@@ -92,11 +98,11 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """Newest first."""
-        if not self.folder.is_dir():
+        try:
+            files = list(self.folder.iterdir())
+        except FileNotFoundError:
             return []
-        return sorted(
-            (path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True
-        )
+        return sorted((path for path in files if NAME.fullmatch(path.name)), reverse=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

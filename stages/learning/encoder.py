@@ -101,6 +101,11 @@ def pick_precision(setting: str, device: torch.device) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+def batch_tokens_on(device: torch.device) -> int:
+    """What `embed.batch_tokens: auto` means."""
+    return BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+
+
 def device_name(device: torch.device) -> str:
     """A name under which speeds may be compared, such as `AMD EPYC, 2 threads`."""
     if device.type == "cuda":
@@ -186,7 +191,7 @@ class Encoder:
     ) -> None:
         self.model = load_model(folder, device=device, trust_remote_code=trust_remote_code).eval()
         self.torch_device, self.precision = device, precision
-        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
+        self.batch_tokens = batch_tokens or batch_tokens_on(device)
         self.prompt = prompt
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())

@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stages.learning.neighbours import FlatSearch
+
 TILE = 2048  # rows and columns of a tile: its scores stay in the cache of a CPU
 TILE_ON_GPU = 8 * TILE  # fewer and larger kernels; no GPU has run this yet
 GROUP = 32  # scores of a tile that are read as one maximum
@@ -361,7 +363,7 @@ class Estimate:
     Args:
         product: The type whose tiles are multiplied faster here.
         join: Seconds of a self-join.
-        flat: Seconds of comparing with all rows without this module's savings.
+        flat: Seconds of FAISS, which compares with all rows; on a GPU, of products with all rows.
     """
 
     product: torch.dtype
@@ -370,14 +372,15 @@ class Estimate:
 
 
 def estimate(rows: int, k: int, dim: int, *, asked: int, device: torch.device) -> Estimate:
-    """Measure a tile and say how long `asked` of `rows` lists of k would take, joined or not."""
+    """Measure a tile of each way and say how long `asked` of `rows` lists of k would take."""
     taken = {kind: _seconds_of_tile(dim, kind, device) for kind in (torch.bfloat16, torch.float32)}
     product = min(taken, key=lambda kind: taken[kind])
     tiles = (rows / TILE) ** 2
+    flat = _seconds_of_faiss_tile(k, dim) if device.type == "cpu" else taken[torch.float32]
     return Estimate(
         product,
         join=tiles / 2 * taken[product] * READING + rows * k * KEEPING,
-        flat=tiles * asked / rows * taken[torch.float32],
+        flat=tiles * asked / rows * flat,
     )
 
 
@@ -387,5 +390,19 @@ def _seconds_of_tile(dim: int, kind: torch.dtype, device: torch.device) -> float
     for _ in range(4):  # the first one warms up
         started = time.perf_counter()
         float((tile @ tile.T)[0, 0])  # waits for the device
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def _seconds_of_faiss_tile(k: int, dim: int) -> float:
+    # Vectors drawn at random: among equal ones no list would ever change.
+    vectors = np.random.default_rng(0).standard_normal((TILE, dim), dtype=np.float32)
+    search = FlatSearch(
+        lambda rows: vectors[rows], TILE, min(k, TILE), block_rows=TILE, device=torch.device("cpu")
+    )
+    taken = []
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        search.nearest(np.arange(TILE))
         taken.append(time.perf_counter() - started)
     return min(taken)

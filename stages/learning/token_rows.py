@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def token_rows(
             "max_tokens": max_tokens,
         }
     )
+    # It remembers how it cut, and would be saved with the student: so only if ids are made, not if found.
+    tokenizer = deepcopy(tokenizer)
     progress = Progress("tokens", total=corpus.rows, unit="texts")
     objects: list[Object] = []
     for shard in range(len(corpus.objects)):
