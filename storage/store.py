@@ -380,7 +380,7 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
     if array.null_count:
         raise ValueError(f"{array.null_count} nulls in a column of {array.type}")
     if pa.types.is_fixed_size_list(array.type):
-        yield from _pieces(flat(array))
+        yield from _pieces(array.flatten())
         return
     if pa.types.is_large_list(array.type) or pa.types.is_large_string(array.type):
         offsets = np.frombuffer(
@@ -398,15 +398,6 @@ def _pieces(array: pa.Array) -> Iterator[Buffer]:
     width = array.type.byte_width
     start = array.offset * width
     yield memoryview(array.buffers()[1] or b"")[start : start + len(array) * width]
-
-
-def flat(lists: pa.FixedSizeListArray) -> pa.Array:
-    """The values of lists of a fixed size, one list after the other; there is no null among the lists.
-
-    Not `flatten()`: its first call takes a tenth of a second to import pyarrow.compute.
-    """
-    size = lists.type.list_size
-    return lists.values.slice(lists.offset * size, len(lists) * size)
 
 
 def header_at_front(head: bytes) -> Header:

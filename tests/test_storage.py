@@ -5,9 +5,6 @@ import json
 import os
 import stat
 import struct
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -337,37 +334,6 @@ def test_lists_of_a_fixed_size_are_read_and_proved_where_they_lie(kind):
     assert payload_sha256(key, part, {}) == payload_sha256(key, same, {})
     assert payload_sha256(key, part, {}) != payload_sha256(key, whole.slice(3, 3), {})
     assert matrix_of(whole.slice(7), "vector").shape == (0, 4)
-
-
-def test_vectors_and_negatives_are_put_and_read_without_pandas(tmp_path):
-    """Half a second of imports, where a small corpus is mined in as much."""
-    code = """
-        import sys
-        from pathlib import Path
-        import numpy as np
-        from storage.column import matrix_of
-        from storage.negatives import put_negatives
-        from storage.store import Store
-        store = Store(Path("store"))
-        entry = put_negatives(
-            store,
-            f"negatives/{'0' * 40}/000000.arrow",
-            neighbours=np.array([[1, 2], [0, 2], [0, 1]]),
-            scores=np.full((3, 2), 0.5, np.float32),
-            text_keys=np.frombuffer(bytes(48), "V16"),
-            facts={},
-        )
-        print(matrix_of(store.open(entry), "neighbours").tolist())
-        print({"pandas", "pyarrow.compute"} & set(sys.modules))
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout == "[[1, 2], [0, 2], [0, 1]]\nset()\n"
 
 
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
