@@ -26,10 +26,12 @@ limit is not below it after rounding either.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,11 +45,6 @@ GROUP = 32  # scores of a tile that are read as one maximum
 SPARE = 16  # free places behind a list: it is cut back to its best k when they are taken
 GROUPS_AT_ONCE = 1 << 14  # bounds the memory where very many pairs are close
 ANY = -2.0  # a limit below every cosine, but above the -inf of padding
-
-# For `estimate`, measured on a CPU with 384 dimensions: what a tile needs besides its multiplication, as
-# a factor, and the seconds that each place of a list costs, which more threads do not make fewer.
-READING = 1.2
-KEEPING = 2e-6
 
 RowsOf = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """(m,) row numbers -> (m, dim) vectors of any length but 0, float16 or float32."""
@@ -358,7 +355,7 @@ def join_bytes(rows: int, k: int, dim: int, itemsize: int, *, tile: int = TILE) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What this device will need, from the time of one tile in each type.
+    """What this device will need, from tiles of random vectors.
 
     Args:
         product: The type whose tiles are multiplied faster here.
@@ -372,35 +369,68 @@ class Estimate:
 
 
 def estimate(rows: int, k: int, dim: int, *, asked: int, device: torch.device) -> Estimate:
-    """Measure a tile of each way and say how long `asked` of `rows` lists of k would take."""
-    taken = {kind: _seconds_of_tile(dim, kind, device) for kind in (torch.bfloat16, torch.float32)}
+    """Measure tiles of each way and say how long `asked` of `rows` lists of k would take.
+
+    Of a self-join each pair of blocks costs a tile that is multiplied and read, whatever is found there.
+    What is found costs, too: each block its first lists, and if rows came in random order 1/2, 1/3, ...
+    of that again with the second block, the third, ...
+    """
+    taken = {
+        kind: _seconds_of_product(dim, kind, device) for kind in (torch.bfloat16, torch.float32)
+    }
     product = min(taken, key=lambda kind: taken[kind])
+    tile, first_lists = seconds_of_tiles(k, dim, product, device)
+    blocks = max(1.0, rows / tile_on(device))
     tiles = (rows / TILE) ** 2
     flat = _seconds_of_faiss_tile(k, dim) if device.type == "cpu" else taken[torch.float32]
     return Estimate(
         product,
-        join=tiles / 2 * taken[product] * READING + rows * k * KEEPING,
+        join=blocks**2 / 2 * tile + blocks * (1 + math.log(blocks)) * first_lists,
         flat=tiles * asked / rows * flat,
     )
 
 
-def _seconds_of_tile(dim: int, kind: torch.dtype, device: torch.device) -> float:
+def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> float:
+    """Of a tile that nobody reads."""
     tile = torch.full((TILE, dim), dim**-0.5, dtype=kind, device=device)
-    taken = []
-    for _ in range(4):  # the first one warms up
-        started = time.perf_counter()
+
+    def multiply() -> None:
         float((tile @ tile.T)[0, 0])  # waits for the device
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+
+    return min(_timed(multiply) for _ in range(4))  # the first one warms up
+
+
+def seconds_of_tiles(
+    k: int, dim: int, product: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """Of a tile that has nothing for any list, and of the first lists of a block."""
+    tile = tile_on(device)
+    vectors = _random_vectors(2 * tile, dim)
+    join = SelfJoin(
+        lambda rows: vectors[rows], 2 * tile, k, device=device, product=product, tile=tile
+    )
+    first_lists = min(_timed(partial(join._diagonal, block)) for block in (0, 1))
+    join.lists.limit[:] = 2.0  # above every cosine
+    left = join._unit(0)
+    low = left.to(product)
+    return min(_timed(partial(join._pair, 0, 1, left, low)) for _ in range(3)), first_lists
 
 
 def _seconds_of_faiss_tile(k: int, dim: int) -> float:
-    # Vectors drawn at random: among equal ones no list would ever change.
-    vectors = np.random.default_rng(0).standard_normal((TILE, dim), dtype=np.float32)
+    vectors = _random_vectors(TILE, dim)
     search = FlatSearch(
         lambda rows: vectors[rows], TILE, min(k, TILE), block_rows=TILE, device=torch.device("cpu")
     )
     search.nearest(np.arange(TILE // 32))  # warms up
+    return _timed(lambda: search.nearest(np.arange(TILE)))
+
+
+def _random_vectors(rows: int, dim: int) -> NDArray[np.float32]:
+    """Among equal ones no list would ever change."""
+    return np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+
+
+def _timed(call: Callable[[], object]) -> float:
     started = time.perf_counter()
-    search.nearest(np.arange(TILE))
+    call()
     return time.perf_counter() - started
