@@ -78,9 +78,11 @@ class Column:
         order = np.argsort(ids)
         ascending = ids[order]
         bounds = np.searchsorted(ascending, self.starts)
-        for shard in np.flatnonzero(np.diff(bounds)):
+        counts = np.diff(bounds)
+        rows = ascending - np.repeat(self.starts[:-1], counts)
+        for shard in np.flatnonzero(counts).tolist():
             some = slice(bounds[shard], bounds[shard + 1])
-            yield int(shard), order[some], ascending[some] - self.starts[shard]
+            yield shard, order[some], rows[some]
 
     @cached_property
     def text_keys(self) -> NDArray[np.bytes_]:

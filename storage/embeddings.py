@@ -295,7 +295,7 @@ class Embeddings(Column):
             some = slice(done, done + len(rows))
             order[some], done = places, some.stop
             # "clip" spares a copy; no row is outside.
-            np.take(values, rows, axis=0, out=taken[some], mode="clip")
+            values.take(rows, axis=0, out=taken[some], mode="clip")
             if scales is not None and of_shard is not None:
                 scales[some] = of_shard[rows]
         if taken is None:
