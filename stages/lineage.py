@@ -33,10 +33,10 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 def left_the_teacher(lineage: Mapping[str, Any]) -> bool:
     """Whether nothing kept a model's vectors near the teacher's.
 
-    It learned similarities or differences alone, which a rotation or an offset leaves as they are; or it
-    was finetuned without a term on the teacher's vectors.
+    It learned similarities alone, which any rotation leaves as they are; or it was finetuned without a
+    term on the teacher's vectors. Differences (`comparative`, centred `kd`) leave no more than an offset free.
     """
     if (finetuned := lineage.get("finetuned")) is not None:
         return not finetuned["recipe"]["distill_weight"]
     learned = {objective["name"] for objective in lineage.get("recipe", {}).get("objectives", [])}
-    return bool(learned) and learned <= {"gram", "comparative"}
+    return learned == {"gram"}

@@ -64,8 +64,8 @@ def run(
         raise TeachonceError("query", "is empty", 'write `teachonce search "what you look for"`')
     if left_the_teacher(read_lineage(model)):
         log.warning(
-            "search: nothing held the vectors of %s near the teacher's (a recipe of gram or comparative "
-            "alone, or finetune.distill_weight: 0), so it may not find its way among them",
+            "search: nothing held the vectors of %s near the teacher's (a recipe of gram alone, "
+            "or finetune.distill_weight: 0), so it may not find its way among them",
             model.name,
         )
     vector = encoder.encode([query], role="query")[0]

@@ -82,8 +82,17 @@ def test_a_model_of_another_space_is_refused(world):
 def test_a_model_that_left_the_teacher_is_told(world, caplog):
     place, _, _ = world
     (place.root / "export").mkdir()
-    for weight, told in ((400.0, False), (0.0, True)):
-        lineage = {"finetuned": {"recipe": {"distill_weight": weight}}}
+    learned = {
+        name: {"recipe": {"objectives": [{"name": other} for other in name.split()]}}
+        for name in ("gram", "gram kd", "comparative")
+    }
+    for lineage, told in (
+        ({"finetuned": {"recipe": {"distill_weight": 400.0}}}, False),
+        ({"finetuned": {"recipe": {"distill_weight": 0.0}}}, True),
+        (learned["gram"], True),
+        (learned["gram kd"], False),
+        (learned["comparative"], False),
+    ):
         (place.root / "export/teachonce.json").write_text(json.dumps(lineage))
         caplog.clear()
         run(world, "x")
