@@ -70,13 +70,15 @@ class Column:
         Raises:
             IndexError: an id outside 0 <= id < rows.
         """
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.min(initial=0) < 0 or ids.max(initial=0) > max(self.rows - 1, 0):
-            raise IndexError(f"row ids {ids.min()} to {ids.max()} in a column of {self.rows} rows")
-        if not len(ids):
+        wanted = np.asarray(ids, dtype=np.int64)
+        if not len(wanted):
             return
-        order = np.argsort(ids)
-        ascending = ids[order]
+        order = np.argsort(wanted)
+        ascending = wanted[order]
+        if ascending[0] < 0 or ascending[-1] >= self.rows:
+            raise IndexError(
+                f"row ids {ascending[0]} to {ascending[-1]} in a column of {self.rows} rows"
+            )
         bounds = np.searchsorted(ascending, self.starts)
         counts = np.diff(bounds)
         rows = ascending - np.repeat(self.starts[:-1], counts)
