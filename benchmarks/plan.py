@@ -43,7 +43,7 @@ cli.app(sys.argv[2:], standalone_mode=False)
 print(time.process_time() - started, file=sys.stderr)
 """
 LOADED = {
-    "mine": "faiss,stages.mine,stages.learning.encoder",
+    "mine": "faiss,pandas,stages.mine,stages.learning.encoder",
     "distill": "stages.distill,sentence_transformers.sentence_transformer.modules",
 }
 
