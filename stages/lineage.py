@@ -34,7 +34,7 @@ def left_the_teacher(lineage: Mapping[str, Any]) -> bool:
     """Whether nothing kept a model's vectors near the teacher's.
 
     It learned similarities alone, which any rotation leaves as they are; or it was finetuned without a
-    term on the teacher's vectors. Differences (`comparative`, centred `kd`) leave no more than an offset free.
+    term on the teacher's vectors. Who learned differences (`comparative`) may have moved, but not turned.
     """
     if (finetuned := lineage.get("finetuned")) is not None:
         return not finetuned["recipe"]["distill_weight"]

@@ -154,6 +154,7 @@ class KdObjective(BaseObjective):
     """Mean squared error to the teacher's vector."""
 
     name: Literal["kd"]
+    centred: bool  # the batch's mean error does not count: where all texts lie together is free
 
 
 class DiscoKdObjective(BaseObjective):

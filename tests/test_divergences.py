@@ -226,7 +226,7 @@ def test_gram_is_its_definition(width, temperature):
 
 
 PARAMS = [
-    KdObjective(name="kd", weight=1.0),
+    KdObjective(name="kd", weight=1.0, centred=False),
     CkdObjective(
         name="ckd", weight=1.0, temperature=TAU, learnable_temperature=True, queue=1, neighbours=0
     ),

@@ -118,7 +118,7 @@ RECIPE = {
     "evaluate_every": 7,
     "patience": 50,
     "objectives": [
-        {"name": "kd", "weight": 32.0},
+        {"name": "kd", "weight": 32.0, "centred": False},
         {
             "name": "ckd",
             "weight": 1.0,

@@ -71,6 +71,32 @@ def test_kd_is_its_definition():
     assert float(kd(teacher, teacher)) == 0.0
 
 
+def slow_centred_kd(student, teacher):
+    """Differences of all pairs of rows."""
+    rows, width = student.shape
+    total = 0.0
+    for i in range(rows):
+        for j in range(rows):
+            for d in range(width):
+                ours = float(student[i, d]) - float(student[j, d])
+                total += (ours - (float(teacher[i, d]) - float(teacher[j, d]))) ** 2
+    return total / (2 * rows * rows * width)
+
+
+def test_centred_kd_is_its_definition_and_leaves_an_offset_free():
+    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
+    objective = KdObjective(name="kd", weight=1.0, centred=True)
+
+    def loss(vectors):
+        return Objectives([objective])({0.0: vectors}, teacher, [None])[1][0]
+
+    found = loss(student)
+    assert found == pytest.approx(slow_centred_kd(student, teacher), rel=1e-5)
+    assert found < slow_kd(student, teacher)
+    assert loss(student + torch.randn(7)) == pytest.approx(found, rel=1e-4)
+    assert loss(teacher + 3.0) == pytest.approx(0.0, abs=1e-10)
+
+
 def slow_ckd(student, candidates, scale):
     """One row, one candidate at a time, in double precision."""
     losses = []
@@ -163,7 +189,7 @@ def test_a_perfect_student_has_no_floor_although_its_own_text_stands_in_the_queu
 def test_the_objectives_are_summed_by_weight(weights):
     objectives = Objectives(
         [
-            KdObjective(name="kd", weight=weights[0]),
+            KdObjective(name="kd", weight=weights[0], centred=False),
             ckd_objective(weight=weights[1], temperature=0.25),
         ]
     )
@@ -343,7 +369,7 @@ def test_objectives_on_the_batch_alone_have_its_rows_as_candidates_and_kd_has_no
     ids = np.array([11, 3, 12])
     drawn = source.draw(GramObjective(name="gram", weight=1.0, temperature=None), ids, step=3)
     assert np.allclose(drawn.vectors.numpy(), source.embeddings.rows_of(ids), atol=1e-6)
-    assert source.draw(KdObjective(name="kd", weight=1.0), ids, step=3) is None
+    assert source.draw(KdObjective(name="kd", weight=1.0, centred=False), ids, step=3) is None
 
 
 # ------------------------------------------------------------------------------------------- batches

@@ -52,7 +52,7 @@ def recipe(**changes):
             "evaluate_every": 10,
             "patience": 50,
             "seed": 0,
-            "objectives": [{"name": "kd", "weight": 1.0}],
+            "objectives": [{"name": "kd", "weight": 1.0, "centred": False}],
         }
         | changes
     )
@@ -175,7 +175,7 @@ def test_layers_of_another_architecture_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ learning
 
 
-@pytest.mark.parametrize("objectives", [[{"name": "kd", "weight": 1.0}], CKD])
+@pytest.mark.parametrize("objectives", [[{"name": "kd", "weight": 1.0, "centred": False}], CKD])
 def test_a_student_learns_from_the_caches(world, objectives):
     before = Encoder(world.start, device=CPU, max_tokens=16).encode(world.texts)
     outcome = world.train(recipe(objectives=objectives, epochs=4))

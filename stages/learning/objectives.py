@@ -106,19 +106,23 @@ def narrow(vectors: Tensor, width: int) -> Tensor:
     return F.normalize(vectors[:, :width], dim=1) * lengths
 
 
-def kd(student: Tensor, teacher: Tensor) -> Tensor:
+def kd(student: Tensor, teacher: Tensor, *, centred: bool = False) -> Tensor:
     """Knowledge distillation: mean squared error to the teacher's vector (DisCo, section 3.2).
 
-    L = 1 / (B W) * sum_i |h_i - T_i|^2, on vectors as they are: neither side is normalised here.
+    L = 1 / (B W) * sum_i |e_i|^2 with e_i = h_i - T_i, on vectors as they are: neither side is normalised
+    here. Centred: e_i less their mean, so that an offset which all rows share is free. That is
+    1 / (2 B^2 W) * sum_ij |(h_i - h_j) - (T_i - T_j)|^2: what is learned is how rows differ.
 
     Args:
         student: (B, W).
         teacher: (B, D), as stored.
+        centred: Whether the mean error does not count.
 
     Returns:
         Scalar, at least 0; 0 for a student that equals the teacher.
     """
-    return F.mse_loss(student, narrow(teacher, student.shape[1]))
+    error = student - narrow(teacher, student.shape[1])
+    return (error - error.mean(dim=0) if centred else error).square().mean()
 
 
 def ckd(
@@ -460,7 +464,9 @@ class Objectives(nn.Module):
                 return comparative(student, _there(candidates))
             case GramObjective():
                 return gram(student, _there(candidates), temperature=objective.temperature)
-            case KdObjective() | DiscoKdObjective():
+            case KdObjective():
+                return kd(student, teacher, centred=objective.centred)
+            case DiscoKdObjective():
                 return kd(student, teacher)
 
     def _temperature(self, place: int) -> Temperature:
