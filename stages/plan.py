@@ -336,14 +336,16 @@ def mining_seconds(
     k = min(params.range_max + 1, rows)
     filtering = rows * _filtering_seconds(params, k)
     where = device if device.type in mine.EXACT_ROWS else torch.device("cpu")
+    started = time.perf_counter()
     exact = estimate(rows, k, dim, asked=rows, device=where)
+    estimating = time.perf_counter() - started  # mining does it, too, before it chooses
     if index is not None:
         tried = exact.flat * min(1.0, mine.RECALL_ROWS / rows)
         return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)
     joined = mine.may_join(
         rows, k, dim, itemsize=itemsize, memory=params.memory_mb << 20, device=where
     )
-    return filtering + (min(exact.join, exact.flat) if joined else exact.flat)
+    return filtering + (estimating + min(exact.join, exact.flat) if joined else exact.flat)
 
 
 def _filtering_seconds(params: MineParams, k: int) -> float:
