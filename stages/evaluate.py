@@ -92,7 +92,7 @@ def run(
     in_teachers_space: bool,
     widths: Sequence[int],
 ) -> Outcome:
-    """Measure the model `name` and write its metrics to `out`: flat keys, as in DESIGN.md section 5.
+    """Measure the model `name` and write its metrics to `out`: flat keys, the same for all models.
 
     Paths in `params` are relative to `root`. The held-out rows of `corpus` (of at least one row in all)
     show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of

@@ -31,10 +31,11 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 
 
 def left_the_teacher(lineage: Mapping[str, Any]) -> bool:
-    """Whether nothing kept a model's vectors near the teacher's.
+    """Whether a model's vectors may lie anywhere.
 
     It learned similarities alone, which any rotation leaves as they are; or it was finetuned without a
-    term on the teacher's vectors. Who learned differences (`comparative`) may have moved, but not turned.
+    term on the teacher's vectors. Who learned differences (`comparative`, centred `kd`) may have moved, but
+    not turned.
     """
     if (finetuned := lineage.get("finetuned")) is not None:
         return not finetuned["recipe"]["distill_weight"]

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     durable.replace(path, text.getvalue().encode())
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """What a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 class Progress:

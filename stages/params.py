@@ -151,7 +151,7 @@ class BaseObjective(Section):
 
 
 class KdObjective(BaseObjective):
-    """Mean squared error to the teacher's vector."""
+    """Mean squared error to the teacher's vector, or its variance."""
 
     name: Literal["kd"]
     centred: bool  # the batch's mean error does not count: where all texts lie together is free

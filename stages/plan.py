@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stages import embed, mine
 from stages.encoding import Encoded
-from stages.outcome import Outcome, clock, log
+from stages.outcome import Outcome, clock, log, seconds_of
 from stages.params import MineParams, Params, RecipeParams
 from stages.transfer import TRANSFERS
 from storage import embeddings, negatives
@@ -112,13 +112,12 @@ def run(
     measured: dict[str, Any] = {}
     extrapolated: dict[str, Any] = {"embed": {"tokens": 0, "seconds": 0.0}}
     if len(rows):
-        at = teacher_rate(
+        at, vectors = teacher_rate(
             _loader(load_teacher, lacking),
             corpus.take(draw(rows, SAMPLE_TEXTS, seed=seed, in_order=False)),
             most=max(1, of_shards // len(lacking)),
             seconds=seconds,
         )
-        dim = at.dim
         measured["teacher"] = asdict(at)
         tokens = round(at.tokens_per_text * len(rows))
         extrapolated["embed"] = {
@@ -126,7 +125,8 @@ def run(
             "seconds": at.load_seconds + tokens / at.tokens_per_second,
         }
     else:
-        dim = _dim_known(store, remote, keys)
+        vectors = _vectors_known(store, remote, keys)
+    dim = vectors.shape[1]
     extrapolated["embed"]["bytes"] = (
         of_shards * embeddings.row_bytes(dim, params.embed.storage) + len(lacking) * OBJECT_BYTES
     )
@@ -138,7 +138,7 @@ def run(
         "seconds": mining_seconds(
             params.mine,
             rows=_train_rows(params, corpus.rows),
-            dim=dim,
+            sample=vectors,
             itemsize=embeddings.as_read(_unit_vectors(1, 1), params.embed.storage).itemsize,
             device=device,
         ),
@@ -272,8 +272,8 @@ class TeacherRate:
 
 def teacher_rate(
     load_teacher: Callable[[], Teacher], texts: Sequence[str], *, most: int, seconds: float
-) -> TeacherRate:
-    """Load a teacher and measure it.
+) -> tuple[TeacherRate, NDArray[np.float32]]:
+    """Load a teacher and measure it; also the vectors that it made, one or more.
 
     Calls are as large as a shard, or smaller where time is short: texts of a call are sorted by length
     and cut into batches, so small calls are slower. Whatever is encoded to find that size is the warm-up.
@@ -292,20 +292,25 @@ def teacher_rate(
     read = lengths if teacher.in_windows else cut
     most = min(most, len(texts))
     size = min(FIRST_TEXTS, most)
-    while _timed(partial(teacher.encode_counted, texts[:size])) < seconds / CALLS and size < most:
+    while (
+        seconds_of(partial(teacher.encode_counted, texts[:size])) < seconds / CALLS and size < most
+    ):
         size = min(2 * size, most)
     log.info("plan: measuring the teacher, %s texts a call", f"{size:,}")
-    tokens = encoded = dim = 0
+    tokens = encoded = 0
+    parts = []
     taken = 0.0
     while taken < seconds and encoded < len(texts):
         some = texts[encoded : encoded + size]
         started = time.perf_counter()
         made = teacher.encode_counted(some)
         taken += time.perf_counter() - started
-        tokens, encoded, dim = tokens + made.tokens, encoded + len(some), made.vectors.shape[1]
-    return TeacherRate(
+        tokens, encoded = tokens + made.tokens, encoded + len(some)
+        parts.append(made.vectors)
+    vectors = np.concatenate(parts)
+    rate = TeacherRate(
         device=teacher.device,
-        dim=dim,
+        dim=vectors.shape[1],
         max_tokens=teacher.max_tokens,
         texts=len(texts),
         tokens_per_text=float(read.mean()),
@@ -316,36 +321,52 @@ def teacher_rate(
         tokens_per_second=tokens / taken,
         texts_per_second=encoded / taken,
     )
+    return rate, vectors
 
 
 def mining_seconds(
-    params: MineParams, *, rows: int, dim: int, itemsize: int, device: torch.device
+    params: MineParams,
+    *,
+    rows: int,
+    sample: NDArray[np.floating],
+    itemsize: int,
+    device: torch.device,
 ) -> float:
     """Seconds to search all of `rows` rows and to filter what is found.
 
-    Exact search is extrapolated from tiles as mining itself does it, an approximate index from two small
-    ones of random vectors, which knows nothing of a cache that is too small: rather too little.
+    Exact search is extrapolated from a sample as mining itself does it, an approximate index from two
+    small ones of random vectors, which knows nothing of a cache that is too small: rather too little.
+
+    Args:
+        params: Of the stage.
+        rows: How many take part.
+        sample: (m, dim) vectors of the teacher; where they are few, random ones stand for them.
+        itemsize: Bytes of a value as it is stored.
+        device: As in the settings.
     """
     import torch
 
-    from stages.learning.self_join import estimate
+    from stages.learning.self_join import enough_for, estimate, flat_seconds
 
     if not rows:
         return 0.0
+    dim = sample.shape[1]
     index = mine.resolve(params, rows=rows, dim=dim, device=device)
     k = min(params.range_max + 1, rows)
     filtering = rows * _filtering_seconds(params, k)
     where = device if device.type in mine.EXACT_ROWS else torch.device("cpu")
-    started = time.perf_counter()
-    exact = estimate(rows, k, dim, asked=rows, device=where)
-    estimating = time.perf_counter() - started  # mining does it, too, before it chooses
+    if len(sample) < enough_for(k, where):
+        sample = _unit_vectors(enough_for(k, where), dim)
     if index is not None:
-        tried = exact.flat * min(1.0, mine.RECALL_ROWS / rows)
+        tried = flat_seconds(sample, rows, k, asked=min(rows, mine.RECALL_ROWS), device=where)
         return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)
-    joined = mine.may_join(
-        rows, k, dim, itemsize=itemsize, memory=params.memory_mb << 20, device=where
-    )
-    return filtering + (estimating + min(exact.join, exact.flat) if joined else exact.flat)
+    memory = params.memory_mb << 20
+    if not mine.may_join(rows, k, dim, itemsize=itemsize, memory=memory, device=where):
+        return filtering + flat_seconds(sample, rows, k, asked=rows, device=where)
+    started = time.perf_counter()
+    exact = estimate(sample, rows, k, asked=rows, device=where)
+    estimating = time.perf_counter() - started  # mining does it, too, before it chooses
+    return filtering + estimating + min(exact.join, exact.flat)
 
 
 def _filtering_seconds(params: MineParams, k: int) -> float:
@@ -362,7 +383,7 @@ def _filtering_seconds(params: MineParams, k: int) -> float:
         allowed = ~np.logical_or.reduce(list(rejected.values()))
         mine.keep_first(found, cosines, allowed, params.neighbours)
 
-    return min(_timed(choose) for _ in range(3)) / FILTERED_ROWS
+    return min(seconds_of(choose) for _ in range(3)) / FILTERED_ROWS
 
 
 def _index_seconds(index: Mapping[str, Any], *, rows: int, k: int, dim: int) -> float:
@@ -377,7 +398,7 @@ def _index_seconds(index: Mapping[str, Any], *, rows: int, k: int, dim: int) -> 
             search = ApproximateSearch(lambda ids: vectors[ids], count, min(k, count), index=index)
             search.nearest(np.arange(count))
 
-        per_row.append(_timed(build_and_ask) / count)
+        per_row.append(seconds_of(build_and_ask) / count)
     slope = max(0.0, (per_row[1] - per_row[0]) / math.log(INDEX_ROWS[1] / INDEX_ROWS[0]))
     return per_row[1] + slope * math.log(max(1.0, rows / INDEX_ROWS[1]))
 
@@ -476,7 +497,7 @@ def training_pace(
 
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
     tokenizer = load_model(start, device=device).tokenizer
-    token_seconds = _timed(
+    token_seconds = seconds_of(
         lambda: token_rows(
             tokenizer,
             start,
@@ -497,14 +518,14 @@ def training_pace(
             torch.cuda.synchronize(device)
 
     while len(taken) < WARM_STEPS + MOST_STEPS:
-        taken.append(_timed(step))
+        taken.append(seconds_of(step))
         if len(taken) > WARM_STEPS and sum(taken[WARM_STEPS:]) > seconds:
             break
     lesson.eval()
     return Pace(
         steps=len(taken) - WARM_STEPS,
         step_seconds=float(np.mean(taken[WARM_STEPS:])),
-        evaluation_seconds=_timed(work.score),
+        evaluation_seconds=seconds_of(work.score),
         token_seconds=token_seconds,
     )
 
@@ -520,11 +541,13 @@ def _loader(load_teacher: Callable[[], Teacher] | None, shards: list[int]) -> Ca
     return load_teacher
 
 
-def _dim_known(store: Store, remote: Remote | None, keys: Sequence[str]) -> int:
-    """Length of a vector, where some are there."""
+def _vectors_known(
+    store: Store, remote: Remote | None, keys: Sequence[str]
+) -> NDArray[np.floating]:
+    """(m, dim) vectors of a shard that is there."""
     for key in keys:
         try:
-            return int(vectors_of(store.glance(key)).shape[1])
+            return vectors_of(store.glance(key))
         except MissingError:
             continue
     raise MissingError(
@@ -549,9 +572,3 @@ def _unit_vectors(rows: int, dim: int) -> NDArray[np.float32]:
     vectors = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started

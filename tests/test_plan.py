@@ -115,12 +115,13 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
 def test_calls_grow_to_a_shard_and_only_then_the_clock_runs(place):
     texts = sentences(300)
     teacher = SlowTeacher(token_seconds=0)
-    at = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=20)
+    at, vectors = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=20)
     assert teacher.calls == [4, 8, 16, 32, 64, 64, 64, 64, 64, 44]
-    assert at.encoded == 300
+    assert at.encoded == len(vectors) == 300
+    assert np.array_equal(vectors, teacher(texts).vectors)
     # Time that is short makes calls smaller, and the last one may go beyond.
     teacher = SlowTeacher(token_seconds=1e-3)
-    at = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=0.4)
+    at, _ = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=0.4)
     assert set(teacher.calls[:2]) <= {4, 8}
     assert max(teacher.calls) <= 16
     assert 0.4 <= at.seconds < 0.4 + 16 * 8e-3 + 0.2
@@ -251,24 +252,24 @@ def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, hal
 
 
 def test_mining_grows_with_the_square_of_the_rows():
-    params = settings().mine
+    params, sample = settings().mine, np.ones((1, 64), np.float32)
     few, many = (
-        plan.mining_seconds(params, rows=rows, dim=64, itemsize=2, device=CPU)
+        plan.mining_seconds(params, rows=rows, sample=sample, itemsize=2, device=CPU)
         for rows in (50_000, 200_000)
     )
     assert 4 < many / few < 40
-    assert plan.mining_seconds(params, rows=0, dim=64, itemsize=2, device=CPU) == 0
+    assert plan.mining_seconds(params, rows=0, sample=sample, itemsize=2, device=CPU) == 0
 
 
 def test_mining_without_a_choice_is_planned_by_what_faiss_takes(monkeypatch):
     """Not by products of torch, which may take a third of that. In CPU seconds."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     params = settings(mine={"memory_mb": 64, "index": "flat"}).mine
+    vectors = np.random.default_rng(1).standard_normal((3_000, 256), dtype=np.float32)
     few, some, many = (
-        plan.mining_seconds(params, rows=rows, dim=256, itemsize=2, device=CPU)
+        plan.mining_seconds(params, rows=rows, sample=vectors, itemsize=2, device=CPU)
         for rows in (3_000, 20_000, 320_000)
     )
-    vectors = np.random.default_rng(1).standard_normal((3_000, 256), dtype=np.float32)
     search = FlatSearch(lambda ids: vectors[ids], 3_000, 65, block_rows=3_000, device=CPU)
     taken = []
     for _ in range(3):

@@ -184,12 +184,13 @@ def test_rows_alike_stand_together():
     assert inside > 2 * (near @ near.T).mean()
 
 
-def test_an_estimate_is_near_what_a_self_join_takes(monkeypatch):
-    """In CPU seconds: other work on the machine counts for neither."""
+@pytest.mark.parametrize("offset", [0.0, 8.0])
+def test_an_estimate_is_near_what_a_self_join_takes(offset, monkeypatch):
+    """Also where all vectors are much alike. In CPU seconds: other work counts for neither."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     rows, k = 12_000, 65
-    vectors = np.random.default_rng(1).standard_normal((rows, 128), dtype=np.float32)
-    planned = estimate(rows, k, 128, asked=rows, device=CPU)
+    vectors = np.random.default_rng(1).standard_normal((rows, 128), dtype=np.float32) + offset
+    planned = estimate(vectors[:4096], rows, k, asked=rows, device=CPU)
     join = SelfJoin(lambda ids: vectors[ids], rows, k, device=CPU, product=planned.product)
     started = time.process_time()
     for _ in join.run():
@@ -198,10 +199,11 @@ def test_an_estimate_is_near_what_a_self_join_takes(monkeypatch):
 
 
 def test_estimates_count_the_rows_asked_for():
-    whole = estimate(50_000, 33, 64, asked=50_000, device=CPU)
-    some = estimate(50_000, 33, 64, asked=500, device=CPU)
+    sample = np.random.default_rng(0).standard_normal((2048, 64), dtype=np.float32)
+    whole = estimate(sample, 50_000, 33, asked=50_000, device=CPU)
+    some = estimate(sample, 50_000, 33, asked=500, device=CPU)
     assert some.flat < 0.1 * whole.flat
-    more = estimate(100_000, 33, 64, asked=100_000, device=CPU)
+    more = estimate(sample, 100_000, 33, asked=100_000, device=CPU)
     assert 2 < more.flat / whole.flat < 8  # 4: it grows with the pairs
     assert 1.2 < more.join / whole.join < 8  # 2.3 to 4: pairs of blocks, and lists
     assert whole.product in (torch.bfloat16, torch.float32)

@@ -79,12 +79,12 @@ def test_the_shipped_settings_are_right():
 
 
 def test_the_shipped_recipes_differ_in_their_objectives_only():
-    """But for those of DisCo, which always project."""
+    """But for those of DisCo, which always project, and kd_ckd with its dropout."""
     recipes = load_params(SHIPPED).recipes
     common = recipes["kd"].model_dump(exclude={"objectives"})
     for name, recipe in recipes.items():
         projection = "always" if name.startswith("disco_") else "auto"
-        expected = common | {"projection": projection}
+        expected = common | {"projection": projection, "dropout": name == "kd_ckd"}
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
 
 

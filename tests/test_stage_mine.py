@@ -102,12 +102,17 @@ def slow_lists(world, settings):
     return lists
 
 
+def let_it_cost_nothing(monkeypatch):
+    """A self-join, as `estimate` sees it."""
+    monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
+
+
 @pytest.fixture(params=["faiss", "self-join"])
 def way(request, monkeypatch):
     """The two ways to exact lists: the second is taken when it costs nothing."""
     if request.param == "self-join":
         monkeypatch.setattr(mine, "FEWEST_JOINED", 1)
-        monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
+        let_it_cost_nothing(monkeypatch)
         monkeypatch.setattr(mine.Miner, "flat", lambda *_: pytest.fail("FAISS was asked for"))
     return request.param
 
@@ -224,7 +229,7 @@ def test_a_self_join_makes_what_faiss_left_unfinished(world, monkeypatch, caplog
     for entry in manifest.objects[1:]:
         place.store.path(entry.key).unlink()
     monkeypatch.setattr(mine, "FEWEST_JOINED", 1)
-    monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
+    let_it_cost_nothing(monkeypatch)
     caplog.set_level(logging.INFO, "teachonce")
     again, _, new_scores = run(world, params())
     assert "a self-join in" in caplog.text
@@ -239,7 +244,7 @@ def test_a_self_join_makes_what_faiss_left_unfinished(world, monkeypatch, caplog
 )
 def test_no_self_join_where_it_could_not_be_begun_again_or_is_no_gain(world, change, monkeypatch):
     monkeypatch.setattr(mine, "FEWEST_JOINED", 1)
-    monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
+    let_it_cost_nothing(monkeypatch)
     searcher = miner(world, params())
     assert isinstance(searcher.search(None, asked=300, device=CPU), self_join.SelfJoin)
     monkeypatch.setattr(mine, *change)
@@ -250,7 +255,7 @@ def test_no_self_join_beyond_the_memory_or_for_a_few_rows(world, monkeypatch):
     monkeypatch.setattr(mine, "FEWEST_JOINED", 1)
     searcher = miner(world, params())
     assert isinstance(searcher.search(None, asked=2, device=CPU), searches.FlatSearch)
-    monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
+    let_it_cost_nothing(monkeypatch)
     assert isinstance(searcher.search(None, asked=2, device=CPU), self_join.SelfJoin)
     searcher.memory = 1 << 20
     assert isinstance(searcher.search(None, asked=2, device=CPU), searches.FlatSearch)

@@ -3,7 +3,8 @@
 Most of them are one idea: for each row two distributions over a set of candidates, the teacher's
 P_T = softmax(cos(T_i, T_j) / tau_T) and the student's P_S = softmax(cos(h_i, T_j) / tau_S), and a
 divergence between them. `ckd` has a one-hot P_T, `relational` the whole one; `skew` and `decoupled`
-take another divergence. `kd`, `comparative` and `gram` compare vectors, differences and similarities.
+take another divergence. `kd`, `comparative` and `gram` compare vectors, differences and similarities;
+`kd` also differences, if centred.
 
 Shape letters: B batch, C candidates, D width of the teacher's space, W <= D width of the student's
 vectors here. The student's vectors are what the saved student will return: of length 1 if the
@@ -282,8 +283,7 @@ def comparative(student: Tensor, candidates: Candidates) -> Tensor:
     """Differences between rows point where the teacher's do (Comparative KD, section 3).
 
     L = mean over pairs i, j of other texts of 1 - cos(h_i - h_j, T_i - T_j), on vectors of length 1. The
-    paper compares differences of class scores by a softmax. Squared differences would be `kd` again: over
-    all pairs they are its squared errors, less the one offset that all rows share.
+    paper compares differences of class scores by a softmax. Squared differences would be a centred `kd`.
 
     Args:
         student: (B, W).

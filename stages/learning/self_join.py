@@ -27,7 +27,6 @@ limit is not below it after rounding either.
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 
 from stages.learning.neighbours import FlatSearch
+from stages.outcome import seconds_of
 
 TILE = 2048  # rows and columns of a tile: its scores stay in the cache of a CPU
 TILE_ON_GPU = 8 * TILE  # fewer and larger kernels; no GPU has run this yet
@@ -355,7 +355,7 @@ def join_bytes(rows: int, k: int, dim: int, itemsize: int, *, tile: int = TILE) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What this device will need, from tiles of random vectors.
+    """What this device will need.
 
     Args:
         product: The type whose tiles are multiplied faster here.
@@ -368,69 +368,98 @@ class Estimate:
     flat: float
 
 
-def estimate(rows: int, k: int, dim: int, *, asked: int, device: torch.device) -> Estimate:
-    """Measure tiles of each way and say how long `asked` of `rows` lists of k would take.
+def estimate(
+    sample: NDArray[np.floating], rows: int, k: int, *, asked: int, device: torch.device
+) -> Estimate:
+    """Try each way on a sample and say how long `asked` of `rows` lists of k would take.
 
     Of a self-join each pair of blocks costs a tile that is multiplied and read, whatever is found there.
     What is found costs, too: each block its first lists, and if rows came in random order 1/2, 1/3, ...
-    of that again with the second block, the third, ...
+    of that again with the second block, the third, ... Where all vectors are much alike, bfloat16 tells
+    few of them apart, and lists cost most: hence a sample of the vectors themselves.
+
+    Args:
+        sample: (m, dim) some of the vectors; `enough_for` of them, or more.
+        rows: How many there are.
+        k: Length of a list.
+        asked: How many lists.
+        device: Where.
     """
     taken = {
-        kind: _seconds_of_product(dim, kind, device) for kind in (torch.bfloat16, torch.float32)
+        kind: _seconds_of_product(sample.shape[1], kind, device)
+        for kind in (torch.bfloat16, torch.float32)
     }
     product = min(taken, key=lambda kind: taken[kind])
-    tile, first_lists = seconds_of_tiles(k, dim, product, device)
-    blocks = max(1.0, rows / tile_on(device))
-    tiles = (rows / TILE) ** 2
-    flat = _seconds_of_faiss_tile(k, dim) if device.type == "cpu" else taken[torch.float32]
+    size = min(tile_on(device), len(sample) // 2)
+    tile, first_lists = seconds_of_tiles(sample[: 2 * size], k, product, device)
+    blocks = max(1.0, rows / size)
     return Estimate(
         product,
         join=blocks**2 / 2 * tile + blocks * (1 + math.log(blocks)) * first_lists,
-        flat=tiles * asked / rows * flat,
+        flat=flat_seconds(sample, rows, k, asked=asked, device=device),
     )
 
 
+def enough_for(k: int, device: torch.device) -> int:
+    """How many vectors of a sample tell what a tile will take."""
+    return max(tile_on(device) // 4, k)
+
+
+def flat_seconds(
+    sample: NDArray[np.floating], rows: int, k: int, *, asked: int, device: torch.device
+) -> float:
+    """Seconds of FAISS for `asked` lists of k among `rows`; on a GPU, of products with all rows."""
+    if device.type != "cpu":
+        tile = _seconds_of_product(sample.shape[1], torch.float32, device)
+        return rows / TILE * asked / TILE * tile
+    some = sample[:TILE]
+    return rows / len(some) * asked / len(some) * _seconds_of_faiss(some, k)
+
+
 def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> float:
-    """Of a tile that nobody reads."""
+    """Seconds of a tile that nobody reads."""
     tile = torch.full((TILE, dim), dim**-0.5, dtype=kind, device=device)
 
     def multiply() -> None:
         float((tile @ tile.T)[0, 0])  # waits for the device
 
-    return min(_timed(multiply) for _ in range(4))  # the first one warms up
+    return min(seconds_of(multiply) for _ in range(4))  # the first one warms up
 
 
 def seconds_of_tiles(
-    k: int, dim: int, product: torch.dtype, device: torch.device
+    sample: NDArray[np.floating], k: int, product: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Of a tile that has nothing for any list, and of the first lists of a block."""
-    tile = tile_on(device)
-    vectors = _random_vectors(2 * tile, dim)
+    """Seconds of a tile that has nothing for any list, and of the first lists of a block.
+
+    Args:
+        sample: (m, dim) the vectors of two blocks, m >= k.
+        k: Length of a list.
+        product: Type of the tile.
+        device: Where.
+    """
+    size = -(-len(sample) // (2 * GROUP)) * GROUP
     join = SelfJoin(
-        lambda rows: vectors[rows], 2 * tile, k, device=device, product=product, tile=tile
+        lambda rows: sample[rows], len(sample), k, device=device, product=product, tile=size
     )
-    first_lists = min(_timed(partial(join._diagonal, block)) for block in (0, 1))
+    first_lists = min(seconds_of(partial(join._diagonal, block)) for block in range(join.blocks))
     join.lists.limit[:] = 2.0  # above every cosine
     left = join._unit(0)
     low = left.to(product)
-    return min(_timed(partial(join._pair, 0, 1, left, low)) for _ in range(3)), first_lists
+    last = join.blocks - 1
+    return min(seconds_of(partial(join._pair, 0, last, left, low)) for _ in range(3)), first_lists
 
 
-def _seconds_of_faiss_tile(k: int, dim: int) -> float:
-    vectors = _random_vectors(TILE, dim)
+def _seconds_of_faiss(sample: NDArray[np.floating], k: int) -> float:
+    """Seconds of comparing a sample with itself."""
+    vectors = sample.astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = len(vectors)
     search = FlatSearch(
-        lambda rows: vectors[rows], TILE, min(k, TILE), block_rows=TILE, device=torch.device("cpu")
+        lambda places: vectors[places],
+        rows,
+        min(k, rows),
+        block_rows=rows,
+        device=torch.device("cpu"),
     )
-    search.nearest(np.arange(TILE // 32))  # warms up
-    return _timed(lambda: search.nearest(np.arange(TILE)))
-
-
-def _random_vectors(rows: int, dim: int) -> NDArray[np.float32]:
-    """Among equal ones no list would ever change."""
-    return np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+    search.nearest(np.arange(-(-rows // 32)))  # warms up
+    return seconds_of(lambda: search.nearest(np.arange(rows)))
