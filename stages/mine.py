@@ -325,9 +325,7 @@ class Miner:
         size = self.rows_of(np.zeros(1, np.int64)).dtype.itemsize
         if not may_join(rows, self.k, dim, itemsize=size, memory=self.memory, device=device):
             return self.flat(device)
-        sample = np.random.default_rng(0).choice(
-            rows, min(rows, 2 * tile_on(device)), replace=False
-        )
+        sample = np.random.default_rng(0).choice(rows, min(rows, tile_on(device)), replace=False)
         seconds = estimate(self.rows_of(sample), rows, self.k, asked=asked, device=device)
         # On a GPU the other way would be FAISS on the CPU, if it was not built for GPUs.
         if device.type == "cpu" and seconds.join >= seconds.flat:

@@ -390,9 +390,9 @@ def estimate(
         for kind in (torch.bfloat16, torch.float32)
     }
     product = min(taken, key=lambda kind: taken[kind])
-    size = min(tile_on(device), len(sample) // 2)
-    tile, first_lists = seconds_of_tiles(sample[: 2 * size], k, product, device)
-    blocks = max(1.0, rows / size)
+    some = sample[: tile_on(device)]
+    tile, first_lists = seconds_of_tiles(some, k, product, device)
+    blocks = max(1.0, 2 * rows / len(some))
     return Estimate(
         product,
         join=blocks**2 / 2 * tile + blocks * (1 + math.log(blocks)) * first_lists,
@@ -432,7 +432,7 @@ def seconds_of_tiles(
     """Seconds of a tile that has nothing for any list, and of the first lists of a block.
 
     Args:
-        sample: (m, dim) the vectors of two blocks, m >= k.
+        sample: (m, dim) the vectors of two blocks, m >= k; half as large as those of a join will do.
         k: Length of a list.
         product: Type of the tile.
         device: Where.
