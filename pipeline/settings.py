@@ -29,6 +29,9 @@ MAX_BYTES = 64 << 10
 MAX_VALUES = 20_000
 """In all, each alias counted as often as it is used: a few lines of aliases to aliases are billions."""
 
+MAX_DEPTH = 32
+"""Of brackets within brackets; the shipped settings have two."""
+
 ANCHORS = "x-"
 """How a section begins that is there for YAML's anchors alone."""
 
@@ -179,6 +182,14 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        # PyYAML's time grows with the square of the depth before Python's recursion ends it.
+        if self.flow_level == MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {MAX_DEPTH}", problem_mark=self.get_mark()
+            )
+        super().fetch_flow_collection_start(token)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)

@@ -195,6 +195,7 @@ def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
         ("store: 2001-99-99", "file: no YAML: month must be in 1..12"),
         ("store: &a [*a]", "file: more than 20000 values"),
         ("x" * (65 << 10), "file: larger than 65536 bytes"),
+        ("store:\n  " + "[" * 33 + "]" * 33, "line 2: nested deeper than 32"),
     ],
 )
 def test_what_is_no_settings_file_is_refused(tmp_path, text, said):
