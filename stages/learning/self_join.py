@@ -392,10 +392,11 @@ def estimate(
     product = min(taken, key=lambda kind: taken[kind])
     some = sample[: tile_on(device)]
     tile, first_lists = seconds_of_tiles(some, k, product, device)
-    blocks = max(1.0, 2 * rows / len(some))
+    halves = 2 * rows / len(some)  # the sample is two blocks, half as large as those of a join
+    offered = 1 + math.log(max(1.0, halves / 2))
     return Estimate(
         product,
-        join=blocks**2 / 2 * tile + blocks * (1 + math.log(blocks)) * first_lists,
+        join=halves**2 / 2 * tile + halves * offered * first_lists,
         flat=flat_seconds(sample, rows, k, asked=asked, device=device),
     )
 
