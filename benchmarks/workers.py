@@ -56,7 +56,7 @@ def load(folder):
     from stages.learning.encoder import Encoder, pick_device
 
     encoder = Encoder(folder, device=pick_device("cpu"), max_tokens=MAX_TOKENS)
-    return encoder.encode_counted
+    return encoder.as_teacher()
 
 
 def rate(folder, texts, workers):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.engine import Lost, Word
-from stages.encoding import Encode, Plain, encoded
+from pipeline.engine import Done, Loaded, Lost, Word, introduced
+from stages.encoding import Encode, Task, Teacher
 from storage.errors import TeachonceError
-from storage.probe import PROBE_TEXTS
 
 if TYPE_CHECKING:
     from stages.params import RayParams
@@ -59,7 +59,8 @@ class Actors:
         # A cluster elsewhere may grow when it is asked for more; one of this machine alone cannot.
         room = self._room(params) if workers == "auto" or not params.address else 0
         self.size = room if workers == "auto" else workers
-        self._actor = ray.remote(num_cpus=1, num_gpus=params.num_gpus, max_restarts=0)(_Actor)
+        of_ray = ray.remote(num_cpus=1, num_gpus=params.num_gpus, max_restarts=0)(_Actor)
+        self._actor = of_ray.options(max_concurrency=2)
         self._started = 0
         self._workers: dict[int, Any] = {}
         self._waited_for: dict[Any, int] = {}
@@ -87,9 +88,9 @@ class Actors:
         self._waited_for[self._workers[worker].load.remote()] = worker
         return worker
 
-    def give(self, worker: int, texts: Sequence[str]) -> None:
-        """Send texts."""
-        self._waited_for[self._workers[worker].encode.remote(texts)] = worker
+    def give(self, worker: int, task: Task) -> None:
+        """Send a task."""
+        self._waited_for[self._workers[worker].do.remote(task)] = worker
 
     def next_word(self) -> tuple[int, Word]:
         """Wait for an answer or an end."""
@@ -106,6 +107,7 @@ class Actors:
     def dismiss(self, worker: int) -> None:
         """End an actor."""
         self.ray.kill(self._workers.pop(worker))
+        self._waited_for = {of: who for of, who in self._waited_for.items() if who != worker}
 
     def close(self) -> None:
         """End all actors, and the cluster if it was started here."""
@@ -115,22 +117,25 @@ class Actors:
 
 
 class _Actor:
-    """A worker of `Actors`."""
+    """A worker of `Actors`. Two tasks may be in hand: one is read while the other is encoded."""
 
     def __init__(self, load_teacher: Callable[[], Encode]) -> None:
         self.load_teacher = load_teacher
+        self._encoding = threading.Lock()
 
-    def load(self) -> Plain | TeachonceError:
-        """Load the teacher; what it says of the probe texts."""
+    def load(self) -> Loaded | TeachonceError:
+        """Load the teacher."""
         try:
-            self._encode = self.load_teacher()
+            self._teacher = Teacher(self.load_teacher())
         except TeachonceError as error:
             return error
-        return encoded(self._encode, PROBE_TEXTS)
+        return introduced(self._teacher)
 
-    def encode(self, texts: Sequence[str]) -> Plain | TeachonceError:
-        """Vectors of texts."""
-        return encoded(self._encode, texts)
+    def do(self, task: Task) -> Done:
+        """Encode a task's texts."""
+        finish = self._teacher.begin(task.texts)
+        with self._encoding:
+            return Done(task.shard, finish())
 
 
 def _check_there(address: str) -> None:

@@ -1,21 +1,22 @@
 """Where the teacher runs when one process is not enough: in several here, or on a Ray cluster.
 
-A worker is a process with one loaded teacher. Each gets one shard's texts after the other, as it finishes.
-One that is lost is replaced, and what it had in hand is done again. What a worker does not do stands in
-`stages/encoding.py`.
+A worker is a process with one loaded teacher. Each gets one shard's texts after the other, as it finishes;
+the next one's before that if its teacher can read them meanwhile. One that is lost is replaced, and what it
+had in hand is done again. What a worker does not do stands in `stages/encoding.py`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from stages.encoding import Encode, Encoded, Engine, Results, Task, this_process
+from stages.encoding import Encode, Encoded, Engine, Results, Task, Teacher, encoded, this_process
 from storage.errors import TeachonceError
+from storage.probe import PROBE_TEXTS
 
 if TYPE_CHECKING:
     from stages.params import Params
@@ -52,20 +53,47 @@ class Lost:
     why: str
 
 
-Word = Encoded | TeachonceError | Lost
-"""What comes from a worker: vectors, why there are none, or that it is gone."""
+@dataclass(frozen=True)
+class Loaded:
+    """A worker has a teacher.
+
+    Args:
+        said: Of the probe texts.
+        ahead: How many more tasks it may have in hand than the one that it encodes.
+    """
+
+    said: Encoded
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a shard."""
+
+    shard: int
+    made: Encoded | TeachonceError
+
+
+Word = Loaded | TeachonceError | Done | Lost
+"""What comes from a worker: first that it has a teacher or why it has none, then what it did."""
+
+
+def introduced(teacher: Teacher) -> Loaded | TeachonceError:
+    """A worker's first word."""
+    said = encoded(teacher.encode, PROBE_TEXTS)
+    return said if isinstance(said, TeachonceError) else Loaded(said, teacher.ahead)
 
 
 class Crew(Protocol):
-    """Workers, by number. A worker's first word is what its teacher says of the probe texts."""
+    """Workers, by number."""
 
     size: int
 
     def start(self) -> int:
         """A new worker; it loads the teacher."""
 
-    def give(self, worker: int, texts: Sequence[str]) -> None:
-        """Texts for a worker that has nothing in hand."""
+    def give(self, worker: int, task: Task) -> None:
+        """A task for a worker that has a teacher."""
 
     def next_word(self) -> tuple[int, Word]:
         """Wait for any worker; one that is lost is not heard of again."""
@@ -92,13 +120,17 @@ def _hand_out(
 
 
 class _Foreman:
-    """Who has which task in hand, and which are to be done again."""
+    """Who has which tasks in hand, and which are to be done again."""
 
     def __init__(self, crew: Crew, tasks: Iterator[Task], admit: Callable[[Encoded], None]) -> None:
         self.crew, self.tasks, self.admit = crew, tasks, admit
-        self.in_hand: dict[int, Task] = {}
-        self.loading: set[int] = set()
+        # In the order in which they were given.
+        self.in_hand: dict[int, list[Task]] = {}
+        # Of workers that have a teacher.
+        self.ahead: dict[int, int] = {}
         self.again: deque[Task] = deque()
+        # Shards that were in hand when a worker was lost. They are given singly: one of them did it.
+        self.suspects: set[int] = set()
         self.losses: Counter[int] = Counter()
         self.stillborn = 0
 
@@ -108,50 +140,56 @@ class _Foreman:
             self._start_one()
         while self.in_hand:
             worker, word = self.crew.next_word()
-            task = self.in_hand.pop(worker)
             if isinstance(word, Lost):
-                error = self._lost(worker, task, word.why)
+                failed = self._lost(worker, word.why)
                 # Before anything is published: its teacher is loaded meanwhile.
                 self._start_one()
-                if error is not None:
-                    yield task.shard, error
-            elif worker in self.loading:
-                self._loaded(worker, task, word)
-            else:
+                if failed is not None:
+                    yield failed
+            elif isinstance(word, Done):
+                hand = [task for task in self.in_hand[worker] if task.shard != word.shard]
+                self.in_hand[worker] = hand
                 # So is this: the worker is at the next task while what it made is published.
-                if (following := self._draw()) is None:
-                    self.crew.dismiss(worker)
-                else:
-                    self._give(worker, following)
-                yield task.shard, word
+                self._fill(worker)
+                yield word.shard, word.made
+            elif isinstance(word, Loaded):
+                self.admit(word.said)
+                self.ahead[worker] = word.ahead
+                self.stillborn = 0
+                self.crew.give(worker, self.in_hand[worker][0])
+                self._fill(worker)
+            else:
+                raise word
 
     def _start_one(self) -> None:
         """A worker for the next task; none if there is none."""
         if (task := self._draw()) is not None:
-            worker = self.crew.start()
-            self.loading.add(worker)
-            self.in_hand[worker] = task
+            self.in_hand[self.crew.start()] = [task]
 
     def _draw(self) -> Task | None:
         # Those to be done again come first: a shard that kills its workers is known for it soon.
         return self.again.popleft() if self.again else next(self.tasks, None)
 
-    def _give(self, worker: int, task: Task) -> None:
-        self.in_hand[worker] = task
-        self.crew.give(worker, task.texts)
+    def _fill(self, worker: int) -> None:
+        """Give a worker as many tasks as it may have; dismiss it if there is none."""
+        hand = self.in_hand[worker]
+        while len(hand) <= self.ahead[worker] and not (hand and self._singly(hand[-1])):
+            if (task := self._draw()) is None:
+                break
+            hand.append(task)
+            self.crew.give(worker, task)
+        if not hand:
+            del self.in_hand[worker]
+            self.crew.dismiss(worker)
 
-    def _loaded(self, worker: int, task: Task, word: Encoded | TeachonceError) -> None:
-        if isinstance(word, TeachonceError):
-            raise word
-        self.admit(word)
-        self.loading.remove(worker)
-        self.stillborn = 0
-        self._give(worker, task)
+    def _singly(self, task: Task) -> bool:
+        """Whether none is to be read while this one is encoded: one of the two is a suspect."""
+        return task.shard in self.suspects or bool(self.again)
 
-    def _lost(self, worker: int, task: Task, why: str) -> TeachonceError | None:
-        """Keep account of a lost worker; the error of its task if that is not to be tried again."""
-        if worker in self.loading:
-            self.loading.remove(worker)
+    def _lost(self, worker: int, why: str) -> tuple[int, TeachonceError] | None:
+        """Keep account of a lost worker; a shard, and its error if it is not to be tried again."""
+        tasks = self.in_hand.pop(worker)
+        if worker not in self.ahead:
             self.stillborn += 1
             if self.stillborn == ATTEMPTS:
                 raise TeachonceError(
@@ -160,18 +198,19 @@ class _Foreman:
                     "set `workers` lower, or engine: this_process, which shows more",
                 )
             log.warning("embed: a worker was lost before it had loaded the teacher: %s", why)
-            self.again.append(task)
+            self.again.extend(tasks)
             return None
-        self.losses[task.shard] += 1
-        if self.losses[task.shard] == ATTEMPTS:
-            return TeachonceError(
-                f"shard {task.shard}",
+        self.suspects.update(task.shard for task in tasks)
+        shard = tasks[0].shard
+        self.losses[shard] += 1
+        if self.losses[shard] == ATTEMPTS:
+            self.again.extend(tasks[1:])
+            return shard, TeachonceError(
+                f"shard {shard}",
                 f"{ATTEMPTS} workers were lost at it: {why}",
                 "look at the texts of these shards; if memory ran out, set embed.batch_tokens or "
                 "`workers` lower",
             )
-        log.warning(
-            "embed: a worker was lost at shard %d, which is done again: %s", task.shard, why
-        )
-        self.again.append(task)
+        log.warning("embed: a worker was lost at shard %d, which is done again: %s", shard, why)
+        self.again.extend(tasks)
         return None

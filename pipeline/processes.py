@@ -14,12 +14,12 @@ from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
 from typing import Literal
 
-from pipeline.engine import Lost, Word
-from stages.encoding import Encode, encoded
+from pipeline.engine import Done, Lost, Word, introduced
+from stages.encoding import Encode, Finish, Task, Teacher
 from storage.errors import TeachonceError
-from storage.probe import PROBE_TEXTS
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -67,9 +67,9 @@ class Processes:
         self._send(ours, self.load_teacher)
         return self._started
 
-    def give(self, worker: int, texts: Sequence[str]) -> None:
-        """Send texts."""
-        self._send(self._workers[worker][1], texts)
+    def give(self, worker: int, task: Task) -> None:
+        """Send a task."""
+        self._send(self._workers[worker][1], task)
 
     def next_word(self) -> tuple[int, Word]:
         """Wait for a message or an end."""
@@ -117,7 +117,7 @@ class Processes:
 
 
 def _work(link: Connection, environment: Mapping[str, str]) -> None:
-    """What a worker process does: load the teacher, say what it says of the probe texts, encode."""
+    """What a worker process does: load the teacher, say what it says of the probe texts, do tasks."""
     # Ctrl-C goes to all processes of a terminal; whoever started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -130,16 +130,32 @@ def _work(link: Connection, environment: Mapping[str, str]) -> None:
         else:
             os.environ.setdefault(name, value)
     try:
-        encode = link.recv()()
+        teacher = Teacher(link.recv()())
     except TeachonceError as error:
         link.send(error)
         return
     # Nobody is left to hear of it if the other end of the link is gone.
-    with suppress(EOFError, ConnectionError):
-        link.send(encoded(encode, PROBE_TEXTS))
-        while True:
+    with suppress(ConnectionError):
+        link.send(introduced(teacher))
+        begun: SimpleQueue[tuple[int, Finish] | None] = SimpleQueue()
+        threading.Thread(target=_begin_all, args=(link, teacher, begun), daemon=True).start()
+        for shard, finish in iter(begun.get, None):
             # Any other error ends this process with its traceback: its device may be of no use any more.
-            link.send(encoded(encode, link.recv()))
+            link.send(Done(shard, finish()))
+
+
+def _begin_all(
+    link: Connection, teacher: Teacher, begun: SimpleQueue[tuple[int, Finish] | None]
+) -> None:
+    """Begin each task when it comes, also while another is encoded."""
+    try:
+        while True:
+            task: Task = link.recv()
+            begun.put((task.shard, teacher.begin(task.texts)))
+    except (EOFError, ConnectionError):
+        return
+    finally:
+        begun.put(None)
 
 
 def _end_with_parent() -> None:

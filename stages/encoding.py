@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -111,26 +113,49 @@ def this_process(
     admit: Callable[[Encoded], None],
 ) -> Results:
     """One teacher, here; one task after the other. The next one's texts are read meanwhile, if it can."""
-    encode = load_teacher()
-    admit(encode(PROBE_TEXTS))
-    if not isinstance(encode, ReadsAhead):
+    with closing(Teacher(load_teacher())) as teacher:
+        admit(teacher.encode(PROBE_TEXTS))
+        begun: deque[tuple[int, Finish]] = deque()
         for task in tasks:
-            yield task.shard, encoded(encode, task.texts)
-        return
+            begun.append((task.shard, teacher.begin(task.texts)))
+            if len(begun) > teacher.ahead:
+                shard, finish = begun.popleft()
+                yield shard, finish()
+        for shard, finish in begun:
+            yield shard, finish()
 
-    def second_step(reading: Future[Any]) -> Encoded:
-        return encode.encode_read(reading.result())
 
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
-        ahead: deque[tuple[int, Future[Any]]] = deque()
-        for task in tasks:
-            ahead.append((task.shard, reader.submit(encode.read, task.texts)))
-            if len(ahead) == 1:
-                continue
-            shard, reading = ahead.popleft()
-            yield shard, encoded(second_step, reading)
-        for shard, reading in ahead:
-            yield shard, encoded(second_step, reading)
+Finish = Callable[[], "Plain | TeachonceError"]
+"""Encode texts that were begun."""
+
+
+class Teacher:
+    """A loaded teacher. The next texts can be read while it encodes, if it does that in two steps.
+
+    Args:
+        encode: What was loaded.
+    """
+
+    def __init__(self, encode: Encode) -> None:
+        self.encode = encode
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+
+    @property
+    def ahead(self) -> int:
+        """So many lists of texts may be begun before the one that is encoded is finished."""
+        return int(isinstance(self.encode, ReadsAhead))
+
+    def begin(self, texts: Sequence[str]) -> Finish:
+        """Begin to read texts; what is returned waits until they are read, and encodes them."""
+        if not isinstance(self.encode, ReadsAhead):
+            return partial(encoded, self.encode, texts)
+        reading = self._reader.submit(self.encode.read, texts)
+        encode_read = self.encode.encode_read
+        return partial(encoded, lambda reading: encode_read(reading.result()), reading)
+
+    def close(self) -> None:
+        """Wait until what was begun is read."""
+        self._reader.shutdown()
 
 
 def encoded(encode: Callable[[Given], Encoded], given: Given) -> Plain | TeachonceError:

@@ -323,6 +323,67 @@ def test_workers_share_the_cores(place, seen, monkeypatch):
     assert len(notes(seen, "threads=7")) > before
 
 
+class ReadsAhead(Plainly):
+    """In two steps, with a note of each and of how many were read ahead of the one that is encoded."""
+
+    def __init__(self, folder, shards, patience):
+        super().__init__(folder)
+        self.shards, self.patience, self.encoded = shards, patience, 0
+
+    def read(self, texts):
+        if DEADLY in texts:
+            self.note("died")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.note("read")
+        return texts
+
+    def encode_read(self, texts):
+        self.encoded += 1
+        until = time.monotonic() + self.patience
+        while time.monotonic() < until and len(notes(self.folder, "read")) < self.shards:
+            if self.ahead() > 0:
+                break
+            time.sleep(0.01)
+        self.note(f"ahead={self.ahead()}")
+        return HashTeacher.__call__(self, texts)
+
+    def ahead(self):
+        return notes(self.folder, "read").count(str(os.getpid())) - self.encoded
+
+
+def test_processes_read_the_next_shard_while_they_encode_one(place, whole, seen):
+    texts = [text for text in whole[0] if text != DEADLY]
+    corpus = place.corpus(texts, rows_per_shard=32)
+    shards = len(corpus.objects)
+    place.embed(corpus, Load(ReadsAhead, (seen, shards, 30.0)), engine=local(2))
+    assert len(notes(seen, "read")) == shards > 6
+    # One and no more: what a worker has in hand is lost to one that is faster.
+    assert len(notes(seen, "ahead=0")) + len(notes(seen, "ahead=1")) == shards
+    # Each worker's last.
+    assert 1 <= len(notes(seen, "ahead=0")) <= 2
+    one = type(place)(place.root / "one")
+    one.embed(one.corpus(texts, rows_per_shard=32), HashTeacher())
+    assert results(one) == results(place)
+
+
+def test_a_shard_that_kills_while_it_is_read_is_found_and_the_one_before_it_is_not_blamed(
+    place, whole, seen
+):
+    texts = [text for text in whole[0] if text != DEADLY]
+    # Another one is encoded when it is read.
+    texts = [*texts[:400], DEADLY, *texts[400:]]
+    corpus = place.corpus(texts, rows_per_shard=32)
+    deadly = shard_of(corpus, DEADLY)
+    assert 2 < deadly < len(corpus.objects) - 2
+    with pytest.raises(FailedShardsError) as caught:
+        place.embed(corpus, Load(ReadsAhead, (seen, 99, 0.3)), engine=local(1))
+    assert f"failed at 1 of {len(corpus.objects)} shards" in caught.value.problem
+    assert f"\n  shard {deadly} (" in caught.value.problem
+    assert f"{ATTEMPTS} workers were lost at it: killed by SIGKILL" in caught.value.problem
+    # The first time it could have been either.
+    assert len(notes(seen, "died")) == ATTEMPTS + 1
+
+
 @pytest.mark.parametrize("times", [1, ATTEMPTS - 1])
 def test_a_killed_worker_is_replaced_and_its_shard_done_again(place, seen, times, caplog):
     texts = [*sentences(600), DEADLY]

@@ -13,7 +13,18 @@ from storage.embeddings import Embeddings
 from storage.errors import MissingError, TeachonceError
 from storage.remote import Remote
 from tests.conftest import HashTeacher, sentences
-from tests.test_engine import DEADLY, POISON, Load, Mortal, Plainly, call, not_here, notes, shard_of
+from tests.test_engine import (
+    DEADLY,
+    POISON,
+    Load,
+    Mortal,
+    Plainly,
+    ReadsAhead,
+    call,
+    not_here,
+    notes,
+    shard_of,
+)
 
 ray = pytest.importorskip("ray")
 pytestmark = [
@@ -68,6 +79,18 @@ def test_actors_make_what_one_process_makes(place, tmp_path, seen):
     place.embed(place.corpus(texts, rows_per_shard=32), Load(Plainly, (seen,)), engine=on_ray())
     assert place.embeddings == alone.embeddings
     assert len(set(notes(seen, "asked"))) == 2
+
+
+def test_actors_read_the_next_shard_while_they_encode_one(place, tmp_path, seen):
+    texts = sentences(600)
+    alone = type(place)(tmp_path / "alone")
+    alone.embed(alone.corpus(texts, rows_per_shard=32), HashTeacher())
+    corpus = place.corpus(texts, rows_per_shard=32)
+    shards = len(corpus.objects)
+    place.embed(corpus, Load(ReadsAhead, (seen, shards, 30.0)), engine=on_ray())
+    assert place.embeddings == alone.embeddings
+    assert len(notes(seen, "ahead=0")) + len(notes(seen, "ahead=1")) == shards > 6
+    assert 1 <= len(notes(seen, "ahead=0")) <= 2
 
 
 def test_one_actor_killed_and_one_shard_poisoned_on_a_cluster_that_was_there(place, seen, cluster):
