@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("teachonce")
 
 ATTEMPTS = 3
-"""A shard that was in hand when so many workers were lost has failed; and if so many are lost one after
+"""A shard at which so many workers were lost has failed; and if so many are lost one after
 the other before they have loaded a teacher, none ever will."""
 
 
@@ -183,7 +183,7 @@ class _Foreman:
             self.crew.dismiss(worker)
 
     def _singly(self, task: Task) -> bool:
-        """Whether none is to be read while this one is encoded: one of the two is a suspect."""
+        """Whether it is to be done alone: it, or the one that would follow, may kill its worker."""
         return task.shard in self.suspects or bool(self.again)
 
     def _lost(self, worker: int, why: str) -> tuple[int, TeachonceError] | None:

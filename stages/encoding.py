@@ -125,7 +125,7 @@ def this_process(
             yield shard, finish()
 
 
-Finish = Callable[[], "Plain | TeachonceError"]
+Finish = Callable[[], Plain | TeachonceError]
 """Encode texts that were begun."""
 
 
