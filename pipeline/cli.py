@@ -86,6 +86,7 @@ def check(as_json: Json = False) -> None:
             root=at.root,
             raw=at.raw,
             memory=at.hashes,
+            corpus=at.corpus,
             out=at.sources,
             versions=at.versions,
         ),

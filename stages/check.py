@@ -29,10 +29,12 @@ from stages.params import (
     SettingsError,
     ShardParams,
     StartParams,
+    larger_queues,
 )
 from stages.triplets import triplet_files
 from storage import durable
 from storage.errors import MissingError, TeachonceError, shown
+from storage.manifest import Manifest
 
 VERSIONED = (
     "docs",
@@ -59,6 +61,7 @@ def run(
     root: Path,
     raw: Path,
     memory: Path,
+    corpus: Path,
     out: Path,
     versions: Path,
 ) -> Outcome:
@@ -70,6 +73,7 @@ def run(
         root: The work tree.
         raw: Where `docs` writes; files below it are its outputs, not sources.
         memory: Hashes remembered by path, size and time.
+        corpus: data/corpus.json; it need not be there yet.
         out: data/sources.json.
         versions: data/versions.yaml.
 
@@ -81,6 +85,8 @@ def run(
     problems = [*problems, *survey.problems]
     if problems:
         raise SettingsError("params.yaml", problems)
+    for note in _queue_notes(sections, corpus):
+        log.info("check: %s", note)
     write_json(out, sources)
     lines = [f"{stage}: {version_of(stage)}" for stage in VERSIONED]
     durable.replace(versions, ("\n".join(lines) + "\n").encode())
@@ -316,6 +322,21 @@ class RememberedHashes:
     def save(self) -> None:
         """Write the memory for the next run."""
         write_json(self.memory, self.known)
+
+
+def _queue_notes(sections: Sections, corpus: Path) -> list[str]:
+    """Queues of the recipes in use that are not smaller than the corpus, once that has been cut."""
+    try:
+        manifest = Manifest.load(corpus, "corpus")
+    except TeachonceError:
+        return []
+    rows = round(sum(entry.rows for entry in manifest.objects) * (1 - sections["split"].heldout))
+    names = {student.recipe for student in sections["students"].values()}
+    return [
+        f"recipes.{name}: {note}"
+        for name in sorted(names)
+        for note in larger_queues(sections["recipes"][name], rows)
+    ]
 
 
 def read_sources(path: Path) -> dict[str, Any]:

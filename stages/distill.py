@@ -25,7 +25,7 @@ from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, clock, log, write_csv, write_json
-from stages.params import AmongOthers, DiscoKdObjective, RecipeParams
+from stages.params import AmongOthers, DiscoKdObjective, RecipeParams, larger_queues
 from storage import durable
 from storage.caches import Caches
 from storage.embeddings import Embeddings
@@ -33,7 +33,7 @@ from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.tokens import Tokens
 
-VERSION = 4  # raise it when a code change gives other weights for the same recipe and caches
+VERSION = 5  # raise it when a code change gives other weights for the same recipe and caches
 
 UNIT_TOLERANCE = 0.01
 """Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
@@ -90,6 +90,8 @@ def run(
     checkpoints = Checkpoints(work / run_name)
     lesson = prepare(params, start=start, caches=caches, device=device)
     student = lesson.student
+    for note in larger_queues(params, len(lesson.rows)):
+        log.info("%s: %s", name, note)
     state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints, track=track)
     facts = _facts(state, params, lesson)
     lineage = {

@@ -30,7 +30,11 @@ ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
-Temperature = Annotated[float, Field(gt=0, le=10)]
+# Not below 0.001: the logit of a candidate that is left out is -10,000, far below all others.
+Temperature = Annotated[float, Field(ge=0.001, le=10)]
+
+LEAST_TEMPERATURE = 0.01
+"""A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP."""
 
 TEACHER = "teacher"
 IMPORTED = "imported:"
@@ -177,6 +181,19 @@ class CkdObjective(AmongOthers):
     temperature: Temperature
     learnable_temperature: bool
 
+    @model_validator(mode="after")
+    def _begins_in_bounds(self) -> Self:
+        _check_start(self.temperature, learnable=self.learnable_temperature)
+        return self
+
+
+def _check_start(temperature: float, *, learnable: bool) -> None:
+    if learnable and temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature {temperature:g}, but a learned one stays at {LEAST_TEMPERATURE} or above: "
+            "raise it, or set learnable_temperature: false"
+        )
+
 
 class DiscoCkdObjective(BaseObjective):
     """The same to the letter of the official code: 1 / temperature learned from e, rows of past steps."""
@@ -285,6 +302,11 @@ class FinetuneParams(TrainingParams):
     distill_weight: Annotated[float, Field(ge=0)]  # of a kd term on cached rows; 0: none
     distill_rows: PositiveInt  # cached rows a step
 
+    @model_validator(mode="after")
+    def _begins_in_bounds(self) -> Self:
+        _check_start(self.temperature, learnable=self.learnable_temperature)
+        return self
+
 
 class EvaluateParams(Section):
     """Model -> metrics."""
@@ -369,6 +391,26 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
         *_cut_imports(sections.get("embed")),
     ]
+
+
+def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
+    """What it means that queues of a recipe are not smaller than the number of rows to train on.
+
+    Args:
+        recipe: Its objectives may have queues.
+        rows: To train on.
+    """
+    notes = []
+    for objective in recipe.objectives:
+        queue = getattr(objective, "queue", 0)
+        if queue < rows:
+            continue
+        said = f"{objective.name}: a queue of {queue:,}, and {rows:,} rows to train on"
+        if isinstance(objective, DiscoCkdObjective):
+            notes.append(f"{said}: it holds a row once for each epoch that it reaches back to")
+        else:
+            notes.append(f"{said}: each step is compared with all of them, each once")
+    return list(dict.fromkeys(notes))
 
 
 def _unknown_names(

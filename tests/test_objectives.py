@@ -8,18 +8,19 @@ import torch
 
 from stages.learning import objectives
 from stages.learning.agreement import rank_agreement, top_overlap
-from stages.learning.batches import epoch_batches
+from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.candidates import CandidateSource
-from stages.learning.loop import learning_rate
+from stages.learning.loop import Work, learning_rate, make_optimizer, take_step
 from stages.learning.objectives import (
-    LEAST_TEMPERATURE,
     Candidates,
     Objectives,
+    Temperature,
     ckd,
     info_nce,
     kd,
 )
 from stages.params import (
+    LEAST_TEMPERATURE,
     CkdObjective,
     DiscoCkdObjective,
     GramObjective,
@@ -219,7 +220,57 @@ def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
         assert objectives.temperatures() == {"ckd": pytest.approx(0.1)}
         with torch.no_grad():
             scale.fill_(50.0)
-        assert objectives.temperatures()["ckd"] == pytest.approx(LEAST_TEMPERATURE)
+        objectives.learned["0"].keep_in_bounds()
+        assert (objectives.temperatures()["ckd"] == pytest.approx(LEAST_TEMPERATURE)) == learnable
+
+
+@pytest.mark.parametrize("kind", ["ckd", "disco_ckd", "info_nce"])
+def test_a_learned_temperature_that_reached_its_bound_comes_back(kind):
+    """Colder is better while the own key is the nearest, and warmer as soon as it is not."""
+    same = torch.zeros(2, 4, dtype=torch.bool)
+    right = Candidates(torch.eye(4), own=torch.tensor([0, 1]), same_text=same)
+    wrong = Candidates(torch.eye(4), own=torch.tensor([2, 3]), same_text=same)
+    anchors = torch.eye(4)[:2] + 0.5
+    if kind == "info_nce":
+        model = Temperature(0.0101, learnable=True)
+        learned = model
+    else:
+        params = ckd_objective(temperature=0.0101)
+        if kind == "disco_ckd":
+            params = DiscoCkdObjective(name="disco_ckd", weight=1.0, queue=0)
+        model = Objectives([params])
+        (learned,) = model.learned.values()
+        with torch.no_grad():
+            learned.log_scale.fill_(math.log(99))
+
+    def loss(rows, step):
+        among = right if step < 100 else wrong
+        if kind == "info_nce":
+            total = info_nce(anchors, among, learned.scale())
+        else:
+            total, _ = model({0.0: anchors}, torch.eye(4), [among])
+        # At 100 x cosine the right key has all of the share: nothing but this pushes beyond the bound.
+        return (total - (learned.log_scale if step < 100 else 0)), [0.0]
+
+    params = RecipeParams.model_construct(
+        learning_rate=0.02, warmup=0.0, weight_decay=0.0, clip=None, seed=0
+    )
+    optimizer = make_optimizer(model, params)
+    work = Work(
+        batches=lambda epoch: [],
+        loss=loss,
+        score=float,
+        score_name="",
+        start_counts=False,
+        parts=[],
+        notes=dict,
+    )
+    values = []
+    for step in range(150):
+        take_step(model, optimizer, work, np.arange(2), step, 10_000, params)
+        values.append(learned.value())
+    assert min(values) == values[99] == pytest.approx(LEAST_TEMPERATURE)
+    assert values[149] > 1.2 * LEAST_TEMPERATURE
 
 
 def test_two_of_a_kind_have_two_names():
@@ -278,7 +329,7 @@ def test_candidates_are_the_batch_its_neighbours_and_a_queue_of_training_rows(so
     objective = ckd_objective(queue=50, neighbours=2)
     assert source.rows(objective, ids, step=0).tolist() == [11, 3, 12, 4, 5, 13, 14]
     queue = source.queue(objective, step=0).rows.tolist()
-    assert len(queue) > 25
+    assert len(queue) == 50
     assert sorted(set(queue)) == queue
     assert not any(row % 5 == 0 for row in queue)
     alone = ckd_objective(queue=0, neighbours=0)
@@ -298,6 +349,35 @@ def test_the_queue_is_drawn_by_seed_and_step_alone_and_anew_after_some_steps(sou
     assert source.queue(objective, step=31).rows.tolist() == found[3]
     source.seed = 8
     assert source.queue(objective, step=32).rows.tolist() != found[4]
+
+
+@pytest.mark.parametrize("size", [159, 160, 161, 16384])
+def test_a_queue_has_as_many_distinct_rows_as_it_says_and_all_of_them_if_it_is_larger(source, size):
+    queues = [source.queue(ckd_objective(queue=size), step=step) for step in (0, 16, 32)]
+    for queue in queues:
+        assert len(set(queue.rows.tolist())) == len(queue.keys) == min(size, 160)
+        assert set(queue.rows.tolist()) <= set(source.train.tolist())
+    if size >= 160:
+        assert queues[0].rows.tolist() == source.train.tolist()
+        assert queues[0] is queues[1] is queues[2]  # fetched once
+    else:
+        assert queues[0].rows.tolist() != queues[1].rows.tolist()
+
+
+def test_a_few_of_many_rows_are_drawn_evenly_and_by_seed_and_number_alone():
+    rows = 3 * np.arange(1_000_000)
+    drawn = np.stack([some_rows(rows, 2000, seed=5, number=number) for number in range(40)])
+    for one in drawn:
+        assert len(set(one.tolist())) == 2000
+        assert (np.diff(one) > 0).all()
+        assert not (one % 3).any()
+    # Thirds of the corpus have thirds of the queue: 80,000 draws, a deviation of 0.0017.
+    assert np.histogram(drawn, bins=3, range=(0, 3_000_000))[0] / 80_000 == pytest.approx(
+        [1 / 3] * 3, abs=0.01
+    )
+    assert some_rows(rows, 2000, seed=5, number=3).tolist() == drawn[3].tolist()
+    assert some_rows(rows, 2000, seed=6, number=3).tolist() != drawn[3].tolist()
+    assert some_rows(rows[:9], 10, seed=0, number=0).tolist() == rows[:9].tolist()
 
 
 def test_candidate_vectors_are_the_teachers_and_know_their_own_text(source):

@@ -15,6 +15,7 @@ from stages import check
 from stages.models import file_hashes, find_model, model_files, sha256_of
 from stages.params import SettingsError
 from storage.errors import MissingError, StorageError, TeachonceError
+from tests.conftest import Place, sentences
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "params.yaml"
@@ -50,6 +51,7 @@ def run_check(folder):
         root=at.root,
         raw=at.raw,
         memory=at.hashes,
+        corpus=at.corpus,
         out=at.sources,
         versions=at.versions,
     )
@@ -86,6 +88,39 @@ def test_the_shipped_recipes_differ_in_their_objectives_only():
         projection = "always" if name.startswith("disco_") else "auto"
         expected = common | {"projection": projection, "dropout": name == "kd_ckd"}
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
+
+
+@pytest.mark.parametrize("section", ["recipes.ckd.objectives.0", "finetune"])
+def test_a_temperature_is_learned_from_its_bound_on(tmp_path, section):
+    def problems(temperature, learnable):
+        def change(content):
+            at = content["finetune"]
+            if section != "finetune":
+                at = content["recipes"]["ckd"]["objectives"][0]
+            at |= {"temperature": temperature, "learnable_temperature": learnable}
+
+        return examine(write(tmp_path, change))[1]
+
+    assert problems(0.01, True) == problems(0.005, False) == []
+    ((address, said),) = problems(0.005, True)
+    assert address.startswith(section)
+    assert "temperature 0.005, but a learned one stays at 0.01 or above: raise it, or set" in said
+    assert "greater than or equal to 0.001, got 0.0005" in problems(0.0005, False)[0][1]
+
+
+def test_check_says_that_a_queue_is_larger_than_the_corpus(project, caplog):
+    """Once the corpus is cut, of recipes that a student has."""
+    caplog.set_level("INFO", "teachonce")
+    run_check(project)
+    assert "queue" not in caplog.text
+    Place(project).corpus(sentences(100)).manifest.save(
+        Layout(project).corpus, Place(project).store
+    )
+    run_check(project)
+    assert [line for line in caplog.messages if "queue" in line] == [
+        "check: recipes.ckd: ckd: a queue of 16,384, and 97 rows to train on: each step is compared with "
+        "all of them, each once"
+    ]
 
 
 def test_sections_for_anchors_are_left_out_and_what_they_bring_is_checked(tmp_path):
@@ -128,7 +163,7 @@ def test_every_mistake_is_listed_with_its_address(tmp_path):
         "embed.max_token": "no such setting; did you mean max_tokens?",
         "embed.max_tokens": "is missing",
         "mine.neighbours": "Input should be greater than 0, got 0",
-        "recipes.ckd.objectives.0.temperature": "Input should be greater than 0, got -1",
+        "recipes.ckd.objectives.0.temperature": "Input should be greater than or equal to 0.001, got -1",
         "recipes.ckd.objectives.1": found["recipes.ckd.objectives.1"],
         "starts.kd": "layers [1, 1] names a layer twice",
         "students.kd.recipe": f"no recipe named kdd; there are {sorted(load_params(SHIPPED).recipes)}",

@@ -340,6 +340,19 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(world)
     assert world.weights("a") == world.weights("b") != world.weights("c")
 
 
+def test_a_queue_that_is_larger_than_the_corpus_is_said(world, caplog):
+    caplog.set_level("INFO", "teachonce")
+    rows = len(world.split.train_rows(world.corpus))
+    disco = {"name": "disco_ckd", "weight": 1.0, "queue": 65536}
+    world.train(recipe(objectives=[{**CKD[0], "queue": rows}, {**CKD[0], "queue": 300}, disco]))
+    assert [line for line in caplog.messages if "queue" in line] == [
+        f"student: ckd: a queue of {rows}, and {rows} rows to train on: each step is compared with all "
+        "of them, each once",
+        f"student: disco_ckd: a queue of 65,536, and {rows} rows to train on: it holds a row once for "
+        "each epoch that it reaches back to",
+    ]
+
+
 def test_a_run_without_progress_stops_early_and_keeps_its_best(world):
     outcome = world.train(recipe(learning_rate=1e-12, patience=2, epochs=40))
     assert outcome.facts["steps"] == 30

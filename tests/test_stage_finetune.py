@@ -17,6 +17,7 @@ from stages.benchmarks import StsSet
 from stages.finetune import Lesson, Memory, same_text
 from stages.labels import StsJudge, TripletJudge
 from stages.learning import loop
+from stages.learning.batches import some_rows
 from stages.learning.encoder import Encoder, load_model
 from stages.learning.student import PIECE_TOKENS, Student, encode_ids
 from stages.params import FinetuneParams
@@ -372,8 +373,8 @@ def test_the_kd_term_is_the_mean_squared_error_of_the_rows_of_the_step(world):
     with torch.no_grad():
         lesson.student.body[0].auto_model.embeddings.word_embeddings.weight.mul_(0.5)
         total, (info_nce, kd) = lesson.work().loss(np.arange(16), 7)
-        drawn = np.random.default_rng([0, 7]).integers(len(memory.train), size=8)
-        rows = memory.train[drawn]
+        rows = some_rows(memory.train, 8, seed=0, number=7)
+        assert len(set(rows.tolist())) == 8
         vectors = encode_ids(
             lesson.student, memory.tokens.rows_of(rows), **PLAIN, device=CPU
         ).numpy()

@@ -32,6 +32,23 @@ def epoch_batches(
     return [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
 
 
+def some_rows(rows: NDArray[np.int64], count: int, *, seed: int, number: int) -> NDArray[np.int64]:
+    """(min(count, n),) distinct rows, in the order in which they stand in `rows`.
+
+    Depends on its arguments only. Of many rows a few are drawn without touching the others.
+
+    Args:
+        rows: (n,) distinct ids.
+        count: How many; all of them if there are fewer.
+        seed: Of the recipe.
+        number: Of the draw.
+    """
+    if count >= len(rows):
+        return rows
+    draw = np.random.default_rng([seed, number])
+    return rows[np.sort(draw.choice(len(rows), size=count, replace=False, shuffle=False))]
+
+
 def without_some(
     tokens: NDArray[np.int32], share: float, draw: np.random.Generator
 ) -> NDArray[np.int32]:

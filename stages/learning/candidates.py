@@ -1,9 +1,10 @@
 """Who stands in the denominator: the batch, its mined neighbours, and a queue drawn from the cache.
 
 MoCo's and DisCo's queue holds what past batches left behind. The teacher here is frozen and all its
-vectors are on disk, so the queue is drawn from the whole cache by (seed, step): full from the first step,
-never stale, and the same for a resumed run. A few steps share one: that costs nothing in quality (theirs
-hardly differ from one step to the next), and what a large queue takes is to fetch and normalise it.
+vectors are on disk, so the queue is drawn from the whole cache by (seed, step), without replacement: full
+from the first step, never stale, and the same for a resumed run. A few steps share one: that costs nothing
+in quality (theirs hardly differ from one step to the next), and what a large queue takes is to fetch and
+normalise it.
 DisCo's own queue is there for `disco_ckd`: which rows past steps had is a function of the step, too, so
 there is nothing to keep.
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stages.learning.batches import some_rows
 from stages.learning.objectives import CHUNK, Candidates, type_of_products
 from stages.params import (
     AmongOthers,
@@ -55,7 +57,7 @@ class CandidateSource:
     Args:
         embeddings: The teacher's vectors.
         negatives: Mined neighbours; None if no objective asks for them.
-        train: (n,) ids of the rows that may stand in a queue.
+        train: (n,) ids of the rows that may stand in a queue, ascending.
         rows_of_step: Step -> the rows of its batch.
         text_keys: (rows of the corpus,) V16.
         seed: Of the recipe.
@@ -126,11 +128,12 @@ class CandidateSource:
         if not (isinstance(objective, AmongOthers) and objective.queue):
             return None
         precision = self.precision if isinstance(objective, CkdObjective) else "fp32"
-        return self._queue(objective.queue, step // STEPS_OF_A_QUEUE, type_of_products(precision))
+        # All rows are the same queue at every step: it is fetched and normalised once.
+        number = step // STEPS_OF_A_QUEUE if objective.queue < len(self.train) else 0
+        return self._queue(objective.queue, number, type_of_products(precision))
 
     def _drawn(self, size: int, number: int, kind: torch.dtype) -> Queue:
-        draw = np.random.default_rng([self.seed, number])
-        rows = np.unique(self.train[draw.integers(len(self.train), size=size)])
+        rows = some_rows(self.train, size, seed=self.seed, number=number)
         stored = torch.from_numpy(self.embeddings.rows_of(rows))
         keys = torch.empty(stored.shape, dtype=kind, device=self.device)
         for some, here in zip(torch.split(stored, CHUNK), torch.split(keys, CHUNK), strict=True):

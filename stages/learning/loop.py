@@ -24,6 +24,7 @@ from stages.learning.checkpoints import (
     optimizer_tensors,
     restore_optimizer,
 )
+from stages.learning.objectives import Temperature
 from stages.learning.trackers import Track
 from stages.outcome import Progress, log
 from stages.params import TrainingParams
@@ -168,6 +169,9 @@ def take_step(
     if params.clip is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip)
     optimizer.step()
+    for part in model.modules():
+        if isinstance(part, Temperature):
+            part.keep_in_bounds()
     return parts
 
 

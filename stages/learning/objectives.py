@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stages.learning.frozen_keys import FrozenInfoNce
 from stages.params import (
+    LEAST_TEMPERATURE,
     CkdObjective,
     ComparativeObjective,
     DecoupledObjective,
@@ -37,9 +38,6 @@ from stages.params import (
     RelationalObjective,
     SkewObjective,
 )
-
-# A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP.
-LEAST_TEMPERATURE = 0.01
 
 DISCO_TEMPERATURE = math.exp(-1)
 """Where the official code's learned temperature begins: its scale is exp(1)."""
@@ -359,10 +357,10 @@ def _squared_distances(vectors: Tensor) -> Tensor:
 
 
 class Temperature(nn.Module):
-    """A temperature that may be learned, as the logarithm of its inverse; never below 0.01.
+    """A temperature that may be learned, as the logarithm of its inverse; then never below 0.01.
 
     Args:
-        start: Where it begins, > 0.
+        start: Where it begins, > 0; at least 0.01 if it is learned.
         learnable: Whether training moves it.
     """
 
@@ -372,7 +370,17 @@ class Temperature(nn.Module):
 
     def scale(self) -> Tensor:
         """1 / temperature, a scalar."""
-        return self.log_scale.exp().clamp(max=1 / LEAST_TEMPERATURE)
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def keep_in_bounds(self) -> None:
+        """Called after each step of the optimizer, as in CLIP.
+
+        A bound in `scale` instead would have no gradient beyond it: a temperature that fell below it
+        would never come back.
+        """
+        if self.log_scale.requires_grad:
+            self.log_scale.clamp_(max=math.log(1 / LEAST_TEMPERATURE))
 
     def value(self) -> float:
         """The temperature itself, for a curve."""
