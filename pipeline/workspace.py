@@ -139,7 +139,7 @@ class Workspace:
             for name, pattern in params.sts.items()
         ]
         retrieval = [
-            benchmarks.read_beir(benchmarks.beir_folder(setting, root), name)
+            benchmarks.read_beir(benchmarks.beir_folder(setting, root, name), name)
             for name, setting in params.retrieval.items()
         ]
         return benchmarks.evaluation_texts(sts, retrieval)

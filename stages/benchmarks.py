@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.files import ANY_ENDING, is_regular, located, matching
 from storage.corpus import text_key
 from storage.errors import MissingError, TeachonceError, shown
 
@@ -75,22 +76,9 @@ def sts_files(pattern: str, root: Path, address: str) -> list[Path]:
         address: The setting to name in an error, such as `evaluate.sts.STSB`.
 
     Raises:
-        TeachonceError: no file matches.
+        TeachonceError: no file matches, or something that is no file does.
     """
-    chosen = Path(pattern).expanduser()
-    base = Path(chosen.anchor) if chosen.is_absolute() else root
-    try:
-        found = sorted(base.glob(str(chosen.relative_to(chosen.anchor))))
-    except (ValueError, IndexError):  # "**x", and "." in Python 3.11
-        found = []
-    files = [path for path in found if path.is_file()]
-    if not files:
-        raise MissingError(
-            address,
-            f"no file matches {shown(repr(pattern))}",
-            "correct the glob in params.yaml, or remove the entry",
-        )
-    return files
+    return matching(pattern, root, address=address, endings=ANY_ENDING)
 
 
 def read_sts(files: Sequence[Path]) -> StsSet:
@@ -120,9 +108,9 @@ def read_sts(files: Sequence[Path]) -> StsSet:
     return StsSet(np.array(scores), first, second)
 
 
-def beir_folder(setting: str, root: Path) -> Path:
+def beir_folder(setting: str, root: Path, name: str) -> Path:
     """The folder that `setting` names: relative to `root`, absolute, or beginning with `~`."""
-    return root / Path(setting).expanduser()
+    return located(setting, root, f"evaluate.retrieval.{name}")
 
 
 def beir_files(folder: Path, name: str) -> list[Path]:
@@ -132,14 +120,17 @@ def beir_files(folder: Path, name: str) -> list[Path]:
 
     Raises:
         MissingError: one of them is not there.
+        TeachonceError: something that is no file has its name.
     """
+    address = f"evaluate.retrieval.{name}"
     wanted = (("corpus.jsonl",), ("queries.jsonl",), ("qrels/test.tsv", "qrels.tsv"))
     files = []
     for choices in wanted:
-        found = next((folder / file for file in choices if (folder / file).is_file()), None)
+        paths = (folder / file for file in choices)
+        found = next((path for path in paths if is_regular(path, address)), None)
         if found is None:
             raise MissingError(
-                f"evaluate.retrieval.{name}",
+                address,
                 f"no {' or '.join(choices)} in {shown(folder)}",
                 "correct the folder in params.yaml, or remove the entry",
             )

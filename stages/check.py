@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import benchmarks, readers
+from stages.files import located
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
@@ -215,8 +216,7 @@ class Survey:
                 partial(benchmarks.sts_files, pattern, self.root, f"evaluate.sts.{name}"),
             )
         for name, setting in params.retrieval.items():
-            folder = benchmarks.beir_folder(setting, self.root)
-            looks[f"retrieval.{name}"] = setting, partial(benchmarks.beir_files, folder, name)
+            looks[f"retrieval.{name}"] = setting, partial(self._beir_files, setting, name)
         committed = self.committed.get("evaluation", {})
         return {
             key: self._entry(
@@ -225,6 +225,9 @@ class Survey:
             for key, (setting, look) in looks.items()
             if not self._is_made_here(setting, f"evaluate.{key}")
         }
+
+    def _beir_files(self, setting: str, name: str) -> list[Path]:
+        return benchmarks.beir_files(benchmarks.beir_folder(setting, self.root, name), name)
 
     def _finetune(self, params: FinetuneParams) -> Entry:
         # Where nobody is finetuned, nothing is read, so nothing need be there.
@@ -248,7 +251,10 @@ class Survey:
 
     def _is_made_here(self, pattern: str, address: str) -> bool:
         """Whether a pattern names outputs of `docs`, which DVC itself follows."""
-        if not (self.root / Path(pattern).expanduser()).is_relative_to(self.raw):
+        try:
+            if not located(pattern, self.root, address).is_relative_to(self.raw):
+                return False
+        except MissingError:  # whoever looks for the files says so
             return False
         if self._can_read("docs", "packages") and not self.sections["docs"].packages:
             self.problems.append(

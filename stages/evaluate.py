@@ -112,7 +112,8 @@ def run(
         for key, glob in params.sts.items()
     }
     retrieval = {
-        key: read_beir(beir_folder(folder, root), key) for key, folder in params.retrieval.items()
+        key: read_beir(beir_folder(folder, root, key), key)
+        for key, folder in params.retrieval.items()
     }
     heldout = split.heldout_rows(corpus)
     teacher = fingerprint(embeddings.manifest.recipe)

@@ -1,7 +1,9 @@
-"""Files that settings name by globs, and errors that say which of them is damaged."""
+"""Files that settings name, by globs or by path, and errors that say which of them is wrong or damaged."""
 
 from __future__ import annotations
 
+import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,17 @@ from storage.errors import MissingError, TeachonceError, shown
 
 COMPRESSED_ENDINGS = (".gz", ".zst")
 
+ANY_ENDING = ("",)
+
+IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What may stand where a file is wanted. None of these is ever opened: a pipe without a writer hangs."""
+
 
 def with_compressed(*endings: str) -> tuple[str, ...]:
     """Each ending of a file of lines, plain and compressed: `.txt`, `.txt.gz`, `.txt.zst`."""
@@ -27,8 +40,33 @@ def unpacked_name(path: Path) -> str:
     return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
+def located(setting: str, root: Path, address: str) -> Path:
+    """The path that a setting means: relative to `root`, absolute, or beginning with `~`.
+
+    Args:
+        setting: A path or a glob.
+        root: The work tree.
+        address: The setting to name in an error.
+
+    Raises:
+        MissingError: `~` stands for no folder on this machine.
+    """
+    try:
+        return root / Path(setting).expanduser()
+    except RuntimeError:
+        who = setting.split("/", 1)[0]
+        raise MissingError(
+            address,
+            f"{shown(repr(setting))}: this machine knows no home folder {shown(who)}",
+            "write the whole path, beginning with /" + (", or set $HOME" if who == "~" else ""),
+        ) from None
+
+
 def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) -> list[Path]:
     """Files that one glob names, sorted; a file of exactly that name wins over what a glob would mean.
+
+    Nothing that matches is left out in silence. A folder is passed over only where the pattern reads
+    files in it too (as `**` does), or there is none in it to read.
 
     Args:
         pattern: A glob (`**` too), relative to `root` or absolute or with `~`.
@@ -38,17 +76,19 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
 
     Raises:
         MissingError: it matches no file.
-        TeachonceError: it matches one with another ending.
+        TeachonceError: it matches one with another ending, a folder whose files it does not reach, a link
+            to nothing, a pipe, a socket or a device.
         StorageError: the operating system refused to look.
     """
-    wanted = root / Path(pattern).expanduser()
+    wanted = located(pattern, root, address)
     with durable.named(wanted, "looking for the file"):
         if wanted.is_file():
-            files = [wanted]
+            matches = [wanted]
         else:
             # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
-            matches = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
-            files = [root / match for match in sorted(matches) if (root / match).is_file()]
+            found = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
+            matches = [root / match for match in sorted(found)]
+        files = _only_files(matches, pattern, address=address, endings=endings)
     if not files:
         raise MissingError(
             address,
@@ -63,6 +103,83 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
                 f"narrow the pattern to files that end in one of {' '.join(endings)}",
             )
     return files
+
+
+def _only_files(
+    matches: Sequence[Path], pattern: str, *, address: str, endings: Sequence[str]
+) -> list[Path]:
+    """The files among the matches. Raises for the first match that would otherwise be lost."""
+    files = [path for path in matches if path.is_file()]
+    reached = {folder for file in files for folder in file.parents}
+    for path in matches:
+        if path in reached or path.is_file():
+            continue
+        if path.is_dir() and _may_be_passed_over(path, pattern, endings):
+            continue
+        # Where nothing else is there, the files may be on another machine, as `check` allows.
+        kind = MissingError if path.is_symlink() and not files else TeachonceError
+        raise kind(
+            address,
+            f"{shown(repr(pattern))} matches {shown(path)}, which is {irregular(path)}",
+            _regular_again(path),
+        )
+    return files
+
+
+def _may_be_passed_over(folder: Path, pattern: str, endings: Sequence[str]) -> bool:
+    """Whether a folder of which the pattern reads no file was not meant, and has none to read."""
+    name = folder.name.lower()
+    if Path(pattern).name not in {"*", "**"} or any(name.endswith(e) for e in endings if e):
+        return False
+    return not any(
+        file.lower().endswith(tuple(endings)) and not file.startswith(".")
+        for _, _, files in os.walk(folder)
+        for file in files
+    )
+
+
+def is_regular(path: Path, address: str) -> bool:
+    """Whether a file is there, False if nothing is.
+
+    Raises:
+        TeachonceError: something else is: a folder, a link to nothing, a pipe, a socket or a device.
+    """
+    with durable.named(path, "looking for the file"):
+        if path.is_file():
+            return True
+        if not path.exists() and not path.is_symlink():
+            return False
+        raise TeachonceError(address, f"{shown(path)} is {irregular(path)}", _regular_again(path))
+
+
+def files_below(folder: Path, address: str) -> list[Path]:
+    """All files in a folder and the folders in it, sorted by path; links to folders are followed.
+
+    Raises:
+        TeachonceError: something in it is neither a file nor a folder.
+    """
+    with durable.named(folder, "listing"):
+        found = glob("**", root_dir=folder, recursive=True, include_hidden=True)  # noqa: PTH207
+        paths = sorted(folder / name for name in found)
+        return [path for path in paths if not path.is_dir() and is_regular(path, address)]
+
+
+def irregular(path: Path) -> str:
+    """What a path that is no file is, in words."""
+    try:
+        return IRREGULAR.get(stat.S_IFMT(path.stat().st_mode), "no regular file")
+    except OSError:
+        if not path.is_symlink():
+            raise
+        return f"a link to nothing ({shown(path.readlink())})"
+
+
+def _regular_again(path: Path) -> str:
+    if path.is_dir():
+        return f"name the files in it, such as {shown(repr(f'{path}/*'))}, or move the folder away"
+    if path.is_symlink() and not path.exists():
+        return "bring back what the link points to, or remove the link"
+    return "put a file in its place, or remove it"
 
 
 @contextmanager

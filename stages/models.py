@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+from stages.files import located
 from stages.params import IMPORTED
 from storage.errors import MissingError, TeachonceError, shown
 
@@ -54,7 +55,7 @@ def find_model(name: str, *, revision: str | None, root: Path, address: str) -> 
         )
     if name.startswith(PACKAGE):
         return _package_folder(name.removeprefix(PACKAGE), address)
-    folder = root / Path(name).expanduser()
+    folder = located(name, root, address)
     if folder.is_dir():
         return folder.resolve()
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from stages.files import matching, reading, unpacked_name, with_compressed
+from stages.files import files_below, located, matching, reading, unpacked_name, with_compressed
 from stages.lines import lines
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
@@ -111,7 +111,7 @@ def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
         if isinstance(source, Path):
             files.append(source)
         elif source.folder is not None:
-            files += sorted(path for path in source.folder.rglob("*") if path.is_file())
+            files += files_below(source.folder, "shard.sources")
     return files
 
 
@@ -160,13 +160,13 @@ def _some_with_field(
 
 def _dataset_name(name: str, root: Path) -> DatasetName:
     """A folder may have a colon in its name, so a folder of the whole name goes first."""
-    folder = root / Path(name).expanduser()
+    folder = located(name, root, "shard.sources")
     if folder.is_dir():
         return DatasetName(name, folder, None)
     before, colon, after = name.rpartition(":")
     if not colon:
         return DatasetName(name, None, None)
-    folder = root / Path(before).expanduser()
+    folder = located(before, root, "shard.sources")
     return DatasetName(before, folder if folder.is_dir() else None, after or None)
 
 

@@ -435,7 +435,6 @@ def test_home_and_brackets_in_names(tmp_path, monkeypatch):
 
 
 def test_a_pattern_without_files_or_with_foreign_ones_is_named(tmp_path):
-    (tmp_path / "folder.txt").mkdir()
     assert refusal(source_files, ["*.txt"], tmp_path) == (
         f"shard.sources: '*.txt' matches no file below {tmp_path}\n"
         "  cure: mend the pattern in params.yaml, or put the files there"

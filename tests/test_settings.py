@@ -376,6 +376,17 @@ def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project)
     assert not (project / "data/sources.json").exists()
 
 
+def test_all_that_matches_and_is_no_file_is_listed_at_once(project):
+    (project / "texts/b.txt").symlink_to("/mnt/gone/b.txt")
+    (project / "dev.tsv").mkdir()
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    assert [problem.split("\n")[0] for _, problem in caught.value.problems] == [
+        f"'texts/*.txt' matches {project}/texts/b.txt, which is a link to nothing (/mnt/gone/b.txt)",
+        f"'*.tsv' matches {project}/dev.tsv, which is a folder",
+    ]
+
+
 def test_sources_that_nothing_makes_are_named(project):
     def change(content):
         content["embed"]["teacher"] = "teacher"
