@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from stages.files import kind_of, located
 from stages.params import (
+    NO_STORE_URL,
     Params,
     Problem,
     RecipeParams,
@@ -20,6 +23,7 @@ from stages.params import (
     StartParams,
     StudentParams,
     contradictions,
+    path_problem,
 )
 from storage import durable
 from storage.errors import TeachonceError, shown
@@ -85,7 +89,32 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         for section in NAMED
         if isinstance(raw.get(section), dict)
     }
-    return content, [*problems, *contradictions(sections, names)], sections
+    problems += contradictions(sections, names)
+    store = raw.get("store")
+    if isinstance(store, str) and store and not any(address == "store" for address, _ in problems):
+        try:
+            store_folder(store, path.parent)
+        except TeachonceError as error:
+            problems.append((error.where, f"{error.problem}\n    cure: {error.cure}"))
+    return content, problems, sections
+
+
+def store_folder(setting: str, root: Path) -> Path:
+    """The store: $TEACHONCE_STORE, or the setting, relative to the work tree.
+
+    Raises:
+        TeachonceError: neither can be meant as a folder, or something else is there.
+    """
+    address, value = "$TEACHONCE_STORE", os.environ.get("TEACHONCE_STORE")
+    if not value:
+        address, value = "store", setting
+    cure = "name a folder in `store`, or in $TEACHONCE_STORE, which wins"
+    if problem := path_problem(value, NO_STORE_URL):
+        raise TeachonceError(address, f"{problem}, got {shown(repr(value))}", cure)
+    folder = located(value, root, address).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise TeachonceError(address, f"{shown(folder)} is {kind_of(folder)}", cure)
+    return folder
 
 
 def _has_wrong_entries(location: tuple[int | str, ...], found: Sequence[Any]) -> bool:

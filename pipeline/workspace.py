@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.layout import Layout
-from pipeline.settings import load_params
+from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources
+from stages.files import located
 from stages.lineage import left_the_teacher, read_lineage
 from stages.models import find_model
 from stages.outcome import write_json
@@ -57,8 +57,7 @@ class Workspace:
     @cached_property
     def store(self) -> Store:
         """The store: $TEACHONCE_STORE, or the setting, relative to the work tree."""
-        setting = os.environ.get("TEACHONCE_STORE") or self.params.store
-        return Store((self.at.root / Path(setting).expanduser()).resolve())
+        return Store(store_folder(self.params.store, self.at.root))
 
     def remote(self) -> Remote | None:
         """The remote of the settings, if they name one.
@@ -70,7 +69,7 @@ class Workspace:
         if setting is None:
             return None
         if "://" not in setting:
-            setting = str((self.at.root / Path(setting).expanduser()).resolve())
+            setting = str(located(setting, self.at.root, "remote").resolve())
         return Remote(setting)
 
     def needed_remote(self) -> Remote:

@@ -20,14 +20,15 @@ COMPRESSED_ENDINGS = (".gz", ".zst")
 
 ANY_ENDING = ("",)
 
-IRREGULAR = {
+KINDS = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What may stand where a file is wanted. None of these is ever opened: a pipe without a writer hangs."""
+"""What may stand in a place. Where a file is wanted, no other is opened: a pipe without a writer hangs."""
 
 
 def with_compressed(*endings: str) -> tuple[str, ...]:
@@ -51,15 +52,16 @@ def located(setting: str, root: Path, address: str) -> Path:
     Raises:
         MissingError: `~` stands for no folder on this machine.
     """
-    try:
-        return root / Path(setting).expanduser()
-    except RuntimeError:
+    if setting.startswith("~"):
         who = setting.split("/", 1)[0]
-        raise MissingError(
-            address,
-            f"{shown(repr(setting))}: this machine knows no home folder {shown(who)}",
-            "write the whole path, beginning with /" + (", or set $HOME" if who == "~" else ""),
-        ) from None
+        # Not Path.expanduser, which raises; an account without a home has a made-up one in its record.
+        if not Path(os.path.expanduser(who)).is_dir():  # noqa: PTH111
+            raise MissingError(
+                address,
+                f"{shown(repr(setting))}: there is no home folder {shown(who)} on this machine",
+                "write the whole path, beginning with /" + (", or set $HOME" if who == "~" else ""),
+            )
+    return root / Path(setting).expanduser()
 
 
 def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) -> list[Path]:
@@ -120,7 +122,7 @@ def _only_files(
         kind = MissingError if path.is_symlink() and not files else TeachonceError
         raise kind(
             address,
-            f"{shown(repr(pattern))} matches {shown(path)}, which is {irregular(path)}",
+            f"{shown(repr(pattern))} matches {shown(path)}, which is {kind_of(path)}",
             _regular_again(path),
         )
     return files
@@ -149,7 +151,7 @@ def is_regular(path: Path, address: str) -> bool:
             return True
         if not path.exists() and not path.is_symlink():
             return False
-        raise TeachonceError(address, f"{shown(path)} is {irregular(path)}", _regular_again(path))
+        raise TeachonceError(address, f"{shown(path)} is {kind_of(path)}", _regular_again(path))
 
 
 def files_below(folder: Path, address: str) -> list[Path]:
@@ -164,10 +166,10 @@ def files_below(folder: Path, address: str) -> list[Path]:
         return [path for path in paths if not path.is_dir() and is_regular(path, address)]
 
 
-def irregular(path: Path) -> str:
-    """What a path that is no file is, in words."""
+def kind_of(path: Path) -> str:
+    """What is there, in words."""
     try:
-        return IRREGULAR.get(stat.S_IFMT(path.stat().st_mode), "no regular file")
+        return KINDS.get(stat.S_IFMT(path.stat().st_mode), "something unknown")
     except OSError:
         if not path.is_symlink():
             raise

@@ -7,10 +7,11 @@ decides where and how fast the work is done; the second kind is marked "speed on
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -36,6 +37,60 @@ Temperature = Annotated[float, Field(ge=0.001, le=10)]
 LEAST_TEMPERATURE = 0.01
 """A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP."""
 
+PREFIXES = ("dataset:", "package:", "imported:")
+"""What may stand before a path, or makes something else of it."""
+
+REMOTE_URLS = ("s3", "s3a", "file", "memory")
+
+
+def path_problem(value: str, no_url: str) -> str | None:
+    """Why a value cannot be meant as a path; taken as one, it would be a folder of that odd name.
+
+    Args:
+        value: What was written.
+        no_url: What to write in place of a URL.
+    """
+    for prefix in PREFIXES:
+        value = value.removeprefix(prefix)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+        return f"a URL, where a path on this machine is wanted: {no_url}"
+    if variable := re.search(r"\$(\w+|\{.*?\})", value):
+        return f"{variable[0]} is not filled in here: write the path itself, or begin it with ~"
+    if value != value.strip() or re.search(r"[\x00-\x1f\x7f]", value):
+        return "a path with a blank at an end, or a control character in it"
+    return None
+
+
+def _remote_problem(value: str) -> str | None:
+    scheme, found, rest = value.partition("://")
+    if not found:
+        return path_problem(value, "write two slashes, as in s3://bucket/folder")
+    if scheme not in REMOTE_URLS:
+        return f"{scheme}:// is no remote known here: name s3://bucket/folder, or a folder"
+    if scheme == "file" and not rest.startswith("/"):
+        return "a URL of a file has three slashes, as in file:///folder: write the folder alone"
+    return path_problem(rest, "write the URL once")
+
+
+def _refusing(problem: Callable[[str], str | None]) -> AfterValidator:
+    def check(value: str) -> str:
+        if wrong := problem(value):
+            raise ValueError(wrong)
+        return value
+
+    return AfterValidator(check)
+
+
+NO_STORE_URL = "a store is a folder; `remote` takes s3://bucket/folder"
+StorePath = Annotated[Text, _refusing(lambda value: path_problem(value, NO_STORE_URL))]
+RemotePlace = Annotated[Text, _refusing(_remote_problem)]
+FilesPath = Annotated[
+    Text, _refusing(lambda value: path_problem(value, "fetch the files, and name them here"))
+]
+ModelPlace = Annotated[
+    Text, _refusing(lambda value: path_problem(value, "a folder, or a hub name such as org/model"))
+]
+
 TEACHER = "teacher"
 IMPORTED = "imported:"
 FINETUNED = "-finetuned"
@@ -59,7 +114,9 @@ class DocsParams(Section):
 class ShardParams(Section):
     """Corpus files -> text shards."""
 
-    sources: Annotated[tuple[Text, ...], Field(min_length=1)]  # globs, or dataset:<name or folder>
+    sources: Annotated[
+        tuple[FilesPath, ...], Field(min_length=1)
+    ]  # globs, or dataset:<name or folder>
     field: Text  # which field or column holds the text, in files that have fields
     rows_per_shard: Annotated[int, Field(ge=16, le=4_000_000)]
     min_chars: PositiveInt
@@ -81,7 +138,7 @@ class SplitParams(Section):
 class EmbedParams(Section):
     """Corpus -> the teacher's vectors."""
 
-    teacher: Text  # hub name, folder, package:<module>/<path>, or imported:<any name>
+    teacher: ModelPlace  # hub name, folder, package:<module>/<path>, or imported:<any name>
     revision: Text | None  # of a hub name
     prompt: str  # put before every text
     max_tokens: Annotated[int, Field(ge=4)]  # what is read of a text at once
@@ -126,7 +183,7 @@ class MineParams(Section):
 class StartParams(Section):
     """A student before training."""
 
-    from_: Text = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
+    from_: ModelPlace = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None  # kept, in this order
 
     @model_validator(mode="after")
@@ -291,13 +348,15 @@ class FinetuneParams(TrainingParams):
     """Student + labelled pairs or triplets -> finetuned student (DisCo's second stage)."""
 
     students: tuple[ModelName, ...]  # whom `dvc repro` finetunes
-    triplets: tuple[Text, ...]  # globs of .jsonl, .tsv (each also .gz, .zst), .parquet
+    triplets: tuple[FilesPath, ...]  # globs of .jsonl, .tsv (each also .gz, .zst), .parquet
     fields: Annotated[
         tuple[Text, ...], Field(min_length=3, max_length=3)
     ]  # anchor, positive, negative
     temperature: Temperature
     learnable_temperature: bool
-    dev: Text | None  # glob of an STS file that picks the best weights; null: triplets held out
+    dev: (
+        FilesPath | None
+    )  # glob of an STS file that picks the best weights; null: triplets held out
     heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the triplets held out if dev is null
     distill_weight: Annotated[float, Field(ge=0)]  # of a kd term on cached rows; 0: none
     distill_rows: PositiveInt  # cached rows a step
@@ -311,8 +370,8 @@ class FinetuneParams(TrainingParams):
 class EvaluateParams(Section):
     """Model -> metrics."""
 
-    sts: dict[Text, Text]  # name -> glob of TSV files (score, sentence, sentence)
-    retrieval: dict[Text, Text]  # name -> folder in BEIR form
+    sts: dict[Text, FilesPath]  # name -> glob of TSV files (score, sentence, sentence)
+    retrieval: dict[Text, FilesPath]  # name -> folder in BEIR form
     speed_texts: PositiveInt  # texts encoded to measure sentences per second
 
 
@@ -334,8 +393,8 @@ class RayParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    store: Text  # folder; $TEACHONCE_STORE wins
-    remote: Text | None  # speed only: s3://bucket/folder, or a folder
+    store: StorePath  # folder; $TEACHONCE_STORE wins
+    remote: RemotePlace | None  # speed only: s3://bucket/folder, or a folder
     device: Text  # speed only: auto, cpu, cuda, cuda:1, mps
     engine: Literal["this_process", "local", "ray"]  # speed only: where the teacher runs
     workers: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]  # speed only: of local and ray

@@ -11,10 +11,12 @@ import yaml
 
 from pipeline.layout import Layout
 from pipeline.settings import examine, load_params
+from pipeline.workspace import Workspace
 from stages import check
 from stages.models import file_hashes, find_model, model_files, sha256_of
-from stages.params import SettingsError
+from stages.params import REMOTE_URLS, SettingsError
 from storage.errors import MissingError, StorageError, TeachonceError
+from storage.remote import PROTOCOLS
 from tests.conftest import Place, sentences
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,129 @@ def test_a_list_that_is_too_short_is_named_though_its_entries_are_right(tmp_path
     ((address, problem),) = caught.value.problems
     assert address == "finetune.fields"
     assert "at least 3 items" in problem
+
+
+# Each setting that takes a path: what changes it to a value.
+PATHS = {
+    "store": lambda content, value: content.update(store=value),
+    "remote": lambda content, value: content.update(remote=value),
+    "shard.sources.0": lambda content, value: content["shard"].update(sources=[value]),
+    "embed.teacher": lambda content, value: content["embed"].update(teacher=value),
+    "starts.half.from": lambda content, value: content["starts"]["half"].update({"from": value}),
+    "finetune.triplets.0": lambda content, value: content["finetune"].update(triplets=[value]),
+    "finetune.dev": lambda content, value: content["finetune"].update(dev=value),
+    "evaluate.sts.A": lambda content, value: content["evaluate"].update(sts={"A": value}),
+    "evaluate.retrieval.A": lambda content, value: content["evaluate"].update(
+        retrieval={"A": value}
+    ),
+}
+
+
+@pytest.mark.parametrize("address", PATHS)
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("gs://bucket/folder", "gs://"),
+        ("s3:/bucket/folder", "a URL, where a path on this machine is wanted: "),
+        ("file://folder", ""),
+        ("$HOME/folder", "$HOME is not filled in here: write the path itself, or begin it with ~"),
+        ("/data/${USER}/folder", "${USER} is not filled in here"),
+        (" /folder", "a path with a blank at an end, or a control character in it"),
+        ("/folder\n", "a path with a blank at an end, or a control character in it"),
+    ],
+)
+def test_what_cannot_be_meant_as_a_path_is_refused(tmp_path, monkeypatch, address, value, said):
+    monkeypatch.delenv("TEACHONCE_STORE", raising=False)
+    path = write(tmp_path, lambda content: PATHS[address](content, value))
+    with pytest.raises(SettingsError) as caught:
+        load_params(path)
+    ((wrong, problem),) = caught.value.problems
+    assert wrong == address
+    assert said in problem
+    assert problem.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("address", PATHS.keys() - {"remote"})
+def test_a_url_is_no_path_but_of_a_remote(tmp_path, address):
+    path = write(tmp_path, lambda content: PATHS[address](content, "s3://bucket/folder"))
+    with pytest.raises(SettingsError) as caught:
+        load_params(path)
+    ((wrong, problem),) = caught.value.problems
+    assert wrong == address
+    assert problem.startswith("a URL, where a path on this machine is wanted: ")
+
+
+@pytest.mark.parametrize(
+    "value", ["s3://bucket/a b", "file:///mnt/x", "memory://x", "~/x", "/x", "x"]
+)
+def test_places_of_a_remote_that_are_right(tmp_path, value):
+    path = write(tmp_path, lambda content: content.update(remote=value))
+    assert load_params(path).remote == value
+    assert set(REMOTE_URLS) - {"s3a"} == PROTOCOLS
+
+
+@pytest.mark.parametrize(
+    "value", ["a:b", "dataset:/data/x:train", "cost$ 5/[$]a.txt", "a b", "imported:a/b", "~+"]
+)
+def test_odd_names_of_files_are_right(tmp_path, value):
+    path = write(tmp_path, lambda content: content["shard"].update(sources=[value]))
+    assert load_params(path).shard.sources == (value,)
+
+
+def test_a_store_of_the_environment_is_held_to_the_same(tmp_path, monkeypatch):
+    path = write(tmp_path, lambda content: content.update(store="~nobody-of-this-name/x"))
+
+    def problem():
+        with pytest.raises(SettingsError) as caught:
+            load_params(path)
+        (found,) = caught.value.problems
+        return found
+
+    monkeypatch.delenv("TEACHONCE_STORE", raising=False)
+    assert problem() == (
+        "store",
+        "'~nobody-of-this-name/x': there is no home folder ~nobody-of-this-name on this machine\n"
+        "    cure: write the whole path, beginning with /",
+    )
+    monkeypatch.setenv("TEACHONCE_STORE", "s3://bucket/x")
+    assert problem() == (
+        "$TEACHONCE_STORE",
+        "a URL, where a path on this machine is wanted: a store is a folder; `remote` takes "
+        "s3://bucket/folder, got 's3://bucket/x'\n"
+        "    cure: name a folder in `store`, or in $TEACHONCE_STORE, which wins",
+    )
+    monkeypatch.setenv("TEACHONCE_STORE", str(path))
+    assert problem()[1].startswith(f"{path} is a file\n")
+    # A home that the account has by name only: `mkdir -p` would make it.
+    monkeypatch.setenv("TEACHONCE_STORE", "~/x")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert problem()[1].endswith("write the whole path, beginning with /, or set $HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load_params(path)
+    assert Workspace(tmp_path).store.root == tmp_path / "x"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_files_of_somebody_who_is_not_on_this_machine_are_not_here(project):
+    def of(who):
+        def change(content):
+            content["shard"]["sources"] = [f"{who}/texts/*.txt"]
+            content["embed"]["teacher"] = f"{who}/teacher"
+            content["evaluate"] |= {"sts": {"mine": f"{who}/*.tsv"}, "retrieval": {"A": f"{who}/A"}}
+
+        return change
+
+    write(project, of("~nobody-of-this-name"))
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    assert [address for address, _ in caught.value.problems] == [
+        "shard.sources",
+        "evaluate.sts.mine",
+        "evaluate.retrieval.A",
+        "embed.teacher",
+    ]
+    for _, problem in caught.value.problems:
+        assert "there is no home folder ~nobody-of-this-name on this machine" in problem
 
 
 def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
