@@ -8,7 +8,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Nothing here needs a hub: a call to one would be a bug, so it fails instead of hanging.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test faults coverage slow check rules fix install
+# Test processes share the cores: one thread each, and none that waits in a loop.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+# The kernels of PyTorch, oneDNN, MKL and FAISS.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_OPT_LEVEL=avx2
+QUICK := "not slow and not gpu and not faults"
+
+.PHONY: demo test test-avx2 faults coverage slow check rules fix install
 
 demo: install ## everything from texts to an exported student, the table, and a search by that student
 	dvc repro
@@ -18,22 +24,20 @@ demo: install ## everything from texts to an exported student, the table, and a 
 	@echo '$$ teachonce search "read a table from a text file"'
 	@teachonce search "read a table from a text file"
 
-test: install ## the quick tests
-	pytest -q -n auto -m "not slow and not gpu and not faults"
+test: install ## the quick tests; ARGS for pytest
+	$(SIDE_BY_SIDE) pytest -q -n auto -m $(QUICK) $(ARGS)
+
+test-avx2: install ## the quick tests on the kernels of a processor without AVX-512 and bfloat16
+	$(AVX2) $(MAKE) test
 
 faults: install ## thousands of counted faults against the store: kills, power loss, I/O errors, rot, malice
-	pytest -q -n auto --dist worksteal -m "faults and not gpu" tests/faults
+	$(SIDE_BY_SIDE) pytest -q -n auto --dist worksteal -m "faults and not gpu" tests/faults
 
-# The tests that read and write the store in their own process.
-STORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,storage upkeep remote vectors reuse import probe plan readers \
-               engine stage_embed stage_mine stage_split stage_shard))
-
-coverage: install ## every line and branch of storage/ is run by a quick test
-	coverage run --branch --source=storage -m pytest -q -m "not slow and not gpu and not faults" $(STORE_TESTS)
-	coverage report --show-missing --fail-under=100
+coverage: ## `make test`; fails if it leaves out a line or branch of storage/
+	$(MAKE) test ARGS="--cov=storage --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100"
 
 slow: install $(VENV)/extras ## tests with a real teacher, DVC repositories, a browser and new environments
-	pytest -q -m "slow and not gpu and not faults"
+	$(SIDE_BY_SIDE) pytest -q -n 2 --dist loadfile -m "slow and not gpu and not faults"
 
 check: rules test ## what a change must pass before a review, fastest failure first
 

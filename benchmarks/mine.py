@@ -32,7 +32,7 @@ from sentence_transformers.util import mine_hard_negatives, semantic_search
 from stages import mine
 from stages.learning.encoder import device_name, pick_device
 from stages.learning.neighbours import found_of
-from stages.learning.self_join import SelfJoin, estimate
+from stages.learning.self_join import SelfJoin, join_cost, tile_on
 from stages.params import MineParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
@@ -221,8 +221,8 @@ def draw_keys(count):
 
 def joined(stored, k, device):
     """A self-join that has run; the choice of its type is part of its time."""
-    found = estimate(len(stored), k, stored.shape[1], asked=len(stored), device=device)
-    join = SelfJoin(lambda rows: stored[rows], len(stored), k, device=device, product=found.product)
+    cost = join_cost(stored[: tile_on(device)], k, device)
+    join = SelfJoin(lambda rows: stored[rows], len(stored), k, device=device, product=cost.product)
     for _ in join.run():
         pass
     return join

@@ -648,6 +648,8 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait for each other sleep: waiting in a loop, they take the cores of whatever else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in SIGNALS:
         signal.signal(number, _leave)
     try:

@@ -315,7 +315,7 @@ class Miner:
         """A self-join where it fits and is estimated to be done sooner, else FAISS."""
         import torch
 
-        from stages.learning.self_join import SelfJoin, estimate, tile_on
+        from stages.learning.self_join import SelfJoin, flat_cost, join_cost, tile_on
 
         if not asked:
             return self.flat(device)
@@ -325,16 +325,19 @@ class Miner:
         size = self.rows_of(np.zeros(1, np.int64)).dtype.itemsize
         if not may_join(rows, self.k, dim, itemsize=size, memory=self.memory, device=device):
             return self.flat(device)
-        sample = np.random.default_rng(0).choice(rows, min(rows, tile_on(device)), replace=False)
-        seconds = estimate(self.rows_of(sample), rows, self.k, asked=asked, device=device)
+        drawn = np.random.default_rng(0).choice(rows, min(rows, tile_on(device)), replace=False)
+        sample = self.rows_of(drawn)
+        cost = join_cost(sample, self.k, device)
+        join_seconds = cost.seconds_for(rows)
+        flat_seconds = flat_cost(sample, self.k, device).seconds_for(rows, asked=asked)
         # On a GPU the other way would be FAISS on the CPU, if it was not built for GPUs.
-        if device.type == "cpu" and seconds.join >= seconds.flat:
+        if device.type == "cpu" and join_seconds >= flat_seconds:
             return self.flat(device)
         log.info(
             "mine: a self-join in %s on %s%s; killed, it begins again",
-            str(seconds.product).removeprefix("torch."),
+            str(cost.product).removeprefix("torch."),
             device,
-            f", about {clock(seconds.join)} (FAISS: {clock(seconds.flat)})"
+            f", about {clock(join_seconds)} (FAISS: {clock(flat_seconds)})"
             if device.type == "cpu"
             else "",
         )
@@ -343,7 +346,7 @@ class Miner:
             rows,
             self.k,
             device=device,
-            product=seconds.product,
+            product=cost.product,
             tile=tile_on(device),
         )
         progress = Progress("mine", total=join.steps, unit="tiles")

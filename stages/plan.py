@@ -346,7 +346,7 @@ def mining_seconds(
     """
     import torch
 
-    from stages.learning.self_join import enough_for, estimate, flat_seconds
+    from stages.learning.self_join import enough_for, flat_cost, join_cost
 
     if not rows:
         return 0.0
@@ -358,15 +358,16 @@ def mining_seconds(
     if len(sample) < enough_for(k, where):
         sample = _unit_vectors(enough_for(k, where), dim)
     if index is not None:
-        tried = flat_seconds(sample, rows, k, asked=min(rows, mine.RECALL_ROWS), device=where)
+        tried = flat_cost(sample, k, where).seconds_for(rows, asked=min(rows, mine.RECALL_ROWS))
         return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)
+    started = time.perf_counter()
+    flat = flat_cost(sample, k, where).seconds_for(rows, asked=rows)
     memory = params.memory_mb << 20
     if not mine.may_join(rows, k, dim, itemsize=itemsize, memory=memory, device=where):
-        return filtering + flat_seconds(sample, rows, k, asked=rows, device=where)
-    started = time.perf_counter()
-    exact = estimate(sample, rows, k, asked=rows, device=where)
+        return filtering + flat
+    join = join_cost(sample, k, where).seconds_for(rows)
     estimating = time.perf_counter() - started  # mining does it, too, before it chooses
-    return filtering + estimating + min(exact.join, exact.flat)
+    return filtering + estimating + min(join, flat)
 
 
 def _filtering_seconds(params: MineParams, k: int) -> float:

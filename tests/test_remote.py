@@ -333,7 +333,7 @@ def test_pauses_grow_and_end(shaky, monkeypatch, tmp_path):
     began = time.monotonic()
     with pytest.raises(RemoteError) as caught:
         remote_at(shaky, first_pause=0.02).push(objects_of(manifests)[0], here.store)
-    assert 0.02 * 15 / 2 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.02 * 15 / 2
     assert len(Shaky.asked) == ATTEMPTS
     assert str(caught.value) == (
         f"{URL}/{objects_of(manifests)[0].key}: failed 5 times: [Errno 5] down\n"

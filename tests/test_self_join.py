@@ -1,13 +1,11 @@
 """The self-join: the lists of comparing every pair, whatever bfloat16 makes of the vectors."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from stages.learning import self_join
-from stages.learning.self_join import SelfJoin, estimate
+from stages.learning.self_join import FlatCost, JoinCost, Lists, SelfJoin, flat_cost, join_cost
 
 CPU = torch.device("cpu")
 
@@ -184,35 +182,52 @@ def test_rows_alike_stand_together():
     assert inside > 2 * (near @ near.T).mean()
 
 
-@pytest.mark.parametrize("offset", [0.0, 2.0])
-def test_an_estimate_is_near_what_a_self_join_takes(offset, monkeypatch):
-    """Also where all vectors are much alike. In CPU seconds: other work counts for neither."""
-    monkeypatch.setattr(time, "perf_counter", time.process_time)
-    rows, k = 12_000, 65
-    vectors = np.random.default_rng(1).standard_normal((rows, 128), dtype=np.float32) + offset
-    planned = estimate(vectors[:2048], rows, k, asked=rows, device=CPU)
-    join = SelfJoin(lambda ids: vectors[ids], rows, k, device=CPU, product=planned.product)
-    started = time.process_time()
-    for _ in join.run():
-        pass
-    assert 0.4 < planned.join / (time.process_time() - started) < 2.5
+def test_a_self_join_costs_what_its_parts_cost():
+    """Pairs of blocks one by one, and of block b's lists 1 + 1/2 + ... + 1/blocks of the first ones."""
+    cost = JoinCost(torch.float32, tile=0.5, first_lists=3.0, block=100)
+    blocks = 60  # of a join, each two of those that were measured
+    pairs = sum(4 * 0.5 for first in range(blocks) for _ in range(first, blocks))
+    lists = sum(2 * 3.0 / seen for _ in range(blocks) for seen in range(1, blocks + 1))
+    assert cost.seconds_for(200 * blocks) == pytest.approx(pairs + lists, rel=0.1)
+    free = JoinCost(torch.float32, tile=0.5, first_lists=0.0, block=100)
+    assert free.seconds_for(200 * blocks) == pytest.approx(2 * blocks**2 * 0.5)
+    assert JoinCost(torch.float32, 0.0, 3.0, block=100).seconds_for(200) == 6.0
 
 
-def test_a_self_join_is_not_planned_for_vectors_that_are_all_alike():
-    vectors = np.random.default_rng(1).standard_normal((2048, 64), dtype=np.float32)
-    apart, alike = (
-        estimate(vectors + offset, 12_000, 65, asked=12_000, device=CPU) for offset in (0.0, 8.0)
-    )
-    assert alike.join > 3 * apart.join
-    assert alike.join > alike.flat
+def test_flat_search_costs_grow_with_the_pairs():
+    cost = FlatCost(seconds=2.0, rows=1000)
+    assert cost.seconds_for(1000, asked=1000) == 2.0
+    assert cost.seconds_for(50_000, asked=500) == pytest.approx(2.0 * 50 * 0.5)
 
 
-def test_estimates_count_the_rows_asked_for():
-    sample = np.random.default_rng(0).standard_normal((2048, 64), dtype=np.float32)
-    whole = estimate(sample, 50_000, 33, asked=50_000, device=CPU)
-    some = estimate(sample, 50_000, 33, asked=500, device=CPU)
-    assert some.flat < 0.1 * whole.flat
-    more = estimate(sample, 100_000, 33, asked=100_000, device=CPU)
-    assert 2 < more.flat / whole.flat < 8  # 4: it grows with the pairs
-    assert 1.2 < more.join / whole.join < 8  # 2.3 to 4: pairs of blocks, and lists
-    assert whole.product in (torch.bfloat16, torch.float32)
+@pytest.mark.parametrize("dim", [16, 384])
+def test_the_parts_are_measured_on_two_blocks_of_the_sample(dim):
+    sample = clustered(700, dim)
+    join_parts, flat = join_cost(sample, 9, CPU), flat_cost(sample, 9, CPU)
+    assert join_parts.product in (torch.bfloat16, torch.float32)
+    assert (join_parts.block, flat.rows) == (350, 700)
+    assert min(join_parts.tile, join_parts.first_lists, flat.seconds) > 0
+
+
+class CountingLists(Lists):
+    """Lists that count the pairs whose exact cosine they were offered."""
+
+    offered = 0
+
+    def add(self, rows, places, scores):
+        self.offered += len(rows)
+        super().add(rows, places, scores)
+
+
+def test_most_pairs_are_looked_at_again_where_all_vectors_are_alike():
+    """Why lists cost most there, and why their cost is measured on the vectors themselves."""
+    vectors = np.random.default_rng(1).standard_normal((1024, 64), dtype=np.float32)
+    pairs = {}
+    for offset in (0.0, 8.0):
+        moved = vectors + np.float32(offset)
+        made = SelfJoin(moved.__getitem__, 1024, 9, device=CPU, product=torch.bfloat16, tile=256)
+        made.lists = CountingLists(1024, 9, CPU)
+        for _ in made.run():
+            pass
+        pairs[offset] = made.lists.offered
+    assert pairs[8.0] > 5 * pairs[0.0] > 0

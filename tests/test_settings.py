@@ -370,10 +370,10 @@ def test_a_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path, form)
     lines = [f"a0: &a0 {first}"]
     lines += [f"a{n}: &a{n} {form.format(', '.join([f'*a{n - 1}'] * 20))}" for n in range(1, 20)]
     (tmp_path / "params.yaml").write_text("\n".join([*lines, "store: *a19"]))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(SettingsError, match="more than 20000 values"):
         load_params(tmp_path / "params.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_folder_in_the_place_of_settings_is_named(tmp_path):

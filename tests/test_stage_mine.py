@@ -103,7 +103,7 @@ def slow_lists(world, settings):
 
 
 def let_it_cost_nothing(monkeypatch):
-    """A self-join, as `estimate` sees it."""
+    """A self-join, as `join_cost` sees it."""
     monkeypatch.setattr(self_join, "seconds_of_tiles", lambda *_: (0.0, 0.0))
 
 
@@ -265,7 +265,7 @@ def test_a_few_rows_are_not_worth_measuring(world, monkeypatch):
     def measured(*_, **__):
         raise AssertionError("a second to save a fraction of one")
 
-    monkeypatch.setattr(self_join, "estimate", measured)
+    monkeypatch.setattr(self_join, "join_cost", measured)
     searcher = miner(world, params())
     assert isinstance(searcher.search(None, asked=300, device=CPU), searches.FlatSearch)
     monkeypatch.setattr(mine, "FEWEST_JOINED", 1)

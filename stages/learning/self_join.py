@@ -61,7 +61,7 @@ class SelfJoin:
         rows: How many there are, n >= 1.
         k: Wanted per row, 1 <= k <= n.
         device: Where tiles are multiplied.
-        product: bfloat16, or float32 where that is faster (see `estimate`).
+        product: bfloat16, or float32 where that is faster (see `join_cost`).
         tile: Rows of a tile, a multiple of 32.
     """
 
@@ -354,35 +354,57 @@ def join_bytes(rows: int, k: int, dim: int, itemsize: int, *, tile: int = TILE) 
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What this device will need.
+class FlatCost:
+    """Seconds of comparing some rows with as many by FAISS; on a GPU, of the product alone.
+
+    Args:
+        seconds: Measured, > 0.
+        rows: How many were compared with how many.
+    """
+
+    seconds: float
+    rows: int
+
+    def seconds_for(self, rows: int, *, asked: int) -> float:
+        """Seconds of `asked` lists among `rows` rows: it grows with the pairs."""
+        return self.seconds * (rows / self.rows) * (asked / self.rows)
+
+
+@dataclass(frozen=True)
+class JoinCost:
+    """Seconds of the parts of a self-join, measured on two blocks.
 
     Args:
         product: The type whose tiles are multiplied faster here.
-        join: Seconds of a self-join.
-        flat: Seconds of FAISS, which compares with all rows; on a GPU, of products with all rows.
+        tile: Of a pair of blocks that has nothing for any list.
+        first_lists: Of the first lists of a block. Where all vectors are much alike, bfloat16 tells few of
+            them apart, and lists cost most: so they are measured on a sample of the vectors themselves.
+        block: Rows of each of the two blocks, half of the sample.
     """
 
     product: torch.dtype
-    join: float
-    flat: float
+    tile: float
+    first_lists: float
+    block: float
+
+    def seconds_for(self, rows: int) -> float:
+        """Seconds of a self-join of `rows` rows.
+
+        Each pair of blocks costs a tile that is multiplied and read, whatever is found there. What is found
+        costs, too: each block its first lists, and if rows came in random order 1/2, 1/3, ... of that again
+        with the second block, the third, ... The blocks of a join are twice as large as those measured.
+        """
+        halves = rows / self.block
+        offered = 1 + math.log(max(1.0, halves / 2))
+        return halves**2 / 2 * self.tile + halves * offered * self.first_lists
 
 
-def estimate(
-    sample: NDArray[np.floating], rows: int, k: int, *, asked: int, device: torch.device
-) -> Estimate:
-    """Try each way on a sample and say how long `asked` of `rows` lists of k would take.
-
-    Of a self-join each pair of blocks costs a tile that is multiplied and read, whatever is found there.
-    What is found costs, too: each block its first lists, and if rows came in random order 1/2, 1/3, ...
-    of that again with the second block, the third, ... Where all vectors are much alike, bfloat16 tells
-    few of them apart, and lists cost most: hence a sample of the vectors themselves.
+def join_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> JoinCost:
+    """Measure the parts of a self-join on a sample.
 
     Args:
         sample: (m, dim) some of the vectors; `enough_for` of them, or more.
-        rows: How many there are.
         k: Length of a list.
-        asked: How many lists.
         device: Where.
     """
     taken = {
@@ -392,13 +414,7 @@ def estimate(
     product = min(taken, key=lambda kind: taken[kind])
     some = sample[: tile_on(device)]
     tile, first_lists = seconds_of_tiles(some, k, product, device)
-    halves = 2 * rows / len(some)  # the sample is two blocks, half as large as those of a join
-    offered = 1 + math.log(max(1.0, halves / 2))
-    return Estimate(
-        product,
-        join=halves**2 / 2 * tile + halves * offered * first_lists,
-        flat=flat_seconds(sample, rows, k, asked=asked, device=device),
-    )
+    return JoinCost(product, tile, first_lists, block=len(some) / 2)
 
 
 def enough_for(k: int, device: torch.device) -> int:
@@ -406,15 +422,12 @@ def enough_for(k: int, device: torch.device) -> int:
     return max(tile_on(device) // 4, k)
 
 
-def flat_seconds(
-    sample: NDArray[np.floating], rows: int, k: int, *, asked: int, device: torch.device
-) -> float:
-    """Seconds of FAISS for `asked` lists of k among `rows`; on a GPU, of products with all rows."""
+def flat_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> FlatCost:
+    """Measure a comparison of (m, dim) vectors with each other, for lists of k."""
     if device.type != "cpu":
-        tile = _seconds_of_product(sample.shape[1], torch.float32, device)
-        return rows / TILE * asked / TILE * tile
+        return FlatCost(_seconds_of_product(sample.shape[1], torch.float32, device), TILE)
     some = sample[:TILE]
-    return rows / len(some) * asked / len(some) * _seconds_of_faiss(some, k)
+    return FlatCost(_seconds_of_faiss(some, k), len(some))
 
 
 def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> float:
