@@ -252,7 +252,7 @@ def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, hal
 
 
 def test_mining_is_planned_by_the_parts_of_its_way():
-    """What they add up to stands in test_self_join; how that agrees with the clock, in benchmarks/plan.py."""
+    """What they add up to: test_self_join. How that agrees with the clock: benchmarks/plan.py."""
     params, sample = settings().mine, np.ones((1, 64), np.float32)
     none, few, many = (
         plan.mining_seconds(params, rows=rows, sample=sample, itemsize=2, device=CPU)
