@@ -181,11 +181,13 @@ def start(name: str, as_json: Json = False) -> None:
 
     here = workspace()
     params = here.named("starts", name)
+    folder, pooling = here.start_source(name)
     show(
         run(
             params,
             name=name,
-            folder=here.start_source(name),
+            folder=folder,
+            pooling=pooling,
             trust_remote_code=here.params.embed.trust_remote_code,
             out=here.at.start(name),
         ),

@@ -197,14 +197,19 @@ class Workspace:
             )
         return entries[name]
 
-    def start_source(self, name: str) -> Path:
-        """The folder of the model that a start is cut from."""
+    def start_source(self, name: str) -> tuple[Path, str | None]:
+        """The folder of the model that a start is cut from, and what the settings say of its pooling."""
         params = self.named("starts", name)
         if params.from_ == TEACHER:
-            return self._teacher_folder()
-        return find_model(
-            params.from_, revision=None, root=self.at.root, address=f"starts.{name}.from"
+            return self._teacher_folder(), self.params.embed.pooling
+        folder = find_model(
+            params.from_,
+            revision=None,
+            root=self.at.root,
+            address=f"starts.{name}.from",
+            pooling=params.pooling,
         )
+        return folder, params.pooling
 
     def student(self, name: str, recipe: str | None, start: str | None) -> tuple[RecipeParams, str]:
         """The recipe and the name of the start of a student."""
@@ -275,6 +280,7 @@ class Workspace:
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
             prompt=params.prompt if is_teacher else "",
             dim=params.dim if is_teacher else None,
+            pooling=params.pooling if is_teacher else None,
             trust_remote_code=params.trust_remote_code and is_teacher,
         )
 
@@ -337,7 +343,11 @@ class Workspace:
     def _teacher_folder(self) -> Path:
         params = self.params.embed
         return find_model(
-            params.teacher, revision=params.revision, root=self.at.root, address="embed.teacher"
+            params.teacher,
+            revision=params.revision,
+            root=self.at.root,
+            address="embed.teacher",
+            pooling=params.pooling,
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from stages import benchmarks, readers
 from stages.files import located
+from stages.model_config import decided_pooling
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
@@ -144,9 +145,9 @@ class Survey:
         if self._can_read("finetune", "triplets", "dev"):
             found["finetune"] = self._finetune(sections["finetune"])
         if self._can_read("embed", "teacher"):
-            found["teacher"] = self.teacher(sections["embed"])
+            teacher = found["teacher"] = self.teacher(sections["embed"])
             found["starts"] = {
-                name: self._start(name, start, sections["embed"])
+                name: teacher if start.from_ == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
         self.sha256.save()
@@ -159,12 +160,33 @@ class Survey:
         if params.is_imported:
             return self._imported(declared)
 
-        def files() -> dict[str, str]:
-            address = "embed.teacher"
-            folder = find_model(params.teacher, revision=revision, root=self.root, address=address)
-            return file_hashes(folder, address=address, sha256=self.sha256)
+        return self._entry(
+            "teacher",
+            declared,
+            lambda: self._model(params.teacher, revision, "embed.teacher", params),
+        )
 
-        return self._entry("teacher", declared, files)
+    def _model(
+        self, name: str, revision: str | None, address: str, params: EmbedParams | StartParams
+    ) -> dict[str, str]:
+        """The hashes of a model's files; what it leaves undecided is reported."""
+        section = address.rpartition(".")[0]
+        # A setting that is wrong is no attribute, and is reported already.
+        pooling = getattr(params, "pooling", None)
+        folder = find_model(
+            name, revision=revision, root=self.root, address=address, pooling=pooling
+        )
+        files = file_hashes(folder, address=address, sha256=self.sha256)
+        if hasattr(params, "pooling"):
+            self._ask(partial(decided_pooling, folder, pooling, address=f"{section}.pooling"))
+        return files
+
+    def _ask(self, question: Callable[[], object]) -> None:
+        """Report what is wrong with one answer, and go on to the next."""
+        try:
+            question()
+        except TeachonceError as error:
+            self._report(error)
 
     def _imported(self, declared: Mapping[str, Any]) -> Entry:
         """What `teachonce import` left: the vectors it read need not be on this machine."""
@@ -180,19 +202,15 @@ class Survey:
         )
         return {"declared": dict(declared), "files": {}}
 
-    def _start(self, name: str, params: StartParams, teacher: EmbedParams) -> Entry:
-        if params.from_ == TEACHER:
-            return (
-                self.teacher(teacher) if not self._is_reported("embed.teacher") else {"files": {}}
-            )
-        address = f"starts.{name}.from"
-
-        def files() -> dict[str, str]:
-            folder = find_model(params.from_, revision=None, root=self.root, address=address)
-            return file_hashes(folder, address=address, sha256=self.sha256)
-
+    def _start(self, name: str, params: StartParams) -> Entry:
+        """The entry of a start from a model of its own."""
         committed = self.committed.get("starts", {}).get(name, {})
-        return self._entry("starts", {"name": params.from_}, files, committed=committed)
+        return self._entry(
+            "starts",
+            {"name": params.from_},
+            lambda: self._model(params.from_, None, f"starts.{name}.from", params),
+            committed=committed,
+        )
 
     def _shard(self, params: ShardParams) -> Entry:
         declared = {"sources": list(params.sources), "field": params.field}
@@ -270,9 +288,6 @@ class Survey:
         """Whether these settings of a section are right, whatever is wrong beside them."""
         found = self.sections.get(section)
         return found is not None and all(hasattr(found, setting) for setting in settings)
-
-    def _is_reported(self, address: str) -> bool:
-        return any(known == address for known, _ in self.problems)
 
     def _entry(
         self,

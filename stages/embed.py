@@ -97,6 +97,7 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
         "storage": params.storage,
         "trust_remote_code": params.trust_remote_code,
         # Only when they are set: caches that were made before there were such settings keep their names.
+        **({} if params.pooling is None else {"pooling": params.pooling}),
         **({} if params.dim is None else {"dim": params.dim}),
         **({} if params.long_texts == "cut" else {"long_texts": params.long_texts}),
     }

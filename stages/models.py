@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ READ_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py
 MODULES = "modules.json"
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TRANSFORMER = "Transformer"
+# Names of files that a tokenizer may be made of; a tokenizer without a vocabulary has its settings alone.
+VOCABULARY = r"token|vocab|\.model$|merges|\.py$"
+# Kinds of modules that are saved without a file.
+WITHOUT_FILES = {"Normalize"}
 FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
 # The largest headers seen are below 1 MB; parsed, 10 MB of JSON take 10 times as much memory.
 MAX_HEADER_BYTES = 10_000_000
@@ -34,7 +40,14 @@ Hash = Callable[[Path], str]
 """A file -> its sha256."""
 
 
-def find_model(name: str, *, revision: str | None, root: Path, address: str) -> Path:
+def find_model(
+    name: str,
+    *,
+    revision: str | None,
+    root: Path,
+    address: str,
+    pooling: str | None = None,
+) -> Path:
     """The folder a model's name means.
 
     Args:
@@ -43,9 +56,11 @@ def find_model(name: str, *, revision: str | None, root: Path, address: str) -> 
         revision: Of a hub name: branch, tag or commit; None for its default branch.
         root: What relative folders start from.
         address: The setting to name in an error, such as `embed.teacher`.
+        pooling: What a person has said that modules.json would say: then a hub's model may lack that file.
 
     Raises:
-        MissingError: it is not on this machine and cannot be fetched, or it stands for imported vectors.
+        MissingError: it is not, or not as a whole, on this machine and cannot be fetched, or it stands for
+            imported vectors.
     """
     if name.startswith(IMPORTED):
         raise MissingError(
@@ -62,7 +77,7 @@ def find_model(name: str, *, revision: str | None, root: Path, address: str) -> 
         raise MissingError(
             address, f"no folder {shown(name)}", "put the model there, or mend the path"
         )
-    return _hub_folder(name, revision, address)
+    return _hub_folder(name, revision, address, pooling)
 
 
 def _package_folder(name: str, address: str) -> Path:
@@ -84,7 +99,12 @@ def _package_folder(name: str, address: str) -> Path:
     return folder
 
 
-def _hub_folder(name: str, revision: str | None, address: str) -> Path:
+def _hub_folder(name: str, revision: str | None, address: str, pooling: str | None) -> Path:
+    """The snapshot of a model in the hub's cache, made whole where the hub can be reached.
+
+    What is in the cache may be a part: other programs fetch single files, such as weights without
+    modules.json, and a download may have been cut off.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -96,19 +116,90 @@ def _hub_folder(name: str, revision: str | None, address: str) -> Path:
         )
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    part: Path | None = None
     try:
         try:
-            return fetch(local=True)
+            part = fetch(local=True)
+            if not lacking(part):
+                return part
         except LocalEntryNotFoundError:
-            if offline:
-                raise
+            pass
+        if not offline:
+            # What is still missing then, the hub has not got: `model_files` and the loader say so.
             return fetch(local=False)
+        why = "HF_HUB_OFFLINE is set"
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         why = "HF_HUB_OFFLINE is set" if offline else shown(error)
+    if part is None:
         raise MissingError(
             address,
             f"{shown(name)} is no folder here, not in the local hub cache, and cannot be fetched ({why})",
             "give the path of a folder that has the model, or fetch it where the hub can be reached",
+        )
+    missing = lacking(part)
+    if missing == [MODULES] and pooling is not None:
+        return part
+    setting = f"{address.rpartition('.')[0]}.pooling"
+    or_say = f", or set {setting} to what its authors say" if missing == [MODULES] else ""
+    at = "" if revision is None else f" --revision {shown(revision)}"
+    raise MissingError(
+        address,
+        f"{shown(name)} is in the local hub cache in part: {', '.join(missing)} missing, and it cannot be "
+        f"fetched ({why})",
+        f"run `hf download {shown(name)}{at}` where the hub can be reached{or_say}",
+    )
+
+
+def lacking(folder: Path) -> list[str]:
+    """What a whole model has and this folder does not, as names within the folder.
+
+    A folder that never had modules.json is whole for transformers; for us something must say the pooling.
+    """
+    missing: list[str] = []
+    paths = [""]
+    if (folder / MODULES).is_file():
+        found = modules_of(folder, str(folder))
+        missing += [f"{path}/" for kind, path in found if path and _is_empty(folder / path, kind)]
+        paths += [path for _, path in found]
+    else:
+        found = [(TRANSFORMER, "")]
+        missing.append(MODULES)
+    # Without a vocabulary, transformers reads every word as unknown, without a word about it.
+    missing += [
+        f"{path}/tokenizer.json".lstrip("/")
+        for kind, path in found
+        if kind == TRANSFORMER and (folder / path).is_dir() and not _has_tokenizer(folder / path)
+    ]
+    for index in sorted({folder / path / SAFE_WEIGHTS[1] for path in paths}):
+        if index.is_file():
+            missing += [
+                (index.parent / name).relative_to(folder).as_posix()
+                for name in _shards(index, str(folder))
+                if not (index.parent / name).is_file()
+            ]
+    if not any(path.is_file() for path in folder.rglob("*.safetensors")):
+        missing.append(SAFE_WEIGHTS[0])
+    return missing
+
+
+def _is_empty(folder: Path, kind: str) -> bool:
+    """Whether a module's files are not there; a Normalize has none, and Git keeps no empty folder."""
+    return kind not in WITHOUT_FILES and not any(path.is_file() for path in folder.rglob("*"))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(
+        path.is_file() and re.search(VOCABULARY, path.name) is not None for path in folder.iterdir()
+    )
+
+
+def _shards(index: Path, address: str) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise TeachonceError(
+            address, f"{index} is no index of weights ({shown(error)})", "fetch the file again"
         ) from None
 
 
@@ -154,14 +245,13 @@ def _check_modules(folder: Path, address: str) -> None:
 
     Modules, such as a dense layer after pooling, stand in modules.json with their folders.
     """
-    if (folder / MODULES).is_file():
-        for path in _module_paths(folder / MODULES, address):
-            if not (folder / path).resolve().is_relative_to(folder.resolve()):
-                raise TeachonceError(
-                    address,
-                    f"{folder / MODULES} names a module outside of its folder: {shown(repr(path))}",
-                    "save the model again, all of it in one folder",
-                )
+    for _, path in modules_of(folder, address):
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise TeachonceError(
+                address,
+                f"{folder / MODULES} names a module outside of its folder: {shown(repr(path))}",
+                "save the model again, all of it in one folder",
+            )
     for weights in sorted(folder.rglob(PICKLED_WEIGHTS)):
         inside = FOREIGN_FOLDERS.isdisjoint(weights.relative_to(folder).parts)
         if inside and not any((weights.parent / name).is_file() for name in SAFE_WEIGHTS):
@@ -170,12 +260,26 @@ def _check_modules(folder: Path, address: str) -> None:
                 f"{weights} has no {SAFE_WEIGHTS[0]} beside it",
                 "save the model again with safetensors: pickled weights can run code, so they are not read",
             )
+    missing = [name for name in lacking(folder) if name != MODULES]
+    if missing:
+        raise TeachonceError(
+            address,
+            f"{folder} is a part of a model: {', '.join(missing)} missing",
+            "copy or fetch the whole folder again",
+        )
 
 
-def _module_paths(file: Path, address: str) -> list[str]:
+def modules_of(folder: Path, address: str) -> list[tuple[str, str]]:
+    """Kind and path of each module of modules.json, as ("Pooling", "1_Pooling"); none without the file."""
+    file = folder / MODULES
+    if not file.is_file():
+        return []
     try:
         modules = json.loads(file.read_bytes())
-        return [str(module.get("path", "")) for module in modules]
+        return [
+            (str(module.get("type", "")).rpartition(".")[2], str(module.get("path", "")))
+            for module in modules
+        ]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TeachonceError(
             address, f"{file} is no list of modules ({shown(error)})", "fetch the file again"

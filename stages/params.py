@@ -91,6 +91,9 @@ ModelPlace = Annotated[
     Text, _refusing(lambda value: path_problem(value, "a folder, or a hub name such as org/model"))
 ]
 
+Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
+"""How the vectors of a text's tokens become that of the text, as sentence-transformers names it."""
+
 TEACHER = "teacher"
 IMPORTED = "imported:"
 FINETUNED = "-finetuned"
@@ -140,6 +143,7 @@ class EmbedParams(Section):
 
     teacher: ModelPlace  # hub name, folder, package:<module>/<path>, or imported:<any name>
     revision: Text | None  # of a hub name
+    pooling: Pooling | None  # of a model without modules.json; null: that file decides
     prompt: str  # put before every text
     max_tokens: Annotated[int, Field(ge=4)]  # what is read of a text at once
     long_texts: Literal["cut", "windows"]  # a longer one: cut there, or the mean of windows
@@ -185,6 +189,8 @@ class StartParams(Section):
 
     from_: ModelPlace = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None  # kept, in this order
+    # As embed.pooling, which says it of the teacher; it may be left out.
+    pooling: Pooling | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -449,6 +455,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
         *_cut_imports(sections.get("embed")),
+        *_two_poolings(sections.get("starts", {}), sections.get("embed")),
     ]
 
 
@@ -545,6 +552,18 @@ def _starts_of_nobody(
         )
         for name, start in starts.items()
         if start.from_ == TEACHER
+    ]
+
+
+def _two_poolings(starts: Mapping[str, StartParams], embed: EmbedParams | None) -> list[Problem]:
+    """A start that is cut from the teacher is pooled as the teacher is."""
+    return [
+        (
+            f"starts.{name}.pooling",
+            f"{start.pooling}, but it is the teacher's: say it in embed.pooling",
+        )
+        for name, start in starts.items()
+        if start.from_ == TEACHER and start.pooling not in {None, getattr(embed, "pooling", None)}
     ]
 
 

@@ -7,14 +7,20 @@ from pathlib import Path
 import torch
 
 from stages.outcome import Outcome
-from stages.params import StartParams
+from stages.params import TEACHER, StartParams
 from storage import durable
 
 VERSION = 1
 
 
 def run(
-    params: StartParams, *, name: str, folder: Path, trust_remote_code: bool, out: Path
+    params: StartParams,
+    *,
+    name: str,
+    folder: Path,
+    trust_remote_code: bool,
+    out: Path,
+    pooling: str | None = None,
 ) -> Outcome:
     """Write the start as a sentence-transformers folder.
 
@@ -24,6 +30,7 @@ def run(
         folder: The model it is cut from.
         trust_remote_code: Whether code in that folder may run.
         out: The folder to write.
+        pooling: Of that model, if it has no modules.json; what is written has one.
 
     Raises:
         TeachonceError: the layers cannot be taken from this model.
@@ -31,7 +38,13 @@ def run(
     from stages.learning.encoder import load_model
     from stages.learning.student import keep_layers, save_model
 
-    model = load_model(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    model = load_model(
+        folder,
+        device=torch.device("cpu"),
+        trust_remote_code=trust_remote_code,
+        pooling=pooling,
+        setting="embed.pooling" if params.from_ == TEACHER else f"starts.{name}.pooling",
+    )
     if params.layers is not None:
         keep_layers(model, params.layers, address=f"starts.{name}.layers")
     parameters = sum(weight.numel() for weight in model.parameters())

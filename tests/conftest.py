@@ -93,6 +93,7 @@ def embed_params(**changes):
         {
             "teacher": "a/teacher",
             "revision": None,
+            "pooling": None,
             "prompt": "",
             "max_tokens": 32,
             "long_texts": "cut",

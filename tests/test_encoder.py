@@ -1,6 +1,7 @@
 """Any model that sentence-transformers loads, with the vectors that it would return itself."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,13 +58,43 @@ def models(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["mean", "bare", "head", "last token", "without prompt", "static"])
 def test_vectors_are_those_of_sentence_transformers(models, kind, prompt):
     texts = [*sentences(50), "A text. " * 3, "x"]
-    encoder = Encoder(models[kind], device=CPU, max_tokens=24, batch_tokens=64, prompt=prompt)
-    expected = load_model(models[kind], device=CPU)
+    pooling = "mean" if kind == "bare" else None
+    encoder = Encoder(
+        models[kind], device=CPU, max_tokens=24, batch_tokens=64, prompt=prompt, pooling=pooling
+    )
+    expected = load_model(models[kind], device=CPU, pooling=pooling)
     if kind != "static":
         expected.max_seq_length = 24
     assert np.allclose(
         encoder.encode(texts), expected.encode(texts, prompt=prompt or None), atol=1e-5
     )
+
+
+def test_the_pooling_of_a_bare_transformer_is_not_guessed(models):
+    texts = sentences(6)
+    with pytest.raises(TeachonceError, match=r"embed.pooling: null, and .* has no modules.json"):
+        Encoder(models["bare"], device=CPU)
+    with pytest.raises(TeachonceError, match=r"embed.pooling: mean, but .*modules.json says cls"):
+        Encoder(models["head"], device=CPU, pooling="mean")
+    with pytest.raises(TeachonceError, match=r"embed.pooling: mean, but .* says no pooling"):
+        Encoder(models["static"], device=CPU, pooling="mean")
+    last = Encoder(models["bare"], device=CPU, max_tokens=32, pooling="lasttoken").encode(texts)
+    same = Encoder(models["last token"], device=CPU, max_tokens=32, pooling="lasttoken")
+    assert np.allclose(last, same.encode(texts), atol=1e-6)
+    mean = Encoder(models["bare"], device=CPU, max_tokens=32, pooling="mean").encode(texts)
+    assert not np.allclose(last, mean, atol=0.1)
+
+
+def test_a_model_without_its_vocabulary_is_refused(tiny_model, tmp_path):
+    """Transformers would read every word as unknown."""
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(TeachonceError, match="its tokenizer knows no word"):
+        load_model(folder, device=CPU)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(TeachonceError, match=r"is a part of a model: tokenizer\.json missing"):
+        load_model(folder, device=CPU)
 
 
 def test_tokens_and_cut_texts_are_counted(tiny_model):
@@ -113,9 +144,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no such \\u001b[31mthing"}')
     with pytest.raises(TeachonceError, match=r"has no \*\.safetensors"):
         load_model(tmp_path, device=CPU)
+    (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(TeachonceError, match="sentence-transformers cannot load it") as caught:
-        load_model(tmp_path, device=CPU)
+        load_model(tmp_path, device=CPU, pooling="mean")
     assert "\x1b" not in str(caught.value)
 
 

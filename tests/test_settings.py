@@ -1,8 +1,11 @@
 """params.yaml and the stage check: everything wrong at once, each with its address and a cure."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,11 +40,21 @@ def write(folder, change):
 def make_model(folder, *, weights=b"\0" * 8):
     """The files of a model as far as `check` looks: a configuration and whole weights."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     content = struct.pack("<Q", len(header)) + header + weights
     (folder / "model.safetensors").write_bytes(content)
     return folder
+
+
+def change_settings(folder, change):
+    """Apply `change` to what the params.yaml of a folder holds."""
+    content = yaml.safe_load((folder / "params.yaml").read_text())
+    change(content)
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
 
 
 def run_check(folder):
@@ -419,7 +432,7 @@ def test_check_leaves_hashes_of_what_comes_from_outside(project):
     assert str(project) not in (project / "data/sources.json").read_text()
     versions = yaml.safe_load((project / "data/versions.yaml").read_text())
     assert versions == {stage: check.version_of(stage) for stage in check.VERSIONED}
-    assert outcome.facts["files"] == 4
+    assert outcome.facts["files"] == 6
 
 
 def test_a_new_file_and_an_appended_line_are_seen(project):
@@ -583,7 +596,10 @@ def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda m: (m / "config.json").unlink(), "neither config.json nor modules.json"),
+        (
+            lambda m: [(m / name).unlink() for name in ("config.json", "modules.json")],
+            "neither config.json nor modules.json",
+        ),
         (
             lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
             "has no .*safetensors",
@@ -621,6 +637,20 @@ def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
             lambda m: (m / "modules.json").write_text('[{"path": "../elsewhere"}]'),
             "names a module outside of its folder: '../elsewhere'",
         ),
+        (
+            lambda m: (m / "modules.json").write_text(
+                '[{"path": "1_Pooling", "type": "a.Pooling"}, {"path": "2_N", "type": "a.Normalize"}]'
+            ),
+            "is a part of a model: 1_Pooling/ missing",
+        ),
+        (
+            lambda m: (m / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}'
+            ),
+            r"is a part of a model: model-2\.safetensors missing",
+        ),
+        (lambda m: (m / "model.safetensors.index.json").write_text("[]"), "is no index of weights"),
+        (lambda m: (m / "tokenizer.json").unlink(), "is a part of a model: tokenizer.json missing"),
         (lambda m: (m / "modules.json").write_text("{"), "is no list of modules"),
         (lambda m: (m / "modules.json").write_text("[1]"), "is no list of modules"),
     ],
@@ -645,3 +675,84 @@ def test_only_files_that_the_loader_reads_are_hashed(tmp_path):
     assert set(file_hashes(model, address="x", sha256=sha256_of)) - set(before) == {
         "1_Pooling/config.json"
     }
+
+
+# ----------------------------------------------------------------------- what models leave undecided
+
+
+def test_check_asks_for_the_pooling_of_a_model_without_modules_json(project):
+    (project / "teacher/modules.json").unlink()
+    shutil.copytree(project / "teacher", project / "other")
+
+    def checked(pooling, of_start):
+        def change(content):
+            content["embed"]["pooling"] = pooling
+            content["starts"]["other"] = {"from": "other", "layers": None, **of_start}
+
+        change_settings(project, change)
+        try:
+            run_check(project)
+        except SettingsError as error:
+            return {address: problem.split(",")[0] for address, problem in error.problems}
+        return {}
+
+    assert checked(None, {}) == {"embed.pooling": "null", "starts.other.pooling": "null"}
+    assert checked("cls", {}) == {"starts.other.pooling": "null"}
+    assert checked("cls", {"pooling": "mean"}) == {}
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1", "type": "a.Pooling"}]
+    (project / "other/modules.json").write_text(json.dumps(modules))
+    (project / "other/1").mkdir()
+    (project / "other/1/config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert checked("cls", {"pooling": "mean"}) == {"starts.other.pooling": "mean"}
+    assert checked("cls", {"pooling": "cls"}) == {}
+    assert checked("cls", {}) == {}
+
+
+def test_a_start_cut_from_the_teacher_is_pooled_as_the_teacher(tmp_path):
+    def change(content):
+        content["starts"]["half"]["pooling"] = "cls"
+
+    with pytest.raises(SettingsError, match=r"starts\.half\.pooling: cls, but it is the teacher's"):
+        load_params(write(tmp_path, change))
+
+
+FIND = """
+import sys
+from pathlib import Path
+from stages.models import find_model
+from storage.errors import TeachonceError
+asked = {"revision": None, "root": Path(), "address": "embed.teacher"}
+for pooling in (None, "mean"):
+    try:
+        print(find_model("org/m", **asked, pooling=pooling).name)
+    except TeachonceError as error:
+        print(error)
+"""
+
+
+def test_a_part_of_a_model_in_the_hub_cache_is_not_taken_for_the_whole(tmp_path):
+    """What `AutoModel.from_pretrained` leaves there: no modules.json."""
+    cached = tmp_path / "models--org--m"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("0" * 40)
+    snapshot = make_model(cached / "snapshots" / ("0" * 40))
+    kept = (snapshot / "modules.json").read_text()
+
+    def found():
+        environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", FIND]
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert found() == f"{'0' * 40}\n{'0' * 40}"
+    (snapshot / "modules.json").unlink()
+    assert found() == (
+        "embed.teacher: org/m is in the local hub cache in part: modules.json missing, and it cannot be "
+        "fetched (HF_HUB_OFFLINE is set)\n  cure: run `hf download org/m` where the hub can be reached, or "
+        f"set embed.pooling to what its authors say\n{'0' * 40}"
+    )
+    (snapshot / "modules.json").write_text(kept)
+    (snapshot / "model.safetensors").unlink()
+    assert found().count("in part: model.safetensors missing") == 2

@@ -24,6 +24,7 @@ from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read
 from stages.learning.probes import likeness, probes
 from stages.learning.windows import Windows, windows_of
+from stages.model_config import decided_pooling
 from stages.models import model_files, weights_bytes
 from stages.outcome import log
 from storage.errors import TeachonceError, shown
@@ -123,23 +124,37 @@ def device_name(device: torch.device) -> str:
 
 
 def load_model(
-    folder: Path, *, device: torch.device, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    pooling: str | None = None,
+    setting: str = "embed.pooling",
 ) -> SentenceTransformer:
-    """A sentence-transformers model in float32; a bare transformers folder gets mean pooling.
+    """A sentence-transformers model in float32.
 
     The dtype is always given: transformers 5 would take the checkpoint's own.
 
+    Args:
+        folder: The model.
+        device: Where it goes.
+        trust_remote_code: Whether code in its folder may run.
+        pooling: Of a transformers folder, which has no modules.json; None where that file says it.
+        setting: The setting that says `pooling`, to name in an error.
+
     Raises:
-        TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker.
+        TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker, or
+            nothing says how it pools.
     """
     model_files(folder, address=str(folder))
+    pooling = decided_pooling(folder, pooling, address=setting)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
 
     # A bar for 0.1 s of loading would stand between our own lines.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(folder),
             device=str(device),
             trust_remote_code=trust_remote_code,
@@ -155,6 +170,37 @@ def load_model(
             "check that `SentenceTransformer(folder)` works; a model with code of its own needs "
             "embed.trust_remote_code: true",
         ) from error
+    _check_vocabulary(model, folder)
+    return model if pooling is None else _pooled(model, pooling, folder, setting)
+
+
+def _check_vocabulary(model: SentenceTransformer, folder: Path) -> None:
+    """Raise for a tokenizer of special tokens alone: transformers makes one where the file is missing."""
+    for module in model.modules():
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        special = getattr(tokenizer, "all_special_ids", None)
+        if special is not None and len(tokenizer) <= len(special):
+            raise TeachonceError(
+                folder,
+                "its tokenizer knows no word: the file with its vocabulary is missing",
+                "copy or fetch the whole folder again",
+            )
+
+
+def _pooled(
+    model: SentenceTransformer, pooling: str, folder: Path, setting: str
+) -> SentenceTransformer:
+    """A transformer with this pooling instead of the one that sentence-transformers guessed."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if not (len(model) == 2 and isinstance(model[1], Pooling)):
+        raise TeachonceError(
+            setting,
+            f"{pooling}, but the model in {folder} makes one vector of a text by itself",
+            "load it with sentence-transformers, save it, and name that folder",
+        )
+    model[1] = Pooling(model[1].embedding_dimension, pooling)
+    return model
 
 
 class Encoder:
@@ -173,6 +219,7 @@ class Encoder:
         prompt: Put before every text that has no prompt of the model's own for its role.
         dim: Return the first so many values of each vector, with its length made 1 again if the model
             ends in Normalize; None for all.
+        pooling: Of a transformers folder, which has no modules.json.
         trust_remote_code: Whether code in the model's folder may run.
     """
 
@@ -187,9 +234,12 @@ class Encoder:
         batch_tokens: int | None = None,
         prompt: str = "",
         dim: int | None = None,
+        pooling: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.model = load_model(folder, device=device, trust_remote_code=trust_remote_code).eval()
+        self.model = load_model(
+            folder, device=device, trust_remote_code=trust_remote_code, pooling=pooling
+        ).eval()
         self.torch_device, self.precision = device, precision
         self.batch_tokens = batch_tokens or batch_tokens_on(device)
         self.prompt = prompt

@@ -13,22 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.model_config import POOLING_FLAGS
 from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Json = Mapping[str, Any]
-
-POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-"""Key of an older pooling configuration -> the mode it stands for."""
 
 DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function")
 DENSE_LATER = {"module_input_name", "module_output_name"}
