@@ -568,12 +568,11 @@ def test_no_worker_outlives_the_command(tmp_path, seen, number, code, whole_grou
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        sent = time.monotonic()
-        _, errors = process.communicate(timeout=5)
-        assert time.monotonic() - sent < 10
+        _, errors = process.communicate(timeout=60)  # seconds, on a machine that is not busy
         assert process.returncode == code
+        deadline = time.monotonic() + 60
         while any(alive(pid) for pid in notes(seen, "loaded")):
-            assert time.monotonic() - sent < 10
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         with suppress(ProcessLookupError):

@@ -178,6 +178,14 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
+def test_help_waits_for_nothing_heavy():
+    code = "import sys, pipeline.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"pipeline", "typer"} <= set(run.stdout.split())
+    heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "pydantic", "yaml", "faiss"}
+    assert not heavy & set(run.stdout.split())
+
+
 def teachonce(folder, *words):
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *words], cwd=folder, capture_output=True, text=True
