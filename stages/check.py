@@ -33,7 +33,7 @@ from stages.params import (
     StartParams,
     larger_queues,
 )
-from stages.triplets import triplet_files
+from stages.triplets import look_at, triplet_files
 from storage import durable
 from storage.errors import MissingError, TeachonceError, shown
 from storage.manifest import Manifest
@@ -259,7 +259,13 @@ class Survey:
 
         def look() -> list[Path]:
             judged = benchmarks.sts_files(dev, self.root, "finetune.dev") if dev else []
-            return [*triplet_files(triplets, self.root), *judged]
+            labelled = triplet_files(triplets, self.root)
+            for path in labelled if hasattr(params, "fields") else ():
+                try:
+                    look_at(path, params.fields)
+                except TeachonceError as error:
+                    self._report(error)
+            return [*labelled, *judged]
 
         declared = {"triplets": list(params.triplets), "dev": params.dev}
         return self._entry("finetune", declared, partial(self._hashed, look))

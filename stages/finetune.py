@@ -6,7 +6,7 @@ may run beside it; like everything after `mine`, it needs no teacher.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.labels import Labels, StsJudge, TripletJudge, rejections
+from stages.labels import Labels, StsJudge, TripletJudge, rejections, right_answers
 from stages.learning import ranks
 from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.checkpoints import Checkpoints
@@ -38,7 +38,6 @@ from storage.tokens import Tokens
 
 VERSION = 3  # raise it when a code change gives other weights for the same settings and triplets
 
-NO_NEGATIVE = -1
 TEXTS_AT_ONCE = 8192
 
 
@@ -118,6 +117,7 @@ def run(
         "best_step": state.best_step,
         "dev": round(state.best_score or 0.0, 6),
         "rows": len(labels.learned),
+        "negatives": sum(len(row.negatives) for row in labels.learned),
         "heldout": labels.heldout,
         "rejected": dict(labels.rejected),
         "precision": params.precision,
@@ -222,9 +222,14 @@ class Lesson(nn.Module):
         place = {text: number for number, text in enumerate(_texts(triplets))}
         self.ids = token_ids(tokenizer, list(place), params.max_tokens)
         self.judged_ids = token_ids(tokenizer, judge.texts, params.max_tokens)
-        self.rows = np.array(
-            [[NO_NEGATIVE if text is None else place[text] for text in row] for row in triplets]
+        self.anchors = np.array([place[row.anchor] for row in triplets])
+        self.positives = np.array([place[row.positive] for row in triplets])
+        self.right = right_answers(self.anchors, self.positives)
+        # Of row i: from ends[i] to ends[i + 1].
+        self.negatives = np.array(
+            [place[text] for row in triplets for text in row.negatives], np.int64
         )
+        self.ends = np.cumsum([0, *(len(row.negatives) for row in triplets)])
         if memory is not None and memory.embeddings.dim != student.dim:
             raise TeachonceError(
                 "finetune.distill_weight",
@@ -246,15 +251,16 @@ class Lesson(nn.Module):
 
     def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(
-            np.arange(len(self.rows)),
+            np.arange(len(self.anchors)),
             batch_size=self.params.batch_size,
             seed=self.params.seed,
             epoch=epoch,
         )
 
     def _loss(self, batch: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
-        anchors, positives, negatives = self.rows[batch].T
-        keys = np.concatenate([positives, negatives[negatives != NO_NEGATIVE]])
+        anchors, positives = self.anchors[batch], self.positives[batch]
+        negatives = [self.negatives[self.ends[row] : self.ends[row + 1]] for row in batch]
+        keys = np.concatenate([positives, *negatives])
         texts = [self.ids[text] for text in np.concatenate([anchors, keys])]
         remembered, teacher = (
             self.memory.draw(self.params.distill_rows, step) if self.memory else ([], None)
@@ -263,7 +269,7 @@ class Lesson(nn.Module):
         candidates = Candidates(
             vectors=vectors[len(anchors) : len(texts)],
             own=torch.arange(len(anchors), device=self.device),
-            same_text=torch.from_numpy(same_text(anchors, positives, keys)).to(self.device),
+            same_text=torch.from_numpy(same_text(anchors, keys, self.right)).to(self.device),
         )
         losses = [info_nce(vectors[: len(anchors)], candidates, self.temperature.scale())]
         total = losses[0]
@@ -289,21 +295,21 @@ class Lesson(nn.Module):
 
 
 def same_text(
-    anchors: NDArray[np.int64], positives: NDArray[np.int64], keys: NDArray[np.int64]
+    anchors: NDArray[np.int64], keys: NDArray[np.int64], right: Mapping[int, NDArray[np.int64]]
 ) -> NDArray[np.bool_]:
-    """Which keys are no wrong answers to an anchor, though they are not its own.
+    """Which keys are no wrong answers to an anchor.
 
     Args:
         anchors: (B,) ids of texts.
-        positives: (B,) ids of texts.
-        keys: (C,) ids of texts; the first B are the positives.
+        keys: (C,) ids of texts, positives and negatives of any row.
+        right: Anchor -> all its positives, in this batch or not.
 
     Returns:
-        (B, C) True where a key is the anchor's own positive, the anchor itself, or the positive of
-        another row with the same anchor.
+        (B, C) True where a key is a positive of the anchor, or the anchor itself.
     """
-    same: NDArray[np.bool_] = (keys[None, :] == positives[:, None]) | (keys == anchors[:, None])
-    same[:, : len(anchors)] |= anchors[:, None] == anchors[None, :]
+    same: NDArray[np.bool_] = keys == anchors[:, None]
+    for row, anchor in enumerate(anchors.tolist()):
+        same[row] |= np.isin(keys, right[anchor])
     return same
 
 
@@ -331,4 +337,4 @@ def token_ids(
 
 def _texts(triplets: Sequence[Triplet]) -> dict[str, None]:
     """The distinct texts, in the order of their first place."""
-    return dict.fromkeys(text for row in triplets for text in row if text is not None)
+    return dict.fromkeys(text for row in triplets for text in row.texts)

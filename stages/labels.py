@@ -18,6 +18,7 @@ from storage.errors import TeachonceError
 from storage.store import digest
 
 LEAST_ROWS = 2
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -62,39 +63,46 @@ class Labels:
                 f"{rejections(rejected)}",
                 "name files with more rows, change finetune.heldout, or name a finetune.dev",
             )
-        texts = ((text or "").encode() for row in rows for text in row)
+        # Rows differ in their number of texts, so each ends with an empty one.
+        texts = (text.encode() for row in rows for text in (*row.texts, ""))
         named = digest(judged, *(text.encode() for text in judge.texts), b"", *texts)
         return cls(learned, judge, len(heldout), rejected, named)
 
 
 class TripletJudge:
-    """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all of them.
+    """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all texts.
 
     Args:
         rows: Two or more.
     """
 
     def __init__(self, rows: Sequence[Triplet]) -> None:
-        self.rows = rows
-        self.texts = [
-            *(row.anchor for row in rows),
-            *(row.positive for row in rows),
-            *(row.negative for row in rows if row.negative is not None),
+        keys = dict.fromkeys(text for row in rows for text in row.texts[1:])
+        self.texts = list(keys | dict.fromkeys(row.anchor for row in rows))
+        self.keys = len(keys)
+        place = {text: number for number, text in enumerate(self.texts)}
+        self.anchors = np.array([place[row.anchor] for row in rows])
+        self.positives = np.array([place[row.positive] for row in rows])
+        right = right_answers(self.anchors, self.positives)
+        self.no_rivals = [
+            np.append(right[anchor], [anchor] if anchor < self.keys else []).astype(np.int64)
+            for anchor in self.anchors
         ]
 
     def __call__(self, vectors: NDArray[np.float32]) -> float:
         """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
 
-        The other positives and all negatives stand beside it, less those that are the same text.
+        The other positives and all negatives stand beside it, each text once, less those that are the
+        anchor itself or other positives of it.
         """
-        count = len(self.rows)
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        cosines = unit[:count] @ unit[count:].T
-        others = np.array(self.texts[count:], dtype=object)
-        ranks = np.empty(count)
-        for place, row in enumerate(self.rows):
-            rivals = cosines[place][(others != row.positive) & (others != row.anchor)]
-            ranks[place] = 1 + np.count_nonzero(rivals >= cosines[place, place])
+        ranks = np.empty(len(self.anchors))
+        for first in range(0, len(ranks), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            cosines = unit[self.anchors[some]] @ unit[: self.keys].T
+            for place, row in enumerate(cosines, first):
+                as_near = row >= row[self.positives[place]]
+                ranks[place] = 1 + as_near.sum() - as_near[self.no_rivals[place]].sum()
         return float((1 / ranks).mean())
 
 
@@ -113,6 +121,16 @@ class StsJudge:
         """-100 to 100, from the vectors of `texts`."""
         first, second = np.split(vectors, 2)
         return sts_correlation(first, second, self.pairs.scores)
+
+
+def right_answers(
+    anchors: NDArray[np.int64], positives: NDArray[np.int64]
+) -> dict[int, NDArray[np.int64]]:
+    """Anchor -> all its positives, from (n,) ids of the texts of n rows."""
+    found: dict[int, set[int]] = {}
+    for anchor, positive in zip(anchors.tolist(), positives.tolist(), strict=True):
+        found.setdefault(anchor, set()).add(positive)
+    return {anchor: np.array(sorted(right), np.int64) for anchor, right in found.items()}
 
 
 def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:

@@ -32,10 +32,34 @@ def lines(path: Path) -> Iterator[bytes | None]:
         EOFError: a compressed file was cut off.
         OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
     """
-    unpack = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(unpack(path, file))):
+        for number, line in enumerate(_lines(_unpacked(path, file))):
             yield line.removeprefix(BOM) if line is not None and number == 0 else line
+
+
+def content(path: Path, most: int) -> bytes:
+    """All bytes of a file, unpacked, without a byte order mark.
+
+    Args:
+        path: Compressed if its name ends in .gz or .zst.
+        most: Bytes that are held at once.
+
+    Raises:
+        EOFError: a compressed file was cut off.
+        ValueError: it has more bytes than `most`.
+        OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
+    """
+    held = bytearray()
+    with path.open("rb") as file:
+        for chunk in _unpacked(path, file):
+            held += chunk
+            if len(held) > most:
+                raise ValueError(f"one value of more than {most:,} bytes; write one a line instead")
+    return bytes(held).removeprefix(BOM)
+
+
+def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    return {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)(path, file)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:

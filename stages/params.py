@@ -354,10 +354,12 @@ class FinetuneParams(TrainingParams):
     """Student + labelled pairs or triplets -> finetuned student (DisCo's second stage)."""
 
     students: tuple[ModelName, ...]  # whom `dvc repro` finetunes
-    triplets: tuple[FilesPath, ...]  # globs of .jsonl, .tsv (each also .gz, .zst), .parquet
+    triplets: tuple[
+        FilesPath, ...
+    ]  # globs of .jsonl, .json, .tsv, .csv (each also .gz, .zst), .parquet
     fields: Annotated[
         tuple[Text, ...], Field(min_length=3, max_length=3)
-    ]  # anchor, positive, negative
+    ]  # anchor, positive, negative; the last two also with numbers behind: negative_1
     temperature: Temperature
     learnable_temperature: bool
     dev: (

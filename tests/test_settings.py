@@ -475,6 +475,21 @@ def test_triplets_are_sources_of_finetuning_if_anybody_is_finetuned(project):
         entry(triplets=["data/raw/pairs.jsonl"])
 
 
+def test_labelled_files_whose_fields_are_others_are_wrong_settings(project):
+    (project / "rows.jsonl").write_text(
+        '{"query": "a cat", "pos": ["a kitten"], "neg": ["a dog"]}\n'
+    )
+    (project / "rows.tsv").write_text("a cat\ta kitten\t1\na cat\ta car\t0\n")
+
+    settings = yaml.safe_load((project / "params.yaml").read_text())
+    settings["finetune"] |= {"students": ["kd"], "triplets": ["rows.jsonl", "rows.tsv"]}
+    (project / "params.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SettingsError) as error:
+        run_check(project)
+    assert "set finetune.fields in params.yaml to [query, pos, neg]" in str(error.value)
+    assert "rows.tsv: its column 3 holds numbers" in str(error.value)
+
+
 def test_all_that_is_missing_or_damaged_is_listed_beside_wrong_settings(project):
     content = (project / "teacher/model.safetensors").read_bytes()
     (project / "teacher/model.safetensors").write_bytes(content[:-3])

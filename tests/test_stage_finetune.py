@@ -15,7 +15,7 @@ from pyarrow import parquet
 from stages import finetune
 from stages.benchmarks import StsSet
 from stages.finetune import Lesson, Memory, same_text
-from stages.labels import StsJudge, TripletJudge
+from stages.labels import StsJudge, TripletJudge, right_answers
 from stages.learning import loop
 from stages.learning.batches import some_rows
 from stages.learning.encoder import Encoder, load_model
@@ -69,24 +69,27 @@ def settings(**changes):
 
 
 ROWS = [
-    Triplet("a cat", "a kitten", "a dog"),
-    Triplet("two boats", "some ships", None),
-    Triplet("Zürich\u2028by night", "a city", "a village"),
+    Triplet("a cat", "a kitten", ("a dog",)),
+    Triplet("two boats", "some ships"),
+    Triplet("Zürich\u2028by night", "a city", ("a village",)),
 ]
 
 
+def as_record(row):
+    """Of a row with one negative or none."""
+    return dict(zip(FIELDS, (*row.texts, None), strict=False))
+
+
 def json_lines(rows):
-    return "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode()
+    return "".join(json.dumps(as_record(row)) + "\n" for row in rows).encode()
 
 
 def tab_lines(rows):
-    return "".join("\t".join(filter(None, row)) + "\r\n" for row in rows).encode()
+    return "".join("\t".join(row.texts) + "\r\n" for row in rows).encode()
 
 
 def write_parquet(path, rows):
-    parquet.write_table(
-        pa.table({name: [getattr(row, name) for row in rows] for name in FIELDS}), path
-    )
+    parquet.write_table(pa.Table.from_pylist([as_record(row) for row in rows]), path)
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
@@ -105,7 +108,7 @@ def test_other_names_of_fields(tmp_path):
     rows = [{"sent0": "x y", "sent1": "x z", "hard_neg": "q"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
     found, _ = read_triplets([tmp_path / "rows.jsonl"], ("sent0", "sent1", "hard_neg"), ())
-    assert found == [Triplet("x y", "x z", "q")]
+    assert found == [Triplet("x y", "x z", ("q",))]
 
 
 def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
@@ -114,7 +117,7 @@ def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
         b'{"anchor": "\xff", "positive": "two"}',  # undecodable
         b'{"anchor": "\\ud800", "positive": "two"}',  # undecodable: half a surrogate pair
         b'{"anchor": "one", ',  # malformed
-        b'["one", "two"]',  # malformed
+        b'"one"',  # malformed
         b'{"anchor": 1, "positive": "two"}',  # malformed
         b'{"anchor": "one", "positive": "two", "negative": 3}',  # malformed
         b'{"anchor": "one"}',  # missing
@@ -128,7 +131,7 @@ def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     found, rejected = read_triplets([tmp_path / "rows.jsonl"], FIELDS, {text_key("seen")})
-    assert found == [Triplet("one", "two", "three")]
+    assert found == [Triplet("one", "two", ("three",))]
     assert rejected == {
         "undecodable": 2,
         "malformed": 4,
@@ -145,7 +148,7 @@ def test_nulls_of_a_column_are_missing_and_no_negative(tmp_path):
     table = {"anchor": ["a", None, "c"], "positive": ["b", "b", None], "negative": [None, "x", "x"]}
     parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
     found, rejected = read_triplets([tmp_path / "rows.parquet"], FIELDS, ())
-    assert (found, rejected["missing"]) == ([Triplet("a", "b", None)], 2)
+    assert (found, rejected["missing"]) == ([Triplet("a", "b")], 2)
 
 
 def test_a_file_without_the_fields_is_an_error_that_names_the_setting(tmp_path):
@@ -153,11 +156,12 @@ def test_a_file_without_the_fields_is_an_error_that_names_the_setting(tmp_path):
     with pytest.raises(TeachonceError) as error:
         read_triplets([tmp_path / "rows.jsonl"], FIELDS, ())
     assert str(error.value) == (
-        f"{tmp_path / 'rows.jsonl'}: no row has the fields anchor, positive\n"
-        "  cure: set finetune.fields in params.yaml to the names of anchor, positive and negative"
+        f"{tmp_path / 'rows.jsonl'}: no row gives texts under anchor and positive; it has question (text), "
+        "answer (text)\n"
+        "  cure: set finetune.fields in params.yaml to [question, answer, negative]"
     )
     parquet.write_table(pa.table({"q": ["x"], "positive": ["y"]}), tmp_path / "rows.parquet")
-    with pytest.raises(TeachonceError, match="no columns anchor, positive among"):
+    with pytest.raises(TeachonceError, match=r"it has q \(text\), positive \(text\)\n"):
         read_triplets([tmp_path / "rows.parquet"], FIELDS, ())
 
 
@@ -167,27 +171,25 @@ def test_a_truncated_file_is_an_error(tmp_path):
         read_triplets([tmp_path / "rows.jsonl.gz"], FIELDS, ())
     with pytest.raises(MissingError, match=r"^finetune\.triplets: 'nothing\*' matches no file"):
         triplet_files(["nothing*"], tmp_path)
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.txt").write_text("a,b")
     with pytest.raises(TeachonceError, match="nothing reads that ending"):
-        triplet_files(["*.csv"], tmp_path)
+        triplet_files(["*.txt"], tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- the loss
 
 
-def slow_info_nce(rows, vector, scale):
+def slow_info_nce(rows, vector, scale, labelled=None):
     """Loop by loop: each anchor among all positives and negatives, less what is no wrong answer."""
-    keys = [(n, row.positive) for n, row in enumerate(rows)]
-    keys += [(None, row.negative) for row in rows if row.negative is not None]
+    keys = [text for row in rows for text in (row.positive, *row.negatives)]
     total = 0.0
-    for place, row in enumerate(rows):
+    for row in rows:
+        positives = [other.positive for other in labelled or rows if other.anchor == row.anchor]
         own = math.exp(scale * (vector(row.anchor) @ vector(row.positive)))
         sum_of_all = own
-        for owner, text in keys:
-            same_anchor = owner is not None and rows[owner].anchor == row.anchor
-            if owner == place or text in (row.positive, row.anchor) or same_anchor:
-                continue
-            sum_of_all += math.exp(scale * (vector(row.anchor) @ vector(text)))
+        for text in keys:
+            if text not in (row.anchor, *positives):
+                sum_of_all += math.exp(scale * (vector(row.anchor) @ vector(text)))
         total -= math.log(own / sum_of_all)
     return total / len(rows)
 
@@ -206,53 +208,82 @@ def lesson_of(folder, rows, params, memory=None):
     )
 
 
-def test_the_loss_is_supervised_info_nce(tiny_model):
-    texts = sentences(12, seed=5)
+@pytest.mark.parametrize("gradient_caching", [False, True])
+def test_the_loss_is_supervised_info_nce(tiny_model, gradient_caching):
+    texts = sentences(16, seed=5)
     rows = [
-        Triplet(texts[0], texts[1], texts[2]),
-        Triplet(texts[3], texts[4], None),
-        Triplet(texts[0], texts[5], texts[4]),  # the anchor of row 0, the positive of row 1
-        Triplet(texts[6], texts[1], texts[7]),  # the positive of row 0
-        Triplet(texts[8], texts[9], texts[8]),  # its own anchor as a negative
+        Triplet(texts[0], texts[1], (texts[2], texts[10], texts[11])),
+        Triplet(texts[3], texts[4]),
+        Triplet(texts[0], texts[5], (texts[4],)),  # the anchor of row 0, the positive of row 1
+        Triplet(texts[6], texts[1], (texts[7], texts[5])),  # the positives of rows 0 and 2
+        Triplet(texts[8], texts[9], (texts[8], texts[12])),  # its own anchor as a negative
+        # Another positive of row 1's anchor among the negatives of row 1's positive's rival.
+        Triplet(texts[14], texts[15], (texts[13], texts[2])),
+        Triplet(texts[3], texts[13]),
     ]
-    lesson = lesson_of(tiny_model, rows, settings())
+    lesson = lesson_of(tiny_model, rows, settings(gradient_caching=gradient_caching))
     encoder = Encoder(tiny_model, device=CPU, max_tokens=16)
     vectors = dict(zip(texts, encoder.encode(texts).astype(np.float64), strict=True))
-    with torch.no_grad():
-        loss, parts = lesson.work().loss(np.arange(5), 0)
-    assert float(loss) == pytest.approx(slow_info_nce(rows, vectors.get, 20), rel=1e-4)
-    assert parts == [float(loss)]
+    for batch in (np.arange(7), np.array([5, 1, 3, 0])):
+        with torch.no_grad():
+            loss, parts = lesson.work().loss(batch, 0)
+        slow = slow_info_nce([rows[row] for row in batch], vectors.get, 20, rows)
+        assert float(loss) == pytest.approx(slow, rel=1e-4)
+        assert parts == [float(loss)]
 
 
 def test_what_is_no_wrong_answer():
-    # Rows: (0 -> 1), (2 -> 3), (0 -> 4), and the negatives 5, 0.
-    anchors, positives = np.array([0, 2, 0]), np.array([1, 3, 4])
-    assert same_text(anchors, positives, np.array([1, 3, 4, 5, 0])).tolist() == [
+    # Rows: (0 -> 1), (2 -> 3), (0 -> 4), and the negatives 5, 0; in another batch (2 -> 5).
+    right = right_answers(np.array([0, 2, 0, 2]), np.array([1, 3, 4, 5]))
+    anchors, keys = np.array([0, 2, 0]), np.array([1, 3, 4, 5, 0])
+    assert same_text(anchors, keys, right).tolist() == [
         [True, False, True, False, True],
-        [False, True, False, False, False],
+        [False, True, False, True, False],
         [True, False, True, False, True],
     ]
 
 
 def test_the_judge_of_triplets_is_the_mean_reciprocal_rank():
-    rows = [Triplet("a", "p", "n"), Triplet("b", "q", None), Triplet("c", "p", None)]
+    rows = [
+        Triplet("a", "p", ("n", "m")),
+        Triplet("b", "q"),
+        Triplet("c", "p", ("n", "b")),
+        Triplet("a", "r"),
+    ]
     judge = TripletJudge(rows)
-    assert judge.texts == ["a", "b", "c", "p", "q", "p", "n"]
-    vectors = np.array(
-        [
-            [1, 0],  # a
-            [0, 1],  # b
-            [1, 1],  # c
-            [0.9, 0.1],  # p: second to a, behind n; second to c
-            [0.1, 0.9],  # q: first to b
-            [0.9, 0.1],  # p
-            [1, 0.05],  # n
-        ],
-        np.float32,
-    )
-    # Row c: p and q are equally near, and a tie counts against the row.
-    assert judge(vectors) == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
-    assert judge(5 * vectors) == pytest.approx(judge(vectors))
+    vectors = {
+        "a": [1, 0],
+        "b": [0, 1],
+        "c": [1, 1],
+        "p": [0.9, 0.1],
+        "q": [0.1, 0.9],
+        "n": [1, 0.05],
+        "m": [1, 0.01],
+        "r": [1, 0.02],
+    }
+    assert sorted(judge.texts) == sorted(vectors)
+    # a -> p: behind n and m; r is its positive, too. a -> r: behind m. b -> q: its own text is no rival.
+    # c -> p: q is as near, and a tie counts against the row; n and m, r, b are further away.
+    wanted = (1 / 3 + 1 / 1 + 1 / 2 + 1 / 2) / 4
+    found = np.array([vectors[text] for text in judge.texts], np.float32)
+    assert judge(found) == pytest.approx(wanted)
+    assert judge(5 * found) == pytest.approx(wanted)
+    assert judge(found) == pytest.approx(slow_mean_reciprocal_rank(rows, vectors))
+
+
+def slow_mean_reciprocal_rank(rows, vectors):
+    def cosine(first, second):
+        a, b = (np.array(vectors[text], np.float64) for text in (first, second))
+        return round(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), 6)
+
+    found = []
+    for row in rows:
+        right = {other.positive for other in rows if other.anchor == row.anchor}
+        texts = {text for other in rows for text in (other.positive, *other.negatives)}
+        own = cosine(row.anchor, row.positive)
+        rivals = texts - right - {row.anchor}
+        found.append(1 / (1 + sum(cosine(row.anchor, text) >= own for text in rivals)))
+    return sum(found) / len(found)
 
 
 def test_the_judge_of_sts_is_spearman():
@@ -275,7 +306,7 @@ class World:
         for anchor in self.texts:
             words = anchor.lower().removesuffix(".").split()
             positive = " ".join(draw.permutation(words[: max(3, len(words) // 2)]))
-            self.rows.append(Triplet(anchor, positive, None))
+            self.rows.append(Triplet(anchor, positive))
         (place.root / "rows.jsonl").write_bytes(json_lines(self.rows))
 
     def caches(self):
