@@ -14,6 +14,7 @@ from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources
 from stages.files import located
 from stages.lineage import left_the_teacher, read_lineage
+from stages.model_config import undecided
 from stages.models import find_model
 from stages.outcome import write_json
 from stages.params import (
@@ -265,12 +266,17 @@ class Workspace:
     def load_encoder(self, folder: Path, *, is_teacher: bool) -> Encoder:
         """A model ready to encode; all read the same number of tokens at the same precision.
 
-        The prompt and the width of the settings are the teacher's; a student learns those vectors from the
-        plain texts.
+        The prompt and the width of the settings are the teacher's; a start and a student read every text as
+        it is.
+
+        Raises:
+            TeachonceError: the teacher leaves something undecided.
         """
         from stages.learning.encoder import Encoder, pick_device
 
         params = self.params.embed
+        for error in undecided(folder, params) if is_teacher else ():
+            raise error
         return Encoder(
             folder,
             device=pick_device(self.params.device),
@@ -278,7 +284,7 @@ class Workspace:
             max_tokens=params.max_tokens,
             in_windows=params.long_texts == "windows" and is_teacher,
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
-            prompt=params.prompt if is_teacher else "",
+            prompt=(params.prompt or "") if is_teacher else "",
             dim=params.dim if is_teacher else None,
             pooling=params.pooling if is_teacher else None,
             trust_remote_code=params.trust_remote_code and is_teacher,
@@ -329,8 +335,18 @@ class Workspace:
             "tokens read of a text": str(self.params.embed.max_tokens)
             + (" at once, all in windows" if self.params.embed.long_texts == "windows" else "")
             + (" (by the teacher: unknown)" if self.params.embed.is_imported else ""),
+            "prompts": self._prompt_told(),
             "teacher's vectors": f"{self._values_told()}, kept as {self.params.embed.storage}",
         }
+
+    def _prompt_told(self) -> str:
+        if self.params.embed.is_imported:
+            return "the teacher's is unknown; students read texts as they are"
+        prompt = self.params.embed.prompt
+        teachers = (
+            f"the teacher reads {shown(repr(prompt))} before every text" if prompt else "none"
+        )
+        return f"{teachers}; students read texts as they are" if prompt else teachers
 
     def _values_told(self) -> str:
         dim = self.params.embed.dim

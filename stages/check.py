@@ -17,7 +17,7 @@ from typing import Any
 
 from stages import benchmarks, readers
 from stages.files import located
-from stages.model_config import decided_pooling
+from stages.model_config import decided_pooling, undecided
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
@@ -163,30 +163,23 @@ class Survey:
         return self._entry(
             "teacher",
             declared,
-            lambda: self._model(params.teacher, revision, "embed.teacher", params),
+            lambda: self._teacher_files(params, revision),
         )
 
-    def _model(
-        self, name: str, revision: str | None, address: str, params: EmbedParams | StartParams
-    ) -> dict[str, str]:
-        """The hashes of a model's files; what it leaves undecided is reported."""
-        section = address.rpartition(".")[0]
-        # A setting that is wrong is no attribute, and is reported already.
-        pooling = getattr(params, "pooling", None)
+    def _teacher_files(self, params: EmbedParams, revision: str | None) -> dict[str, str]:
+        """The hashes of its files; all that it leaves undecided is reported."""
+        address = "embed.teacher"
         folder = find_model(
-            name, revision=revision, root=self.root, address=address, pooling=pooling
+            params.teacher,
+            revision=revision,
+            root=self.root,
+            address=address,
+            pooling=getattr(params, "pooling", None),
         )
         files = file_hashes(folder, address=address, sha256=self.sha256)
-        if hasattr(params, "pooling"):
-            self._ask(partial(decided_pooling, folder, pooling, address=f"{section}.pooling"))
-        return files
-
-    def _ask(self, question: Callable[[], object]) -> None:
-        """Report what is wrong with one answer, and go on to the next."""
-        try:
-            question()
-        except TeachonceError as error:
+        for error in undecided(folder, params):
             self._report(error)
+        return files
 
     def _imported(self, declared: Mapping[str, Any]) -> Entry:
         """What `teachonce import` left: the vectors it read need not be on this machine."""
@@ -204,13 +197,18 @@ class Survey:
 
     def _start(self, name: str, params: StartParams) -> Entry:
         """The entry of a start from a model of its own."""
+
+        def files() -> dict[str, str]:
+            address, pooling = f"starts.{name}.from", params.pooling
+            folder = find_model(
+                params.from_, revision=None, root=self.root, address=address, pooling=pooling
+            )
+            files = file_hashes(folder, address=address, sha256=self.sha256)
+            decided_pooling(folder, pooling, address=f"starts.{name}.pooling")
+            return files
+
         committed = self.committed.get("starts", {}).get(name, {})
-        return self._entry(
-            "starts",
-            {"name": params.from_},
-            lambda: self._model(params.from_, None, f"starts.{name}.from", params),
-            committed=committed,
-        )
+        return self._entry("starts", {"name": params.from_}, files, committed=committed)
 
     def _shard(self, params: ShardParams) -> Entry:
         declared = {"sources": list(params.sources), "field": params.field}

@@ -91,7 +91,7 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "teacher": dict(files),
-        "prompt": params.prompt,
+        "prompt": params.prompt or "",
         "max_tokens": params.max_tokens,
         "precision": params.precision,
         "storage": params.storage,

@@ -42,7 +42,7 @@ from storage.errors import TeachonceError, shown
 from storage.manifest import fingerprint
 from storage.split import Split
 
-VERSION = 5  # raise it when a code change alters the metrics of the same model
+VERSION = 6  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR

@@ -7,12 +7,16 @@ stage can run without `check`; so nothing is guessed by either.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.models import MODULES, modules_of
+from stages.params import EmbedParams
 from storage.errors import TeachonceError, shown
+
+DENSE = "SentenceTransformer"
+"""What a model of one vector a text calls itself."""
 
 POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -36,6 +40,14 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
     Raises:
         TeachonceError: neither the model nor the setting says it, or they say different things.
     """
+    kind = model_config(folder, address).get("model_type") or DENSE
+    if kind != DENSE:
+        # sentence-transformers would turn it into one, with a pooling that it guesses.
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a {shown(kind)}, which makes no one vector of a text",
+            f"name a {DENSE}",
+        )
     if not (folder / MODULES).is_file():
         if setting is None:
             raise TeachonceError(
@@ -56,6 +68,92 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
                 "set it to null: the model knows its own pooling",
             )
     return None
+
+
+def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
+    """What a teacher leaves open and the settings of `embed` do not say, or say otherwise."""
+    questions: Sequence[tuple[str, Callable[[str], object]]] = (
+        ("pooling", lambda at: decided_pooling(folder, params.pooling, address=at)),
+        ("prompt", lambda at: decided_prompt(folder, params.prompt, address=at)),
+        ("similarity", lambda at: check_similarity(folder, params.similarity, address=at)),
+        ("dim", lambda at: check_width(folder, params.dim, address=at)),
+    )
+    for setting, ask in questions:
+        # A setting that is wrong in params.yaml is no attribute, and is told already.
+        if hasattr(params, setting):
+            try:
+                ask(f"embed.{setting}")
+            except TeachonceError as error:
+                yield error
+
+
+def own_prompts(folder: Path, address: str) -> dict[str, str]:
+    """The prompts that a model's configuration has, by name, without empty ones."""
+    found = model_config(folder, address).get("prompts")
+    prompts = found.items() if isinstance(found, dict) else ()
+    return {str(name): str(prompt) for name, prompt in prompts if prompt}
+
+
+def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
+    """What the teacher reads before every text.
+
+    Args:
+        folder: The model.
+        setting: What a person says; None: the model has no prompt of its own.
+        address: The setting, to name in an error.
+
+    Raises:
+        TeachonceError: nobody said it, and the model has prompts.
+    """
+    own = own_prompts(folder, address) if setting is None else {}
+    if own:
+        default = model_config(folder, address).get("default_prompt_name")
+        names = ", ".join(
+            f"{shown(name)}{' (its default)' if name == default else ''}: {shown(repr(prompt))}"
+            for name, prompt in own.items()
+        )
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} has prompts of its own ({names})",
+            'write the one that is to stand before every text, whatever it is, or "" for none',
+        )
+    return setting or ""
+
+
+def check_similarity(folder: Path, setting: str | None, *, address: str) -> None:
+    """Raise if a model compares its vectors by what ranks them otherwise than cosine, and nobody knows.
+
+    Dot products and distances of vectors of length 1 rank as their cosines do.
+    """
+    own = model_config(folder, address).get("similarity_fn_name") or "cosine"
+    modules = modules_of(folder, address)
+    same = own == "cosine" or (
+        own in {"dot", "euclidean"} and modules[-1:] and modules[-1][0] == "Normalize"
+    )
+    if setting is None and not same:
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} compares its vectors by {shown(own)}, while mining, training "
+            "and evaluation compare by cosine",
+            "set it to cosine if that is what you want all the same; students are made for cosine",
+        )
+
+
+def check_width(folder: Path, setting: int | None, *, address: str) -> None:
+    """Raise if a model itself keeps only the first so many values of each vector, and nobody decided."""
+    own = model_config(folder, address).get("truncate_dim")
+    if own is not None and setting is None:
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} keeps {shown(own)} values of each vector (its truncate_dim)",
+            f"set it to {shown(own)}, or to the number of all values",
+        )
+
+
+def model_config(folder: Path, address: str) -> Mapping[str, Any]:
+    """config_sentence_transformers.json, or nothing: older models have none."""
+    path = folder / "config_sentence_transformers.json"
+    return read_object(path, address) if path.is_file() else {}
 
 
 def _pooling_modes(folder: Path, address: str) -> list[str]:

@@ -144,7 +144,10 @@ class EmbedParams(Section):
     teacher: ModelPlace  # hub name, folder, package:<module>/<path>, or imported:<any name>
     revision: Text | None  # of a hub name
     pooling: Pooling | None  # of a model without modules.json; null: that file decides
-    prompt: str  # put before every text
+    prompt: str | None  # put before every text; null: the model has none of its own
+    similarity: (
+        Literal["cosine"] | None
+    )  # null: by cosine, as the model itself compares its vectors
     max_tokens: Annotated[int, Field(ge=4)]  # what is read of a text at once
     long_texts: Literal["cut", "windows"]  # a longer one: cut there, or the mean of windows
     precision: Literal["fp32", "bf16", "fp16"]

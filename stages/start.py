@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from stages.model_config import own_prompts
 from stages.outcome import Outcome
 from stages.params import TEACHER, StartParams
 from storage import durable
+from storage.errors import shown
 
 VERSION = 1
 
@@ -47,6 +49,7 @@ def run(
     )
     if params.layers is not None:
         keep_layers(model, params.layers, address=f"starts.{name}.layers")
+    prompts = own_prompts(folder, str(folder))
     parameters = sum(weight.numel() for weight in model.parameters())
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch)
@@ -54,6 +57,7 @@ def run(
     return Outcome(
         stage="start",
         made=out,
-        summary=f"{layers} of {params.from_}, {parameters / 1e6:.1f} million parameters",
+        summary=f"{layers} of {params.from_}, {parameters / 1e6:.1f} million parameters"
+        + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
         facts={"parameters": parameters, "dim": model.get_embedding_dimension()},
     )

@@ -95,6 +95,7 @@ def embed_params(**changes):
             "revision": None,
             "pooling": None,
             "prompt": "",
+            "similarity": None,
             "max_tokens": 32,
             "long_texts": "cut",
             "precision": "fp32",

@@ -114,16 +114,19 @@ def test_the_same_texts_give_the_same_bits_whatever_came_before(tiny_model):
     assert np.array_equal(first.encode(texts), second.encode(texts))
 
 
-def test_a_models_own_prompts_go_to_queries_and_documents(tiny_model, tmp_path):
+def test_the_prompt_of_the_settings_stands_before_every_text(tiny_model, tmp_path):
+    """Whatever its role, and whatever prompts the model has."""
     model = load_model(tiny_model, device=CPU)
     model.prompts = {"query": "amber: ", "passage": "basin: "}
+    model.default_prompt_name = "query"
     model.save(str(tmp_path / "prompted"), create_model_card=False)
-    encoder = Encoder(tmp_path / "prompted", device=CPU, max_tokens=16, prompt="cedar: ")
     plain = Encoder(tiny_model, device=CPU, max_tokens=16)
     texts = sentences(5)
-    for role, prompt in (("query", "amber: "), ("document", "basin: "), ("text", "cedar: ")):
+    for prompt in ("cedar: ", ""):
+        encoder = Encoder(tmp_path / "prompted", device=CPU, max_tokens=16, prompt=prompt)
         expected = plain.encode([prompt + text for text in texts])
-        assert np.allclose(encoder.encode(texts, role=role), expected, atol=1e-6)
+        for role in ("text", "query", "document"):
+            assert np.allclose(encoder.encode(texts, role=role), expected, atol=1e-6)
 
 
 def test_bf16_is_near_float32(tiny_model):

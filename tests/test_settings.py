@@ -731,6 +731,65 @@ def test_a_start_cut_from_the_teacher_is_pooled_as_the_teacher(tmp_path):
         load_params(write(tmp_path, change))
 
 
+def checked(folder, config, **embed):
+    """What check says of a teacher with this config_sentence_transformers.json and these settings."""
+    (folder / "teacher/config_sentence_transformers.json").write_text(json.dumps(config))
+    change_settings(folder, lambda content: content["embed"].update(embed))
+    try:
+        run_check(folder)
+    except SettingsError as error:
+        return dict(error.problems)
+    return {}
+
+
+def test_check_asks_which_of_a_models_prompts_is_meant(project):
+    prompts = {"query": "query: ", "passage": "passage: ", "none": "", "absent": None}
+    found = checked(project, {"prompts": prompts, "default_prompt_name": "query"}, prompt=None)
+    assert found == {
+        "embed.prompt": f"null, but the model in {project / 'teacher'} has prompts of its own (query (its "
+        "default): 'query: ', passage: 'passage: ')\n    cure: write the one that is to stand before every "
+        'text, whatever it is, or "" for none'
+    }
+    for prompt in ("", "passage: ", "another: "):
+        assert checked(project, {"prompts": prompts}, prompt=prompt) == {}
+    for said in ({}, {"prompts": {}}, {"prompts": {"query": ""}, "default_prompt_name": "query"}):
+        assert checked(project, said, prompt=None) == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "last", "setting", "is_right"),
+    [
+        ("cosine", "Pooling", None, True),
+        (None, "Pooling", None, True),
+        ("dot", "Normalize", None, True),
+        ("euclidean", "Normalize", None, True),
+        ("manhattan", "Normalize", None, False),
+        ("dot", "Pooling", None, False),
+        ("euclidean", "Dense", None, False),
+        ("another", "Normalize", None, False),
+        ("dot", "Pooling", "cosine", True),
+    ],
+)
+def test_check_asks_whether_cosine_is_meant(project, own, last, setting, is_right):
+    modules = [{"path": "", "type": f"a.{kind}"} for kind in ("Transformer", "Pooling", last)]
+    (project / "teacher/modules.json").write_text(json.dumps(modules))
+    found = checked(project, {"similarity_fn_name": own}, similarity=setting)
+    assert set(found) == (set() if is_right else {"embed.similarity"})
+    assert is_right or found["embed.similarity"].startswith(
+        f"null, but the model in {project / 'teacher'} compares its vectors by {own}, "
+    )
+
+
+def test_check_asks_how_many_values_of_a_model_that_cuts_its_vectors(project):
+    assert "(its truncate_dim)" in checked(project, {"truncate_dim": 4})["embed.dim"]
+    assert checked(project, {"truncate_dim": 4}, dim=4) == {}
+
+
+def test_check_refuses_a_model_that_makes_no_one_vector_of_a_text(project):
+    found = checked(project, {"model_type": "SparseEncoder"})
+    assert "is a SparseEncoder" in found["embed.pooling"]
+
+
 FIND = """
 import sys
 from pathlib import Path

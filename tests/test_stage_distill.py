@@ -130,6 +130,23 @@ def test_a_start_has_the_layers_it_was_given(tiny_model, start_folder):
             assert torch.equal(value, teacher.encoder.layer[theirs].state_dict()[name])
 
 
+def test_a_start_reads_texts_as_they_are_whatever_prompts_its_model_has(tiny_model, tmp_path):
+    model = load_model(tiny_model, device=CPU)
+    model.prompts, model.default_prompt_name = {"query": "amber: "}, "query"
+    model.similarity_fn_name, model.truncate_dim = "dot", 8
+    model.save(str(tmp_path / "e5"), create_model_card=False)
+    params = StartParams.model_validate({"from": "e5", "layers": None})
+    outcome = start.run(
+        params, name="e5", folder=tmp_path / "e5", trust_remote_code=False, out=tmp_path / "s"
+    )
+    assert outcome.summary.endswith("; its own prompts (query) are left out")
+    made, plain = load_model(tmp_path / "s", device=CPU), load_model(tiny_model, device=CPU)
+    texts = ["amber basin", "cedar"]
+    for encode in (made.encode, made.encode_query, made.encode_document):
+        assert np.allclose(encode(texts), plain.encode(texts), atol=1e-6)
+    assert made.similarity_fn_name == "cosine"
+
+
 def test_equal_starts_are_equal_files(tiny_model, start_folder, tmp_path):
     params = StartParams.model_validate({"from": "teacher", "layers": [0, 3]})
     start.run(params, name="half", folder=tiny_model, trust_remote_code=False, out=tmp_path / "s")

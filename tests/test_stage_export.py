@@ -209,7 +209,8 @@ def test_a_dense_layer_of_the_start_is_not_the_projection(body, tmp_path):
     np.testing.assert_allclose(encode(tmp_path / "out"), expected, rtol=0, atol=2e-5)
 
 
-def test_prompts_travel(body, tmp_path):
+def test_a_student_is_exported_without_prompts_and_for_cosine(body, tmp_path):
+    """It was trained and measured on texts as they are: `encode` must not put anything before them."""
     folder = save(
         tmp_path / "kd",
         *(Transformer(str(body)), Pooling(32, "mean")),
@@ -219,8 +220,10 @@ def test_prompts_travel(body, tmp_path):
     )
     run((folder, lineage_of(projection=False)), tmp_path / "out")
     found = SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    assert (found.prompts["query"], found.default_prompt_name) == ("find: ", "query")
-    assert found.similarity_fn_name == "dot"
+    plain = load_model(folder, device=CPU).encode(TEXTS, prompt="")
+    for encode in (found.encode, found.encode_query, found.encode_document):
+        np.testing.assert_allclose(encode(TEXTS), plain, rtol=0, atol=2e-6)
+    assert found.similarity_fn_name == "cosine"
 
 
 def test_the_lineage_goes_along(wide, tmp_path):
@@ -554,6 +557,9 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("path/to/this/folder")
 vectors = model.encode(["One text.", "And another one."])
 ```
+
+It reads texts as they are, queries and documents alike: there is no prompt, and `encode_query` is `encode`.
+Vectors are compared by their cosine.
 
 sentence-transformers 3.4 or newer.
 

@@ -44,13 +44,6 @@ GPU_BATCH_TOKENS = 65_536
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A model's own prompts by role, in the order in which they are looked for.
-ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {
-    "text": (),
-    "query": ("query",),
-    "document": ("document", "passage"),
-}
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -216,7 +209,7 @@ class Encoder:
         max_tokens: Of a text, or of a window; at most what the model can read.
         in_windows: A longer text is read in windows, and its vector is their mean; else it is cut.
         batch_tokens: Tokens in a batch, padding included; None for what suits the device. Speed only.
-        prompt: Put before every text that has no prompt of the model's own for its role.
+        prompt: Put before every text. The model's own prompts are not used: a person chose among them.
         dim: Return the first so many values of each vector, with its length made 1 again if the model
             ends in Normalize; None for all.
         pooling: Of a transformers folder, which has no modules.json.
@@ -328,9 +321,8 @@ class Encoder:
 
     def read(self, texts: Sequence[str], *, role: Role = "text") -> tuple[Windows | None, Read]:
         """The first step, all on the CPU: tokens."""
-        prompt = self._prompt(role)
-        windows = self._windows(texts, prompt)
-        return windows, self.reader.read(texts if windows is None else windows.texts, prompt)
+        windows = self._windows(texts, self.prompt)
+        return windows, self.reader.read(texts if windows is None else windows.texts, self.prompt)
 
     def encode_read(self, windows_and_read: tuple[Windows | None, Read]) -> Encoded:
         """The second step, on the device: vectors, with counts of what was read."""
@@ -348,7 +340,7 @@ class Encoder:
 
     def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """(n,) tokens of each of `texts` before cutting, with the prompt's; nothing is encoded."""
-        return self.reader.read(texts, self._prompt("text")).lengths
+        return self.reader.read(texts, self.prompt).lengths
 
     def _windows(self, texts: Sequence[str], prompt: str) -> Windows | None:
         if not self.in_windows:
@@ -372,12 +364,6 @@ class Encoder:
         first = whole[:, : self.dim]
         # Judged by the model, not by the lengths of its vectors: all of a cache are scaled alike.
         return unit(first) if ends_in_normalize(self.model) else np.ascontiguousarray(first)
-
-    def _prompt(self, role: Role) -> str:
-        for name in ROLE_PROMPTS[role]:
-            if self.model.prompts.get(name):
-                return str(self.model.prompts[name])
-        return self.prompt
 
     @torch.inference_mode()
     def _vectors(self, read: Read, *, precision: Precision) -> NDArray[np.float32]:

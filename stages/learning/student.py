@@ -224,8 +224,16 @@ def encode_ids(
 
 
 def save_model(model: SentenceTransformer, folder: Path) -> None:
-    """Write a model; equal weights give equal files (no card with a date in it)."""
+    """Write a start or a student; equal weights give equal files (no card with a date in it).
+
+    What is saved here reads texts as they are and is compared by cosine, so it says nothing else: prompts,
+    another similarity or a cut of the model that it came from would be applied by `encode`.
+    """
     model.to("cpu")
+    model.prompts = {"query": "", "document": ""}
+    model.default_prompt_name = None
+    model.similarity_fn_name = "cosine"
+    model.truncate_dim = None
     model.save(str(folder), create_model_card=False, safe_serialization=True)
 
 

@@ -135,6 +135,9 @@ model = SentenceTransformer("path/to/this/folder")
 vectors = model.encode(["One text.", "And another one."])
 ```
 
+It reads texts as they are, queries and documents alike: there is no prompt, and `encode_query` is `encode`.
+Vectors are compared by their cosine.
+
 {needed}"""
     if not card.onnx:
         return code
@@ -142,7 +145,7 @@ vectors = model.encode(["One text.", "And another one."])
 
 `onnx/model.onnx` is the same model for ONNX Runtime: `input_ids` and `attention_mask` in (int64, batch x
 length), `last_hidden_state` and `sentence_embedding` out. The vector is `sentence_embedding`: pooling and
-all that follows are inside. A prompt, if the model has one, is yours to put before the text."""
+all that follows are inside."""
 
 
 def _results(card: Card, metrics: Mapping[str, Metrics]) -> str:

@@ -32,6 +32,7 @@ CHANGED = {
     "trust_remote_code": [True],
 }
 SPEED = {
+    "similarity": ["cosine"],  # how vectors are compared, not what they are
     "batch_tokens": [1, 511, 1 << 20],
     "reuse": [True, False],
     # The teacher stands in a recipe by the hashes of its files, not by its name.
@@ -61,6 +62,8 @@ def test_no_setting_of_speed_or_place_changes_a_name(count):
         for value in values:
             assert fingerprint(embed.recipe(embed_params(**{setting: value}), FILES)) == name
     assert fingerprint(embed.recipe(embed_params(), dict(reversed(FILES.items())))) == name
+    # "" says of a model without prompts what null says.
+    assert fingerprint(embed.recipe(embed_params(prompt=None), FILES)) == name
     count("changes of speed and place", 1 + sum(map(len, SPEED.values())), "has a new name")
 
 
