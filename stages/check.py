@@ -17,7 +17,7 @@ from typing import Any
 
 from stages import benchmarks, readers
 from stages.files import located
-from stages.model_config import decided_pooling, undecided
+from stages.model_config import check_one_model, decided_pooling, undecided
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
@@ -179,7 +179,17 @@ class Survey:
         files = file_hashes(folder, address=address, sha256=self.sha256)
         for error in undecided(folder, params):
             self._report(error)
+        for name, start in self.sections.get("starts", {}).items():
+            if start.from_ == TEACHER:
+                self._ask(partial(check_one_model, folder, address=f"starts.{name}.from"))
         return files
+
+    def _ask(self, question: Callable[[], object]) -> None:
+        """Report what is wrong, and go on."""
+        try:
+            question()
+        except TeachonceError as error:
+            self._report(error)
 
     def _imported(self, declared: Mapping[str, Any]) -> Entry:
         """What `teachonce import` left: the vectors it read need not be on this machine."""
@@ -204,7 +214,8 @@ class Survey:
                 params.from_, revision=None, root=self.root, address=address, pooling=pooling
             )
             files = file_hashes(folder, address=address, sha256=self.sha256)
-            decided_pooling(folder, pooling, address=f"starts.{name}.pooling")
+            self._ask(partial(decided_pooling, folder, pooling, address=f"starts.{name}.pooling"))
+            self._ask(partial(check_one_model, folder, address=address))
             return files
 
         committed = self.committed.get("starts", {}).get(name, {})

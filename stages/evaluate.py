@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ from stages.learning.agreement import (
     sts_correlation,
     top_overlap,
 )
+from stages.model_config import Role
 from stages.outcome import Fact, Outcome, Progress, log, write_json
 from stages.params import TEACHER, EvaluateParams
 from storage.corpus import Corpus
@@ -49,8 +50,6 @@ CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
 PASSES = 3
 TEXTS_AT_ONCE = 2048  # between two looks at the clock
-
-Role = Literal["text", "query", "document"]
 
 Cuts = Mapping[str, int | None]
 """What stands before the keys of metrics -> how many first values of each vector they are of; None: all."""

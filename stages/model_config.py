@@ -6,17 +6,33 @@ stage can run without `check`; so nothing is guessed by either.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from stages.models import MODULES, modules_of
+from stages.models import MODULES, TRANSFORMER, modules_of
 from stages.params import EmbedParams
 from storage.errors import TeachonceError, shown
 
 DENSE = "SentenceTransformer"
 """What a model of one vector a text calls itself."""
+
+ROUTERS = {"Router", "Asym"}
+TEXTS = "text"
+"""What a router calls texts among images and others."""
+
+Role = Literal["text", "query", "document"]
+NAMED: dict[Role, str] = {
+    "text": "texts of a corpus",
+    "query": "queries",
+    "document": "documents",
+}
+
+LEAST_ROOM = 4
+"""Tokens of a text that must be read behind a prompt, as embed.max_tokens must be 4 at least."""
 
 POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -77,6 +93,8 @@ def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
         ("prompt", lambda at: decided_prompt(folder, params.prompt, address=at)),
         ("similarity", lambda at: check_similarity(folder, params.similarity, address=at)),
         ("dim", lambda at: check_width(folder, params.dim, address=at)),
+        ("teacher", lambda at: decided_routes(folder, address=at)),
+        ("max_tokens", lambda at: _check_room(folder, params, at)),
     )
     for setting, ask in questions:
         # A setting that is wrong in params.yaml is no attribute, and is told already.
@@ -126,9 +144,8 @@ def check_similarity(folder: Path, setting: str | None, *, address: str) -> None
     Dot products and distances of vectors of length 1 rank as their cosines do.
     """
     own = model_config(folder, address).get("similarity_fn_name") or "cosine"
-    modules = modules_of(folder, address)
     same = own == "cosine" or (
-        own in {"dot", "euclidean"} and modules[-1:] and modules[-1][0] == "Normalize"
+        own in {"dot", "euclidean"} and _last_kinds(folder, address) == {"Normalize"}
     )
     if setting is None and not same:
         raise TeachonceError(
@@ -148,6 +165,174 @@ def check_width(folder: Path, setting: int | None, *, address: str) -> None:
             f"null, but the model in {folder} keeps {shown(own)} values of each vector (its truncate_dim)",
             f"set it to {shown(own)}, or to the number of all values",
         )
+
+
+def room_for_texts(max_tokens: int, *, around: int, has_prompt: bool) -> int:
+    """How many tokens are left for a text of those that are read at once.
+
+    Args:
+        max_tokens: Read at once.
+        around: Of these, special tokens and the prompt's.
+        has_prompt: Without one, the person who set `max_tokens` has decided all of it.
+
+    Raises:
+        TeachonceError: so few that texts would become alike.
+    """
+    room = max_tokens - around
+    least = LEAST_ROOM if has_prompt else 1
+    if room < least:
+        raise TeachonceError(
+            "embed.max_tokens",
+            f"{max_tokens}, but special tokens and the prompt take {around} of them: {max(room, 0)} are "
+            f"left for a text, and it takes at least {least}",
+            f"set it to {around + least} or more, or shorten embed.prompt",
+        )
+    return room
+
+
+def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
+    """Raise if the prompt leaves no room for a text, in any transformer of a model."""
+    prompt = getattr(params, "prompt", None)
+    if not prompt:
+        return
+    from tokenizers import Tokenizer
+
+    for path in _transformers(folder, address):
+        file = path / "tokenizer.json"
+        if file.is_file():  # others are tokenised in Python; the loader asks those
+            try:
+                tokenizer = Tokenizer.from_file(str(file))
+            except Exception as error:  # its own class is none but Exception
+                raise TeachonceError(
+                    address, f"{file} cannot be read ({shown(error)})", "fetch the file again"
+                ) from None
+            tokenizer.no_truncation()
+            around = tokenizer.num_special_tokens_to_add(False) + len(
+                tokenizer.encode(prompt, add_special_tokens=False).ids
+            )
+            room_for_texts(params.max_tokens, around=around, has_prompt=True)
+
+
+def _transformers(folder: Path, address: str) -> list[Path]:
+    """The folders of a model's transformers, those behind a router included."""
+    if not (folder / MODULES).is_file():
+        return [folder]
+    found = []
+    for kind, path in modules_of(folder, address):
+        if kind == TRANSFORMER:
+            found.append(folder / path)
+        elif kind in ROUTERS:
+            router = _read_router(folder / path, address)
+            found += [
+                folder / path / name for name, kind in router.kinds.items() if kind == TRANSFORMER
+            ]
+    return found
+
+
+def decided_routes(folder: Path, *, address: str) -> dict[Role, str] | None:
+    """Which route of a router texts of each role take; None for a model without one.
+
+    As sentence-transformers routes them: queries by `encode_query`, documents by `encode_document`, the
+    texts of a corpus by `encode`.
+
+    Raises:
+        TeachonceError: texts of a role have no route, or it has several routers.
+    """
+    routers = [path for kind, path in modules_of(folder, address) if kind in ROUTERS]
+    if not routers:
+        return None
+    router = _read_router(folder / routers[0], address)
+    if len(routers) > 1 or ROUTERS & set(router.kinds.values()):
+        raise TeachonceError(
+            address,
+            f"the model in {folder} has several routers",
+            "name a model that has one router or none",
+        )
+    tasks: dict[Role, str | None] = {"text": None, "query": "query", "document": "document"}
+    routes = {role: router.route(task) for role, task in tasks.items()}
+    lost = [NAMED[role] for role, route in routes.items() if route is None]
+    if lost:
+        raise TeachonceError(
+            address,
+            f"the router of the model in {folder} says no route for {' and '.join(lost)}; its routes are "
+            f"{', '.join(map(shown, router.routes))}",
+            "save the model with routes named query and document and a default_route, or name a model "
+            "without a router",
+        )
+    return {role: route for role, route in routes.items() if route is not None}
+
+
+def check_one_model(folder: Path, *, address: str) -> None:
+    """Raise for a model that a start cannot be made of: a router has a model for each of its routes."""
+    if any(kind in ROUTERS for kind, _ in modules_of(folder, address)):
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a router of several models",
+            "name a model without a router to start from",
+        )
+
+
+@dataclass(frozen=True)
+class _Router:
+    """A router's configuration.
+
+    Args:
+        routes: Name -> the modules that a text passes, by name.
+        kinds: Module -> its kind.
+        default: The route of texts that no rule is about.
+        rules: (task, modality) -> route; None stands for any.
+    """
+
+    routes: Mapping[str, Sequence[str]]
+    kinds: Mapping[str, str]
+    default: str | None
+    rules: Mapping[Any, str]
+
+    def route(self, task: str | None) -> str | None:
+        """The route of texts with this task, as sentence-transformers finds it; None for none."""
+        for rule in ((task, TEXTS), (task, None), (None, TEXTS), (None, None)):
+            if rule in self.rules:
+                return self.rules[rule]
+        for name in (task, TEXTS):
+            if name in self.routes:
+                return name
+        return self.default if task is None else None
+
+
+def _read_router(folder: Path, address: str) -> _Router:
+    path = folder / "router_config.json"
+    found = read_object(path if path.is_file() else folder / "config.json", address)
+    try:
+        routes = {str(name): list(modules) for name, modules in found["structure"].items()}
+        settings = found.get("parameters", {})
+        default = settings.get("default_route")
+        if default is None and settings.get("allow_empty_key", True):
+            default = next(iter(routes), None)
+        return _Router(
+            routes,
+            {str(name): str(kind).rpartition(".")[2] for name, kind in found["types"].items()},
+            default,
+            {
+                ast.literal_eval(rule): route
+                for rule, route in (settings.get("route_mappings") or {}).items()
+            },
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, SyntaxError) as error:
+        raise TeachonceError(
+            address, f"{folder} is no router ({shown(error)})", "fetch the folder again"
+        ) from None
+
+
+def _last_kinds(folder: Path, address: str) -> set[str]:
+    """The kinds of the last module that a text passes: one, or one for each route."""
+    modules = modules_of(folder, address)
+    if not modules:
+        return set()
+    kind, path = modules[-1]
+    if kind not in ROUTERS:
+        return {kind}
+    router = _read_router(folder / path, address)
+    return {router.kinds.get(route[-1], "") if route else "" for route in router.routes.values()}
 
 
 def model_config(folder: Path, address: str) -> Mapping[str, Any]:

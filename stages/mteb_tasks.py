@@ -28,7 +28,8 @@ from storage.store import canonical_json
 if TYPE_CHECKING:
     from mteb import AbsTask
 
-    from stages.learning.encoder import Encoder, Role
+    from stages.learning.encoder import Encoder
+    from stages.model_config import Role
 
 VERSION = 2  # raise it when a code change alters the scores of the same model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stages.model_config import own_prompts
+from stages.model_config import check_one_model, own_prompts
 from stages.outcome import Outcome
 from stages.params import TEACHER, StartParams
 from storage import durable
@@ -40,6 +40,7 @@ def run(
     from stages.learning.encoder import load_model
     from stages.learning.student import keep_layers, save_model
 
+    check_one_model(folder, address=f"starts.{name}.from")
     model = load_model(
         folder,
         device=torch.device("cpu"),

@@ -129,6 +129,38 @@ def test_the_prompt_of_the_settings_stands_before_every_text(tiny_model, tmp_pat
             assert np.allclose(encoder.encode(texts, role=role), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("prompt", ["", "amber basin: "])
+def test_texts_take_the_route_of_their_role(models, tmp_path, prompt):
+    """As `encode`, `encode_query` and `encode_document` of sentence-transformers route them."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    query, document = (
+        list(load_model(models[kind], device=CPU)) for kind in ("mean", "last token")
+    )
+    router = Router.for_query_document(query, document)
+    SentenceTransformer(modules=[router, Normalize()], device="cpu").save(
+        str(tmp_path / "router"), create_model_card=False
+    )
+    own = SentenceTransformer(str(tmp_path / "router"), device="cpu")
+    own.max_seq_length = 12
+    encoder = Encoder(
+        tmp_path / "router", device=CPU, max_tokens=12, batch_tokens=64, prompt=prompt
+    )
+    texts = [*sentences(30), "x"]
+    for role, encode in (
+        ("text", own.encode),
+        ("query", own.encode_query),
+        ("document", own.encode_document),
+    ):
+        made = encoder.encode_counted(texts, role=role)
+        assert np.allclose(made.vectors, encode(texts, prompt=prompt), atol=1e-5), role
+        assert made.truncated > 0
+    assert not np.allclose(encoder.encode(texts), encoder.encode(texts, role="query"), atol=0.1)
+    assert encoder.parameters == sum(weight.numel() for weight in own.parameters())
+
+
 def test_bf16_is_near_float32(tiny_model):
     texts = sentences(40)
     exact = Encoder(tiny_model, device=CPU, max_tokens=16).encode(texts)

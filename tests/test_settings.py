@@ -750,6 +750,10 @@ def test_check_asks_which_of_a_models_prompts_is_meant(project):
         "default): 'query: ', passage: 'passage: ')\n    cure: write the one that is to stand before every "
         'text, whatever it is, or "" for none'
     }
+    (project / "teacher/tokenizer.json").unlink()
+    (project / "teacher/vocab.txt").write_text(
+        "a"
+    )  # tokenised in Python: its prompt is not measured
     for prompt in ("", "passage: ", "another: "):
         assert checked(project, {"prompts": prompts}, prompt=prompt) == {}
     for said in ({}, {"prompts": {}}, {"prompts": {"query": ""}, "default_prompt_name": "query"}):
@@ -788,6 +792,80 @@ def test_check_asks_how_many_values_of_a_model_that_cuts_its_vectors(project):
 def test_check_refuses_a_model_that_makes_no_one_vector_of_a_text(project):
     found = checked(project, {"model_type": "SparseEncoder"})
     assert "is a SparseEncoder" in found["embed.pooling"]
+
+
+def test_check_says_where_a_prompt_leaves_no_room_for_a_text(project):
+    """By the tokenizer itself: 140 texts had one vector, that of the prompt."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    core = Tokenizer(models.WordLevel({"[U]": 0, "[C]": 1}, unk_token="[U]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[C] $A", special_tokens=[("[C]", 1)]
+    )
+    core.enable_truncation(3)  # it says nothing of how long the prompt is
+    core.save(str(project / "teacher/tokenizer.json"))
+    found = checked(project, {}, prompt="find what answers this question: ", max_tokens=10)
+    assert found["embed.max_tokens"].startswith(
+        "10, but special tokens and the prompt take 7 of them: 3 are left for a text, and it takes at "
+    )
+    assert checked(project, {}, prompt="find what answers this question: ", max_tokens=11) == {}
+    (project / "teacher/tokenizer.json").write_text("{}")
+    assert "tokenizer.json cannot be read" in checked(project, {})["embed.max_tokens"]
+
+
+def make_router(folder, **parameters):
+    """As far as `check` looks: a router of two transformers."""
+    kinds = {"query_0": "a.Transformer", "document_0": "a.Transformer"}
+    structure = {"query": ["query_0"], "document": ["document_0"]}
+    router = {"types": kinds, "structure": structure, "parameters": parameters}
+    (folder / "router_config.json").write_text(json.dumps(router))
+    (folder / "modules.json").write_text('[{"path": "", "type": "a.Router"}]')
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"default_route": "document"}, None),
+        ({"default_route": None, "allow_empty_key": True}, None),
+        (
+            {"default_route": None, "allow_empty_key": False},
+            "no route for texts of a corpus; its routes are query, document",
+        ),
+        (
+            {
+                "default_route": None,
+                "allow_empty_key": False,
+                "route_mappings": {"(None, 'text')": "query"},
+            },
+            None,
+        ),
+        ({"route_mappings": {"no rule": "query"}}, "is no router"),
+    ],
+)
+def test_check_asks_which_route_texts_take(project, parameters, said):
+    make_router(project / "teacher", **parameters)
+
+    def change(content):
+        make_model(project / "other")
+        content["starts"] = {"half": {"from": "other", "layers": None}}
+
+    change_settings(project, change)
+    problem = checked(project, {}).get("embed.teacher")
+    assert (problem is None) if said is None else (said in problem)
+
+
+def test_check_refuses_a_start_of_a_router(project):
+    make_router(project / "teacher", default_route="document")
+    shutil.copytree(project / "teacher", project / "other")
+
+    def change(content):
+        content["starts"]["other"] = {"from": "other", "layers": None}
+
+    change_settings(project, change)
+    found = checked(project, {})
+    assert set(found) == {"starts.half.from", "starts.other.from"}
+    assert "is a router of several models" in found["starts.half.from"]
 
 
 FIND = """

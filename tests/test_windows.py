@@ -87,9 +87,18 @@ def test_texts_that_fit_have_the_vectors_that_they_have_without_windows(tiny_mod
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tiny_model):
-    encoder = Encoder(tiny_model, device=CPU, max_tokens=4, prompt="a b c d", in_windows=True)
-    with pytest.raises(TeachonceError, match="take 6 of each window"):
-        encoder.encode([LONG])
+    """Else all vectors would be the prompt's."""
+    prompt = "amber basin cedar"
+    for in_windows in (True, False):
+        options = {"device": CPU, "prompt": prompt, "in_windows": in_windows}
+        with pytest.raises(TeachonceError) as caught:
+            Encoder(tiny_model, max_tokens=8, **options)
+        assert str(caught.value) == (
+            "embed.max_tokens: 8, but special tokens and the prompt take 5 of them: 3 are left for a text, "
+            "and it takes at least 4\n  cure: set it to 9 or more, or shorten embed.prompt"
+        )
+        assert Encoder(tiny_model, max_tokens=9, **options).room == 4
+    assert Encoder(tiny_model, device=CPU, max_tokens=4).room == 2
 
 
 def test_windows_are_part_of_the_fingerprint_and_cutting_keeps_the_old_one():

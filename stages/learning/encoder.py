@@ -10,7 +10,8 @@ import contextlib
 import math
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read
 from stages.learning.probes import likeness, probes
 from stages.learning.windows import Windows, windows_of
-from stages.model_config import decided_pooling
+from stages.model_config import Role, decided_pooling, decided_routes, room_for_texts
 from stages.models import model_files, weights_bytes
 from stages.outcome import log
 from storage.errors import TeachonceError, shown
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Role = Literal["text", "query", "document"]
 
 NO_LIMIT = sys.maxsize
 
@@ -230,15 +230,34 @@ class Encoder:
         pooling: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.model = load_model(
+        whole = load_model(
             folder, device=device, trust_remote_code=trust_remote_code, pooling=pooling
         ).eval()
         self.torch_device, self.precision = device, precision
         self.batch_tokens = batch_tokens or batch_tokens_on(device)
         self.prompt = prompt
         self.device = device_name(device)
-        self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.parameters = sum(weight.numel() for weight in whole.parameters())
         self.megabytes = weights_bytes(folder) / 1e6
+        self.by_role: dict[Role, Encoder] = {}
+        models = models_by_role(whole, decided_routes(folder, address=str(folder)))
+        for role, model in models.items():
+            # A router has a model for each route; else one reads all texts.
+            reader = self if role == "text" else copy(self)
+            if role == "text" or model is not models["text"]:
+                reader._take(model, folder, max_tokens, in_windows, dim)
+                self.by_role[role] = reader
+
+    def _take(
+        self,
+        model: SentenceTransformer,
+        folder: Path,
+        max_tokens: int | None,
+        in_windows: bool,
+        dim: int | None,
+    ) -> None:
+        """Read texts with `model`, which has no router."""
+        self.model = model
         self.max_tokens = self._limit(max_tokens, folder)
         if self.max_tokens != NO_LIMIT:
             self.model.max_seq_length = self.max_tokens
@@ -249,10 +268,20 @@ class Encoder:
                 f"windows, but the tokenizer of the model in {folder} does not say where a token stands",
                 "set it to cut, or take a model with a tokenizer.json",
             )
+        self.room = self._room()
         self.reader = self._reader()
         self.dim = self._dim(dim, folder)
-        if precision != "fp32":
-            self._cast_products(AUTOCAST[precision])
+        if self.precision != "fp32":
+            self._cast_products(AUTOCAST[self.precision])
+
+    def _room(self) -> int:
+        """Tokens of a text, or of a window, that are read behind the prompt."""
+        tokenizer = self.model.tokenizer
+        if self.max_tokens == NO_LIMIT or not hasattr(tokenizer, "num_special_tokens_to_add"):
+            return self.max_tokens
+        prompt = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        around = tokenizer.num_special_tokens_to_add() + len(prompt)
+        return room_for_texts(self.max_tokens, around=around, has_prompt=bool(self.prompt))
 
     def _dim(self, wanted: int | None, folder: Path) -> int | None:
         """How many values of a vector are returned; None if it is left as it is."""
@@ -309,7 +338,8 @@ class Encoder:
 
     def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
         """Vectors of `texts` with counts of what was read."""
-        return self.encode_read(self.read(texts, role=role))
+        encoder = self.by_role.get(role, self)
+        return encoder.encode_read(encoder.read(texts))
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Vectors of a corpus' texts."""
@@ -319,9 +349,9 @@ class Encoder:
         """What `embed` calls: this, in two steps; or in one, if the second needs the tokenizer, too."""
         return self if isinstance(self.reader, Packed) else self.encode_counted
 
-    def read(self, texts: Sequence[str], *, role: Role = "text") -> tuple[Windows | None, Read]:
+    def read(self, texts: Sequence[str]) -> tuple[Windows | None, Read]:
         """The first step, all on the CPU: tokens."""
-        windows = self._windows(texts, self.prompt)
+        windows = self._windows(texts)
         return windows, self.reader.read(texts if windows is None else windows.texts, self.prompt)
 
     def encode_read(self, windows_and_read: tuple[Windows | None, Read]) -> Encoded:
@@ -342,20 +372,8 @@ class Encoder:
         """(n,) tokens of each of `texts` before cutting, with the prompt's; nothing is encoded."""
         return self.reader.read(texts, self.prompt).lengths
 
-    def _windows(self, texts: Sequence[str], prompt: str) -> Windows | None:
-        if not self.in_windows:
-            return None
-        tokenizer = self.model.tokenizer
-        around = tokenizer.num_special_tokens_to_add() + len(
-            tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        )
-        if around >= self.max_tokens:
-            raise TeachonceError(
-                "embed.max_tokens",
-                f"{self.max_tokens}, but special tokens and the prompt take {around} of each window",
-                "set it higher, or shorten embed.prompt",
-            )
-        return windows_of(texts, tokenizer, room=self.max_tokens - around)
+    def _windows(self, texts: Sequence[str]) -> Windows | None:
+        return windows_of(texts, self.model.tokenizer, room=self.room) if self.in_windows else None
 
     def _first_values(self, whole: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, width) -> (n, dim) float32."""
@@ -437,6 +455,31 @@ class Padded:
             texts, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
         return np.array([len(ids) for ids in found["input_ids"]], np.int64)
+
+
+def models_by_role(
+    model: SentenceTransformer, routes: Mapping[Role, str] | None
+) -> dict[Role, SentenceTransformer]:
+    """Role -> a model without a router that reads texts of this role; those share their weights.
+
+    Args:
+        model: As it was loaded.
+        routes: Role -> the route of the model's router; None if it has none.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if routes is None:
+        return {"text": model}
+
+    def through(route: str) -> SentenceTransformer:
+        modules: list[torch.nn.Module] = []
+        for module in model:
+            behind = getattr(module, "sub_modules", None)
+            modules += [module] if behind is None else list(behind[route])
+        return SentenceTransformer(modules=modules, device=str(model.device)).eval()
+
+    made = {route: through(route) for route in set(routes.values())}
+    return {role: made[route] for role, route in routes.items()}
 
 
 def ends_in_normalize(model: SentenceTransformer) -> bool:
