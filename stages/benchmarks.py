@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.files import ANY_ENDING, is_regular, located, matching
+from stages.learning.agreement import NO_DOCUMENT
 from storage.corpus import text_key
 from storage.errors import MissingError, TeachonceError, shown
 
@@ -65,6 +66,21 @@ class RetrievalSet:
     query_ids: list[str]
     queries: list[str]
     relevant: dict[str, dict[str, int]]
+
+    @property
+    def identical_ids(self) -> NDArray[np.int64]:
+        """(queries,) place of the document that has the query's id and is not judged relevant to it.
+
+        NO_DOCUMENT where there is none: a query may have the id of its answer.
+        """
+        places = {document: place for place, document in enumerate(self.document_ids)}
+        return np.array(
+            [
+                NO_DOCUMENT if query in self.relevant[query] else places.get(query, NO_DOCUMENT)
+                for query in self.query_ids
+            ],
+            np.int64,
+        )
 
 
 def sts_files(pattern: str, root: Path, address: str) -> list[Path]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.benchmarks import RetrievalSet
-from stages.learning.agreement import cosines, evenly, nearest, unit
+from stages.learning.agreement import NO_DOCUMENT, cosines, evenly, nearest, unit
 
 EDGES = np.round(np.arange(-0.30, 1.0001, 0.05), 2)
 """Of the histogram; a cosine beyond them counts in the first or the last bin."""
@@ -71,6 +71,7 @@ def search_details(
     asked: RetrievalSet,
     queries: NDArray[np.float32],
     documents: NDArray[np.float32],
+    ignored: NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
     """A handful of searches in a retrieval set: query, and the first documents with their cosines.
 
@@ -79,8 +80,12 @@ def search_details(
         asked: Texts, and what is relevant.
         queries: (q, dim) vectors.
         documents: (d, dim) vectors.
+        ignored: (q,) place of the document that is no result of a query, as in `nearest`.
     """
     chosen = _some(len(asked.queries))
+    results = nearest(
+        queries[chosen], documents, RESULTS, None if ignored is None else ignored[chosen]
+    )
     return [
         {
             "set": name,
@@ -93,7 +98,7 @@ def search_details(
                 found,
             ),
         }
-        for place, found in zip(chosen, nearest(queries[chosen], documents, RESULTS), strict=True)
+        for place, found in zip(chosen, (row[row != NO_DOCUMENT] for row in results), strict=True)
     ]
 
 

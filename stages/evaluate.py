@@ -28,6 +28,7 @@ from stages.details import likeness_details, neighbour_details, search_details
 from stages.documents import read_documents, write_documents
 from stages.learning.agreement import (
     MOST_ROWS,
+    NO_DOCUMENT,
     evenly,
     nearest,
     rank_agreement,
@@ -48,6 +49,7 @@ VERSION = 6  # raise it when a code change alters the metrics of the same model
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
+IGNORED = "identical_ids_ignored"  # queries of a set whose own document was no result
 PASSES = 3
 TEXTS_AT_ONCE = 2048  # between two looks at the clock
 
@@ -123,7 +125,9 @@ def run(
     }
     # Nothing scales what was cut to length 1: all that is measured are cosines.
     cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
-    found, searches, indexed = _measure_retrieval(name, encoder, retrieval, of_teacher, cuts)
+    found, searches, indexed = _measure_retrieval(
+        name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
+    )
     likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
     metrics: dict[str, Fact] = {
         **_measure_sts(name, encoder, sts, cuts),
@@ -160,7 +164,7 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
     sum over the first 10, as a share of the best sum that any order gives.
 
     Args:
-        found: (queries, depth) places of documents, best first.
+        found: (queries, depth) places of documents, best first; NO_DOCUMENT for none.
         asked: Which documents are relevant to which query.
     """
     places = {document: place for place, document in enumerate(asked.document_ids)}
@@ -216,6 +220,7 @@ def _measure_retrieval(
     sets: dict[str, RetrievalSet],
     of_teacher: dict[str, NDArray[np.float32]],
     cuts: Cuts,
+    ignore_identical_ids: bool,
 ) -> tuple[dict[str, Fact], list[dict[str, Any]], dict[str, tuple[list[str], NDArray[np.float32]]]]:
     """Metrics of all sets, a handful of searches in the first, and the documents' vectors.
 
@@ -225,6 +230,7 @@ def _measure_retrieval(
         sets: What is asked.
         of_teacher: Set -> the teacher's vectors of its documents, where queries can be asked of them.
         cuts: How many values of both sides' vectors are compared; the teacher's documents as a whole only.
+        ignore_identical_ids: Whether a document with a query's own id is no result of it.
     """
     metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
@@ -245,10 +251,21 @@ def _measure_retrieval(
         }
         if key in of_teacher:
             sides["teacher_index"] = queries, of_teacher[key]
+        ignored = asked.identical_ids if ignore_identical_ids else None
         for kind, (ours, index) in sides.items():
-            found = retrieval_metrics(nearest(ours, index, DEPTH), asked)
+            found = retrieval_metrics(nearest(ours, index, DEPTH, ignored), asked)
             metrics |= {f"{kind}.{key}.{what}": round(value, 6) for what, value in found.items()}
-        searches = searches or search_details(key, asked, queries, documents)
+        if ignored is not None and (count := int(np.count_nonzero(ignored != NO_DOCUMENT))):
+            log.info(
+                "evaluate: %s, retrieval.%s, %s of %s queries have a document with their own id, which is "
+                "no result of theirs (evaluate.ignore_identical_ids)",
+                name,
+                key,
+                f"{count:,}",
+                f"{len(asked.queries):,}",
+            )
+            metrics[f"retrieval.{key}.{IGNORED}"] = count
+        searches = searches or search_details(key, asked, queries, documents, ignored)
         indexed[key] = asked.documents, documents
     return metrics, searches, indexed
 

@@ -171,7 +171,7 @@ def settings(folder, teacher):
     params["embed"] |= {"teacher": str(teacher), "max_tokens": 16}
     # A teacher with random weights finds all texts alike.
     params["mine"] |= {"max_score": 1.0}
-    params["evaluate"] = {"sts": {"pairs": "sts.tsv"}, "retrieval": {}, "speed_texts": 32}
+    params["evaluate"] |= {"sts": {"pairs": "sts.tsv"}, "retrieval": {}, "speed_texts": 32}
     params["finetune"] |= {"triplets": ["pairs.tsv"]}
     for recipe in (*params["recipes"].values(), params["finetune"]):
         recipe |= {"batch_size": 32, "max_tokens": 16, "evaluate_every": 40}

@@ -230,7 +230,7 @@ def project(tmp_path):
     params["docs"]["packages"] = []
     params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 64}
     params["embed"]["teacher"] = f"{IMPORTED}abroad"
-    params["evaluate"] = {"sts": {}, "retrieval": {}, "speed_texts": 16}
+    params["evaluate"] |= {"sts": {}, "retrieval": {}, "speed_texts": 16}
     params["finetune"] |= {"students": [], "triplets": []}
     params["export"]["model"] = "kd"
     save(folder, params)

@@ -392,6 +392,15 @@ def test_a_students_widths_stand_below_it_on_the_page(site, full):
     assert before + after.replace(note, "") == full
 
 
+def test_a_set_whose_queries_are_documents_too_is_named(site, full):
+    said = "A document with the query's own id is no result in arguana."
+    assert said not in Outline(full).text
+    kd = json.loads((site.root / "kd.json").read_text())
+    kd |= {"retrieval.arguana.ndcg@10": 0.4, "retrieval.arguana.identical_ids_ignored": 1401}
+    site.evaluated("kd", kd, details_of("kd"))
+    assert said in Outline(site.drawn()).text
+
+
 def test_bars_are_shares_of_the_teacher(full):
     said = re.findall(r'aria-label="(.*?, in % of the teacher: .*?)"', full)
     assert len(said) == 6

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import re
 from itertools import combinations
@@ -127,7 +128,9 @@ def split_of(corpus, heldout):
 
 
 def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", widths=(), **params):
-    params = EvaluateParams.model_validate({"sts": {}, "retrieval": {}, "speed_texts": 8} | params)
+    params = EvaluateParams.model_validate(
+        {"sts": {}, "retrieval": {}, "ignore_identical_ids": True, "speed_texts": 8} | params
+    )
     return evaluate.run(
         params,
         name=name,
@@ -576,6 +579,78 @@ def test_documents_are_those_of_this_teacher_and_this_set_or_refused(tmp_path):
         read_documents(folder, "docs", ["a", "b"], teacher="me")
     write_documents(folder, {}, teacher="me")
     assert list(folder.iterdir()) == []
+
+
+# --- a document with the query's own id ------------------------------------------------------------------
+
+
+def arguments(folder, *, copies=1):
+    """Arguments and what answers each: both say the same here, and a query is a document, too (ArguAna).
+
+    All with the words of an argument tie, in the order of the file: the query itself, then `copies` - 1
+    that nobody judged, then the answer.
+    """
+    corpus, queries, judged = [], [], []
+    for query in ("a", "b", "c"):
+        queries.append({"_id": query, "text": f"argument {query}"})
+        names = [query, *(f"{query}{copy}" for copy in range(1, copies)), f"{query}-answer"]
+        corpus += [{"_id": name, "text": f"argument {query}"} for name in names]
+        judged.append(f"{query}\t{names[-1]}\t1")
+    return write_beir(
+        folder, corpus=corpus, queries=queries, qrels=["query-id\tcorpus-id\tscore", *judged]
+    )
+
+
+def test_a_document_with_the_querys_own_id_is_no_result_of_it(tmp_path, corpus, embeddings, caplog):
+    """So in BEIR; with it the answer is second, and nDCG@10 is 1 / log2(3)."""
+    arguments(tmp_path / "arguana")
+    sets = {"arguana": "arguana"}
+    encoder = HashEncoder()
+    for name, widths in (("teacher", ()), ("kd", (4,))):
+        for ignored, wanted in ((True, 1.0), (False, 0.63093)):
+            caplog.clear()
+            with caplog.at_level(logging.INFO, logger="teachonce"):
+                metrics = measure(
+                    tmp_path, corpus, embeddings, encoder,
+                    name=name, widths=widths, retrieval=sets, ignore_identical_ids=ignored,
+                ).facts  # fmt: skip
+            found = {key: value for key, value in metrics.items() if key.endswith("ndcg@10")}
+            assert set(found.values()) == {wanted}
+            assert len(found) == (1 if name == "teacher" else 3)
+            told = "3 of 3 queries have a document with their own id" in caplog.text
+            assert (told, metrics.get("retrieval.arguana.identical_ids_ignored")) == (
+                (True, 3) if ignored else (False, None)
+            )
+            details = json.loads((tmp_path / "kd-details.json").read_bytes())
+            first = details["searches"][0]["results"][0]
+            assert first == {"text": "argument a", "score": 1.0, "relevant": ignored}
+
+
+def test_what_is_ignored_costs_no_place_among_the_results(tmp_path, corpus, embeddings):
+    arguments(tmp_path / "arguana", copies=100)  # so the answer is the 101st with the query itself
+    sets = {"arguana": "arguana"}
+    for ignored, recall in ((True, 1.0), (False, 0.0)):
+        metrics = measure(
+            tmp_path, corpus, embeddings, HashEncoder(),
+            retrieval=sets, ignore_identical_ids=ignored,
+        ).facts  # fmt: skip
+        assert metrics["retrieval.arguana.recall@100"] == recall
+
+
+def test_a_judged_document_stays_whatever_its_id(tmp_path, corpus, embeddings):
+    """Of pairs that somebody numbered, query 1 has the answer 1."""
+    write_beir(
+        tmp_path / "pairs",
+        corpus=[{"_id": str(n), "text": f"pair {n}"} for n in range(4)],
+        queries=[{"_id": str(n), "text": f"pair {n}"} for n in range(4)],
+        qrels=["query-id\tcorpus-id\tscore", "0\t0\t1", "1\t1\t1", "2\t3\t1", "3\t3\t0", "3\t2\t1"],
+    )
+    metrics = measure(
+        tmp_path, corpus, embeddings, HashEncoder(), retrieval={"pairs": "pairs"}
+    ).facts
+    assert metrics["retrieval.pairs.identical_ids_ignored"] == 2
+    asked = read_beir(tmp_path / "pairs", "pairs")
+    assert asked.identical_ids.tolist() == [-1, -1, 2, 3]
 
 
 # --- fewer values than there are ------------------------------------------------------------------------

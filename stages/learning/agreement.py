@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 QUERIES_AT_ONCE = 256
+NO_DOCUMENT = -1
 
 MOST_ROWS = 1000
 """Half a million pairs of rows: the third digit stands still, and it takes a second."""
@@ -56,7 +57,10 @@ def sts_correlation(
 
 
 def nearest(
-    queries: NDArray[np.float32], documents: NDArray[np.float32], depth: int
+    queries: NDArray[np.float32],
+    documents: NDArray[np.float32],
+    depth: int,
+    ignored: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """Places of the documents with the highest cosines, best first; ties in document order.
 
@@ -66,9 +70,10 @@ def nearest(
         queries: (q, dim), any length.
         documents: (d, dim), any length, d >= 1.
         depth: How many; at most d are given.
+        ignored: (q,) place of the document that is no result of a query; NO_DOCUMENT for no such document.
 
     Returns:
-        (q, min(depth, d)).
+        (q, min(depth, d)); NO_DOCUMENT behind the last result where there is one less.
     """
     depth = min(depth, len(documents))
     queries, documents = unit(queries), unit(documents)
@@ -76,10 +81,14 @@ def nearest(
     for begin in range(0, len(queries), QUERIES_AT_ONCE):
         block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T
         for place, row in enumerate(block, begin):
+            if ignored is not None and ignored[place] != NO_DOCUMENT:
+                row[ignored[place]] = -np.inf
             # Everything that ties with the last one stays, so that the stable sort sees it.
             least = np.partition(row, -depth)[-depth]
             kept = np.flatnonzero(row >= least)
             found[place] = kept[np.argsort(-row[kept], kind="stable")[:depth]]
+    if ignored is not None:
+        found[found == ignored[:, None]] = NO_DOCUMENT
     return found
 
 

@@ -12,7 +12,15 @@ from stages.params import TEACHER
 from stages.reporting import charts, measures
 from stages.reporting.results import Metrics, Model
 from stages.reporting.svg import cut, esc
-from stages.reporting.table import NOTHING, columns, part_of, qualities, rows, speed_note
+from stages.reporting.table import (
+    NOTHING,
+    columns,
+    ignored_note,
+    part_of,
+    qualities,
+    rows,
+    speed_note,
+)
 
 ANY_NUMBER = 1_000  # of sets: a page has room for all columns
 SPEED = "sentences_per_second"
@@ -85,7 +93,7 @@ def table_of_models(subject: Subject) -> str:
     names = " ".join(column.name for column in found)
     notes = [said for word, said in GLOSSARY.items() if word in names]
     notes += [WIDTHS_NOTE] if len(shown) > len(subject.models) else []
-    notes += filter(None, [speed_note(subject.metrics)])
+    notes += filter(None, [ignored_note(subject.metrics), speed_note(subject.metrics)])
     bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
     return (
         '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'

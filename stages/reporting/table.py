@@ -200,6 +200,12 @@ def speed_note(models: Mapping[str, Metrics]) -> str:
     return f"Speeds on {listed(found)}; speed-up is within one device only." if found else ""
 
 
+def ignored_note(models: Mapping[str, Metrics]) -> str:
+    """In which searches a document with the query's own id was no result; empty if in none."""
+    names = _names(models, "retrieval.", ".identical_ids_ignored")
+    return f"A document with the query's own id is no result in {listed(names)}." if names else ""
+
+
 def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
     values = measured(models, quality.measure)
     cells = {name: f"{value:.{quality.decimals}f}" for name, value in values.items()}
@@ -243,7 +249,7 @@ def _notes(
     kept: Sequence[Column],
 ) -> list[str]:
     """The lines below the table."""
-    notes = [verdict(models, students), speed_note(models)]
+    notes = [verdict(models, students), ignored_note(models), speed_note(models)]
     missing = [column.name for column in found if column not in kept]
     if missing:
         notes.append(f"No room for: {', '.join(missing)}.")
