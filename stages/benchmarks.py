@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.files import ANY_ENDING, is_regular, located, matching
+from stages.files import ANY_ENDING, is_regular, located, matching, reading
 from stages.learning.agreement import NO_DOCUMENT
+from stages.lines import lines
 from storage.corpus import text_key
 from storage.errors import MissingError, TeachonceError, shown
 
@@ -195,15 +196,15 @@ def evaluation_keys(text: str) -> set[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line, without its LF or CR LF."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                yield where, _decoded(line.removesuffix(b"\n").removesuffix(b"\r"), where)
-    except OSError as error:
-        raise TeachonceError(
-            path, f"cannot be read: {error.strerror}", "give yourself permission to read it"
-        ) from error
+    with reading(path, "give yourself permission to read it, or fetch it again"):
+        for number, line in enumerate(lines(path), 1):
+            where = f"{path}:{number}"
+            if line is None:
+                raise TeachonceError(where, "a line of more than 16 MiB", "take it out")
+            if b"\r" in line:
+                problem = "a carriage return within the line, and only a line feed ends a line here"
+                raise TeachonceError(where, problem, "take it out, or put a line feed in its place")
+            yield where, _decoded(line, where)
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from stages import benchmarks, readers
-from stages.files import located
+from stages.files import located, reading
+from stages.lines import check_start
 from stages.model_config import check_one_model, decided_pooling, undecided
 from stages.models import file_hashes, find_model, sha256_of
 from stages.outcome import Outcome, log, write_json
@@ -247,7 +248,10 @@ class Survey:
         committed = self.committed.get("evaluation", {})
         return {
             key: self._entry(
-                key, {"is": setting}, partial(self._hashed, look), committed=committed.get(key, {})
+                key,
+                {"is": setting},
+                partial(self._hashed, partial(_lines_of, look)),
+                committed=committed.get(key, {}),
             )
             for key, (setting, look) in looks.items()
             if not self._is_made_here(setting, f"evaluate.{key}")
@@ -267,7 +271,10 @@ class Survey:
         dev = params.dev if students else None
 
         def look() -> list[Path]:
-            judged = benchmarks.sts_files(dev, self.root, "finetune.dev") if dev else []
+            address = "finetune.dev"
+            judged = (
+                _lines_of(partial(benchmarks.sts_files, dev, self.root, address)) if dev else []
+            )
             labelled = triplet_files(triplets, self.root)
             for path in labelled if hasattr(params, "fields") else ():
                 try:
@@ -327,6 +334,15 @@ class Survey:
 
     def _report(self, error: TeachonceError) -> None:
         self.problems.append((error.where, f"{error.problem}\n    cure: {error.cure}"))
+
+
+def _lines_of(look: Callable[[], list[Path]]) -> list[Path]:
+    """The files of an evaluation set; raises TeachonceError for one that is not UTF-8 with line feeds."""
+    paths = look()
+    for path in paths:
+        with reading(path, "fetch or make the file again"):
+            check_start(path)
+    return paths
 
 
 class RememberedHashes:

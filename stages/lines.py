@@ -1,17 +1,24 @@
 """Files of lines, plain or compressed: bytes in, lines out, in bounded memory.
 
 Lines end at a line feed and nowhere else: `str.splitlines` and text mode also cut at U+2028, U+0085 or
-a lone carriage return, and shift every row after it.
+a lone carriage return, and shift every row after it. A file that has no other line ends than carriage
+returns, or that is UTF-16 or UTF-32, is refused: read as UTF-8, it would be one text, or letters with NULs
+between them.
 """
 
 from __future__ import annotations
 
 import gzip
+import re
+import shlex
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
+
+from storage.errors import TeachonceError
 
 MAX_LINE_BYTES = 16 << 20
 BOM = b"\xef\xbb\xbf"
@@ -22,6 +29,26 @@ CHUNK_BYTES = 2 << 10
 MAX_WINDOW_BYTES = 2**27
 
 
+# The longer mark first: that of UTF-32 begins like that of UTF-16.
+WIDE_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+HEAD_BYTES = 4 << 10
+FEWEST_NULS = 4
+"""In the head of a file that is taken for UTF-16 or UTF-32 without a mark; a text may hold one or two."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether a text holds a control character (category Cc) other than tab, line feed and CR LF."""
+    # Nearly all texts are printable, which is known ten times sooner.
+    return not text.isprintable() and CONTROL.search(text) is not None
+
+
 def lines(path: Path) -> Iterator[bytes | None]:
     """The lines of a file, without line ends and a byte order mark; None for one that is too long.
 
@@ -29,11 +56,12 @@ def lines(path: Path) -> Iterator[bytes | None]:
         path: Compressed if its name ends in .gz or .zst.
 
     Raises:
+        TeachonceError: it is UTF-16 or UTF-32, or its lines end in carriage returns alone.
         EOFError: a compressed file was cut off.
         OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(_unpacked(path, file))):
+        for number, line in enumerate(_lines(path, _unpacked(path, file))):
             yield line.removeprefix(BOM) if line is not None and number == 0 else line
 
 
@@ -45,6 +73,7 @@ def content(path: Path, most: int) -> bytes:
         most: Bytes that are held at once.
 
     Raises:
+        TeachonceError: it is UTF-16 or UTF-32.
         EOFError: a compressed file was cut off.
         ValueError: it has more bytes than `most`.
         OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
@@ -59,13 +88,61 @@ def content(path: Path, most: int) -> bytes:
 
 
 def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    return {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)(path, file)
+    """The content, a small piece first; raises TeachonceError if it is UTF-16 or UTF-32."""
+    unpack = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)
+    chunks = unpack(path, file)
+    head = b""
+    while len(head) < HEAD_BYTES and (chunk := next(chunks, None)) is not None:
+        head += chunk
+    _refuse_wide(path, head)
+    return chain([head], chunks)
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+def check_start(path: Path) -> None:
+    """Read the first line only: enough to know that the file is UTF-8 with line feeds.
+
+    Raises:
+        As `lines`.
+    """
+    next(lines(path), None)
+
+
+def _refuse_wide(path: Path, head: bytes) -> None:
+    """Raise if a file begins as UTF-16 or UTF-32 does: with its mark, or NULs at every second byte."""
+    marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
+    name = marked or _wide_encoding(head[:HEAD_BYTES])
+    if name is not None:
+        raise TeachonceError(
+            path, f"is {name}, not UTF-8", _converted(path, f"iconv -f {name} -t UTF-8")
+        )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """The encoding without a mark that the places of NULs speak of, or None."""
+    if head.count(0) < FEWEST_NULS:
+        return None
+    # Of each four bytes, which are NUL in nearly all characters that a Western text is made of.
+    shares = [head[place::4].count(0) / max(1, len(head[place::4])) for place in range(4)]
+    places = "".join("0" if share > 0.5 else "x" if share < 0.1 else "?" for share in shares)
+    return {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}.get(
+        places
+    )
+
+
+def _converted(path: Path, command: str) -> str:
+    """What to type to change a file by a command that reads and writes a stream."""
+    file = shlex.quote(str(path))
+    unpack, pack = {
+        ".gz": ("gzip -dc", " | gzip"),
+        ".zst": ("zstd -dc", " | zstd"),
+    }.get(path.suffix.lower(), ("cat", ""))
+    return f"{unpack} {file} | {command}{pack} > {file}.new && mv {file}.new {file}"
+
+
+def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes | None]:
     """Lines without their line feed and one carriage return before it; None for one that is too long."""
     held = bytearray()
-    too_long = False
+    too_long = has_feed = has_return = False
     for chunk in chunks:
         *ends, rest = chunk.split(b"\n")
         for end in ends:
@@ -75,10 +152,18 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
                 yield (bytes(held) + end if held else end).removesuffix(b"\r")
             held.clear()
             too_long = False
+        has_feed = has_feed or bool(ends)
         held += rest
         if too_long or len(held) > MAX_LINE_BYTES:
             too_long = True
+            has_return = has_return or b"\r" in held
             held.clear()
+    if not has_feed and (has_return or b"\r" in held.rstrip(b"\r")):
+        raise TeachonceError(
+            path,
+            "its lines end in carriage returns, and only a line feed ends a line here",
+            _converted(path, "tr '\\r' '\\n'"),
+        )
     if too_long:
         yield None
     elif held:
@@ -86,15 +171,21 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
 
 
 def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(1 << 20):
-        yield chunk
+    yield from _pieces(file)
 
 
 def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
     _refuse_empty(path, file)
     with gzip.open(file) as unpacked:
-        while chunk := unpacked.read(1 << 20):
-            yield chunk
+        yield from _pieces(unpacked)
+
+
+def _pieces(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+    """The content; a small piece first, since `check` reads no more of thousands of files."""
+    size = HEAD_BYTES
+    while chunk := file.read(size):
+        yield chunk
+        size = 1 << 20
 
 
 def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from stages.files import files_below, located, matching, reading, unpacked_name, with_compressed
-from stages.lines import lines
+from stages.lines import check_start, lines
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
 
@@ -105,10 +105,17 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
-    """The files behind `sources`: for a dataset in a folder its files, for one on the hub none."""
+    """The files behind `sources`: for a dataset in a folder its files, for one on the hub none.
+
+    Raises:
+        TeachonceError: as `sources`; or a file of lines is none from its start on.
+    """
     files: list[Path] = []
     for source in sources(patterns, root):
         if isinstance(source, Path):
+            if unpacked_name(source).endswith(LINE_ENDINGS):
+                with reading(source, CURE):
+                    check_start(source)
             files.append(source)
         elif source.folder is not None:
             files += files_below(source.folder, "shard.sources")

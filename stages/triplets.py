@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.files import matching
+from stages.lines import has_control_characters
 from stages.outcome import log
 from stages.readers import Rejected
 from stages.records import (
@@ -34,6 +35,7 @@ RULES = (
     "undecodable",
     "malformed",
     "missing",
+    "control_characters",
     "empty",
     "contradictory",
     "duplicate",
@@ -316,6 +318,8 @@ def _broken(row: Row, kept: Collection[Triplet], evaluation: Collection[bytes]) 
         return "missing"
     if isinstance(row, Rejected):
         return row.rule if row.rule == "undecodable" else "malformed"
+    if any(map(has_control_characters, row.texts)):
+        return "control_characters"
     if not (row.anchor and row.positive):
         return "empty"
     if row.positive == row.anchor or row.positive in row.negatives:

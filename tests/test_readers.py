@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import subprocess
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,61 @@ def test_bytes_that_are_no_utf8_are_named_and_shift_nothing(tmp_path):
         b"a\x80",
     ):
         assert items(tmp_path / "a.txt", b"a\n" + wrong + b"\nb") == ["a", UNDECODABLE, "b"]
+
+
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("encoding", WIDE)
+def test_utf16_and_utf32_are_refused_with_a_cure_that_works(tmp_path, encoding, packed):
+    path = tmp_path / f"somebody's file.txt{packed}"
+    content = "Grüße an alle.\nÇa va? Здравствуй.\n".encode(encoding)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    name = {"utf-16": "UTF-16", "utf-32": "UTF-32"}.get(
+        encoding, encoding.upper().replace("-L", "L").replace("-B", "B")
+    )
+    said = refusal(read, path, "text")
+    assert said.startswith(f"{path}: is {name}, not UTF-8\n  cure: ")
+    # `check` says it, too, before anything is computed.
+    assert refusal(source_files, [path.name], tmp_path) == said
+    subprocess.run(said.partition("cure: ")[2], shell=True, check=True)
+    assert items(path) == ["Grüße an alle.", "Ça va? Здравствуй."]
+
+
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
+def test_a_mark_of_utf16_is_enough(tmp_path, mark):
+    text = "漢字仮名" * 3
+    content = mark + text.encode("utf-16-le" if mark[0] == 0xFF else "utf-16-be")
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed(content))
+    assert "is UTF-16, not UTF-8" in refusal(read, tmp_path / "a.jsonl.zst", "text")
+
+
+def test_a_few_nuls_make_no_utf16(tmp_path):
+    content = b"a\0b\n" + b"\0\0\0\n" + "漢字 \0 仮名\n".encode() + b"\0x\0y"
+    assert items(tmp_path / "a.txt", content) == ["a\0b", "\0\0\0", "漢字 \0 仮名", "\0x\0y"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl"])
+def test_a_file_that_ends_its_lines_in_carriage_returns_is_refused(tmp_path, name):
+    path = tmp_path / name
+    content = b"".join(b'{"text": "line %d"}\r' % number for number in range(20))
+    packed = {".gz": gzip.compress, ".zst": compressed}.get(path.suffix, bytes)
+    path.write_bytes(packed(content))
+    said = refusal(read, path, "text")
+    assert said.startswith(
+        f"{path}: its lines end in carriage returns, and only a line feed ends a line here\n  cure: "
+    )
+    assert refusal(source_files, [name], tmp_path) == said
+    if name != "a.txt.zst":  # not every machine has the command zstd
+        subprocess.run(said.partition("cure: ")[2], shell=True, check=True)
+        assert len(items(path)) == 20
+
+
+def test_a_long_file_of_carriage_returns_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 5)
+    (tmp_path / "a.txt").write_bytes(b"line\r" * 600_000)
+    assert "its lines end in carriage returns" in refusal(read, tmp_path / "a.txt", "text")
 
 
 def test_a_line_too_long_is_counted_and_not_kept(tmp_path, monkeypatch):

@@ -540,6 +540,37 @@ def test_all_that_matches_and_is_no_file_is_listed_at_once(project):
     ]
 
 
+def test_files_that_are_no_utf8_are_listed_at_once_each_time(project):
+    """In all places where files of lines are read; what is remembered of a file hides nothing."""
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+        (project / "set").mkdir(exist_ok=True)
+        (project / "set" / name).write_text("x\n")
+    (project / "pairs.jsonl").write_text("{}\n")
+
+    def change(content):
+        content["shard"]["sources"] = ["texts/*.txt"]
+        content["embed"]["teacher"] = "teacher"
+        content["evaluate"] |= {"sts": {"mine": "sts.tsv"}, "retrieval": {"set": "set"}}
+        content["finetune"] |= {"students": ["kd"], "triplets": ["pairs.jsonl"], "dev": "dev.tsv"}
+
+    write(project, change)
+    wide = ["texts/b.txt", "sts.tsv", "set/corpus.jsonl", "pairs.jsonl"]
+    for name in wide:
+        (project / name).write_bytes("a\tb\n".encode("utf-16"))
+    (project / "dev.tsv").write_text("1.0\ta\tb\n")
+    for _ in range(2):
+        with pytest.raises(SettingsError) as caught:
+            run_check(project)
+        assert [address for address, _ in caught.value.problems] == [
+            str(project / name) for name in wide
+        ]
+    for name in wide:
+        (project / name).write_text("1.0\ta\tb\n")
+    (project / "dev.tsv").write_bytes(b"1.0\ta\tb\r2.0\tc\td\r")
+    with pytest.raises(SettingsError, match=r"dev\.tsv: its lines end in carriage returns"):
+        run_check(project)
+
+
 def test_sources_that_nothing_makes_are_named(project):
     def change(content):
         content["embed"]["teacher"] = "teacher"

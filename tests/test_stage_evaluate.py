@@ -1,5 +1,6 @@
 """Evaluation: files read or refused, formulas beside their slow forms, and a model measured end to end."""
 
+import gzip
 import hashlib
 import json
 import logging
@@ -194,6 +195,11 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path, pattern):
         (b"1e999\tx\ty", "the score is no number: '1e999'", STS_CURE),
         (b"4.0\tx", "2 of 3 columns", STS_CURE),
         (b"", "1 of 3 columns", STS_CURE),
+        (
+            b"4.0\tx\ty\r5.0\tv\tw",
+            "a carriage return within the line, and only a line feed ends a line here",
+            "take it out, or put a line feed in its place",
+        ),
         (b"4.0\tx\t\xff", "byte 7 of the line is no UTF-8", "save the file as UTF-8"),
     ],
 )
@@ -201,6 +207,15 @@ def test_a_wrong_pair_is_named_with_its_line(tmp_path, line, problem, cure):
     path = tmp_path / "dev.tsv"
     path.write_bytes(b"1\ta\tb\n2\ta\tb\n" + line + b"\n")
     assert message(read_sts, [path]) == f"{path}:3: {problem}\n  cure: {cure}"
+
+
+def test_a_file_of_pairs_may_be_marked_or_compressed(tmp_path):
+    content = b"\xef\xbb\xbf1\ta\tb\n2\tc\td\r\n"
+    (tmp_path / "a.tsv").write_bytes(content)
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(content))
+    for name in ("a.tsv", "a.tsv.gz"):
+        pairs = read_sts([tmp_path / name])
+        assert (pairs.scores.tolist(), pairs.texts) == ([1, 2], ["a", "c", "b", "d"])
 
 
 def test_pairs_of_one_score_are_refused(tmp_path):

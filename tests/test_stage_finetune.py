@@ -122,6 +122,8 @@ def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
         b'{"anchor": "one", "positive": "two", "negative": 3}',  # malformed
         b'{"anchor": "one"}',  # missing
         b'{"anchor": null, "positive": "two"}',  # missing
+        b'{"anchor": "N\\u0000L", "positive": "two"}',  # control characters
+        b'{"anchor": "one", "positive": "two", "negative": "\\u001b[1m"}',  # control characters
         b'{"anchor": "one", "positive": "  "}',  # empty
         b'{"anchor": "one", "positive": "one "}',  # contradictory
         b'{"anchor": "one", "positive": "two", "negative": "two"}',  # contradictory
@@ -136,6 +138,7 @@ def test_bad_rows_are_counted_by_the_first_rule_that_they_break(tmp_path):
         "undecodable": 2,
         "malformed": 4,
         "missing": 2,
+        "control_characters": 2,
         "empty": 1,
         "contradictory": 2,
         "duplicate": 1,

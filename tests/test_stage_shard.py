@@ -5,8 +5,11 @@ import hashlib
 import json
 import logging
 import tracemalloc
+import unicodedata
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,15 @@ from storage.errors import DamagedError, TeachonceError
 from storage.manifest import Manifest
 from storage.store import Store
 
-RULES = ("undecodable", "malformed", "empty", "too_short", "too_long", "duplicate")
+RULES = (
+    "undecodable",
+    "malformed",
+    "control_characters",
+    "empty",
+    "too_short",
+    "too_long",
+    "duplicate",
+)
 
 
 class Place:
@@ -83,17 +94,52 @@ def test_each_rule_is_counted_and_the_kept_texts_are_stripped(place):
     ]
     (place.root / "a.txt").write_bytes(b"\n".join(lines))
     (place.root / "b.jsonl").write_text(
-        '{"text": "from JSON"}\n{"text": 3}\n{"text": "\\ud800 half"}\n'
+        '{"text": "from JSON"}\n{"text": 3}\n{"text": "\\ud800 half"}\n{"text": "N\\u0000L"}\n'
     )
     outcome = place.run("a.txt", "b.jsonl")
     assert place.texts() == ["a first text", "y" * 200, "abc", "from JSON"]
-    rejected = dict(zip(RULES, (2, 1, 2, 1, 1, 2), strict=True))
-    assert place.ledger() == {"read": 13, "kept": 4, "rejected": rejected}
+    rejected = dict(zip(RULES, (2, 1, 1, 2, 1, 1, 2), strict=True))
+    assert place.ledger() == {"read": 14, "kept": 4, "rejected": rejected}
     assert outcome.summary == (
-        "4 texts in 1 shard (13 read; rejected: 2 undecodable, 1 malformed, 2 empty, 1 too_short, "
-        "1 too_long, 2 duplicate)"
+        "4 texts in 1 shard (14 read; rejected: 2 undecodable, 1 malformed, 1 control_characters, "
+        "2 empty, 1 too_short, 1 too_long, 2 duplicate)"
     )
     assert outcome.facts["shards"] == outcome.facts["shards_new"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_control_characters_are_rejected_but_not_white_space_that_texts_are_made_of(place, name):
+    """All of category Cc; a carriage return is one unless a line feed follows."""
+    codes = [*range(32), 127, *range(128, 160)]
+    texts = [f"word {chr(code)} word {code}" for code in codes]
+    kept = [f"word {letter} word {code}" for code, letter in ((9, "\t"), (10, "\n"))]
+    kept += [
+        "two\r\nlines",
+        "line\u2028separator",
+        "zero\u200bwidth",
+        "no\xa0break",
+        "\x0cfeed first",
+    ]
+    texts += kept[2:]
+    if name == "a.txt":
+        # There it is a line feed that ends a line.
+        texts.remove("two\r\nlines")
+        texts.remove(kept[1])
+        kept = [kept[0], *kept[3:]]
+        write_lines(place.root / name, texts)
+    elif name == "a.jsonl.gz":
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (place.root / name).write_bytes(gzip.compress(lines.encode()))
+    elif name == "a.parquet":
+        pq.write_table(pa.table({"text": texts}), place.root / name)
+    else:
+        table = pa.table({"text": texts})
+        with pa.ipc.new_file(place.root / name, table.schema) as writer:
+            writer.write_table(table)
+    place.run(name)
+    assert place.texts() == [text.strip() for text in kept]
+    assert place.ledger()["rejected"]["control_characters"] == len(codes) - 2
+    assert place.ledger()["kept"] == len(kept)
 
 
 def test_nothing_rejected_is_said_shortly(place):
@@ -134,7 +180,11 @@ def expected(texts):
     """The slow version: what stays of `texts`, and under which rule the others go."""
     kept, rejected = [], Counter()
     for text in map(str.strip, texts):
-        if text == "":
+        line_ends_right = "\r" not in text.replace("\r\n", "")
+        others = {unicodedata.category(letter) for letter in text if letter not in "\t\n\r"}
+        if "Cc" in others or not line_ends_right:
+            rejected["control_characters"] += 1
+        elif text == "":
             rejected["empty"] += 1
         elif len(text) < 3:
             rejected["too_short"] += 1
@@ -206,7 +256,7 @@ def test_the_manifest_holds_the_recipe_and_no_source(place):
     manifest = Manifest.load(place.out, "corpus")
     assert manifest.parent is None
     assert manifest.recipe == {
-        "version": shard.VERSION,
+        "version": 1,
         "rows_per_shard": 16,
         "min_chars": 3,
         "max_chars": 200,
@@ -214,7 +264,7 @@ def test_the_manifest_holds_the_recipe_and_no_source(place):
 
 
 def test_golden_text_shards(place):
-    # If this fails on purpose, raise shard.VERSION: every vector made before is of other shards.
+    # If this fails on purpose, every vector made before is of other shards: raise the recipe's version.
     write_lines(place.root / "a.txt", many(40))
     place.run()
     assert [entry.rows for entry in Manifest.load(place.out, "corpus").objects] == GOLDEN_ROWS

@@ -137,6 +137,9 @@ BEFORE, AFTER = "the text before", "the text after"
 def rule_of(text, seen):
     """None if a text is kept, or the rule that it breaks: a slow and simple copy of the stage's."""
     text = text.strip()
+    control = (c for c in text if unicodedata.category(c) == "Cc" and c not in "\t\n\r")
+    if any(control) or "\r" in text.replace("\r\n", ""):
+        return "control_characters"
     if not text:
         return "empty"
     if len(text) > LONGEST:
