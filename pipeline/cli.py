@@ -71,7 +71,12 @@ PATIENCE = 4.0
 
 
 @app.command(rich_help_panel=STAGES)
-def check(as_json: Json = False) -> None:
+def check(
+    read_data: Annotated[
+        bool, typer.Option("--read-data", help="Hash every file anew, whatever is remembered.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check settings, sources and models; list all that is wrong. A second."""
     from pipeline.layout import Layout
     from pipeline.settings import examine
@@ -89,6 +94,7 @@ def check(as_json: Json = False) -> None:
             corpus=at.corpus,
             out=at.sources,
             versions=at.versions,
+            read_data=read_data,
         ),
         as_json,
     )

@@ -131,5 +131,5 @@ class Layout:
 
     @property
     def hashes(self) -> Path:
-        """Hashes of files, remembered by path, size and time."""
+        """Hashes of files, remembered by path and identity."""
         return self.work / "hashes.json"

@@ -67,6 +67,7 @@ def run(
     corpus: Path,
     out: Path,
     versions: Path,
+    read_data: bool = False,
 ) -> Outcome:
     """Look at everything and write the two files.
 
@@ -75,15 +76,23 @@ def run(
         sections: The sections that are right.
         root: The work tree.
         raw: Where `docs` writes; files below it are its outputs, not sources.
-        memory: Hashes remembered by path, size and time.
+        memory: Hashes remembered by path and identity.
         corpus: data/corpus.json; it need not be there yet.
         out: data/sources.json.
         versions: data/versions.yaml.
+        read_data: Hash every file anew, whatever is remembered.
 
     Raises:
         SettingsError: lists everything wrong.
     """
-    survey = Survey(sections, root=root, raw=raw, memory=memory, committed=read_sources(out))
+    survey = Survey(
+        sections,
+        root=root,
+        raw=raw,
+        memory=memory,
+        committed=read_sources(out),
+        read_data=read_data,
+    )
     sources = survey.sources()
     problems = [*problems, *survey.problems]
     if problems:
@@ -110,9 +119,10 @@ class Survey:
         sections: The sections of params.yaml that could be read.
         root: The work tree.
         raw: Where `docs` writes.
-        memory: Hashes remembered by path, size and time.
+        memory: Hashes remembered by path and identity.
         committed: The data/sources.json that is there; what is not on this machine is taken from it,
             as long as the settings that name it are the same.
+        read_data: Hash every file anew.
     """
 
     def __init__(
@@ -123,9 +133,10 @@ class Survey:
         raw: Path,
         memory: Path,
         committed: Mapping[str, Any],
+        read_data: bool = False,
     ) -> None:
         self.sections, self.root, self.raw, self.committed = sections, root, raw, committed
-        self.sha256 = RememberedHashes(memory)
+        self.sha256 = RememberedHashes(memory, read_data=read_data)
         self.problems: list[Problem] = []
 
     def sources(self) -> dict[str, Any]:
@@ -346,14 +357,15 @@ def _lines_of(look: Callable[[], list[Path]]) -> list[Path]:
 
 
 class RememberedHashes:
-    """The sha256 of files, remembered by path, size and time of change.
+    """The sha256 of files, remembered by path and identity (see `durable.identity`).
 
     Args:
         memory: A JSON file; losing it costs time, nothing else.
+        read_data: Hash every file anew, and log where what is remembered was wrong.
     """
 
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
+    def __init__(self, memory: Path, *, read_data: bool = False) -> None:
+        self.memory, self.read_data = memory, read_data
         self.known: dict[str, list[Any]] = {}
         try:
             known = json.loads(memory.read_bytes())
@@ -363,13 +375,18 @@ class RememberedHashes:
 
     def __call__(self, path: Path) -> str:
         """The sha256 of a file, as hex."""
-        status = path.stat()
-        seen = [status.st_size, status.st_mtime_ns]
-        entry = self.known.get(str(path))
-        if not (isinstance(entry, list) and entry[:2] == seen and len(entry) == 3):
-            entry = [*seen, sha256_of(path)]
-            self.known[str(path)] = entry
-        return str(entry[2])
+        before = [*durable.identity(path.stat())]
+        entry = self.known.get(str(path), [])
+        remembered = isinstance(entry, list) and entry[:-1] == before
+        if remembered and not self.read_data:
+            return str(entry[-1])
+        found = sha256_of(path)
+        if remembered and entry[-1] != found:
+            log.warning("check: %s: other bytes, though no time of it changed", path)
+        # What was written to meanwhile is hashed again next time.
+        if [*durable.identity(path.stat())] == before:
+            self.known[str(path)] = [*before, found]
+        return found
 
     def save(self) -> None:
         """Write the memory for the next run."""

@@ -55,6 +55,21 @@ def named(path: Path, doing: str) -> Iterator[None]:
         raise StorageError(path, f"{doing} failed: {cause}", cure) from error
 
 
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Device, inode, size, mtime and ctime: equal while nobody has written to a file or put another there.
+
+    Size and mtime alone are not enough: archives, images and rsync restore the time of the last change,
+    and reproducible builds set it. Nobody can set ctime.
+    """
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
 def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     """Make the immutable file `path` (mode 0444 less the umask) from what `write` puts into it.
 

@@ -123,9 +123,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # (inode, size, mtime) of files whose payload this process has checked: a published file
-        # never changes, so the second map of it needs no second read.
-        self._checked: dict[tuple[int, int, int], Header] = {}
+        # Identities of files whose payload this process has checked: a published file never changes,
+        # so the second map of it needs no second read.
+        self._checked: dict[tuple[int, ...], Header] = {}
 
     def put(
         self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None
@@ -283,7 +283,7 @@ class Store:
     def _map(self, key: str) -> tuple[pa.RecordBatch, Header, int]:
         """The batch, the header and the size in bytes of the object under `key`, checked."""
         content, status = self._content(key)
-        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        seen = durable.identity(status)
         try:
             batch, header = _prove(key, content, values=seen not in self._checked)
         except ValueError as error:

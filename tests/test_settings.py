@@ -1,5 +1,6 @@
 """params.yaml and the stage check: everything wrong at once, each with its address and a cure."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def change_settings(folder, change):
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
 
 
-def run_check(folder):
+def run_check(folder, **options):
     at = Layout(folder)
     _, problems, sections = examine(at.params)
     return check.run(
@@ -69,6 +70,7 @@ def run_check(folder):
         corpus=at.corpus,
         out=at.sources,
         versions=at.versions,
+        **options,
     )
 
 
@@ -612,12 +614,88 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path):
     assert first(file) == sha256_of(file)
     first.save()
     again = check.RememberedHashes(tmp_path / "memory.json")
-    again.known[str(file)][2] = "remembered"
+    again.known[str(file)][-1] = "remembered"
     assert again(file) == "remembered"
     file.write_bytes(b"three")
     assert again(file) == sha256_of(file)
     (tmp_path / "memory.json").write_text("[broken")
     assert check.RememberedHashes(tmp_path / "memory.json")(file) == sha256_of(file)
+
+
+def rewrite(path, content):
+    """Other bytes of the same length and time of change, as an archive or a reproducible build leaves."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # a clock may tick too slowly to tell
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_other_bytes_of_the_same_size_and_time_are_seen_everywhere(project):
+    folder = project / "set"
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_text("{}\n")
+    (folder / "queries.jsonl").write_text("{}\n")
+    (folder / "qrels.tsv").write_text("x\n")
+    (project / "pairs.tsv").write_text("one\ttwo\n")
+    make_model(project / "other")
+
+    def change(content):
+        content["shard"]["sources"] = ["texts/*.txt"]
+        content["embed"]["teacher"] = "teacher"
+        content["starts"]["half"]["from"] = "other"
+        content["evaluate"] |= {"sts": {"mine": "sts.tsv"}, "retrieval": {"set": "set"}}
+        content["finetune"] |= {"students": ["kd"], "triplets": ["pairs.tsv"], "dev": None}
+
+    write(project, change)
+    names = {
+        "texts/a.txt": lambda found: found["shard"],
+        "teacher/model.safetensors": lambda found: found["teacher"],
+        "other/model.safetensors": lambda found: found["starts"]["half"],
+        "sts.tsv": lambda found: found["evaluation"]["sts.mine"],
+        "set/qrels.tsv": lambda found: found["evaluation"]["retrieval.set"],
+        "pairs.tsv": lambda found: found["finetune"],
+    }
+    run_check(project)
+    for name, entry in names.items():
+        before = json.loads((project / "data/sources.json").read_text())
+        content = (project / name).read_bytes()
+        rewrite(project / name, content[:-2] + content[-2:].swapcase().replace(b"\0", b"\1"))
+        run_check(project)
+        after = json.loads((project / "data/sources.json").read_text())
+        assert entry(after) != entry(before), name
+
+
+def test_another_file_of_the_same_size_and_time_is_seen(tmp_path):
+    (tmp_path / "file").write_bytes(b"one")
+    (tmp_path / "other").write_bytes(b"two")
+    status = (tmp_path / "file").stat()
+    os.utime(tmp_path / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+    hashes = check.RememberedHashes(tmp_path / "memory.json")
+    hashes(tmp_path / "file")
+    (tmp_path / "other").replace(tmp_path / "file")
+    assert hashes(tmp_path / "file") == hashlib.sha256(b"two").hexdigest()
+
+
+def test_read_data_believes_nothing_that_is_remembered(project, caplog):
+    run_check(project)
+    right = (project / "data/sources.json").read_bytes()
+    memory = project / "work/hashes.json"
+    known = json.loads(memory.read_text())
+    known[str(project / "texts/a.txt")][-1] = "0" * 64
+    memory.write_text(json.dumps(known))
+    run_check(project)
+    assert json.loads((project / "data/sources.json").read_text())["shard"]["files"] == [
+        ["a.txt", "0" * 64]
+    ]
+    run_check(project, read_data=True)
+    assert (project / "data/sources.json").read_bytes() == right
+    assert caplog.messages[-1] == (
+        f"check: {project}/texts/a.txt: other bytes, though no time of it changed"
+    )
+    run_check(project)
+    assert (project / "data/sources.json").read_bytes() == right
 
 
 # -------------------------------------------------------------------------------------------- models
