@@ -1,5 +1,6 @@
 """Texts laid end to end give the vectors that sentence-transformers gives, family by family."""
 
+import json
 import logging
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 import transformers as tf
 
 from stages.encoding import ReadsAhead
-from stages.learning.encoder import Encoder, Padded, load_model
+from stages.learning.encoder import Encoder, Padded, load_model, token_batches
 from stages.learning.packed import Packed, Run, runs_of
-from stages.learning.student import Student, encode_ids
+from stages.learning.student import Student, encode_ids, save_model
 from tests.conftest import make_tiny_model, sentences
 
 CPU = torch.device("cpu")
@@ -96,6 +97,70 @@ def test_a_family_gives_its_own_vectors(family, tokenizer, tmp_path):
     expected = own.encode(texts, prompt=PROMPT)
     assert np.allclose(encoder.encode(texts), expected, atol=2e-6)
     assert len({tuple(np.round(row, 3)) for row in expected}) == len(texts)
+
+
+@pytest.fixture
+def left(tokenizer, tmp_path):
+    """A model that reads absolute positions, pools the first token and pads on the left."""
+    folder = make(tmp_path / "left", tokenizer, *FAMILIES["bert"][:3], "cls")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"padding_side": "left"}))
+    return folder
+
+
+@pytest.fixture
+def conv(tokenizer, tmp_path):
+    """A model that convolves over tokens, padding among them, and cannot be packed."""
+    settings = {"embedding_size": 32, "conv_kernel_size": 3, "head_ratio": 2, "num_groups": 1}
+    return make(
+        tmp_path / "c", tokenizer, tf.ConvBertModel, tf.ConvBertConfig, BERT | settings, "mean"
+    )
+
+
+@pytest.mark.parametrize(("kind", "reader"), [("left", Packed), ("conv", Padded)])
+def test_a_texts_vector_is_the_one_it_has_alone(kind, reader, request):
+    """Whatever `batch_tokens` puts beside it; sentence-transformers' own batches change it."""
+    folder = request.getfixturevalue(kind)
+    own = load_model(folder, device=CPU).eval()
+    own.max_seq_length = 48
+    texts = [*sentences(20), " ".join(sentences(20)), "x"]
+    alone = np.concatenate([own.encode([text]) for text in texts])
+    assert np.sum(own.encode(texts) * alone, axis=1).min() < 0.995
+    for batch_tokens in (64, 2048):
+        encoder = Encoder(folder, device=CPU, max_tokens=48, batch_tokens=batch_tokens)
+        assert type(encoder.reader) is reader
+        assert np.allclose(encoder.encode(texts), alone, atol=2e-6)
+
+
+def test_a_student_learns_the_vectors_that_texts_have_alone(conv):
+    """Random batches would put other padding beside a text at every step."""
+    student = Student(
+        load_model(conv, device=CPU), teacher_dim=32, unit_length=True, project=False, dropout=False
+    ).eval()
+    rows = [np.arange(5, 5 + length, dtype=np.int32) for length in (3, 30, 3, 12, 7, 12)]
+    options = {"pad_id": 0, "device": CPU, "precision": "fp32", "gradient_caching": False}
+    with torch.no_grad():
+        batch = encode_ids(student, rows, **options)
+        alone = torch.cat([encode_ids(student, [row], **options) for row in rows])
+    assert torch.allclose(batch, alone, atol=2e-6)
+
+
+def test_what_is_saved_pads_on_the_right(left, tmp_path):
+    """A student never saw padding on the left, and `encode` is to give the vectors that it learned."""
+    model = load_model(left, device=CPU)
+    save_model(model, tmp_path / "saved")
+    saved = load_model(tmp_path / "saved", device=CPU)
+    texts = [*sentences(9), " ".join(sentences(20)), "x"]
+    alone = np.concatenate([saved.encode([text]) for text in texts])
+    assert np.allclose(saved.encode(texts), alone, atol=2e-6)
+
+
+def test_even_batches_have_one_length():
+    lengths = np.random.default_rng(0).integers(1, 9, size=200)
+    batches = list(token_batches(lengths, 24, even=True))
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all(len(set(lengths[batch])) == 1 for batch in batches)
+    assert all(len(batch) * lengths[batch[0]] <= 24 for batch in batches)
 
 
 def test_a_model_that_says_something_else_when_packed_is_padded(tokenizer, tmp_path, caplog):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stages.encoding import Encode
 from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read
-from stages.learning.probes import likeness, probes
+from stages.learning.probes import MIXED_PROBES, likeness, probes
 from stages.learning.windows import Windows, windows_of
 from stages.model_config import Role, decided_pooling, decided_routes, room_for_texts
 from stages.models import model_files, weights_bytes
@@ -311,20 +311,49 @@ class Encoder:
         return wanted or own or positions or 512
 
     def _reader(self) -> Packed | Padded:
-        """Packed, if that gives the vectors of probe texts that the model gives by itself."""
+        """The fastest way of reading that gives each probe text the vector it has when it is read alone.
+
+        A batch is no judge: with padding on the left, say, a model may count its positions from there.
+
+        Raises:
+            TeachonceError: what a text's vector is depends on the texts that are read with it.
+        """
         padded = Padded(self.model)
         if self.max_tokens == NO_LIMIT:
             return padded
-        texts = probes(self.max_tokens)
-        own = self._vectors(padded.read(texts, self.prompt), precision="fp32")
+        texts = [*MIXED_PROBES, *probes(self.max_tokens)]
+        lengths = padded.read(texts, self.prompt).lengths
+        # A text of no token cannot be read alone. Its vector is what a batch makes of it.
+        places = np.flatnonzero(lengths > 0)
+        alone = np.concatenate([self._probed(padded, [texts[place]]) for place in places])
         try:
-            packed = Packed(self.model)
-            likeness(own, self._vectors(packed.read(texts, self.prompt), precision="fp32"))
+            likeness(alone, self._probed(Packed(self.model), texts)[places])
+            return Packed(self.model)
         except NOT_PACKED as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.info("texts are padded for this model; without padding: %s", first_line)
+        # The last text is as long as any, and a batch of all would be as large as all of them.
+        mixed = np.arange(len(texts) - 1)
+        with torch.inference_mode():
+            batch = padded.read(texts, self.prompt).forward(mixed).float().cpu().numpy()
+        even = Padded(self.model, even=True)
+        try:
+            likeness(alone[places < len(mixed)], batch[places[places < len(mixed)]])
             return padded
-        return packed
+        except ValueError as error:
+            log.info("only texts of one length are read together; in other batches: %s", error)
+        try:
+            likeness(alone, self._probed(even, texts)[places])
+        except ValueError as error:
+            raise TeachonceError(
+                self.device,
+                f"the vectors of this model depend on the texts that are read together: {error}",
+                "report this, with the model's name",
+            ) from None
+        return even
+
+    def _probed(self, reader: Packed | Padded, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._vectors(reader.read(texts, self.prompt), precision="fp32")
 
     def _cast_products(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products as autocast would cast them, anew for every batch."""
@@ -391,7 +420,7 @@ class Encoder:
         text is left out.
         """
         cut = np.minimum(read.lengths, self.max_tokens)
-        waiting = list(token_batches(cut, self.batch_tokens))
+        waiting = list(token_batches(cut, self.batch_tokens, even=read.even))
         vectors: NDArray[np.float32] | None = None
         while waiting:
             places = waiting.pop(0)
@@ -401,7 +430,8 @@ class Encoder:
             except torch.OutOfMemoryError as error:
                 self._take_less(len(places), int(cut[places[0]]), error)
                 rest = np.concatenate([places, *waiting])
-                waiting = [rest[some] for some in token_batches(cut[rest], self.batch_tokens)]
+                again = token_batches(cut[rest], self.batch_tokens, even=read.even)
+                waiting = [rest[some] for some in again]
                 continue
             if vectors is None:
                 vectors = np.empty((len(cut), batch.shape[1]), np.float32)
@@ -425,10 +455,15 @@ class Encoder:
 
 
 class Padded:
-    """Any model, as sentence-transformers runs it: a batch is padded to its longest text."""
+    """Any model, as sentence-transformers runs it: a batch is padded to its longest text.
 
-    def __init__(self, model: SentenceTransformer) -> None:
-        self.model = model
+    Args:
+        model: Of sentence-transformers.
+        even: Read only equally long texts together, so that nothing is padded.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, even: bool = False) -> None:
+        self.model, self.even = model, even
 
     def read(self, texts: Sequence[str], prompt: str) -> Read:
         """Count the tokens; the model tokenises batch by batch."""
@@ -443,7 +478,7 @@ class Padded:
             vectors: torch.Tensor = self.model(features)["sentence_embedding"]
             return vectors
 
-        return Read(self._lengths([prompt + text for text in texts]), forward)
+        return Read(self._lengths([prompt + text for text in texts]), forward, even=self.even)
 
     def _lengths(self, texts: list[str]) -> NDArray[np.int64]:
         if not texts:
@@ -499,13 +534,16 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=AUTOCAST[precision])
 
 
-def token_batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+def token_batches(
+    lengths: NDArray[np.int64], batch_tokens: int, *, even: bool = False
+) -> Iterator[NDArray[np.int64]]:
     """Cut texts into batches of similar length.
 
     Args:
         lengths: (n,) tokens of each text.
         batch_tokens: A batch of m texts padded to its longest has at most this many tokens, unless it
             is one text.
+        even: The texts of a batch are of one length.
 
     Yields:
         Places in `lengths`; every place once, longest texts first, ties in order.
@@ -515,5 +553,7 @@ def token_batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[NDA
     while first < len(order):
         longest = max(int(lengths[order[first]]), 1)
         count = max(1, batch_tokens // longest)
+        if even:
+            count = int((lengths[order[first : first + count]] == lengths[order[first]]).sum())
         yield order[first : first + count]
         first += count

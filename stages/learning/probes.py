@@ -26,6 +26,8 @@ PROBES = (
     "",
 )
 LONG_PROBE = "the harbor keeps a lantern for every rocket and needle of a distant river valley"
+MIXED_PROBES = (LONG_PROBE, " ".join(reversed(LONG_PROBE.split())))
+"""Texts of one length and longer than `PROBES`, so that a batch with those pads most of it."""
 LONGEST_PROBE = 2048
 """Words: attention over more would take long."""
 

@@ -7,6 +7,7 @@ search an index that the teacher built.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ class Student(nn.Module):
         if self.projection is not None and width == teacher_dim:
             nn.init.eye_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
-        self.packed = self._packed()
+        self.packed, self.even = self._readers()
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) token ids and mask -> (B, D) float32 vectors, as the saved student returns them."""
@@ -123,24 +124,37 @@ class Student(nn.Module):
         return vectors
 
     @torch.no_grad()
-    def _packed(self) -> Packed | None:
-        """A reader without padding, if it gives the vectors that a padded batch gives."""
+    def _readers(self) -> tuple[Packed | None, bool]:
+        """A reader without padding, if it gives a text the vector that it has alone; else None.
+
+        Also whether only texts of one length may be read together, since padding changes their vectors.
+        """
+        device = next(self.parameters()).device
+        transformer: Any = self.body[0]
+        try:
+            # From the middle of the vocabulary: a special token might change how the others are read.
+            first = transformer.auto_model.get_input_embeddings().num_embeddings // 4
+            ids = [first + np.arange(length, dtype=np.int32) for length in PROBED_LENGTHS]
+            rows = [torch.from_numpy(row).long() for row in ids]
+            self.eval()
+            alone = torch.cat([self._padded(*pad([row], pad_id=0, device=device)) for row in rows])
+        except NOT_PACKED:
+            return None, False  # a static model, or one that has no table of tokens
+        own = alone.float().cpu().numpy()
         try:
             packed = Packed(self.body)
-            # From the middle of the vocabulary: a special token might change how the others are read.
-            first = packed.body.get_input_embeddings().num_embeddings // 4
-            ids = [first + np.arange(length, dtype=np.int32) for length in PROBED_LENGTHS]
-            self.eval()
-            batch = pad(
-                [torch.from_numpy(row).long() for row in ids], pad_id=0, device=packed.body.device
-            )
-            vectors = packed(ids, np.arange(len(ids)))
-            likeness(self._padded(*batch).cpu().numpy(), vectors.cpu().numpy())
+            likeness(own, packed(ids, np.arange(len(ids))).float().cpu().numpy())
+            return packed, False
         except NOT_PACKED as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.info("texts are padded for this student; without padding: %s", first_line)
-            return None
-        return packed
+        try:
+            batch = self._padded(*pad(rows, pad_id=0, device=device))
+            likeness(own, batch.float().cpu().numpy())
+        except ValueError as error:
+            log.info("only texts of one length are read together; in other batches: %s", error)
+            return None, True
+        return None, False
 
     def _finished(self, vectors: Tensor) -> Tensor:
         """What the model makes of a text -> (B, D) float32 in the teacher's space."""
@@ -208,7 +222,7 @@ def encode_ids(
 
     def read(some: NDArray[np.int64]) -> Tensor:
         pieces, order = [], []
-        for places in token_batches(lengths[some], piece_tokens):
+        for places in token_batches(lengths[some], piece_tokens, even=student.even):
             texts = [rows[place] for place in some[places]]
             with autocast(device, precision):
                 if gradient_caching:
@@ -235,6 +249,12 @@ def save_model(model: SentenceTransformer, folder: Path) -> None:
     model.similarity_fn_name = "cosine"
     model.truncate_dim = None
     model.save(str(folder), create_model_card=False, safe_serialization=True)
+    # Students learn without padding, or with padding on the right. On the left it moves the positions of a
+    # model that counts them from the first token of a batch.
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_bytes()) if path.is_file() else {}
+    if said.get("padding_side") == "left":
+        write_json(path, {**said, "padding_side": "right"})
 
 
 def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
