@@ -8,10 +8,9 @@ dot product of unit vectors; a zero vector has cosine 0 with everything.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,13 +43,15 @@ from storage.errors import TeachonceError, shown
 from storage.manifest import fingerprint
 from storage.split import Split
 
+if TYPE_CHECKING:
+    from stages.learning.speed import Speed
+
 VERSION = 6  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
 IGNORED = "identical_ids_ignored"  # queries of a set whose own document was no result
-PASSES = 3
 TEXTS_AT_ONCE = 2048  # between two looks at the clock
 
 Cuts = Mapping[str, int | None]
@@ -70,9 +71,8 @@ class Encoder(Protocol):
     def megabytes(self) -> float:
         """Size of the weights on the disk, in 10^6 bytes."""
 
-    @property
-    def device(self) -> str:
-        """A name a person recognises; speeds are compared within one device only."""
+    def speed(self, texts: Sequence[str]) -> Speed:
+        """How fast it encodes texts of the role `text`."""
 
     def encode(self, texts: Sequence[str], *, role: Role) -> NDArray[np.float32]:
         """(n, dim) vectors of n texts, in their order, of any length."""
@@ -183,17 +183,6 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
         f"mrr@{CUT}": float(reciprocal.mean()),
         f"recall@{DEPTH}": float(recall.mean()),
     }
-
-
-def speed(work: Callable[[], object], texts: int, clock: Callable[[], float]) -> float:
-    """Texts per second of `work`: the median of 3 passes, after one that is not counted."""
-    work()
-    seconds = []
-    for _ in range(PASSES):
-        begin = clock()
-        work()
-        seconds.append(clock() - begin)
-    return texts / max(statistics.median(seconds), 1e-9)
 
 
 def _measure_sts(
@@ -308,10 +297,14 @@ def _measure_fidelity(
 def _measure_speed(
     name: str, encoder: Encoder, corpus: Corpus, heldout: NDArray[np.int64], count: int
 ) -> dict[str, Fact]:
-    log.info("evaluate: %s, speed on %s texts, %d passes", name, f"{count:,}", PASSES + 1)
+    log.info("evaluate: %s, speed on %s texts, in turns with a fixed workload", name, f"{count:,}")
     texts = corpus.take(evenly(heldout if len(heldout) >= count else np.arange(corpus.rows), count))
-    per_second = speed(lambda: encoder.encode(texts, role="text"), count, time.perf_counter)
-    return {"sentences_per_second": float(f"{per_second:.4g}"), "device": encoder.device}
+    found = encoder.speed(texts)
+    return {
+        "sentences_per_second": float(f"{found.texts_per_second:.4g}"),
+        "texts_per_reference": float(f"{found.texts_per_reference:.4g}"),
+        "device": found.device,
+    }
 
 
 def _vectors(name: str, encoder: Encoder, texts: Sequence[str], role: Role) -> NDArray[np.float32]:

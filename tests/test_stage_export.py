@@ -36,7 +36,8 @@ METRICS = {
         "sts.b": 80.0,
         "retrieval.docs.ndcg@10": 0.5555,
         "sentences_per_second": 203.4,
-        "device": "a_cpu, 2 threads",
+        "texts_per_reference": 10.0,
+        "device": "a_cpu, 1 thread",
         "parameters": 22_713_216,
         "megabytes": 90.852,
     },
@@ -46,7 +47,8 @@ METRICS = {
         "retrieval.docs.ndcg@10": 0.5,
         "fidelity.spearman": 0.8515,
         "sentences_per_second": 366.6,
-        "device": "a_cpu, 2 threads",
+        "texts_per_reference": 19.0,
+        "device": "a_cpu, 1 thread",
         "parameters": 17_389_824,
         "megabytes": 69.56,
     },
@@ -575,7 +577,7 @@ sentence-transformers 3.4 or newer.
 | Parameters | 22,713,216 | 17,389,824 |
 | Megabytes of weights | 90.9 | 69.6 |
 
-Speed on a\\_cpu, 2 threads.
+Speed on a\\_cpu, 1 thread: 1.9 times as fast as the teacher, each timed in turns with a fixed workload.
 
 ## Where it comes from
 

@@ -33,6 +33,8 @@ from storage.errors import TeachonceError, shown
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from stages.learning.speed import Speed
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 NO_LIMIT = sys.maxsize
@@ -364,6 +366,13 @@ class Encoder:
     def encode(self, texts: Sequence[str], *, role: Role = "text") -> NDArray[np.float32]:
         """(n, dim) float32 vectors of `texts`, in their order."""
         return self.encode_counted(texts, role=role).vectors
+
+    def speed(self, texts: Sequence[str]) -> Speed:
+        """How fast it encodes texts of a corpus."""
+        # Here: it needs this module.
+        from stages.learning.speed import measure
+
+        return measure(self.encode, texts, self.torch_device)
 
     def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
         """Vectors of `texts` with counts of what was read."""

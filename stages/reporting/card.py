@@ -10,6 +10,7 @@ from typing import Any
 from stages.lineage import left_the_teacher
 from stages.params import TEACHER
 from stages.reporting.markdown import escaped, fenced, table
+from stages.reporting.measures import short, times_as_fast
 
 Metrics = Mapping[str, Any]
 """One model's metrics: flat keys, as `evaluate` writes them."""
@@ -180,9 +181,20 @@ def _devices(models: Mapping[str, Metrics]) -> list[str]:
     if not found:
         return []
     if len(set(found.values())) == 1:
-        return [f"Speed on {escaped(next(iter(found.values())))}."]
+        return [f"Speed on {escaped(next(iter(found.values())))}{_speedup(models)}."]
     said = ", ".join(f"{escaped(name)} on {escaped(device)}" for name, device in found.items())
     return [f"Speeds are not comparable: {said}."]
+
+
+def _speedup(models: Mapping[str, Metrics]) -> str:
+    """How fast the model is beside its teacher, where both were measured."""
+    *_, student = models.values()
+    times = times_as_fast(student, models.get(TEACHER, {}))
+    if TEACHER not in models or len(models) == 1 or times is None:
+        return ""
+    return (
+        f": {short(times)} times as fast as the teacher, each timed in turns with a fixed workload"
+    )
 
 
 def _cell(value: object, form: str) -> str:

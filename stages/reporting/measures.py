@@ -14,6 +14,10 @@ Measure = Callable[[Metrics], float | None]
 """One number out of a model's metrics; None if it has none."""
 
 
+SPEED = "texts_per_reference"
+"""Texts in the time of one pass of a fixed workload that took turns with the model (learning/speed.py)."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """A measure of which both a student and the teacher have a number, over the same sets.
@@ -83,8 +87,11 @@ def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
 
 
 def times_as_fast(metrics: Metrics, teacher: Metrics) -> float | None:
-    """Speed as a multiple of the teacher's; None if they ran on different devices."""
-    ours, theirs = (number(model, "sentences_per_second") for model in (metrics, teacher))
+    """Speed as a multiple of the teacher's; None if they ran on different devices.
+
+    Texts per second are those of a machine as busy as it was; a speed beside the fixed workload is not.
+    """
+    ours, theirs = (number(model, SPEED) for model in (metrics, teacher))
     same = metrics.get("device") == teacher.get("device")
     return ours / theirs if ours and theirs and same else None
 

@@ -23,7 +23,6 @@ from stages.reporting.table import (
 )
 
 ANY_NUMBER = 1_000  # of sets: a page has room for all columns
-SPEED = "sentences_per_second"
 SCORES = {
     "agreement": "Agreement with the teacher on held-out texts",
     "dev": "Score on the development set while finetuning",
@@ -140,8 +139,9 @@ def trade_off(subject: Subject) -> str:
     title, measure = found
     quality = measures.measured(subject.metrics, measure)
     panels = []
+    speeds, speed_title = _speeds(subject)
     for heading, costs, x_title in (
-        ("Against speed: up and right is better", _speeds(subject), "texts per second"),
+        ("Against speed: up and right is better", speeds, speed_title),
         ("Against size: up and left is better", _sizes(subject), "MB"),
     ):
         marks = [
@@ -156,9 +156,8 @@ def trade_off(subject: Subject) -> str:
             panels.append(f"<figure><h3>{esc(heading)}</h3>{drawn}</figure>")
     if not panels:
         return ""
-    away = sorted(
-        set(measures.measured(subject.metrics, measures.of(SPEED))) - set(_speeds(subject))
-    )
+    timed = measures.measured(subject.metrics, measures.of("sentences_per_second"))
+    away = sorted(set(timed) - set(speeds))
     note = (
         "The axes show only the range that is in use; they do not begin at 0. "
         "Minutes are those of training."
@@ -172,14 +171,17 @@ def _minutes(subject: Subject, name: str) -> str:
     return f"{measures.short(run.minutes)} min" if run else ""
 
 
-def _speeds(subject: Subject) -> dict[str, float]:
-    """Texts per second of the models on the device of the teacher, or of the first if there is none."""
-    speeds = measures.measured(subject.metrics, measures.of(SPEED))
-    if not speeds:
-        return {}
-    first = TEACHER if TEACHER in speeds else next(iter(speeds))
-    device = subject.metrics[first].get("device")
-    return {n: speed for n, speed in speeds.items() if subject.metrics[n].get("device") == device}
+def _speeds(subject: Subject) -> tuple[dict[str, float], str]:
+    """Speeds as multiples of the teacher's (of the first model's, if it has none), and what they are."""
+    known = measures.measured(subject.metrics, measures.of(measures.SPEED))
+    first = TEACHER if TEACHER in known else next(iter(known), TEACHER)
+    times = (
+        {n: measures.times_as_fast(m, subject.metrics[first]) for n, m in subject.metrics.items()}
+        if known
+        else {}
+    )
+    found = {name: value for name, value in times.items() if value is not None}
+    return found, f"times as fast as {'the teacher' if first == TEACHER else first}"
 
 
 def _sizes(subject: Subject) -> dict[str, float]:

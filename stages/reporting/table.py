@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stages.params import TEACHER
 from stages.reporting.measures import (
+    SPEED,
     Measure,
     at_widths,
     devices,
@@ -195,9 +196,13 @@ def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list
 def speed_note(models: Mapping[str, Metrics]) -> str:
     """Where speeds were measured; empty if none was."""
     found = devices(models)
-    if len(found) == 1:
-        return f"Speeds on {found[0]}."
-    return f"Speeds on {listed(found)}; speed-up is within one device only." if found else ""
+    if not found:
+        return ""
+    within = "; speed-up is within one device only" if len(found) > 1 else ""
+    compared = (
+        " Speed-up compares speeds beside a fixed workload." if measured(models, of(SPEED)) else ""
+    )
+    return f"Speeds on {listed(found)}{within}.{compared}"
 
 
 def ignored_note(models: Mapping[str, Metrics]) -> str:
