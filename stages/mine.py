@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.outcome import Outcome, Progress, clock, log, write_json
+from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import MineParams
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus
@@ -194,6 +194,8 @@ def run(
         check_recall(counts["recall"], params.min_recall, index)
     write_json(facts, counts)
     manifest.save(out, store)
+    if is_noticeable(counts["short_lists"], len(train)):
+        log.warning("mine: %s", short_lists_told(counts, params))
     recall = "" if index is None else f"{index['name']} with recall {counts['recall']:.3f}; "
     return Outcome(
         stage="mine",
@@ -204,6 +206,29 @@ def run(
             f"{len(todo)} shards mined, {len(keys) - len(todo)} found in the store"
         ),
         facts=counts,
+    )
+
+
+def short_lists_told(counts: Mapping[str, Any], params: MineParams) -> str:
+    """How many lists are shorter than they should be, what left candidates out, and what to do."""
+    rows, rejected = counts["rows"], counts["rejected"]
+    reasons = [f"{rejected[rule]:,} {rule}" for rule in RULES[1:] if rejected[rule]]
+    cures = [
+        f"{verb} mine.{setting} ({getattr(params, setting)})"
+        for verb, setting, helps in (
+            ("raise", "max_score", params.max_score < 1 and rejected["above_max_score"]),
+            ("lower", "min_score", rejected["below_min_score"]),
+            ("lower", "range_min", rejected["before_range_min"]),
+            # Those farther away are less alike, so they would be below it, too.
+            ("raise", "range_max", params.range_max < rows - 1 and not rejected["below_min_score"]),
+            ("lower", "neighbours", True),
+        )
+        if helps
+    ]
+    return (
+        f"{counts['short_lists']:,} of {rows:,} lists have fewer than {params.neighbours} negatives"
+        + (f"; of what was found, left out: {', '.join(reasons)}" if reasons else "")
+        + f": {', or '.join(cures)}"
     )
 
 

@@ -38,6 +38,15 @@ class Outcome:
     facts: Facts = field(default_factory=dict)
 
 
+NOTICEABLE_SHARE = 0.01
+A_HANDFUL = 5
+
+
+def is_noticeable(count: int, of: int) -> bool:
+    """Whether a loss deserves a warning: more than a handful, and more than 1 %."""
+    return count > A_HANDFUL and count > NOTICEABLE_SHARE * of
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a small result file in one step, in the one form that equal values share."""
     durable.replace(path, canonical_json(value))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from stages.lines import has_control_characters
-from stages.outcome import Fact, Facts, Outcome, write_json
+from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
 from stages.params import ShardParams
 from stages.readers import Item, Rejected, read, sources
 from storage.column import TEXT_KEY_BYTES
@@ -37,6 +37,15 @@ RULES = (
     "too_long",
     "duplicate",
 )
+
+# What to do where a rule rejects many texts.
+CURES = {
+    "undecodable": "convert the files to UTF-8, such as by `iconv -f LATIN1 -t UTF-8`",
+    "malformed": "write a JSON object a line, with the text under the name that shard.field says ({field})",
+    "control_characters": "take these characters out of the texts; NULs may mean that a file is UTF-16",
+    "too_short": "lower shard.min_chars ({min_chars}), if you want them",
+    "too_long": "raise shard.max_chars ({max_chars}), or cut the texts into shorter ones before",
+}
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -80,6 +89,7 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
     manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(made))
     _check_balance(counted.read, manifest.rows, rejected)
     account = f"{counted.read:,} read{_rejections(rejected)}"
+    lost = losses(counted.read, rejected)
     if not manifest.rows:
         raise TeachonceError(
             "shard.sources",
@@ -93,13 +103,37 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         "rejected": dict(rejected),
     }
     write_json(facts, ledger)
+    texts = counted.read - rejected["empty"]
+    for rule, count in lost.items():
+        log.warning(
+            "shard: %s of %s texts (%.0f %%) are lost as %s: %s",
+            f"{count:,}",
+            f"{texts:,}",
+            100 * count / texts,
+            rule,
+            CURES[rule].format(**params.model_dump()),
+        )
+    shares = ", ".join(f"{100 * count / texts:.0f} % {rule}" for rule, count in lost.items())
     plural = "s" if len(made) > 1 else ""
     return Outcome(
         stage="shard",
         made=out,
-        summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})",
-        facts={**ledger, "shards": len(made), "shards_new": new, "bytes": manifest.size},
+        summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})"
+        + (f"; many are lost: {shares}" if lost else ""),
+        facts={
+            **ledger,
+            "lost": lost,
+            "shards": len(made),
+            "shards_new": new,
+            "bytes": manifest.size,
+        },
     )
+
+
+def losses(read: int, rejected: Mapping[str, int]) -> dict[str, int]:
+    """The rules by which a noticeable part of the texts is lost; of duplicates and empty lines none is."""
+    texts = read - rejected["empty"]
+    return {rule: rejected[rule] for rule in CURES if is_noticeable(rejected[rule], texts)}
 
 
 def make_again(

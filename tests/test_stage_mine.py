@@ -425,6 +425,39 @@ def test_memory_is_that_of_the_setting(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "cures"),
+    [
+        ({"max_score": 0.2}, "raise mine.max_score (0.2), or raise mine.range_max (20), or "),
+        ({"min_score": 0.999, "max_score": 1.0}, "lower mine.min_score (0.999), or "),
+        ({"range_max": 500, "neighbours": 400, "max_score": 1.0}, ""),
+        (
+            {"range_max": 20, "neighbours": 10, "range_min": 10},
+            "raise mine.max_score (0.95), or lower mine.range_min (10), or raise mine.range_max (20), or ",
+        ),
+    ],
+)
+def test_short_lists_are_told_with_what_would_fill_them(world, caplog, changes, cures):
+    settings = params(**changes)
+    outcome, *_ = run(world, settings)
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    facts = outcome.facts
+    assert message.startswith(
+        f"mine: {facts['short_lists']:,} of {facts['rows']:,} lists have fewer than "
+        f"{settings.neighbours} negatives"
+    )
+    assert message.endswith(f": {cures}lower mine.neighbours ({settings.neighbours})")
+    left_out = {rule: count for rule, count in facts["rejected"].items() if rule != "itself"}
+    for rule, count in left_out.items():
+        assert (f"{count:,} {rule}" in message) == (count > 0)
+
+
+def test_a_few_short_lists_are_told_in_the_summary_alone(world, caplog):
+    outcome, *_ = run(world, params())
+    assert outcome.facts["short_lists"] == 0
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_short_lists_are_padded_and_counted(world):
     outcome, neighbours, scores = run(world, params(min_score=0.999, max_score=1.0))
     assert outcome.facts["short_lists"] > 200

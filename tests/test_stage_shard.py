@@ -142,6 +142,52 @@ def test_control_characters_are_rejected_but_not_white_space_that_texts_are_made
     assert place.ledger()["kept"] == len(kept)
 
 
+def test_a_noticeable_loss_is_told_with_its_cure(place, caplog):
+    texts = [*many(140), *(f"{text} {'x' * 200}" for text in many(60, "long"))]
+    write_lines(place.root / "a.txt", [*texts, *many(100), *[""] * 50])
+    outcome = place.run()
+    assert caplog.messages == [
+        "shard: 60 of 300 texts (20 %) are lost as too_long: raise shard.max_chars (200), or cut the texts "
+        "into shorter ones before"
+    ]
+    assert caplog.records[0].levelname == "WARNING"
+    assert outcome.facts["lost"] == {"too_long": 60}
+    assert outcome.summary.endswith("60 too_long, 100 duplicate); many are lost: 20 % too_long")
+
+
+@pytest.mark.parametrize(
+    ("line", "rule", "cure"),
+    [
+        (b"caf\xe9 no %d", "undecodable", "convert the files to UTF-8"),
+        (b'{"body": "no %d"}', "malformed", "under the name that shard.field says (text)"),
+        (
+            b'{"text": "\\u0001no %d"}',
+            "control_characters",
+            "take these characters out of the texts",
+        ),
+        (b'{"text": "%d"}', "too_short", "lower shard.min_chars (3), if you want them"),
+        (b'{"text": "%0300d"}', "too_long", "raise shard.max_chars (200)"),
+    ],
+)
+def test_each_rule_that_loses_texts_has_a_cure(place, caplog, line, rule, cure):
+    kept = [json.dumps({"text": text}).encode() for text in many(6)]
+    lines = [*kept, *(line % number for number in range(6))]
+    (place.root / "a.jsonl").write_bytes(b"\n".join(lines))
+    place.run("a.jsonl")
+    (message,) = caplog.messages
+    assert message.startswith(f"shard: 6 of 12 texts (50 %) are lost as {rule}: ")
+    assert cure in message
+    # A handful, or 1 %, is told in the account alone.
+    caplog.clear()
+    (place.root / "a.jsonl").write_bytes(b"\n".join(lines[:-1]))
+    place.run("a.jsonl")
+    kept = [json.dumps({"text": text}).encode() for text in many(594)]
+    (place.root / "a.jsonl").write_bytes(b"\n".join([*kept, *lines[-6:]]))
+    outcome = place.run("a.jsonl")
+    assert place.ledger()["rejected"][rule] == 6
+    assert (caplog.messages, outcome.facts["lost"]) == ([], {})
+
+
 def test_nothing_rejected_is_said_shortly(place):
     write_lines(place.root / "a.txt", many(3))
     assert place.run().summary == "3 texts in 1 shard (3 read)"
