@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pipeline.workspace import Workspace
 from stages import embed, imported, joined
+from stages.check import read_sources
 from stages.outcome import Outcome
 from stages.params import IMPORTED, SettingsError
+from storage.column import matrix_of
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
@@ -19,7 +21,8 @@ def run(here: Workspace, vectors: Path, texts: Path) -> Outcome:
     """Put the vectors of the corpus into the store and leave their manifest, as `embed` would.
 
     What was imported is noted in data/sources.json, so neither file is needed again: not by `check`, not
-    by `embed`, and in no clone.
+    by `embed`, and in no clone. Imports of one name add up: a text whose vector is in the store under it
+    needs none in the file.
 
     Args:
         here: The work tree; its corpus is made already.
@@ -28,35 +31,42 @@ def run(here: Workspace, vectors: Path, texts: Path) -> Outcome:
 
     Raises:
         SettingsError: embed.teacher names a model.
-        TeachonceError: the two files do not fit each other or the corpus, or are not what they should be.
+        TeachonceError: the two files do not fit each other or what was imported before, or are not what
+            they should be.
+        MissingError: a text of the corpus has no vector yet; what was given is kept.
     """
     params = here.params.embed
     _check_takes_vectors(here)
     corpus = here.corpus()
     given = imported.read(vectors, texts, field=here.params.shard.field)
-    imported.put(
+    files = _name_of(here, given.dim)
+    used = imported.put(
         given,
         corpus=corpus,
         store=here.store,
-        teacher=fingerprint(embed.recipe(params, given.files)),
+        teacher=fingerprint(embed.recipe(params, files)),
         storage=params.storage,
     )
-    found = _adopt(here, given.files)
+    found = _adopt(here, files)
     count, dim = given.vectors.shape
-    unused = count - corpus.rows
+    unused, before = count - used, corpus.rows - used
+    covered = (
+        f"; {before:,} texts of the corpus were imported before"
+        if before
+        else ", for all texts of the corpus"
+    )
     spare = (
         f"; {unused:,} not used: no text of the corpus, or one that came before" if unused else ""
     )
     return replace(
         found,
         stage="import",
-        summary=(
-            f"{corpus.rows:,} of {count:,} vectors of {dim} numbers, for all texts of the corpus{spare}"
-        ),
+        summary=(f"{used:,} of {count:,} vectors of {dim} numbers{covered}{spare}"),
         facts={
             "vectors": count,
             "dim": dim,
             "unused": unused,
+            "before": before,
             "bytes": found.facts["bytes"],
             "fingerprint": found.facts["fingerprint"],
         },
@@ -105,6 +115,26 @@ def join(here: Workspace, manifests: Sequence[Path]) -> Outcome:
             "fingerprint": found.facts["fingerprint"],
         },
     )
+
+
+def _name_of(here: Workspace, dim: int) -> dict[str, str]:
+    """What stands for imported vectors in the recipe: the name given to them, and their width.
+
+    Until this was so, it was the hashes of the two files. Where such a cache was imported here under this
+    name, its vectors keep the name they have, and what is imported now is added to them.
+    """
+    params = here.params.embed
+    entry = read_sources(here.at.sources).get("teacher", {})
+    files: dict[str, str] = entry.get("files", {})
+    if entry.get("declared", {}).get("name") == params.teacher and set(files) == {
+        "vectors",
+        "texts",
+    }:
+        teacher = fingerprint(embed.recipe(params, files))
+        keys = here.store.keys(f"vectors/{teacher}")
+        if not keys or matrix_of(here.store.glance(keys[0]), "vector").shape[1] == dim:
+            return files
+    return {"imported": params.teacher.removeprefix(IMPORTED), "dim": str(dim)}
 
 
 def _check_takes_vectors(here: Workspace) -> None:

@@ -77,8 +77,8 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     not by its name: a mirror or a moved folder is the same teacher. `batch_tokens` only changes how
     fast the vectors come, `reuse` their last bits.
 
-    Imported vectors stand here by the hashes of what was imported; all else about them is not known, and
-    the settings say nothing about it.
+    Imported vectors stand here by the name they were given; all else about them is not known, and the
+    settings say nothing about it.
     """
     if params.is_imported:
         unknown = ("model", "prompt", "pooling", "max_tokens", "precision")
@@ -407,7 +407,8 @@ class _Pass:
         why, cure = (
             (
                 "its vectors were imported",
-                "run `teachonce import VECTORS.npy TEXTS` with all texts, or `teachonce join` again",
+                "run `teachonce import VECTORS.npy TEXTS` with the texts that have none yet, or `teachonce "
+                "join` again",
             )
             if self.params.is_imported
             else (

@@ -1,30 +1,37 @@
 """Vectors that somebody has already -> shards of the store, as if a teacher had made them.
 
 What they are and of which texts is known; which model made them, with which prompt and pooling, is not.
-So they are named by their own hashes, and the recipe says `unknown` of all else.
+So they are named by the name that a person gives them and by their width, and the recipe says `unknown` of
+all else. Several files may be imported under one name, in any order: what is in the store counts.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.models import sha256_of
-from stages.outcome import Progress
+from stages.outcome import Progress, log
 from stages.readers import ENDINGS, Rejected
 from stages.readers import read as read_texts
+from stages.reuse import Known
 from storage.column import TEXT_KEY_BYTES, KeyIndex, text_keys_of
-from storage.corpus import Corpus, text_key
-from storage.embeddings import poison, put_vectors
+from storage.corpus import Corpus, text_digest, text_key
+from storage.embeddings import as_read, poison, put_vectors, vectors_of
 from storage.errors import MissingError, TeachonceError, shown
 from storage.store import Store
 
 ROWS_NAMED = 8
+ROWS_AT_ONCE = 8192
+
+SAME_COSINE = 0.9998
+"""Vectors of one text may differ by rounding: bf16 in other batches 1 - cosine 7e-5, int8 as much again."""
+SAME_LENGTH = 0.005
+"""And by this share in length; int8 takes up to 0.004."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,6 @@ class Imported:
         texts: The file of their texts.
         index: Keys of the texts, k <= n of them: lines that give no text have none.
         rows: (k,) row of `vectors` for each key of `index`.
-        files: What stands for the teacher in the recipe: the sha256 of the file of vectors, and one over
-            the texts, so that the same texts in another format are the same.
     """
 
     path: Path
@@ -46,7 +51,11 @@ class Imported:
     texts: Path
     index: KeyIndex
     rows: NDArray[np.int64]
-    files: dict[str, str]
+
+    @property
+    def dim(self) -> int:
+        """Values of a vector."""
+        return int(self.vectors.shape[1])
 
 
 def read(vectors: Path, texts: Path, *, field: str) -> Imported:
@@ -59,7 +68,8 @@ def read(vectors: Path, texts: Path, *, field: str) -> Imported:
 
     Raises:
         MissingError: one of them is not there.
-        TeachonceError: no such array, other counts, or a damaged file; nothing is unpickled.
+        TeachonceError: no such array, other counts, a damaged file, or two vectors of one text; nothing
+            is unpickled.
     """
     found = _open(vectors)
     if not texts.is_file():
@@ -70,12 +80,10 @@ def read(vectors: Path, texts: Path, *, field: str) -> Imported:
             "nothing reads that ending",
             f"name a file that ends in one of {' '.join(ENDINGS)}",
         )
-    keys, rows, total, count = bytearray(), array("q"), hashlib.sha256(), 0
+    keys, rows, count = bytearray(), array("q"), 0
     for item in read_texts(texts, field):
         # As `shard` does, or the keys would be those of other texts.
         text = "" if isinstance(item, Rejected) else item.strip()
-        content = text.encode()
-        total.update(len(content).to_bytes(8, "little") + content)
         if text:
             keys += text_key(text)
             rows.append(count)
@@ -86,20 +94,18 @@ def read(vectors: Path, texts: Path, *, field: str) -> Imported:
             f"{count:,} texts, but {len(found):,} vectors in {shown(vectors)}",
             "give both files the same rows in the same order, without a header line",
         )
-    return Imported(
-        vectors,
-        found,
-        texts,
-        KeyIndex(np.frombuffer(keys, f"V{TEXT_KEY_BYTES}")),
-        np.frombuffer(rows, np.int64),
-        {"vectors": sha256_of(vectors), "texts": total.hexdigest()},
-    )
+    names, places = np.frombuffer(keys, f"V{TEXT_KEY_BYTES}"), np.frombuffer(rows, np.int64)
+    index = KeyIndex(names)
+    _check_no_contradiction(vectors, found, places, places[index.places(names)])
+    return Imported(vectors, found, texts, index, places)
 
 
-def put(given: Imported, *, corpus: Corpus, store: Store, teacher: str, storage: str) -> None:
+def put(given: Imported, *, corpus: Corpus, store: Store, teacher: str, storage: str) -> int:
     """Publish a shard of vectors for each text shard; rows are found by text key.
 
-    A text that stands twice among those given has the first of its vectors.
+    What was imported before counts: a text that is in the store keeps the vector it has there. Of a shard
+    that is not whole yet, the rows that are given are published under the digest of their texts, so that
+    the next import, or `embed`, finds them.
 
     Args:
         given: What `read` returned.
@@ -108,30 +114,66 @@ def put(given: Imported, *, corpus: Corpus, store: Store, teacher: str, storage:
         teacher: The fingerprint.
         storage: As `embed.storage` says.
 
+    Returns:
+        How many texts of the corpus are among those given.
+
     Raises:
-        TeachonceError: a text of the corpus has no vector (nothing is stored), or one that is NaN, Inf,
-            zero or too large for `storage` (nothing of its shard is stored).
+        TeachonceError: a text has another vector than it had before (nothing is stored), or one that is
+            NaN, Inf, zero or too large for `storage` (nothing of its shard is stored).
+        MissingError: a text of the corpus has no vector yet; what was given is stored.
     """
-    batches = [corpus.batch(shard) for shard in range(len(corpus.objects))]
-    places = [given.index.places(text_keys_of(batch)) for batch in batches]
-    _check_all_there(given, corpus, np.concatenate(places))
-    progress = Progress("import", total=corpus.rows, unit="vectors")
-    for shard, batch in enumerate(batches):
-        rows = given.rows[places[shard]]
-        with np.errstate(
-            over="ignore"
-        ):  # what is too large for float32 is Inf, and refused as such
-            vectors = given.vectors[rows].astype(np.float32)
-        _check_no_poison(given, vectors, rows, storage)
-        put_vectors(
-            store,
-            f"vectors/{teacher}/{corpus.shard_digest(shard)}.arrow",
-            vectors=vectors,
-            text_keys=text_keys_of(batch),
-            storage=storage,
-            facts={"uncounted": len(rows)},
-        )
-        progress.advance(len(rows))
+    folder = f"vectors/{teacher}"
+    _check_same_as_before(given, store, folder, storage)
+    keys = [f"{folder}/{corpus.shard_digest(shard)}.arrow" for shard in range(len(corpus.objects))]
+    text_keys = {shard: text_keys_of(corpus.batch(shard)) for shard in range(len(keys))}
+    todo = {shard: of for shard, of in text_keys.items() if store.find(keys[shard]) is None}
+    missing = _fill(given, corpus, store, keys, todo, storage) if todo else np.empty(0, np.int64)
+    _check_all_there(given, corpus, missing)
+    return sum(int((given.index.places(of) >= 0).sum()) for of in text_keys.values())
+
+
+def _fill(
+    given: Imported,
+    corpus: Corpus,
+    store: Store,
+    keys: Sequence[str],
+    todo: Mapping[int, NDArray[np.bytes_]],
+    storage: str,
+) -> NDArray[np.int64]:
+    """Publish what can be of the shards `todo`; the rows of the corpus that still have no vector."""
+    folder = keys[0].rpartition("/")[0]
+    older = sorted(set(store.keys(folder)) - set(keys))
+    known = Known(store, older, todo, storage=storage)
+    progress = Progress("import", total=sum(map(len, todo.values())), unit="vectors")
+    missing = []
+    for shard, text_keys in todo.items():
+        rows = known.unknown_rows(shard)
+        places = given.index.places(text_keys[rows])
+        there = places >= 0
+        vectors = _vectors(given, given.rows[places[there]], storage)
+        if there.all():
+            put_vectors(
+                store,
+                keys[shard],
+                vectors=vectors,
+                text_keys=text_keys,
+                storage=storage,
+                facts={"uncounted": len(text_keys)},
+                known=known.rows_of(shard),
+            )
+        elif there.any():
+            texts = corpus.take(corpus.starts[shard] + rows[there])
+            put_vectors(
+                store,
+                f"{folder}/{text_digest(texts)}.arrow",
+                vectors=vectors,
+                text_keys=text_keys[rows[there]],
+                storage=storage,
+                facts={"uncounted": len(texts)},
+            )
+        missing.append(corpus.starts[shard] + rows[~there])
+        progress.advance(len(text_keys))
+    return np.concatenate(missing)
 
 
 def _open(path: Path) -> NDArray[np.floating]:
@@ -158,22 +200,91 @@ def _open(path: Path) -> NDArray[np.floating]:
     return found
 
 
-def _check_all_there(given: Imported, corpus: Corpus, places: NDArray[np.int64]) -> None:
-    missing = np.flatnonzero(places < 0)
+def _check_all_there(given: Imported, corpus: Corpus, missing: NDArray[np.int64]) -> None:
     if len(missing):
         (first,) = corpus.take(missing[:1])
-        raise TeachonceError(
+        raise MissingError(
             given.texts,
-            f"{len(missing):,} of {corpus.rows:,} texts of the corpus are not in it: rows "
-            f"{_some(missing)} of the corpus, the first is {shown(repr(first))}",
-            "add these texts and their vectors, or take them out of `shard.sources` and run "
-            "`teachonce shard`",
+            f"{len(missing):,} of {corpus.rows:,} texts of the corpus are not in it, and were not "
+            f"imported before under this name: rows {_some(missing)} of the corpus, the first is "
+            f"{shown(repr(first))}",
+            "import these texts and their vectors, too (those of this file are kept), or take them out of "
+            "`shard.sources` and run `teachonce shard`",
         )
 
 
-def _check_no_poison(
-    given: Imported, vectors: NDArray[np.float32], rows: NDArray[np.int64], storage: str
+def _check_same_as_before(given: Imported, store: Store, folder: str, storage: str) -> None:
+    """Refuse a text whose vector is another than the one it has in the store."""
+    for key in store.keys(folder):
+        try:
+            places = given.index.places(text_keys_of(store.glance(key)))
+            stored = np.flatnonzero(places >= 0)
+            found = store.find(key) if len(stored) else None
+            if found is None:
+                continue
+            before = vectors_of(store.open(found))
+        except TeachonceError as error:
+            log.warning(
+                "import: a shard that cannot be trusted is compared with nothing: %s", error
+            )
+            continue
+        rows = given.rows[places[stored]]
+        row = _first_other(given.vectors, rows, before, stored, storage)
+        if row is not None:
+            raise TeachonceError(
+                given.path,
+                f"row {rows[row]}, counted from 0, is another vector than its text had when it was "
+                "imported before under this name",
+                "write another name into embed.teacher (imported:NAME) and import all texts under it, or "
+                "take this text out of the file",
+            )
+
+
+def _check_no_contradiction(
+    path: Path, vectors: NDArray[np.floating], rows: NDArray[np.int64], firsts: NDArray[np.int64]
 ) -> None:
+    """Refuse a text that stands twice in a file, with two vectors."""
+    again = np.flatnonzero(rows != firsts)
+    row = _first_other(vectors, rows[again], vectors, firsts[again])
+    if row is not None:
+        raise TeachonceError(
+            path,
+            f"rows {firsts[again][row]} and {rows[again][row]}, counted from 0, are two vectors of one "
+            "text",
+            "keep the right one of them",
+        )
+
+
+def _first_other(
+    ours: NDArray[np.floating],
+    rows: NDArray[np.int64],
+    theirs: NDArray[np.floating],
+    their_rows: NDArray[np.int64],
+    storage: str | None = None,
+) -> int | None:
+    """The first place at which two rows are no vectors of one text; None if all are.
+
+    What is no number or zero is left to those who store it. `storage`: as which theirs were stored.
+    """
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = slice(first, first + ROWS_AT_ONCE)
+        with np.errstate(all="ignore"):
+            a = ours[rows[some]].astype(np.float32)
+            a = (a if storage is None else as_read(a, storage)).astype(np.float64)
+            b = theirs[their_rows[some]].astype(np.float64)
+            lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+            cosines = np.einsum("nd,nd->n", a, b) / (lengths[0] * lengths[1])
+            ratios = lengths[0] / lengths[1]
+        other = (cosines < SAME_COSINE) | (np.abs(ratios - 1) > SAME_LENGTH)
+        if other.any():
+            return first + int(np.argmax(other))
+    return None
+
+
+def _vectors(given: Imported, rows: NDArray[np.int64], storage: str) -> NDArray[np.float32]:
+    """(n, dim) given vectors, as `storage` can hold them."""
+    with np.errstate(over="ignore"):  # what is too large for float32 is Inf, and refused as such
+        vectors = given.vectors[rows].astype(np.float32)
     if found := poison(vectors, storage):
         fault, bad = found[0], np.sort(rows[found[1]])
         raise TeachonceError(
@@ -183,6 +294,7 @@ def _check_no_poison(
             if fault.startswith("too")
             else "make these vectors again, or take their texts out of `shard.sources`",
         )
+    return vectors
 
 
 def _some(rows: NDArray[np.int64]) -> str:

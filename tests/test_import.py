@@ -23,6 +23,7 @@ from tests.conftest import HashTeacher, embed_params, sentences
 ROOT = Path(__file__).parent.parent
 PARAMS = embed_params(teacher="imported:abroad")
 FIELD = "text"
+FILES = {"imported": "abroad", "dim": "16"}
 
 
 def write(folder, texts, vectors, *, name="texts.txt"):
@@ -39,14 +40,14 @@ def vectors_for(texts):
 
 def import_into(place, corpus, vectors, texts, *, params=PARAMS):
     given = imported.read(vectors, texts, field=FIELD)
-    teacher = fingerprint(embed.recipe(params, given.files))
+    teacher = fingerprint(embed.recipe(params, FILES))
     imported.put(given, corpus=corpus, store=place.store, teacher=teacher, storage=params.storage)
     return given
 
 
-def embedded(place, corpus, given, *, params=PARAMS):
+def embedded(place, corpus, *, params=PARAMS):
     """What `embed` finds without a teacher."""
-    place.embed(corpus, None, files=given.files, params=params)
+    place.embed(corpus, None, files=FILES, params=params)
     return Embeddings(place.store, place.embeddings, corpus).rows_of(np.arange(corpus.rows))
 
 
@@ -57,17 +58,24 @@ def test_each_text_gets_its_own_vector(place, name):
     corpus = place.corpus(texts[200::-1])
     lines = [*texts[:50], "", *(f"  {text}\t" for text in texts[50:])]
     vectors = vectors_for([line.strip() for line in lines])
-    given = import_into(place, corpus, *write(place.root, lines, vectors, name=name))
-    assert np.array_equal(embedded(place, corpus, given), vectors_for(texts[200::-1]))
+    import_into(place, corpus, *write(place.root, lines, vectors, name=name))
+    assert np.array_equal(embedded(place, corpus), vectors_for(texts[200::-1]))
 
 
-def test_a_text_that_stands_twice_has_its_first_vector(place):
+def test_a_text_may_stand_twice_with_one_vector_but_not_with_two(place):
     texts = sentences(40)
     corpus = place.corpus(texts)
     vectors = vectors_for(texts)
-    both = np.concatenate([vectors, -vectors])
-    given = import_into(place, corpus, *write(place.root, [*texts, *texts], both))
-    assert np.array_equal(embedded(place, corpus, given), vectors)
+    rounded = vectors.astype(np.float16).astype(np.float32)
+    import_into(
+        place, corpus, *write(place.root, [*texts, *texts], np.concatenate([vectors, rounded]))
+    )
+    assert np.array_equal(embedded(place, corpus), vectors)
+    for other in (np.roll(rounded, 1, axis=1), 1.01 * rounded):
+        rounded[3] = other[3]
+        files = write(place.root, [*texts, *texts], np.concatenate([vectors, rounded]))
+        with pytest.raises(TeachonceError, match="rows 3 and 43, counted from 0, are two vectors"):
+            imported.read(*files, field=FIELD)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
@@ -75,18 +83,18 @@ def test_floats_of_any_width_are_taken(place, dtype):
     texts = sentences(40)
     corpus = place.corpus(texts)
     vectors = np.asfortranarray(vectors_for(texts).astype(dtype))
-    given = import_into(place, corpus, *write(place.root, texts, vectors))
-    assert np.array_equal(embedded(place, corpus, given), vectors.astype(np.float32))
+    import_into(place, corpus, *write(place.root, texts, vectors))
+    assert np.array_equal(embedded(place, corpus), vectors.astype(np.float32))
 
 
 def test_the_recipe_says_what_is_not_known(place):
     texts = sentences(40)
     corpus = place.corpus(texts)
-    given = import_into(place, corpus, *write(place.root, texts, vectors_for(texts)))
-    embedded(place, corpus, given)
+    import_into(place, corpus, *write(place.root, texts, vectors_for(texts)))
+    embedded(place, corpus)
     assert place.embeddings.recipe == {
         "version": embed.VERSION,
-        "teacher": given.files,
+        "teacher": FILES,
         "storage": "float32",
         **dict.fromkeys(["model", "prompt", "pooling", "max_tokens", "precision"], "unknown"),
     }
@@ -94,54 +102,105 @@ def test_the_recipe_says_what_is_not_known(place):
     assert facts == {"texts": 40, "tokens": 0, "truncated": 0, "uncounted": 40}
 
 
-def test_the_fingerprint_is_that_of_the_content(tmp_path):
-    texts = sentences(40)
-    vectors = vectors_for(texts)
-
-    def name(texts, vectors, name, **settings):
-        folder = tmp_path / "files"
-        folder.mkdir(exist_ok=True)
-        given = imported.read(*write(folder, texts, vectors, name=name), field=FIELD)
-        return fingerprint(
-            embed.recipe(embed_params(teacher="imported:x", **settings), given.files)
-        )
-
-    plain = name(texts, vectors, "texts.txt")
-    assert name(texts, vectors, "renamed.txt", prompt="query: ", max_tokens=7) == plain
-    assert name(texts, vectors, "texts.jsonl") == plain
-    others = {
-        name(texts[::-1], vectors, "texts.txt"),
-        name(texts, vectors[::-1].copy(), "texts.txt"),
-        name(texts, vectors, "texts.txt", storage="float16"),
-        plain,
-    }
-    assert len(others) == 4
-
-
 def test_a_smaller_corpus_later_needs_neither_file(place):
     texts = sentences(200)
     corpus = place.corpus(texts)
-    given = import_into(place, corpus, *write(place.root, texts, vectors_for(texts)))
+    import_into(place, corpus, *write(place.root, texts, vectors_for(texts)))
     smaller = place.corpus(texts[150:20:-1])
-    assert np.array_equal(embedded(place, smaller, given), vectors_for(texts[150:20:-1]))
+    assert np.array_equal(embedded(place, smaller), vectors_for(texts[150:20:-1]))
     larger = place.corpus([*texts, "This text has no vector yet."])
     with pytest.raises(MissingError, match=r"its vectors were imported\n.*teachonce import"):
-        embedded(place, larger, given)
+        embedded(place, larger)
 
 
-def test_a_text_without_a_vector_is_named_and_nothing_is_stored(place):
+def test_a_text_without_a_vector_is_named_and_all_others_are_kept(place):
     texts = sentences(100)
     corpus = place.corpus(texts)
-    some = [text for place, text in enumerate(texts) if place not in (7, 70)]
+    some = [text for row, text in enumerate(texts) if row not in (7, 70)]
     files = write(place.root, some, vectors_for(some))
+    with pytest.raises(MissingError) as error:
+        import_into(place, corpus, *files)
+    assert str(error.value) == (
+        f"{files[1]}: 2 of 100 texts of the corpus are not in it, and were not imported before under this "
+        f"name: rows 7, 70 of the corpus, the first is {texts[7]!r}\n"
+        "  cure: import these texts and their vectors, too (those of this file are kept), or take them out "
+        "of `shard.sources` and run `teachonce shard`"
+    )
+    rest = [texts[70], texts[7]]
+    import_into(place, corpus, *write(place.root, rest, vectors_for(rest)))
+    assert np.array_equal(embedded(place, corpus), vectors_for(texts))
+
+
+# Parts of 200 texts, in the order in which they are imported; the last of them completes the corpus.
+ALL, FIRST, LAST, MIDDLE, FEW = (
+    slice(0, 200), slice(0, 100), slice(100, 200), slice(50, 150), slice(160, 170),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [ALL, FEW, ALL],
+        [FIRST, LAST],
+        [LAST, FIRST],
+        [FEW, MIDDLE, LAST, FIRST],
+        [MIDDLE, FEW, MIDDLE, ALL],
+    ],
+)
+def test_imports_of_one_name_add_up_in_any_order(place, tmp_path, parts, storage):
+    texts = sentences(200)
+    params = embed_params(teacher="imported:abroad", storage=storage)
+    vectors = vectors_for(texts)
+    once = type(place)(tmp_path / "once")
+    once.root.mkdir()
+    import_into(once, once.corpus(texts), *write(once.root, texts, vectors), params=params)
+    once.embed(once.corpus(texts), None, files=FILES, params=params)
+
+    corpus, seen = place.corpus(texts), set()
+    for part in parts:
+        seen |= set(texts[part])
+        files = write(place.root, texts[part][::-1], vectors[part][::-1])
+        if len(seen) < 200:
+            with pytest.raises(MissingError, match=f"{200 - len(seen)} of 200 texts of the corpus"):
+                import_into(place, corpus, *files, params=params)
+        else:
+            import_into(place, corpus, *files, params=params)
+    place.embed(corpus, None, files=FILES, params=params)
+    assert (place.root / "embeddings.json").read_bytes() == (
+        once.root / "embeddings.json"
+    ).read_bytes()
+
+
+def test_another_vector_of_a_text_that_was_imported_is_refused_with_its_row(place):
+    texts = sentences(200)
+    corpus = place.corpus(texts)
+    vectors = vectors_for(texts)
+    import_into(place, corpus, *write(place.root, texts, vectors))
+    before = {path: path.read_bytes() for path in place.root.glob("store/vectors/*/*")}
+    some = vectors[40:60].astype(np.float16)
+    import_into(place, corpus, *write(place.root, texts[40:60], some))
+    some[7] = some[8]
+    files = write(place.root, texts[40:60], some)
     with pytest.raises(TeachonceError) as error:
         import_into(place, corpus, *files)
-    said = str(error.value)
-    assert said.startswith(
-        f"{files[1]}: 2 of 100 texts of the corpus are not in it: rows 7, 70 of "
+    assert str(error.value) == (
+        f"{files[0]}: row 7, counted from 0, is another vector than its text had when it was imported "
+        "before under this name\n"
+        "  cure: write another name into embed.teacher (imported:NAME) and import all texts under it, or "
+        "take this text out of the file"
     )
-    assert repr(texts[7]) in said
-    assert not (place.root / "store/vectors").exists()
+    assert {path: path.read_bytes() for path in place.root.glob("store/vectors/*/*")} == before
+
+
+def test_a_corpus_that_grew_needs_the_vectors_of_its_new_texts_alone(place):
+    texts = sentences(200)
+    import_into(
+        place, place.corpus(texts[:120]), *write(place.root, texts[:120], vectors_for(texts[:120]))
+    )
+    grown = place.corpus(texts[::-1])
+    import_into(place, grown, *write(place.root, texts[120:], vectors_for(texts[120:])))
+    assert np.array_equal(embedded(place, grown), vectors_for(texts[::-1]))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +366,48 @@ def test_another_name_is_another_import(project):
     run = teachonce(project, "embed")
     assert run.returncode == 1
     assert "nothing was imported as imported:elsewhere" in run.stderr
+
+
+def test_a_cache_that_was_imported_under_the_hashes_of_its_files_keeps_its_name(project):
+    """So it was before imports added up: data/sources.json has both hashes, and the store their vectors."""
+    done(project, "shard")
+    done(project, "import", "vectors.npy", "given.txt")
+    sources = json.loads((project / "data/sources.json").read_bytes())
+    assert sources["teacher"]["files"] == {"imported": "abroad", "dim": "16"}
+    manifest = Manifest.load(project / "data/embeddings.json", "embeddings")
+    new = fingerprint(manifest.recipe)
+    sources["teacher"]["files"] = {"vectors": "1" * 64, "texts": "2" * 64}
+    (project / "data/sources.json").write_text(json.dumps(sources))
+    old = fingerprint(manifest.recipe | {"teacher": sources["teacher"]["files"]})
+    store = Store(project.parent / "store")
+    corpus = Corpus(store, Manifest.load(project / "data/corpus.json", "corpus"))
+    for shard, key in enumerate(store.keys(f"vectors/{new}")):
+        batch = store.glance(key).replace_schema_metadata(None)
+        if shard:
+            store.put(key.replace(new, old), batch, {"uncounted": len(batch)})
+    texts = corpus.take(np.arange(300))
+    vectors, given = write(project, texts[250:], vectors_for(texts[250:]), name="some.txt")
+    run = teachonce(project, "import", vectors.name, given.name)
+    assert run.returncode == 3
+    write(project, texts, vectors_for(texts), name="some.txt")
+    done(project, "import", vectors.name, given.name)
+    assert Manifest.load(project / "data/embeddings.json", "embeddings").recipe["teacher"] == {
+        "vectors": "1" * 64,
+        "texts": "2" * 64,
+    }
+
+
+def test_a_retried_import_of_less_finds_the_rest_in_the_store(project):
+    done(project, "shard")
+    done(project, "import", "vectors.npy", "given.txt")
+    before = (project / "data/embeddings.json").read_bytes()
+    texts = (project / "given.txt").read_text().splitlines()
+    write(project, texts[:50], np.load(project / "vectors.npy")[:50], name="some.txt")
+    said = done(project, "import", "vectors.npy", "some.txt")
+    assert said.startswith(
+        "import: 50 of 50 vectors of 16 numbers; 250 texts of the corpus were imported before\n"
+    )
+    assert (project / "data/embeddings.json").read_bytes() == before
 
 
 def test_what_is_lost_is_imported_again(project):
