@@ -19,7 +19,7 @@ from stages import benchmarks, readers
 from stages.files import located, reading
 from stages.lines import check_start
 from stages.model_config import check_one_model, decided_pooling, undecided
-from stages.models import file_hashes, find_model, sha256_of
+from stages.models import file_hashes, find_model, is_same_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
 from stages.params import (
@@ -188,12 +188,25 @@ class Survey:
             address=address,
             pooling=getattr(params, "pooling", None),
         )
-        files = file_hashes(folder, address=address, sha256=self.sha256)
+        files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
         for error in undecided(folder, params):
             self._report(error)
         for name, start in self.sections.get("starts", {}).items():
             if start.from_ == TEACHER:
                 self._ask(partial(check_one_model, folder, address=f"starts.{name}.from"))
+        return files
+
+    def _model_files(
+        self, folder: Path, address: str, committed: Entry, embed: object
+    ) -> dict[str, str]:
+        """The hashes of a model's files, or the committed ones, where these are of the same model."""
+        trust = bool(getattr(embed, "trust_remote_code", False))
+        files = file_hashes(folder, address=address, sha256=self.sha256, trust_remote_code=trust)
+        before = committed.get("files")
+        if isinstance(before, dict) and is_same_model(
+            folder, files, before, trust_remote_code=trust
+        ):
+            return before
         return files
 
     def _ask(self, question: Callable[[], object]) -> None:
@@ -219,18 +232,18 @@ class Survey:
 
     def _start(self, name: str, params: StartParams) -> Entry:
         """The entry of a start from a model of its own."""
+        committed = self.committed.get("starts", {}).get(name, {})
 
         def files() -> dict[str, str]:
             address, pooling = f"starts.{name}.from", params.pooling
             folder = find_model(
                 params.from_, revision=None, root=self.root, address=address, pooling=pooling
             )
-            files = file_hashes(folder, address=address, sha256=self.sha256)
+            files = self._model_files(folder, address, committed, self.sections.get("embed"))
             self._ask(partial(decided_pooling, folder, pooling, address=f"starts.{name}.pooling"))
             self._ask(partial(check_one_model, folder, address=address))
             return files
 
-        committed = self.committed.get("starts", {}).get(name, {})
         return self._entry("starts", {"name": params.from_}, files, committed=committed)
 
     def _shard(self, params: ShardParams) -> Entry:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.models import MODULES, TRANSFORMER, modules_of
+from stages.models import MODULES, ROUTERS, TRANSFORMER, modules_of
 from stages.params import EmbedParams
 from storage.errors import TeachonceError, shown
 
 DENSE = "SentenceTransformer"
 """What a model of one vector a text calls itself."""
 
-ROUTERS = {"Router", "Asym"}
 TEXTS = "text"
 """What a router calls texts among images and others."""
 

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from stages.files import located
 from stages.params import IMPORTED
@@ -32,7 +33,20 @@ TRANSFORMER = "Transformer"
 VOCABULARY = r"token|vocab|\.model$|merges|\.py$"
 # Kinds of modules that are saved without a file.
 WITHOUT_FILES = {"Normalize"}
-FOREIGN_FOLDERS = {"onnx", "openvino", ".git", ".cache"}
+ROUTERS = {"Router", "Asym"}
+# What other forms of the weights, training, evaluation and cards leave beside a model. data_config.json is
+# of that sort, too, but fingerprints of many models have it.
+FOREIGN_FOLDERS = (
+    *("onnx", "openvino", ".*", "__pycache__", "eval", "checkpoint-*", "runs", "logs"),
+    *("wandb", "mlruns", "tensorboard", "global_step*"),
+)
+FOREIGN_FILES = (
+    *("trainer_state.json", "training_args.json", "*_results.json", "requirements*.txt"),
+    *("readme*", "license*", "licence*", "notice*"),
+)
+TRAIN_SCRIPT = "train_script.py"
+# transformers reads one folder more than that of a module.
+TEMPLATES = "additional_chat_templates"
 # The largest headers seen are below 1 MB; parsed, 10 MB of JSON take 10 times as much memory.
 MAX_HEADER_BYTES = 10_000_000
 
@@ -177,7 +191,8 @@ def lacking(folder: Path) -> list[str]:
                 for name in _shards(index, str(folder))
                 if not (index.parent / name).is_file()
             ]
-    if not any(path.is_file() for path in folder.rglob("*.safetensors")):
+    weights = _own_files(folder, "*.safetensors", address=str(folder), trust_remote_code=True)
+    if not any(path.is_file() for path in weights):
         missing.append(SAFE_WEIGHTS[0])
     return missing
 
@@ -203,18 +218,24 @@ def _shards(index: Path, address: str) -> list[str]:
         ) from None
 
 
-def model_files(folder: Path, *, address: str) -> list[Path]:
+def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) -> list[Path]:
     """The files of a model that its loader reads, sorted by name.
+
+    Args:
+        folder: The model.
+        address: What to name in an error.
+        trust_remote_code: Whether code in the folder may run: it may read any file there.
 
     Raises:
         TeachonceError: no configuration, no safetensors, or weights that were cut off.
     """
-    files = sorted(
+    files = [
         path
-        for pattern in READ_PATTERNS
-        for path in folder.rglob(pattern)
-        if path.is_file() and not FOREIGN_FOLDERS & set(path.relative_to(folder).parts)
-    )
+        for path in _own_files(
+            folder, *READ_PATTERNS, address=address, trust_remote_code=trust_remote_code
+        )
+        if path.is_file()
+    ]
     if not {"config.json", MODULES} & {path.name for path in files if path.parent == folder}:
         raise TeachonceError(
             address,
@@ -234,13 +255,73 @@ def model_files(folder: Path, *, address: str) -> list[Path]:
             f"{folder} has no *.safetensors",
             "save the model again with safetensors: pickled weights can run code, so they are not read",
         )
-    _check_modules(folder, address)
+    _check_modules(folder, address, trust_remote_code)
     for path in weights:
         _check_safetensors(path, address)
     return files
 
 
-def _check_modules(folder: Path, address: str) -> None:
+def _own_files(folder: Path, *patterns: str, address: str, trust_remote_code: bool) -> list[Path]:
+    """The files by these names that are the model's, sorted by name."""
+    own = _is_own(folder, address, trust_remote_code)
+    return sorted(
+        path
+        for pattern in patterns
+        for path in folder.rglob(pattern)
+        if own(path.relative_to(folder).as_posix())
+    )
+
+
+def _is_own(folder: Path, address: str, trust_remote_code: bool) -> Callable[[str], bool]:
+    """Name within the folder -> whether a loader may read it: at its top, or in a module's folder."""
+    places = [PurePosixPath(path) for path in _module_folders(folder, address)]
+
+    def is_own(name: str) -> bool:
+        path = PurePosixPath(name)
+        place = next((one for one in places if path.is_relative_to(one)), None)
+        below = path if place is None else path.relative_to(place)
+        folders = below.parts[:-1]
+        if any(fnmatch(part, foreign) for part in folders for foreign in FOREIGN_FOLDERS):
+            return False
+        if any(fnmatch(path.name.lower(), foreign) for foreign in FOREIGN_FILES):
+            return False
+        if trust_remote_code:
+            return True
+        named = place is not None or not folders or folders == (TEMPLATES,)
+        return named and path.name != TRAIN_SCRIPT
+
+    return is_own
+
+
+def _module_folders(folder: Path, address: str) -> list[str]:
+    """The folders that modules.json and the configurations of its routers name, the inner ones first."""
+    found = []
+    for kind, path in modules_of(folder, address):
+        found.append(path)
+        for name in ("router_config.json", "config.json") if kind in ROUTERS else ():
+            try:
+                types = json.loads((folder / path / name).read_bytes())["types"]
+                found += [(PurePosixPath(path) / str(module)).as_posix() for module in types]
+            except (OSError, ValueError, TypeError, LookupError, RecursionError):
+                continue  # `stages.model_config` says what is wrong with it
+    return sorted({path for path in found if path not in {"", "."}}, reverse=True)
+
+
+def is_same_model(
+    folder: Path, files: Mapping[str, str], before: Mapping[str, str], *, trust_remote_code: bool
+) -> bool:
+    """Whether the hashes of `before` are those of `files` and of files that no loader reads.
+
+    Such files were part of fingerprints once; what was made under these names stays good.
+    """
+    own = _is_own(folder, str(folder), trust_remote_code)
+    return all(
+        files.get(name) == sha256 if name in files else not own(name)
+        for name, sha256 in before.items()
+    ) and set(files) <= set(before)
+
+
+def _check_modules(folder: Path, address: str, trust_remote_code: bool) -> None:
     """Raise for a module that is not in the folder, or has nothing but pickled weights.
 
     Modules, such as a dense layer after pooling, stand in modules.json with their folders.
@@ -252,9 +333,11 @@ def _check_modules(folder: Path, address: str) -> None:
                 f"{folder / MODULES} names a module outside of its folder: {shown(repr(path))}",
                 "save the model again, all of it in one folder",
             )
-    for weights in sorted(folder.rglob(PICKLED_WEIGHTS)):
-        inside = FOREIGN_FOLDERS.isdisjoint(weights.relative_to(folder).parts)
-        if inside and not any((weights.parent / name).is_file() for name in SAFE_WEIGHTS):
+    pickled = _own_files(
+        folder, PICKLED_WEIGHTS, address=address, trust_remote_code=trust_remote_code
+    )
+    for weights in pickled:
+        if not any((weights.parent / name).is_file() for name in SAFE_WEIGHTS):
             raise TeachonceError(
                 address,
                 f"{weights} has no {SAFE_WEIGHTS[0]} beside it",
@@ -307,12 +390,12 @@ def _check_safetensors(path: Path, address: str) -> None:
             ) from None
 
 
-def file_hashes(folder: Path, *, address: str, sha256: Hash) -> dict[str, str]:
+def file_hashes(
+    folder: Path, *, address: str, sha256: Hash, trust_remote_code: bool = False
+) -> dict[str, str]:
     """Name within the folder -> sha256, for each file that the loader reads."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in model_files(folder, address=address)
-    }
+    files = model_files(folder, address=address, trust_remote_code=trust_remote_code)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def sha256_of(path: Path) -> str:
@@ -321,10 +404,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_bytes(folder: Path) -> int:
+def weights_bytes(folder: Path, *, trust_remote_code: bool = False) -> int:
     """Bytes of a model's weights on disk."""
-    return sum(
-        path.stat().st_size
-        for path in folder.rglob("*.safetensors")
-        if not FOREIGN_FOLDERS & set(path.relative_to(folder).parts)
+    weights = _own_files(
+        folder, "*.safetensors", address=str(folder), trust_remote_code=trust_remote_code
     )
+    return sum(path.stat().st_size for path in weights)

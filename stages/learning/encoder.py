@@ -44,6 +44,9 @@ BATCH_TOKENS = {"cpu": 2048, "mps": 8192}
 GPU_BATCH_TOKENS = 65_536
 """Not measured yet; what does not fit is halved."""
 
+LEAST_LENGTH = 1e-5
+"""Of a vector that says how texts are to be read: float32 adds up values near 1 to within 1e-7 or so."""
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -141,7 +144,7 @@ def load_model(
         TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker, or
             nothing says how it pools.
     """
-    model_files(folder, address=str(folder))
+    model_files(folder, address=str(folder), trust_remote_code=trust_remote_code)
     pooling = decided_pooling(folder, pooling, address=setting)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as transformers_logging
@@ -240,7 +243,7 @@ class Encoder:
         self.prompt = prompt
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in whole.parameters())
-        self.megabytes = weights_bytes(folder) / 1e6
+        self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
         self.by_role: dict[Role, Encoder] = {}
         models = models_by_role(whole, decided_routes(folder, address=str(folder)))
         for role, model in models.items():
@@ -328,6 +331,11 @@ class Encoder:
         # A text of no token cannot be read alone. Its vector is what a batch makes of it.
         places = np.flatnonzero(lengths > 0)
         alone = np.concatenate([self._probed(padded, [texts[place]]) for place in places])
+        # NaN is like nothing, and what is nearly 0 has rounding for a direction; `embed` refuses both.
+        judged = np.linalg.norm(alone, axis=1) > LEAST_LENGTH
+        places, alone = places[judged], alone[judged]
+        if not len(places):
+            return padded
         try:
             likeness(alone, self._probed(Packed(self.model), texts)[places])
             return Packed(self.model)
