@@ -167,6 +167,8 @@ def _told(recipe: Mapping[str, Any]) -> str:
             for name, sha in files.items()
             if name.endswith(".safetensors")
         ]
+        if "imported" in files:
+            told.append(f"imported as {shown(repr(files['imported']))}")
     return ", ".join(told) or "made with no settings"
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from stages.files import reading, unpacked_name, with_compressed
 from stages.lines import content, lines
+from stages.outcome import log
 from stages.readers import Rejected, cells
 from storage.errors import TeachonceError, shown
 
@@ -61,10 +62,14 @@ OTHER_WORDS = (
     *("type", "lang", "language", "split", "pos_scores", "neg_scores", "pos_score", "neg_score"),
     *("neutral", "margin", "sentence3", "sentence_3", "text3", "text_3", "sentence_c", "text_c"),
 )
+LABEL_VALUES = {
+    *("entailment", "neutral", "contradiction", "true", "false", "yes", "no"),
+    *("similar", "dissimilar", "relevant", "irrelevant", "positive", "negative"),
+}
 HEADER_WORDS = {*ANCHOR_WORDS, *POSITIVE_WORDS, *NEGATIVE_WORDS, *GRADE_WORDS, *OTHER_WORDS}
 
 NUMBERED = re.compile(r"([_ -]?)(\d+)")  # behind the name of a field: negative_3, negative3
-IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 class LabelledFile:
@@ -135,11 +140,29 @@ class LabelledFile:
                 if first is not None:
                     raise ValueError(f"no whole JSON array: {error}") from error
             else:
-                yield from map(self._named, whole if isinstance(whole, list) else [whole])
+                elements = whole if isinstance(whole, list) else [whole]
+                yield from self._without_header(map(self._named, elements))
                 return
-        yield from map(self._from_json_line, lines(self.path))
+        yield from self._without_header(map(self._from_json_line, lines(self.path)))
 
-    def _from_json_line(self, line: bytes | None) -> Record | Rejected:
+    def _without_header(
+        self, records: Iterator[Record | Rejected | list[Any]]
+    ) -> Iterator[Record | Rejected]:
+        """Arrays as records; the first one may name what stands where in the others."""
+        names: list[str] | None = None
+        for number, record in enumerate(records):
+            if not isinstance(record, list):
+                yield record
+                continue
+            if number == 0 and all(isinstance(cell, str) for cell in record):
+                names = self._header([record])
+                if names is not None:
+                    continue
+            yield (
+                self._by_place(record) if names is None else dict(zip(names, record, strict=False))
+            )
+
+    def _from_json_line(self, line: bytes | None) -> Record | Rejected | list[Any]:
         if line is None:
             return Rejected("too_long")
         try:
@@ -149,10 +172,8 @@ class LabelledFile:
         except (ValueError, RecursionError):
             return Rejected("malformed")
 
-    def _named(self, value: object) -> Record | Rejected:
-        if isinstance(value, list):
-            return self._by_place(value)
-        return value if isinstance(value, dict) else Rejected("malformed")
+    def _named(self, value: object) -> Record | Rejected | list[Any]:
+        return value if isinstance(value, dict | list) else Rejected("malformed")
 
     def _by_place(self, row: Sequence[Any]) -> Record:
         """A row without names: all from the third on are negatives."""
@@ -191,6 +212,13 @@ class LabelledFile:
         names = self._header(table)
         if names is None:
             self._check_nameless(table)
+            if table:
+                log.info(
+                    "finetune: %s: no header line, so its columns are %s; the first row is %s",
+                    self.path,
+                    shown(", ".join(self.fields[: len(table[0])])),
+                    shown(table[0]),
+                )
         else:
             head.remove(table[0])
         for row in chain(head, rows):
@@ -256,13 +284,20 @@ class LabelledFile:
         if table and len(table[0]) > MAX_COLUMNS_WITHOUT_NAMES:
             problem = f"{len(table[0])} columns, and no header line says what they are"
             raise TeachonceError(self.path, problem, cure)
+        if table and max(map(len, table)) == 1:
+            problem = "one column, where anchor and positive are wanted"
+            separated = "separate columns by commas in .csv files, by tabs in .tsv files"
+            raise TeachonceError(self.path, problem, separated)
         for place in range(MAX_COLUMNS_WITHOUT_NAMES):
-            cells_here = [row[place] for row in table if len(row) > place and row[place].strip()]
-            if cells_here and all(map(_is_number, cells_here)):
+            column = [
+                row[place].strip() for row in table if len(row) > place and row[place].strip()
+            ]
+            # The first line may be a header of names that nobody knows.
+            if column and all(map(_is_grade_or_id, column[1:] or column)):
                 raise TeachonceError(
                     self.path,
-                    f"its column {place + 1} holds numbers, and no header line says what they are: grades "
-                    "of pairs, or ids, are no texts to learn from",
+                    f"its column {place + 1} holds numbers or labels, and no header line says what they "
+                    "are: grades of pairs, or ids, are no texts to learn from",
                     cure,
                 )
 
@@ -301,7 +336,7 @@ def base_name(name: str) -> str:
 
 
 def _is_header_word(name: str) -> bool:
-    known = name.casefold()
+    known = re.sub("[ -]", "_", name.casefold())
     return known in HEADER_WORDS or base_name(known) in {*POSITIVE_WORDS, *NEGATIVE_WORDS}
 
 
@@ -321,7 +356,9 @@ def _csv_line(line: bytes | None) -> str:
     return line.decode(errors="surrogateescape") + "\n"
 
 
-def _is_number(text: str) -> bool:
+def _is_grade_or_id(text: str) -> bool:
+    if text.casefold() in LABEL_VALUES:
+        return True
     try:
         float(text)
     except ValueError:

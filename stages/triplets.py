@@ -261,7 +261,8 @@ class _Reader:
             problem = f"{wanted}: none of its {self.records:,} lines is a JSON object or array"
             return TeachonceError(self.path, problem, "write one object a line")
         problem = f"{wanted}; it has {self._has()}"
-        if any(map(is_grade, kinds)) and not any(map(self._is_like_negative, kinds)):
+        numbers = [n for n, kind in kinds.items() if kind == "number" and self.file.role(n)]
+        if numbers or (any(map(is_grade, kinds)) and not any(map(self._is_like_negative, kinds))):
             return TeachonceError(
                 self.path,
                 f"{problem}: pairs with a grade, not anchors with a positive",

@@ -408,6 +408,7 @@ def test_a_retried_import_of_less_finds_the_rest_in_the_store(project):
         "import: 50 of 50 vectors of 16 numbers; 250 texts of the corpus were imported before\n"
     )
     assert (project / "data/embeddings.json").read_bytes() == before
+    assert "imported as 'abroad'" in done(project, "ls")
 
 
 def test_what_is_lost_is_imported_again(project):

@@ -197,7 +197,27 @@ def test_a_first_line_that_may_be_a_header_is_an_error_with_two_cures(tmp_path):
     assert rows == [Triplet("a cat", "a kitten"), Triplet("boats", "many ships")]
 
 
+def test_the_first_of_many_arrays_may_be_a_header(tmp_path):
+    arrays = [["positive", "anchor"], ["a kitten", "a cat"], ["ships", "two boats"]]
+    for name, content in (("a.json", json.dumps(arrays)), ("b.jsonl", json_lines(arrays))):
+        assert read(tmp_path, name, content)[0] == [
+            Triplet("a cat", "a kitten"),
+            Triplet("two boats", "ships"),
+        ]
+
+
+def test_what_is_read_without_a_header_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="teachonce"):
+        read(tmp_path, "rows.tsv", "source text\ttarget text\na cat\ta kitten\n")
+    assert (
+        "rows.tsv: no header line, so its columns are anchor, positive; the first row is "
+        "['source text', 'target text']"
+    ) in caplog.text
+
+
 def test_columns_that_nothing_names_are_two_or_three(tmp_path):
+    said = refusal(tmp_path, "semicolons.csv", "anchor;positive\na cat;a kitten\n")
+    assert said.startswith("one column, where anchor and positive are wanted\n  cure: separate")
     said = refusal(tmp_path, "rows.tsv", table([("a b", "c d", "e f", "g h")], "\t"))
     assert said.startswith("4 columns, and no header line says what they are\n")
     rows = [("a b", "c d", "e f"), ("g h", "i j", "k l", "m n")]
@@ -251,11 +271,16 @@ def read_error(folder, content, fields=FIELDS):
 
 @pytest.mark.parametrize(
     "content",
-    ["4.5\ta cat\ta kitten\n1.0\ta cat\ta car\n", "a cat\ta kitten\t0.9\na cat\ta car\t0.1\n"],
+    [
+        "4.5\ta cat\ta kitten\n1.0\ta cat\ta car\n",
+        "a cat\ta kitten\t0.9\na cat\ta car\t0.1\n",
+        "die Frage\tdie Antwort\twie gut\na cat\ta kitten\t1\na cat\ta car\t2\n",
+        "a cat\tan animal\tentailment\na cat\ta car\tcontradiction\n",
+    ],
 )
 def test_a_table_of_scored_sentences_is_no_table_of_triplets(tmp_path, content):
     said = refusal(tmp_path, "sts.tsv", content)
-    assert "holds numbers, and no header line says what they are: grades of pairs" in said
+    assert "holds numbers or labels, and no header line says what they are: grades" in said
 
 
 def test_scores_beside_negatives_are_named_as_not_used(tmp_path, caplog):
@@ -312,8 +337,14 @@ def test_a_column_of_nulls_makes_pairs_and_is_told(tmp_path, caplog, kind):
         ),
         (
             {"anchor": "a", "positive": 7},
-            "no row gives texts under anchor and positive; it has anchor (text), positive (number)",
-            "write a text under anchor, and a text or a list of texts under positive and negative",
+            "no row gives texts under anchor and positive; it has anchor (text), positive (number): pairs",
+            "keep the rows whose texts belong together",
+        ),
+        (
+            ["one text", "another", 0.8],
+            "no row gives texts under anchor and positive; it has anchor (text), positive (text), "
+            "negative_1 (number): pairs with a grade",
+            "keep the rows whose texts belong together",
         ),
         (
             {"anchor": "a", "positive": "p", "negative": [{"text": "n"}]},
