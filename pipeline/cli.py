@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -315,7 +316,7 @@ def evaluate(
                 tasks,
                 name=model,
                 folder=here.model_folder(model),
-                load_encoder=lambda: here.encoder(model),
+                load_encoder=lambda: here.encoder(model, for_sets=True),
                 out=here.at.mteb(model),
             ),
             as_json,
@@ -332,11 +333,12 @@ def evaluate(
         )
         show(outcome, as_json)
         return
+    here.model_folder(model)  # it is loaded late; a model that was not made is said before all else
     show(
         run(
             here.params.evaluate,
             name=model,
-            encoder=here.encoder(model),
+            load=partial(here.encoder, model),
             corpus=here.corpus(),
             embeddings=here.embeddings(),
             split=here.split(),

@@ -247,9 +247,11 @@ class Workspace:
             )
         return folder
 
-    def encoder(self, name: str) -> Encoder:
-        """The teacher, a start or a student, ready to encode."""
-        return self.load_encoder(self.model_folder(name), is_teacher=name == TEACHER)
+    def encoder(self, name: str, *, for_sets: bool = False) -> Encoder:
+        """The teacher, a start or a student, ready to encode corpus rows, or texts of evaluation sets."""
+        return self.load_encoder(
+            self.model_folder(name), is_teacher=name == TEACHER, for_sets=for_sets
+        )
 
     def exported(self) -> Path:
         """The folder that `export` left.
@@ -263,8 +265,11 @@ class Workspace:
             )
         return self.at.export
 
-    def load_encoder(self, folder: Path, *, is_teacher: bool) -> Encoder:
+    def load_encoder(self, folder: Path, *, is_teacher: bool, for_sets: bool = False) -> Encoder:
         """A model ready to encode; all read the same number of tokens at the same precision.
+
+        Texts `for_sets` are read to `evaluate.max_tokens`. A teacher that embeds in windows reads all of a
+        text there, too, as it did for its cache.
 
         The prompt and the width of the settings are the teacher's; a start and a student read every text as
         it is.
@@ -277,12 +282,15 @@ class Workspace:
         params = self.params.embed
         for error in undecided(folder, params) if is_teacher else ():
             raise error
+        in_windows = params.long_texts == "windows" and is_teacher
+        reads_more = for_sets and not in_windows
         return Encoder(
             folder,
             device=pick_device(self.params.device),
             precision=params.precision,
-            max_tokens=params.max_tokens,
-            in_windows=params.long_texts == "windows" and is_teacher,
+            max_tokens=self.params.evaluate.max_tokens if reads_more else params.max_tokens,
+            or_fewer=reads_more,
+            in_windows=in_windows,
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
             prompt=(params.prompt or "") if is_teacher else "",
             dim=params.dim if is_teacher else None,

@@ -21,7 +21,11 @@ from storage.errors import DamagedError
 
 
 def write_documents(
-    folder: Path, sets: Mapping[str, tuple[Sequence[str], NDArray[np.float32]]], *, teacher: str
+    folder: Path,
+    sets: Mapping[str, tuple[Sequence[str], NDArray[np.float32]]],
+    *,
+    teacher: str,
+    as_read: str,
 ) -> None:
     """Replace the folder by one file for each set.
 
@@ -29,6 +33,7 @@ def write_documents(
         folder: Of all sets.
         sets: Name -> texts of n documents, their (n, dim) vectors.
         teacher: Fingerprint of the teacher's vectors, which says whose they are.
+        as_read: What is not in that fingerprint: how much of a document was read.
     """
     from safetensors.numpy import save_file
 
@@ -39,11 +44,15 @@ def write_documents(
                 "vectors": unit(vectors).astype(np.float16),
                 "text_keys": _keys(texts),
             }
-            save_file(kept, scratch / f"{name}.safetensors", metadata={"teacher": teacher})
+            save_file(
+                kept,
+                scratch / f"{name}.safetensors",
+                metadata={"teacher": teacher, "as_read": as_read},
+            )
 
 
 def read_documents(
-    folder: Path, name: str, texts: Sequence[str], *, teacher: str
+    folder: Path, name: str, texts: Sequence[str], *, teacher: str, as_read: str
 ) -> NDArray[np.float32] | None:
     """The (n, dim) vectors of the documents of one set, of unit length; None if nobody left any.
 
@@ -52,9 +61,11 @@ def read_documents(
         name: Of the set.
         texts: Of its n documents, as they are now.
         teacher: Fingerprint of the teacher whose space is asked for.
+        as_read: How much of a document is read by the settings of now.
 
     Raises:
-        DamagedError: the vectors are of other documents or another teacher, or the file is broken.
+        DamagedError: the vectors are of other documents or another teacher, or of more or less of each
+            document, or the file is broken.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -64,12 +75,17 @@ def read_documents(
     cure = "run `teachonce evaluate teacher`, or `dvc repro evaluate_teacher`"
     try:
         with safe_open(path, framework="np") as file:
-            whose = (file.metadata() or {}).get("teacher")
+            metadata = file.metadata() or {}
             vectors, keys = file.get_tensor("vectors"), file.get_tensor("text_keys")
     except SafetensorError as error:
         raise DamagedError(path, f"no safetensors file of documents: {error}", cure) from error
-    if whose != teacher:
+    if metadata.get("teacher") != teacher:
         raise DamagedError(path, "vectors of another teacher than data/embeddings.json has", cure)
+    if (then := metadata.get("as_read")) != as_read:
+        problem = (
+            f"documents read with {then or 'another max_tokens'}, where evaluate has {as_read} now"
+        )
+        raise DamagedError(path, problem, cure)
     if not np.array_equal(keys, _keys(texts)):
         raise DamagedError(path, f"vectors of other documents than the set {name} has now", cure)
     found: NDArray[np.float32] = vectors.astype(np.float32)

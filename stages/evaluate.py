@@ -60,6 +60,18 @@ Cuts = Mapping[str, int | None]
 NOTHING_TO_SHOW: dict[str, Any] = {"similarities": None, "scatter": [], "disagreements": []}
 
 
+class EncodedTexts(Protocol):
+    """What came of n texts."""
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """(n, dim)."""
+
+    @property
+    def truncated(self) -> int:
+        """How many were longer than the model reads at once."""
+
+
 class Encoder(Protocol):
     """A model that can be evaluated."""
 
@@ -74,15 +86,26 @@ class Encoder(Protocol):
     def speed(self, texts: Sequence[str]) -> Speed:
         """How fast it encodes texts of the role `text`."""
 
-    def encode(self, texts: Sequence[str], *, role: Role) -> NDArray[np.float32]:
-        """(n, dim) vectors of n texts, in their order, of any length."""
+    @property
+    def in_windows(self) -> bool:
+        """Whether a text longer than the limit is read in windows; else it is cut."""
+
+    def encode_counted(self, texts: Sequence[str], *, role: Role) -> EncodedTexts:
+        """Vectors of n texts, in their order, of any length."""
+
+
+class LoadEncoder(Protocol):
+    """Loads the model."""
+
+    def __call__(self, *, for_sets: bool) -> Encoder:
+        """As it reads evaluation sets (`evaluate.max_tokens`), or corpus rows (`embed.max_tokens`)."""
 
 
 def run(
     params: EvaluateParams,
     *,
     name: str,
-    encoder: Encoder,
+    load: LoadEncoder,
     corpus: Corpus,
     embeddings: Embeddings,
     split: Split,
@@ -118,19 +141,33 @@ def run(
     }
     heldout = split.heldout_rows(corpus)
     teacher = fingerprint(embeddings.manifest.recipe)
+    as_read = f"max_tokens {params.max_tokens}"
     of_teacher = {
         key: vectors
         for key, asked in (retrieval if in_teachers_space else {}).items()
-        if (vectors := read_documents(documents, key, asked.documents, teacher=teacher)) is not None
+        if (
+            vectors := read_documents(
+                documents, key, asked.documents, teacher=teacher, as_read=as_read
+            )
+        )
+        is not None
     }
     # Nothing scales what was cut to length 1: all that is measured are cosines.
     cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
-    found, searches, indexed = _measure_retrieval(
-        name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
-    )
+    found: dict[str, Fact] = {}
+    searches: list[dict[str, Any]] = []
+    indexed: dict[str, tuple[list[str], NDArray[np.float32]]] = {}
+    if sts or retrieval:
+        # Let go of before the next is loaded: a device may have no room for two.
+        encoder = load(for_sets=True)
+        found, searches, indexed = _measure_retrieval(
+            name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
+        )
+        found = {**_measure_sts(name, encoder, sts, cuts), **found}
+        del encoder
+    encoder = load(for_sets=False)
     likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
     metrics: dict[str, Fact] = {
-        **_measure_sts(name, encoder, sts, cuts),
         **found,
         **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
@@ -138,7 +175,7 @@ def run(
         "megabytes": round(encoder.megabytes, 3),
     }
     if name == TEACHER:
-        write_documents(documents, indexed, teacher=teacher)
+        write_documents(documents, indexed, teacher=teacher, as_read=as_read)
     write_json(details, {**shown, "searches": searches or shown["searches"]})
     write_json(out, metrics)
     return Outcome("evaluate", out, _summary(name, metrics), metrics)
@@ -146,7 +183,7 @@ def run(
 
 def run_imported(*, out: Path, details: Path, documents: Path) -> Outcome:
     """Leave empty metrics of a teacher whose vectors were imported, so that the report has a row for it."""
-    write_documents(documents, {}, teacher="")
+    write_documents(documents, {}, teacher="", as_read="")
     write_json(details, {"texts": 0, "searches": [], **NOTHING_TO_SHOW})
     write_json(out, {})
     return Outcome(
@@ -189,9 +226,11 @@ def _measure_sts(
     name: str, encoder: Encoder, sets: dict[str, StsSet], cuts: Cuts
 ) -> dict[str, Fact]:
     found: dict[str, float] = {}
+    shares: dict[str, Fact] = {}
     for key, pairs in sets.items():
         log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
-        vectors = _vectors(name, encoder, pairs.texts, "text")
+        vectors, longer = _vectors(name, encoder, pairs.texts, "text")
+        shares |= _share_cut(name, f"sts.{key}", longer, len(pairs.texts))
         first, second = np.split(vectors, 2)
         for prefix, width in cuts.items():
             found[f"{prefix}sts.{key}"] = sts_correlation(
@@ -200,7 +239,7 @@ def _measure_sts(
     for prefix in cuts if sets else ():
         every = [found[f"{prefix}sts.{key}"] for key in sets]
         found[f"{prefix}sts.average"] = statistics.fmean(every)
-    return {key: round(value, 6) for key, value in found.items()}
+    return {**{key: round(value, 6) for key, value in found.items()}, **shares}
 
 
 def _measure_retrieval(
@@ -232,8 +271,14 @@ def _measure_retrieval(
             f"{len(asked.documents):,}",
             f"{len(asked.queries):,}",
         )
-        documents = _vectors(name, encoder, asked.documents, "document")
-        queries = _vectors(name, encoder, asked.queries, "query")
+        documents, longer = _vectors(name, encoder, asked.documents, "document")
+        queries, longer_queries = _vectors(name, encoder, asked.queries, "query")
+        metrics |= _share_cut(
+            name,
+            f"retrieval.{key}",
+            longer + longer_queries,
+            len(asked.documents) + len(asked.queries),
+        )
         sides = {
             f"{prefix}retrieval": (queries[:, :width], documents[:, :width])
             for prefix, width in cuts.items()
@@ -280,7 +325,7 @@ def _measure_fidelity(
     rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
     texts = corpus.take(rows)
-    ours = _vectors(name, encoder, texts, "text")
+    ours, _ = _vectors(name, encoder, texts, "text")
     teacher = embeddings.rows_of(rows)
     metrics: dict[str, Fact] = {}
     for prefix, width in cuts.items():
@@ -307,13 +352,31 @@ def _measure_speed(
     }
 
 
-def _vectors(name: str, encoder: Encoder, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
-    """(n, dim) finite vectors of n >= 1 texts."""
+def _share_cut(name: str, key: str, cut: int, texts: int) -> dict[str, Fact]:
+    """How many of the texts of a set were cut, as a share."""
+    if cut:
+        log.warning(
+            "evaluate: %s, %s, %s of %s texts are longer than the model reads here, and were cut "
+            "(evaluate.max_tokens)",
+            name,
+            key,
+            f"{cut:,}",
+            f"{texts:,}",
+        )
+    return {f"{key}.truncated": round(cut / texts, 6)}
+
+
+def _vectors(
+    name: str, encoder: Encoder, texts: Sequence[str], role: Role
+) -> tuple[NDArray[np.float32], int]:
+    """(n, dim) finite vectors of n >= 1 texts, and how many of these were cut."""
     progress = Progress(f"evaluate: {name}", total=len(texts), unit="texts")
-    parts = []
+    parts, cut = [], 0
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         some = texts[first : first + TEXTS_AT_ONCE]
-        parts.append(encoder.encode(some, role=role))
+        made = encoder.encode_counted(some, role=role)
+        parts.append(made.vectors)
+        cut += 0 if encoder.in_windows else made.truncated
         progress.advance(len(some))
     vectors = np.concatenate(parts)
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -324,7 +387,7 @@ def _vectors(name: str, encoder: Encoder, texts: Sequence[str], role: Role) -> N
             f"{shown(repr(texts[wrong[0]]))}",
             "train it again with a smaller learning_rate or with precision: fp32",
         )
-    return vectors
+    return vectors, cut
 
 
 def _summary(name: str, metrics: dict[str, Fact]) -> str:

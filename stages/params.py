@@ -383,6 +383,9 @@ class EvaluateParams(Section):
 
     sts: dict[Text, FilesPath]  # name -> glob of TSV files (score, sentence, sentence)
     retrieval: dict[Text, FilesPath]  # name -> folder in BEIR form
+    max_tokens: (
+        Annotated[int, Field(ge=4)] | None
+    )  # of a text of these sets; null: each model's own
     ignore_identical_ids: bool  # a document with a query's own id is no result of it (BEIR's rule)
     speed_texts: PositiveInt  # texts encoded to measure sentences per second
 

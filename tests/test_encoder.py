@@ -294,3 +294,21 @@ def test_the_real_teacher_gives_its_published_vectors():
     assert np.allclose(vectors[0, :4], [0.02166, -0.00486, -0.00965, -0.06340], atol=1e-4)
     assert float(vectors[0] @ vectors[1]) == pytest.approx(0.66745, abs=1e-4)
     assert float(vectors[0] @ vectors[2]) == pytest.approx(0.05299, abs=1e-4)
+
+
+def test_fewer_positions_than_wanted_are_no_error_where_that_is_said(tmp_path, tiny_model):
+    """All models read evaluation sets to one limit, whatever limit a student was saved with."""
+    model = load_model(tiny_model, device=CPU)
+    model.max_seq_length = 16
+    model.save(str(tmp_path / "trained"), create_model_card=False)
+    text = ["amber basin cedar delta " * 30]
+    read = {
+        (wanted, or_fewer): Encoder(
+            tmp_path / "trained", device=CPU, max_tokens=wanted, or_fewer=or_fewer
+        ).encode_counted(text)
+        for wanted, or_fewer in ((None, True), (40, True), (256, True), (40, False))
+    }
+    assert [made.tokens for made in read.values()] == [16, 40, 64, 40]
+    assert {made.truncated for made in read.values()} == {1}
+    with pytest.raises(TeachonceError, match=r"256, but the model in .* reads 64 tokens at most"):
+        Encoder(tmp_path / "trained", device=CPU, max_tokens=256)

@@ -31,6 +31,7 @@ from storage.errors import DamagedError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.split import Split
 from storage.store import Store
+from tests.conftest import Made
 
 STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
 JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
@@ -46,7 +47,7 @@ def hashed(text, dim=16):
 class HashEncoder:
     """A model whose vectors depend on nothing but the text; it remembers what it was asked."""
 
-    parameters, megabytes = 1234, 5.67891
+    parameters, megabytes, in_windows = 1234, 5.67891, False
 
     def __init__(self):
         self.asked = []
@@ -54,6 +55,10 @@ class HashEncoder:
     def encode(self, texts, *, role):
         self.asked.append((role, list(texts)))
         return np.array([hashed(text) for text in texts])
+
+    def encode_counted(self, texts, *, role):
+        vectors = self.encode(texts, role=role)
+        return Made(vectors, tokens=0, truncated=sum(len(text) > 20 for text in texts))
 
     def speed(self, texts):
         self.asked.append(("speed", list(texts)))
@@ -132,14 +137,23 @@ def split_of(corpus, heldout):
     return Split(corpus=corpus.manifest.content, heldout=heldout, evaluation=())
 
 
-def measure(tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", widths=(), **params):
+def measure(
+    tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", widths=(), load=None, **params
+):
     params = EvaluateParams.model_validate(
-        {"sts": {}, "retrieval": {}, "ignore_identical_ids": True, "speed_texts": 8} | params
+        {
+            "sts": {},
+            "retrieval": {},
+            "max_tokens": 64,
+            "ignore_identical_ids": True,
+            "speed_texts": 8,
+        }
+        | params
     )
     return evaluate.run(
         params,
         name=name,
-        encoder=encoder,
+        load=load or (lambda for_sets: encoder),
         corpus=corpus,
         embeddings=embeddings,
         split=split_of(corpus, heldout),
@@ -461,7 +475,8 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
     metrics = json.loads((tmp_path / "kd.json").read_bytes())
     assert metrics == outcome.facts
     assert set(metrics) == {
-        "sts.A", "sts.B", "sts.average",
+        "sts.A", "sts.B", "sts.average", "sts.A.truncated", "sts.B.truncated",
+        "retrieval.docs.truncated",
         "retrieval.docs.ndcg@10", "retrieval.docs.mrr@10", "retrieval.docs.recall@100",
         "fidelity.spearman", "fidelity.top10_overlap",
         "sentences_per_second", "texts_per_reference", "device", "parameters", "megabytes",
@@ -484,6 +499,38 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
     heldout = split_of(corpus, 0.4).heldout_rows(corpus)
     assert ("text", corpus.take(heldout)) in encoder.asked
     assert encoder.asked[-1] == ("speed", corpus.take(evenly(heldout, 8)))
+
+
+def test_the_share_of_texts_that_were_cut_is_measured_and_told(
+    tmp_path, corpus, embeddings, beir, caplog
+):
+    (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\ta sentence of some length\n")
+    sets = {"sts": {"A": "a.tsv"}, "retrieval": {"docs": "docs"}}
+    facts = measure(tmp_path, corpus, embeddings, HashEncoder(), **sets).facts
+    # Of four sentences the last has more than 20 letters; of two documents and two queries the first.
+    assert (facts["sts.A.truncated"], facts["retrieval.docs.truncated"]) == (0.25, 0.25)
+    said = "texts are longer than the model reads here, and were cut (evaluate.max_tokens)"
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"evaluate: kd, retrieval.docs, 1 of 4 {said}",
+        f"evaluate: kd, sts.A, 1 of 4 {said}",
+    ]
+
+    class InWindows(HashEncoder):
+        in_windows = True
+
+    whole = measure(tmp_path, corpus, embeddings, InWindows(), name="teacher", **sets).facts
+    assert (whole["sts.A.truncated"], whole["retrieval.docs.truncated"]) == (0, 0)
+
+
+def test_sets_are_read_by_an_encoder_of_their_own(tmp_path, corpus, embeddings, beir):
+    """Sets to `evaluate.max_tokens`, corpus rows as far as the cache was made with."""
+    encoders = {True: HashEncoder(), False: HashEncoder()}
+    measure(
+        tmp_path, corpus, embeddings, None, retrieval={"docs": "docs"},
+        load=lambda for_sets: encoders[for_sets],
+    )  # fmt: skip
+    assert {role for role, _ in encoders[True].asked} == {"query", "document"}
+    assert {role for role, _ in encoders[False].asked} == {"text", "speed"}
 
 
 def test_a_student_of_another_mind_keeps_little(tmp_path, corpus, embeddings):
@@ -577,21 +624,25 @@ def test_without_documents_of_the_teacher_nothing_is_asked_of_them(
 
 def test_documents_are_those_of_this_teacher_and_this_set_or_refused(tmp_path):
     folder, vectors = tmp_path / "documents", np.eye(2, dtype=np.float32) * 3
-    write_documents(folder, {"docs": (["a", "b"], vectors)}, teacher="me")
-    found = read_documents(folder, "docs", ["a", "b"], teacher="me")
+    write_documents(folder, {"docs": (["a", "b"], vectors)}, teacher="me", as_read="max_tokens 64")
+    found = read_documents(folder, "docs", ["a", "b"], teacher="me", as_read="max_tokens 64")
     assert np.array_equal(found, np.eye(2))
-    assert read_documents(folder, "others", ["a"], teacher="me") is None
+    assert read_documents(folder, "others", ["a"], teacher="me", as_read="max_tokens 64") is None
     wrong = {
         "vectors of other documents than the set docs has now": (["b", "a"], "me"),
         "vectors of another teacher": (["a", "b"], "you"),
     }
     for problem, (texts, teacher) in wrong.items():
         with pytest.raises(DamagedError, match=problem):
-            read_documents(folder, "docs", texts, teacher=teacher)
+            read_documents(folder, "docs", texts, teacher=teacher, as_read="max_tokens 64")
+    with pytest.raises(
+        DamagedError, match="read with max_tokens 64, where evaluate has max_tokens 9 now"
+    ):
+        read_documents(folder, "docs", ["a", "b"], teacher="me", as_read="max_tokens 9")
     (folder / "docs.safetensors").write_bytes(b"no weights")
     with pytest.raises(DamagedError, match="run `teachonce evaluate teacher`"):
-        read_documents(folder, "docs", ["a", "b"], teacher="me")
-    write_documents(folder, {}, teacher="me")
+        read_documents(folder, "docs", ["a", "b"], teacher="me", as_read="max_tokens 64")
+    write_documents(folder, {}, teacher="me", as_read="max_tokens 64")
     assert list(folder.iterdir()) == []
 
 
@@ -780,9 +831,12 @@ def test_without_widths_the_file_is_what_it_was_before_there_were_any(
   "retrieval.docs.mrr@10": 0.202222,
   "retrieval.docs.ndcg@10": 0.264344,
   "retrieval.docs.recall@100": 1.0,
+  "retrieval.docs.truncated": 0.0,
   "sentences_per_second": 213.5,
   "sts.A": -10.082368,
+  "sts.A.truncated": 0.0,
   "sts.B": -21.206229,
+  "sts.B.truncated": 0.0,
   "sts.average": -15.644298,
   "teacher_index.docs.mrr@10": 0.273333,
   "teacher_index.docs.ndcg@10": 0.219745,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stages.encoding import Encode
 from stages.learning.agreement import unit
-from stages.learning.packed import NOT_PACKED, Packed, Read
+from stages.learning.packed import NOT_PACKED, Packed, Read, first_position
 from stages.learning.probes import MIXED_PROBES, likeness, probes
 from stages.learning.windows import Windows, windows_of
 from stages.model_config import Role, decided_pooling, decided_routes, room_for_texts
@@ -211,7 +211,9 @@ class Encoder:
         folder: The model.
         device: Where it runs.
         precision: Of the matrix products; sums and what lies between layers stay float32.
-        max_tokens: Of a text, or of a window; at most what the model can read.
+        max_tokens: Of a text, or of a window; at most what the model can read. None: what it reads by
+            itself.
+        or_fewer: A model with fewer positions than `max_tokens` reads what it can, and is not refused.
         in_windows: A longer text is read in windows, and its vector is their mean; else it is cut.
         batch_tokens: Tokens in a batch, padding included; None for what suits the device. Speed only.
         prompt: Put before every text. The model's own prompts are not used: a person chose among them.
@@ -228,6 +230,7 @@ class Encoder:
         device: torch.device,
         precision: Precision = "fp32",
         max_tokens: int | None = None,
+        or_fewer: bool = False,
         in_windows: bool = False,
         batch_tokens: int | None = None,
         prompt: str = "",
@@ -240,7 +243,7 @@ class Encoder:
         ).eval()
         self.torch_device, self.precision = device, precision
         self.batch_tokens = batch_tokens or batch_tokens_on(device)
-        self.prompt = prompt
+        self.prompt, self.or_fewer = prompt, or_fewer
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in whole.parameters())
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
@@ -307,6 +310,8 @@ class Encoder:
             return NO_LIMIT
         config = getattr(self.model[0], "config", None)
         positions = getattr(config, "max_position_embeddings", None)
+        if wanted is not None and positions is not None and self.or_fewer:
+            return min(wanted, int(positions) - first_position(self.model))
         if wanted is not None and positions is not None and wanted > positions:
             raise TeachonceError(
                 "embed.max_tokens",

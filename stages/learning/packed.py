@@ -161,7 +161,7 @@ class Packed:
         self.tokenizer = transformer.tokenizer
         if not self.body.is_backend_compatible():
             raise NotImplementedError("it takes no other attention function")
-        self._first_position = _first_position(self.transformer)
+        self._first_position = first_position(self.transformer)
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -238,7 +238,7 @@ class Packed:
         return vectors
 
 
-def _first_position(body: nn.Module) -> int:
+def first_position(body: nn.Module) -> int:
     """The position of a text's first token: after that of padding, where the table has one (RoBERTa)."""
     for module in body.modules():
         padding = getattr(module, "padding_idx", None)

@@ -20,10 +20,12 @@ FILL_IN = "FILL IN"
 
 MEASURES: tuple[tuple[str, str, str], ...] = (
     (r"sts\.average", "STS, average (Spearman x 100)", ".2f"),
-    (r"sts\.(.+)", "STS, {} (Spearman x 100)", ".2f"),
+    (r"sts\.([^.]+)", "STS, {} (Spearman x 100)", ".2f"),
     (r"retrieval\.(.+)\.ndcg@10", "Retrieval, {} (nDCG@10)", ".3f"),
     (r"retrieval\.(.+)\.mrr@10", "Retrieval, {} (MRR@10)", ".3f"),
     (r"retrieval\.(.+)\.recall@100", "Retrieval, {} (recall@100)", ".3f"),
+    (r"sts\.([^.]+)\.truncated", "STS, {} (share of texts cut)", ".3f"),
+    (r"retrieval\.([^.]+)\.truncated", "Retrieval, {} (share of texts cut)", ".3f"),
     (r"fidelity\.spearman", "Order of pairs as the teacher has it (Spearman)", ".3f"),
     (r"fidelity\.top10_overlap", "Nearest ten shared with the teacher", ".3f"),
     (r"sentences_per_second", "Texts per second", ",.0f"),

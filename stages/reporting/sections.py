@@ -15,6 +15,7 @@ from stages.reporting.svg import cut, esc
 from stages.reporting.table import (
     NOTHING,
     columns,
+    cut_note,
     ignored_note,
     part_of,
     qualities,
@@ -92,7 +93,7 @@ def table_of_models(subject: Subject) -> str:
     names = " ".join(column.name for column in found)
     notes = [said for word, said in GLOSSARY.items() if word in names]
     notes += [WIDTHS_NOTE] if len(shown) > len(subject.models) else []
-    notes += filter(None, [ignored_note(subject.metrics), speed_note(subject.metrics)])
+    notes += filter(None, (note(subject.metrics) for note in (cut_note, ignored_note, speed_note)))
     bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
     return (
         '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'

@@ -162,6 +162,9 @@ def columns(
     return [column for column in found if column.cells]
 
 
+CUT = ".truncated"
+"""Of the keys that say which share of the texts of a set was cut."""
+
 INDEX = "teacher_index."
 """Of the keys about the student's queries among the teacher's vectors of the documents."""
 
@@ -203,6 +206,19 @@ def speed_note(models: Mapping[str, Metrics]) -> str:
         " Speed-up compares speeds beside a fixed workload." if measured(models, of(SPEED)) else ""
     )
     return f"Speeds on {listed(found)}{within}.{compared}"
+
+
+def cut_note(models: Mapping[str, Metrics]) -> str:
+    """Of which sets texts were longer than models read; empty if of none."""
+    said = []
+    for kind in ("sts.", "retrieval."):
+        for name in _names(models, kind, CUT):
+            shares = measured(models, of(f"{kind}{name}{CUT}")).values()
+            lowest, highest = (f"{100 * share:.2g}" for share in (min(shares), max(shares)))
+            if max(shares) > 0:
+                share = highest if lowest == highest else f"{lowest} to {highest}"
+                said.append(f"{share} % of {name}")
+    return f"Texts longer than a model reads were cut: {listed(said)}." if said else ""
 
 
 def ignored_note(models: Mapping[str, Metrics]) -> str:
@@ -254,7 +270,7 @@ def _notes(
     kept: Sequence[Column],
 ) -> list[str]:
     """The lines below the table."""
-    notes = [verdict(models, students), ignored_note(models), speed_note(models)]
+    notes = [verdict(models, students), cut_note(models), ignored_note(models), speed_note(models)]
     missing = [column.name for column in found if column not in kept]
     if missing:
         notes.append(f"No room for: {', '.join(missing)}.")
@@ -264,11 +280,13 @@ def _notes(
 def _names(models: Mapping[str, Metrics], prefix: str, suffix: str) -> list[str]:
     """Names of the evaluation sets of one kind, sorted."""
     keys = {key for metrics in models.values() for key in metrics} - {"sts.average"}
-    return sorted(
+    names = (
         key.removeprefix(prefix).removesuffix(suffix)
         for key in keys
         if key.startswith(prefix) and key.endswith(suffix)
     )
+    # The name of a set has no dot: `sts.A.truncated` is about the set A.
+    return sorted(name for name in names if "." not in name)
 
 
 def _title(name: str) -> str:
