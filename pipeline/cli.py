@@ -82,9 +82,13 @@ def check(
     from pipeline.layout import Layout
     from pipeline.settings import examine
     from stages.check import run
+    from stages.encoding import cpu_flags, may_have_gpu
 
     at = Layout(Path.cwd())
-    _, problems, sections = examine(at.params)
+    content, problems, sections = examine(at.params)
+    is_here = isinstance(content, dict) and content.get("engine") != "ray"
+    device = content.get("device") if isinstance(content, dict) else None
+    on_cpu = is_here and (device == "cpu" or (device == "auto" and not may_have_gpu()))
     show(
         run(
             problems,
@@ -96,6 +100,7 @@ def check(
             out=at.sources,
             versions=at.versions,
             read_data=read_data,
+            flags=cpu_flags() if on_cpu else (),
         ),
         as_json,
     )

@@ -16,7 +16,7 @@ from stages.files import located
 from stages.lineage import left_the_teacher, read_lineage
 from stages.model_config import undecided
 from stages.models import find_model
-from stages.outcome import write_json
+from stages.outcome import log, write_json
 from stages.params import (
     FINETUNED,
     MODEL_NAME,
@@ -277,16 +277,21 @@ class Workspace:
         Raises:
             TeachonceError: the teacher leaves something undecided.
         """
+        from stages.encoding import cpu_flags, slow_precision
         from stages.learning.encoder import Encoder, pick_device
 
         params = self.params.embed
+        device = pick_device(self.params.device)
+        slow = slow_precision(params.precision, cpu_flags()) if device.type == "cpu" else None
+        if slow is not None:
+            log.warning(slow)
         for error in undecided(folder, params) if is_teacher else ():
             raise error
         in_windows = params.long_texts == "windows" and is_teacher
         reads_more = for_sets and not in_windows
         return Encoder(
             folder,
-            device=pick_device(self.params.device),
+            device=device,
             precision=params.precision,
             max_tokens=self.params.evaluate.max_tokens if reads_more else params.max_tokens,
             or_fewer=reads_more,

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stages import benchmarks, readers
+from stages.encoding import slow_precision
 from stages.files import located, reading
 from stages.lines import check_start
 from stages.model_config import check_one_model, decided_pooling, undecided
@@ -68,6 +69,7 @@ def run(
     out: Path,
     versions: Path,
     read_data: bool = False,
+    flags: Collection[str] = (),
 ) -> Outcome:
     """Look at everything and write the two files.
 
@@ -81,6 +83,7 @@ def run(
         out: data/sources.json.
         versions: data/versions.yaml.
         read_data: Hash every file anew, whatever is remembered.
+        flags: What this machine's processor can do, if the teacher runs on it.
 
     Raises:
         SettingsError: lists everything wrong.
@@ -99,6 +102,9 @@ def run(
         raise SettingsError("params.yaml", problems)
     for note in _queue_notes(sections, corpus):
         log.info("check: %s", note)
+    slow = slow_precision(sections["embed"].precision, flags)
+    if slow is not None:
+        log.warning("check: %s", slow)
     write_json(out, sources)
     lines = [f"{stage}: {version_of(stage)}" for stage in VERSIONED]
     durable.replace(versions, ("\n".join(lines) + "\n").encode())

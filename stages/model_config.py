@@ -206,6 +206,7 @@ def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
                     address, f"{file} cannot be read ({shown(error)})", "fetch the file again"
                 ) from None
             tokenizer.no_truncation()
+            tokenizer.no_padding()
             around = tokenizer.num_special_tokens_to_add(False) + len(
                 tokenizer.encode(prompt, add_special_tokens=False).ids
             )

@@ -17,6 +17,7 @@ from pipeline.layout import Layout
 from pipeline.settings import examine, load_params
 from pipeline.workspace import Workspace
 from stages import check
+from stages.encoding import cpu_flags, slow_precision
 from stages.models import file_hashes, find_model, model_files, sha256_of
 from stages.params import REMOTE_URLS, SettingsError
 from storage.errors import MissingError, StorageError, TeachonceError
@@ -997,7 +998,8 @@ def test_check_says_where_a_prompt_leaves_no_room_for_a_text(project):
     core.post_processor = processors.TemplateProcessing(
         single="[C] $A", special_tokens=[("[C]", 1)]
     )
-    core.enable_truncation(3)  # it says nothing of how long the prompt is
+    core.enable_truncation(3)  # neither says anything of how long the prompt is
+    core.enable_padding(length=128)
     core.save(str(project / "teacher/tokenizer.json"))
     found = checked(project, {}, prompt="find what answers this question: ", max_tokens=10)
     assert found["embed.max_tokens"].startswith(
@@ -1060,6 +1062,33 @@ def test_check_refuses_a_start_of_a_router(project):
     found = checked(project, {})
     assert set(found) == {"starts.half.from", "starts.other.from"}
     assert "is a router of several models" in found["starts.half.from"]
+
+
+def test_check_says_that_a_precision_is_slow_on_this_processor(project, caplog):
+    """A setting of the recipe, so it is said and not refused."""
+    change_settings(project, lambda content: content["embed"].update(precision="bf16"))
+    for flags in ((), {"avx2", "avx512_bf16"}, {"amx_bf16"}, {"asimd", "bf16"}):
+        run_check(project, flags=flags)
+    assert "slower" not in caplog.text
+    run_check(project, flags={"avx2", "avx512_fp16"})
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(
+        "check: embed.precision: bf16 makes this processor several times slower than fp32, not faster (it "
+        "has none of amx_bf16, avx512_bf16, bf16); set it to fp32 before you begin"
+    )
+
+
+def test_what_a_processor_can_do_is_read_from_its_flags(tmp_path):
+    (tmp_path / "x86").write_text(
+        "model name\t: avx512_bf16\nflags\t\t: sse avx2\nflags\t\t: sse avx2\n"
+    )
+    (tmp_path / "arm").write_text("Features\t: fp asimdhp\n")
+    assert cpu_flags(tmp_path / "x86") == {"sse", "avx2"}
+    assert cpu_flags(tmp_path / "arm") == {"fp", "asimdhp"}
+    assert cpu_flags(tmp_path / "none") == frozenset()
+    assert slow_precision("fp32", {"avx2"}) is None
+    assert slow_precision("fp16", {"asimdhp"}) is None
+    assert slow_precision("fp16", {"avx2"}) is not None
 
 
 FIND = """

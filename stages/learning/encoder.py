@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stages.encoding import Encode
+from stages.encoding import Encode, cpu_flags
 from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read, first_position
 from stages.learning.probes import MIXED_PROBES, likeness, probes
@@ -93,11 +93,7 @@ def pick_precision(setting: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
         return "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & cpu_flags() else "fp32"
 
 
 def batch_tokens_on(device: torch.device) -> int:
@@ -337,7 +333,8 @@ class Encoder:
         places = np.flatnonzero(lengths > 0)
         alone = np.concatenate([self._probed(padded, [texts[place]]) for place in places])
         # NaN is like nothing, and what is nearly 0 has rounding for a direction; `embed` refuses both.
-        judged = np.linalg.norm(alone, axis=1) > LEAST_LENGTH
+        lengths = np.linalg.norm(alone, axis=1)
+        judged = np.isfinite(lengths) & (lengths > LEAST_LENGTH)
         places, alone = places[judged], alone[judged]
         if not len(places):
             return padded
