@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,11 @@ class TripletJudge:
         """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
 
         The other positives and all negatives stand beside it, each text once, less those that are the
-        anchor itself or other positives of it.
+        anchor itself or other positives of it. NaN if a vector has NaN or Inf in it: nothing is nearer
+        than that.
         """
+        if not np.isfinite(vectors).all():
+            return math.nan
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         ranks = np.empty(len(self.anchors))
         for first in range(0, len(ranks), ROWS_AT_ONCE):

@@ -35,7 +35,7 @@ def run(
         pooling: Of that model, if it has no modules.json; what is written has one.
 
     Raises:
-        TeachonceError: the layers cannot be taken from this model.
+        TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.
     """
     from stages.learning.encoder import load_model
     from stages.learning.student import keep_layers, save_model
@@ -53,7 +53,7 @@ def run(
     prompts = own_prompts(folder, str(folder))
     parameters = sum(weight.numel() for weight in model.parameters())
     with durable.replace_folder(out) as scratch:
-        save_model(model, scratch)
+        save_model(model, scratch, address=f"starts.{name}.from")
     layers = "all layers" if params.layers is None else f"layers {list(params.layers)}"
     return Outcome(
         stage="start",

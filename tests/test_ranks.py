@@ -5,6 +5,7 @@ Real commands under torchrun, on the CPU.
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -191,6 +192,13 @@ with ranks.joined("cpu"):
     toy = Toy()
     found = {"dropout": step(toy)}
     found["gradients"] = [weight.grad.tolist() for weight in toy.parameters()]
+    toy.linear.weight.register_hook(lambda gradient: gradient if first else gradient * float("nan"))
+    before = toy.linear.weight.tolist()
+    try:
+        step(toy)
+    except TeachonceError as error:
+        found["diverged"] = str(error)
+    found["touched"] = toy.linear.weight.tolist() != before
     found["told"] = ranks.of_first(0.1 if first else 0.2)
     ranks.check_same("one")
     try:
@@ -253,6 +261,9 @@ def test_gradients_of_two_ranks_are_those_of_one(tmp_path):
     for rank, found in enumerate(told):
         for weight, gradient in zip(toy.parameters(), found["gradients"], strict=True):
             assert torch.allclose(weight.grad, torch.tensor(gradient), rtol=1e-6), rank
+        # The gradient of one rank is NaN: both stop before they take the step.
+        assert re.match(r"step 0: the loss is [\d.]+, its gradient nan; rows ", found["diverged"])
+        assert not found["touched"]
         assert found["told"] == 0.1
         assert found["refused"] == (
             "rank 1: is at two, rank 0 at one\n"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.workspace import Workspace
 from stages import distill, start
@@ -20,6 +22,7 @@ from stages.learning.agreement import row_cosines
 from stages.learning.batches import epoch_batches
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.encoder import Encoder, load_model
+from stages.learning.loop import Work, train
 from stages.learning.student import Student, encode_ids
 from stages.lineage import read_lineage
 from stages.params import RecipeParams, StartParams
@@ -392,6 +395,166 @@ def test_a_loss_that_is_no_number_stops_with_its_rows(world):
     said = re.match(r"step (\d+): the loss is nan; rows ([\d, ]+)\n", str(error.value))
     batches = epoch_batches(world.split.train_rows(world.corpus), batch_size=16, seed=0, epoch=0)
     assert [*map(int, said[2].split(", "))] == batches[int(said[1])].tolist()
+
+
+HUGE = [{"name": "kd", "weight": 1e37, "centred": False}]
+"""A finite loss, and a gradient whose square is not; clipped, it would be 0."""
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_no_number_stops_before_a_weight_is_touched(
+    world, monkeypatch, clip, caching
+):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(TeachonceError) as error:
+        world.train(recipe(objectives=HUGE, clip=clip, gradient_caching=caching))
+    batches = epoch_batches(world.split.train_rows(world.corpus), batch_size=16, seed=0, epoch=0)
+    assert re.fullmatch(
+        rf"step 0: the loss is [\d.]+e\+3\d, its gradient inf; rows {', '.join(map(str, batches[0]))}\n"
+        r"  cure: lower learning_rate, .*",
+        str(error.value),
+    )
+    assert not list((world.place.root / "work").rglob("*.safetensors"))
+    assert not (world.place.root / "student").exists()
+
+
+class Slope(torch.nn.Module):
+    """Learns four numbers; where the first two are equal the loss is 0 and its gradient is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = torch.nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+
+    def loss(self, rows, step):
+        difference = (self.numbers * 0 if step == 3 else self.numbers).square().sum()
+        return difference.sqrt(), [float(difference.detach())]
+
+
+def slope_work(model, score=lambda: 1.0):
+    return Work(
+        batches=lambda epoch: [np.arange(4)] * 6,
+        loss=model.loss,
+        score=score,
+        score_name="agreement",
+        start_counts=True,
+        parts=["slope"],
+        notes=dict,
+    )
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_whose_gradient_is_nan_leaves_the_last_checkpoint_and_its_weights(
+    tmp_path, monkeypatch, clip
+):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    params = recipe(clip=clip, evaluate_every=2)
+    for _ in range(2):  # started again, it says the same
+        model = Slope()
+        with pytest.raises(
+            TeachonceError, match=r"^step 3: the loss is 0, its gradient nan; rows 0, 1, "
+        ):
+            train(
+                model,
+                slope_work(model),
+                params,
+                name="slope",
+                checkpoints=Checkpoints(tmp_path / "run"),
+                track=lambda row: None,
+            )
+        state, tensors = Checkpoints(tmp_path / "run").load()
+        assert state.step == 3
+        assert torch.equal(tensors["model/numbers"], model.numbers)
+        assert torch.isfinite(model.numbers).all()
+
+
+@pytest.mark.parametrize("what", ["model", "best", "optimizer"])
+def test_a_poisoned_checkpoint_is_named_with_the_way_out(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    params, folder = recipe(evaluate_every=2), tmp_path / "run"
+
+    def start_again():
+        model = Slope()
+        train(
+            model,
+            slope_work(model),
+            params,
+            name="slope",
+            checkpoints=Checkpoints(folder),
+            track=lambda row: None,
+        )
+
+    with pytest.raises(TeachonceError, match="its gradient nan"):
+        start_again()
+    state, tensors = Checkpoints(folder).load()
+    key = {"model": "model/numbers", "best": "best/numbers", "optimizer": "optimizer/0/exp_avg_sq"}
+    tensors[key[what]][0, 2] = {"optimizer": np.inf}.get(what, np.nan)
+    (newest,) = folder.glob("step-000000003-*")
+    newest.unlink()
+    Checkpoints(folder).save(state, tensors)
+    with pytest.raises(TeachonceError) as error:
+        start_again()
+    assert str(error.value) == (
+        f"{folder}: the checkpoint of step 3 has NaN or Inf in it, first in numbers\n"
+        "  cure: delete its step-000000003-*.safetensors to go on from the checkpoint before it, or the "
+        "folder to begin anew; then start the command again"
+    )
+    for path in folder.glob("step-000000003-*"):
+        path.unlink()
+    with pytest.raises(TeachonceError, match=r"^step 3: "):  # it went on from step 2
+        start_again()
+
+
+def test_weights_that_overflow_are_neither_judged_nor_kept(tmp_path, monkeypatch):
+    """A rate so high that one step of a right gradient leaves the numbers that float32 has."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    for every in (1, 100):
+        model, judged = Slope(), []
+        params = recipe(learning_rate=3e38, weight_decay=4.0, warmup=0.0, evaluate_every=every)
+        with pytest.raises(
+            TeachonceError, match=r"^step 1: numbers has NaN or Inf in it after it\n  cure: lower "
+        ):
+            train(
+                model,
+                slope_work(model, lambda judged=judged: judged.append(1) or 1.0),
+                params,
+                name="slope",
+                checkpoints=Checkpoints(tmp_path / "run"),
+                track=lambda row: None,
+            )
+        assert judged == [1]  # before the first step
+        assert Checkpoints(tmp_path / "run").load() is None
+
+
+def test_a_score_that_is_no_number_is_no_best(tmp_path):
+    model = Slope()
+    with pytest.raises(TeachonceError, match=r"^step 0: agreement is nan: vectors have NaN or Inf"):
+        train(
+            model,
+            slope_work(model, lambda: float("nan")),
+            recipe(),
+            name="slope",
+            checkpoints=Checkpoints(tmp_path / "run"),
+            track=lambda row: None,
+        )
+
+
+def test_a_start_with_poisoned_weights_is_neither_made_nor_learned_from(world, tmp_path):
+    folder = tmp_path / "poisoned"
+    shutil.copytree(world.start, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "embeddings.LayerNorm.weight"
+    weights[name][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    params = StartParams.model_validate({"from": "teacher", "layers": None})
+    with pytest.raises(
+        TeachonceError, match=rf"^starts.x.from: its weight .*{name} has NaN or Inf"
+    ):
+        start.run(params, name="x", folder=folder, trust_remote_code=False, out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    world.start = folder
+    with pytest.raises(TeachonceError, match=rf"^step 0: student.*{name} has NaN or Inf in it\n"):
+        world.train(recipe())
 
 
 def test_too_few_held_out_rows_are_refused(world):

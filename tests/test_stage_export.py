@@ -405,7 +405,8 @@ def test_a_student_that_gives_no_numbers_is_refused(same, tmp_path):
     model[0].auto_model.encoder.layer[0].output.dense.weight.data[0, 0] = torch.nan
     folder = save(tmp_path / "kd", *model)
     error = refused((folder, same[1]), tmp_path / "out")
-    assert error.problem.endswith("on a probe text the cosine of the two is nan")
+    assert error.where == str(folder)
+    assert error.problem.endswith("layer.0.output.dense.weight has NaN or Inf in it")
 
 
 def test_an_activation_of_the_start_stays(body, tmp_path):

@@ -289,6 +289,22 @@ def slow_mean_reciprocal_rank(rows, vectors):
     return sum(found) / len(found)
 
 
+def test_no_judge_takes_vectors_that_are_no_numbers_for_good_ones():
+    triplets = TripletJudge([Triplet("a", "b", "n"), Triplet("c", "d", None)])
+    vectors = np.eye(5, 4, dtype=np.float32)
+    for wrong in (np.nan, np.inf):
+        vectors[3] = wrong
+        assert np.isnan(triplets(vectors))
+
+
+def test_a_finetuning_whose_gradient_is_no_number_stops_before_a_weight_is_touched(world):
+    with pytest.raises(
+        TeachonceError, match=r"^step 1: the loss is [\d.]+e\+\d+, its gradient inf; rows"
+    ):
+        world.train(settings(distill_weight=1e38), caches=world.caches())
+    assert not list((world.place.root / "work").rglob("*.safetensors"))
+
+
 def test_the_judge_of_sts_is_spearman():
     pairs = StsSet(np.array([1.0, 3.0, 2.0]), ["a", "b", "c"], ["x", "y", "z"])
     vectors = np.array([[1, 0]] * 3 + [[0, 1], [1, 0], [1, 1]], np.float32)

@@ -35,6 +35,12 @@ CHECKPOINT_SECONDS = 60.0
 
 BETAS = (0.9, 0.98)  # DisCo's
 
+CURE = (
+    "lower learning_rate, set clip: 1.0 or precision: fp32, lower the weights of objectives that are very "
+    "large; with other settings the training begins anew"
+)
+"""Of a training that diverged."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -82,8 +88,8 @@ def train(
         track: Takes the rows of the curve; after a resumption those of before, too.
 
     Raises:
-        TeachonceError: the loss is NaN or infinite; names the step and the rows. Or the ranks do not see
-            the same run.
+        TeachonceError: the loss, its gradient, a weight or the score is NaN or infinite; names the step and
+            the rows, and keeps nothing of it. Or the ranks do not see the same run.
     """
     batches = work.batches(0)
     total = params.epochs * len(batches)
@@ -96,7 +102,7 @@ def train(
     started = saved = time.monotonic()
     seconds_before = state.seconds
     if not state.curve:
-        best = _evaluate(model, work, state, best, params, total)
+        best = _evaluate(model, optimizer, work, state, best, params, total)
         track(state.curve[-1])
     epoch_of_batches = 0
     while state.step < total and state.stale < params.patience:
@@ -107,11 +113,12 @@ def train(
         state.step += 1
         _add(state, parts)
         if state.step % params.evaluate_every == 0 or state.step == total:
-            best = _evaluate(model, work, state, best, params, total)
+            best = _evaluate(model, optimizer, work, state, best, params, total)
             track(state.curve[-1])
         progress.advance(1, f"loss {sum(parts):.4f}")
         state.seconds = seconds_before + time.monotonic() - started
         if ranks.is_first() and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _check_weights(model, optimizer, state.step)
             checkpoints.save(state, _tensors(model, optimizer, best))
             saved = time.monotonic()
     model.load_state_dict(best)
@@ -156,23 +163,55 @@ def take_step(
     model.train()
     loss, parts = work.loss(rows, step)
     if not bool(torch.isfinite(loss)):
-        raise TeachonceError(
-            f"step {step}",
-            f"the loss is {float(loss.detach())}; rows {', '.join(map(str, rows[:16]))}"
-            f"{' …' if len(rows) > 16 else ''}",
-            "lower the recipe's learning_rate, set clip: 1.0 or precision: fp32; what was reached before "
-            "is kept in work/",
-        )
+        raise _diverged(step, f"the loss is {float(loss.detach())}", rows)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     ranks.average_gradients(model)
+    weights = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+    # Its square, too: Adam keeps squares of gradients, and what is infinite there never learns again. All
+    # ranks have the same gradients here, so all of them stop.
+    if not bool(torch.isfinite(norm.square())):
+        raise _diverged(
+            step, f"the loss is {float(loss.detach()):.4g}, its gradient {norm:.4g}", rows
+        )
     if params.clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), params.clip)
+        torch.nn.utils.clip_grads_with_norm_(weights, params.clip, norm)
     optimizer.step()
     for part in model.modules():
         if isinstance(part, Temperature):
             part.keep_in_bounds()
     return parts
+
+
+def _diverged(step: int, problem: str, rows: NDArray[np.int64]) -> TeachonceError:
+    """A step whose loss or gradient is NaN or Inf; no weight was changed by it."""
+    named = f"{', '.join(map(str, rows[:16]))}{' …' if len(rows) > 16 else ''}"
+    return TeachonceError(f"step {step}", f"{problem}; rows {named}", CURE)
+
+
+def _poisoned(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The first weight that is NaN or Inf somewhere, or whose averages in the optimizer are; or None."""
+    for name, weight in model.named_parameters():
+        kept = optimizer.state.get(weight, {})
+        if not all(bool(torch.isfinite(value).all()) for value in (weight, *kept.values())):
+            return name
+    return None
+
+
+def _check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Nothing may be judged or kept whose next step can only fail.
+
+    Raises:
+        TeachonceError: a weight is NaN or Inf; names it.
+    """
+    name = _poisoned(model, optimizer)
+    if name is None:
+        return
+    if step == 0:
+        cure = "make the model that training starts from anew: its weights are not whole"
+        raise TeachonceError("step 0", f"{name} has NaN or Inf in it", cure)
+    raise TeachonceError(f"step {step}", f"{name} has NaN or Inf in it after it", CURE)
 
 
 def _add(state: State, parts: list[float]) -> None:
@@ -184,6 +223,7 @@ def _add(state: State, parts: list[float]) -> None:
 
 def _evaluate(
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     work: Work,
     state: State,
     best: dict[str, Tensor],
@@ -191,8 +231,15 @@ def _evaluate(
     total: int,
 ) -> dict[str, Tensor]:
     """Score the weights, add a row to the curve, and return the best weights so far."""
+    _check_weights(model, optimizer, state.step)
     model.eval()
     score = ranks.of_first(work.score())
+    if not math.isfinite(score):
+        raise TeachonceError(
+            f"step {state.step}",
+            f"{work.score_name} is {score}: vectors have NaN or Inf in them",
+            CURE,
+        )
     # Before the first step there is a score and no loss yet.
     means = (
         [round(value / state.loss_steps, 8) for value in state.loss_sums]
@@ -235,8 +282,20 @@ def _resume(
     state, tensors = found
     model.load_state_dict(_part(tensors, "model/"))
     restore_optimizer(optimizer, tensors)
+    best = _part(tensors, "best/")
+    poisoned = _poisoned(model, optimizer) or next(
+        (key for key, _ in model.named_parameters() if not bool(torch.isfinite(best[key]).all())),
+        None,
+    )
+    if poisoned is not None:
+        raise TeachonceError(
+            checkpoints.folder,
+            f"the checkpoint of step {state.step} has NaN or Inf in it, first in {poisoned}",
+            f"delete its step-{state.step:09}-*.safetensors to go on from the checkpoint before it, or the "
+            "folder to begin anew; then start the command again",
+        )
     log.info("%s: going on at step %d", name, state.step)
-    return state, _part(tensors, "best/")
+    return state, best
 
 
 def _tensors(

@@ -48,7 +48,7 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
         address: What to name in an error.
 
     Raises:
-        TeachonceError: a module or a tokenizer that older versions lack.
+        TeachonceError: a module or a tokenizer that older versions lack, or a weight that is NaN or Inf.
     """
     from stages.learning.student import save_model
 
@@ -66,7 +66,7 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
             f"the tokenizer {shown(kind)} has no tokenizer.json",
             "distill from a start that has one",
         )
-    save_model(model, folder)
+    save_model(model, folder, address=address)
     modules: list[dict[str, str]] = json.loads((folder / "modules.json").read_text())
     for entry, module in zip(modules, model, strict=True):
         kind = type(module).__name__

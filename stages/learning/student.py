@@ -186,7 +186,8 @@ class Student(nn.Module):
             modules.append(dense)
         if self.unit_length:
             modules.append(Normalize())
-        save_model(SentenceTransformer(modules=modules, device="cpu"), folder)
+        model = SentenceTransformer(modules=modules, device="cpu")
+        save_model(model, folder, address=str(lineage.get("student", "student")))
         write_json(folder / LINEAGE, lineage)
 
 
@@ -237,12 +238,27 @@ def encode_ids(
     return ranks.together(lengths, read)
 
 
-def save_model(model: SentenceTransformer, folder: Path) -> None:
+def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> None:
     """Write a start or a student; equal weights give equal files (no card with a date in it).
 
     What is saved here reads texts as they are and is compared by cosine, so it says nothing else: prompts,
     another similarity or a cut of the model that it came from would be applied by `encode`.
+
+    Args:
+        model: With finite weights.
+        folder: Where to.
+        address: What to name in an error.
+
+    Raises:
+        TeachonceError: a weight has NaN or Inf in it.
     """
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise TeachonceError(
+                address,
+                f"its weight {name} has NaN or Inf in it",
+                "make the model that it comes from anew, or name another",
+            )
     model.to("cpu")
     model.prompts = {"query": "", "document": ""}
     model.default_prompt_name = None
