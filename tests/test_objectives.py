@@ -1,6 +1,7 @@
 """Objectives, candidates and batches: each formula beside its slow definition."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,21 @@ def ckd_objective(**changes):
             "learnable_temperature": True,
             "queue": 8,
             "neighbours": 2,
+        }
+        | changes
+    )
+
+
+def relational(**changes):
+    return RelationalObjective.model_validate(
+        {
+            "name": "relational",
+            "weight": 1.0,
+            "temperature": 0.1,
+            "teacher_temperature": 0.1,
+            "queue": 0,
+            "neighbours": 2,
+            "deleted_tokens": 0.0,
         }
         | changes
     )
@@ -293,15 +309,19 @@ def test_the_gradient_goes_to_the_student_alone():
 
 @pytest.fixture
 def source(place):
-    """Candidates from a corpus of 200 rows, of which every fifth takes no part."""
+    """Candidates from a corpus of 200 rows, of which every fifth takes no part.
+
+    The teacher's vectors have lengths other than 1, and a row has more neighbours than most tests ask for.
+    """
     corpus = place.corpus(sentences(200))
-    place.embed(corpus, HashTeacher())
+    place.embed(corpus, HashTeacher(scale=3.0))
     embeddings = Embeddings(place.store, place.embeddings, corpus)
     train = np.flatnonzero(np.arange(200) % 5 != 0)
     objects = []
     for shard in range(len(corpus.objects)):
         ids = np.arange(corpus.starts[shard], corpus.starts[shard + 1])
-        neighbours = np.stack([(ids + 1) % 200, (ids + 2) % 200, np.full(len(ids), NONE)], axis=1)
+        none = np.full(len(ids), NONE)
+        neighbours = np.stack([*((ids + step) % 200 for step in (1, 2, 30)), none], axis=1)
         objects.append(
             put_negatives(
                 place.store,
@@ -335,6 +355,24 @@ def test_candidates_are_the_batch_its_neighbours_and_a_queue_of_training_rows(so
     alone = ckd_objective(queue=0, neighbours=0)
     assert source.rows(alone, ids, step=0).tolist() == [11, 3, 12]
     assert source.queue(alone, step=0) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "mined"), [(1, [4, 12]), (2, [4, 5, 12, 13]), (3, [4, 5, 12, 13, 33, 41])]
+)
+def test_a_row_brings_as_many_of_its_nearest_as_the_objective_asks_for(source, count, mined):
+    ids = np.array([11, 3])
+    for objective in (ckd_objective(queue=0, neighbours=count), relational(neighbours=count)):
+        assert source.rows(objective, ids, step=0).tolist() == [11, 3, *mined]
+        drawn = source.draw(objective, ids, step=0)
+        assert drawn.vectors.shape[0] == drawn.same_text.shape[1] == 2 + len(mined)
+
+
+def test_neighbours_that_are_asked_for_and_not_there_are_an_error(source):
+    source.negatives = None
+    assert source.rows(ckd_objective(neighbours=0), np.array([3]), step=0).tolist() == [3]
+    with pytest.raises(TypeError, match="needs mined neighbours"):
+        source.rows(ckd_objective(neighbours=1), np.array([3]), step=0)
 
 
 def test_the_queue_is_drawn_by_seed_and_step_alone_and_anew_after_some_steps(source):
@@ -389,8 +427,9 @@ def test_candidate_vectors_are_the_teachers_and_know_their_own_text(source):
     queued = source.embeddings.rows_of(queue).astype(np.float32)
     queued /= np.linalg.norm(queued, axis=1, keepdims=True)
     assert np.allclose(drawn.queue.numpy(), queued, atol=1e-6)
-    expected = np.concatenate([source.embeddings.rows_of(rows), queued])
-    assert np.allclose(drawn.keys.numpy(), expected, atol=1e-3)  # of length 1, as float16 keeps it
+    keys = source.embeddings.rows_of(np.concatenate([rows, queue]))
+    assert np.linalg.norm(keys, axis=1) == pytest.approx(3.0, abs=1e-5)
+    assert np.allclose(drawn.keys.numpy(), keys / 3, atol=1e-6)
     assert drawn.own.tolist() == [0, 1]
     own = ids[:, None] == np.concatenate([rows, queue])[None, :]
     twice = np.isin(queue, rows)
@@ -403,16 +442,7 @@ def test_only_ckd_has_its_queue_in_the_type_of_its_products(source):
     source.precision = "bf16"
     ids = np.array([11, 3])
     drawn = source.draw(ckd_objective(queue=20), ids, step=0)
-    relational = RelationalObjective(
-        name="relational",
-        weight=1.0,
-        temperature=0.1,
-        teacher_temperature=0.1,
-        queue=20,
-        neighbours=2,
-        deleted_tokens=0.0,
-    )
-    exact = source.draw(relational, ids, step=0)
+    exact = source.draw(relational(queue=20), ids, step=0)
     assert drawn.queue.dtype == torch.bfloat16
     assert exact.queue.dtype == torch.float32
     assert torch.equal(drawn.queue, exact.queue.bfloat16())
@@ -484,6 +514,69 @@ def test_a_corpus_smaller_than_a_batch_is_one_batch():
 
 
 # ---------------------------------------------------------------------------- schedule and agreement
+
+
+class Weights(torch.nn.Module):
+    """One of each kind: a matrix, a vector, a number, a temperature."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.matrix = torch.nn.Parameter(torch.randn(3, 2))
+        self.bias = torch.nn.Parameter(torch.randn(3))
+        self.number = torch.nn.Parameter(torch.tensor(0.7))
+        self.temperature = Temperature(0.2, learnable=True)
+
+
+def slow_adamw(values, gradients, params):
+    """Its formulas in double precision, weight by weight; only matrices are decayed."""
+    total = len(gradients)
+    values = [value.astype(np.float64) for value in values]
+    first = [np.zeros_like(value) for value in values]
+    second = [np.zeros_like(value) for value in values]
+    for step, given in enumerate(gradients):
+        norm = math.sqrt(sum(float(np.square(one).sum()) for one in given))
+        shrink = min(1.0, params.clip / (norm + 1e-6)) if params.clip else 1.0
+        rate = learning_rate(step, total, params)
+        for place, one in enumerate(given):
+            gradient = shrink * one
+            first[place] = 0.9 * first[place] + 0.1 * gradient
+            second[place] = 0.98 * second[place] + 0.02 * gradient**2
+            decay = params.weight_decay if values[place].ndim > 1 else 0.0
+            values[place] = values[place] - rate * decay * values[place]
+            mean, spread = (
+                first[place] / (1 - 0.9 ** (step + 1)),
+                second[place] / (1 - 0.98 ** (step + 1)),
+            )
+            values[place] = values[place] - rate * mean / (np.sqrt(spread) + 1e-8)
+    return values
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_steps_are_those_of_adamw_by_its_formulas(clip, decay):
+    """Gradients above and below the clip, and large weights: what is clipped or decayed is seen."""
+    params = RecipeParams.model_construct(
+        learning_rate=0.05, warmup=0.2, weight_decay=decay, clip=clip, seed=0
+    )
+    model = Weights()
+    weights = list(model.parameters())
+    before = [weight.detach().numpy().copy() for weight in weights]
+    draw = np.random.default_rng(0)
+    gradients = [
+        [size * draw.normal(size=value.shape) for value in before]
+        for size in (0.01, 3.0, 0.1, 30.0, 0.5)
+    ]
+
+    def loss(rows, step):
+        given = [torch.tensor(one, dtype=torch.float32) for one in gradients[step]]
+        return sum((w * one).sum() for w, one in zip(weights, given, strict=True)), []
+
+    optimizer, work = make_optimizer(model, params), SimpleNamespace(loss=loss)
+    for step in range(len(gradients)):
+        take_step(model, optimizer, work, np.arange(2), step, len(gradients), params)
+    for weight, expected in zip(weights, slow_adamw(before, gradients, params), strict=True):
+        assert weight.detach().numpy() == pytest.approx(expected, abs=2e-5)
 
 
 def test_the_learning_rate_rises_then_falls():

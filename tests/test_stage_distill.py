@@ -24,13 +24,17 @@ from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.encoder import Encoder, load_model
 from stages.learning.loop import Work, train
 from stages.learning.student import Student, encode_ids
+from stages.learning.token_rows import token_rows
 from stages.lineage import read_lineage
 from stages.params import RecipeParams, StartParams
 from storage.caches import Caches
+from storage.column import text_keys_of
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
+from storage.manifest import Manifest, fingerprint
+from storage.negatives import Negatives, put_negatives
 from storage.split import Split
-from tests.conftest import embed_params, make_tiny_model, sentences
+from tests.conftest import HashTeacher, embed_params, make_tiny_model, sentences
 from tests.test_upkeep import write_params
 
 CPU = torch.device("cpu")
@@ -85,6 +89,7 @@ class World:
         place.embed(self.corpus, teacher.encode_counted, params=params)
         self.embeddings = Embeddings(place.store, place.embeddings, self.corpus)
         self.split = Split(corpus=self.corpus.manifest.content, heldout=0.1, evaluation=())
+        self.negatives = None
         self.tracked = []
 
     def train(self, params, name="student"):
@@ -93,7 +98,9 @@ class World:
             params,
             name=name,
             start=self.start,
-            caches=Caches(self.corpus, self.embeddings, None, self.split, self.place.store),
+            caches=Caches(
+                self.corpus, self.embeddings, self.negatives, self.split, self.place.store
+            ),
             device=CPU,
             work=at / "work",
             out=at / name,
@@ -101,6 +108,24 @@ class World:
             training=at / f"{name}.json",
             track=self.tracked.append,
         )
+
+    def mine(self, parent, step):
+        """Two neighbours of each row, `step` and twice as many rows behind it."""
+        corpus, objects = self.corpus, []
+        for shard in range(len(corpus.objects)):
+            ids = np.arange(corpus.starts[shard], corpus.starts[shard + 1])
+            neighbours = np.stack([(ids + step) % 400, (ids + 2 * step) % 400], axis=1)
+            made = put_negatives(
+                self.place.store,
+                f"negatives/{fingerprint({'parent': parent})}/{shard:06}.arrow",
+                neighbours=neighbours,
+                scores=np.zeros(neighbours.shape, np.float32),
+                text_keys=text_keys_of(corpus.batch(shard)),
+                facts={},
+            )
+            objects.append(made)
+        manifest = Manifest(kind="negatives", recipe={}, parent=parent, objects=tuple(objects))
+        return Negatives(self.place.store, manifest, corpus, mined_from=parent)
 
     def weights(self, name="student"):
         return hashlib.sha256(
@@ -291,8 +316,6 @@ def test_training_sees_the_texts_as_inference_does(world):
     """The stored token ids through the student equal the saved model on the texts themselves."""
     model = load_model(world.start, device=CPU)
     student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False).eval()
-    from stages.learning.token_rows import token_rows
-
     tokens = token_rows(
         model.tokenizer, world.start, corpus=world.corpus, store=world.place.store, max_tokens=16
     )
@@ -332,6 +355,61 @@ def test_a_student_that_reads_without_padding_learns_as_one_that_pads(world, pre
     near = {"fp32": 1e-5, "bf16": 3e-2}[precision]
     assert torch.allclose(*vectors, atol=near)
     assert torch.norm(gradients[0] - gradients[1]) < near * torch.norm(gradients[1])
+
+
+def lesson_of(world, params):
+    return distill.prepare(
+        params,
+        start=world.start,
+        caches=Caches(world.corpus, world.embeddings, None, world.split, world.place.store),
+        device=CPU,
+    )
+
+
+@torch.no_grad()
+def test_other_tokens_are_deleted_at_each_step_and_of_each_text(world):
+    params = recipe(max_tokens=64)
+    lesson = lesson_of(world, params)
+    lesson.student.eval()
+    row = int(np.argmax([len(text.split()) for text in world.texts]))
+    rows = np.array([row, row, 5])
+
+    def vectors(step, deleted=0.5, lesson=lesson):
+        return lesson.encode(rows, deleted=deleted, step=step).numpy()
+
+    whole = vectors(0, deleted=0.0)
+    assert np.allclose(whole[0], whole[1], atol=1e-6)
+    assert np.allclose(vectors(1, deleted=0.0), whole)
+    readings = [vectors(step) for step in range(8)]
+    assert np.array_equal(vectors(3), readings[3])  # a resumed run has them again
+    first = [reading[0] for reading in readings]
+    others = [np.abs(a - b).max() > 1e-3 for i, a in enumerate(first) for b in first[:i]]
+    assert sum(others) >= len(others) - 1  # 10 words: twice the same now and then
+    assert sum(np.abs(a - b).max() > 1e-3 for a, b, _ in readings) >= 7  # of equal texts, too
+    seeded = lesson_of(world, recipe(max_tokens=64, seed=1))
+    seeded.student.eval()
+    assert not np.allclose(vectors(3, lesson=seeded), readings[3], atol=1e-3)
+
+
+def test_token_ids_are_cut_where_this_recipe_says_whoever_made_some_before(world):
+    tokenizer = load_model(world.start, device=CPU).tokenizer
+    rows = np.arange(400)
+
+    def ids(max_tokens):
+        tokens = token_rows(
+            tokenizer,
+            world.start,
+            corpus=world.corpus,
+            store=world.place.store,
+            max_tokens=max_tokens,
+        )
+        return [row.tolist() for row in tokens.rows_of(rows)]
+
+    for limit in (16, 6, 16, 7):
+        whole = [tokenizer(text)["input_ids"] for text in world.texts]
+        assert ids(limit) == [
+            row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in whole
+        ]
 
 
 def test_token_ids_are_made_once(world):
@@ -603,6 +681,46 @@ def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, dies_after)
     ).read_bytes()
 
 
+def test_a_killed_run_is_gone_on_with_by_nobody_who_learns_from_something_else(
+    world, tiny_model, monkeypatch
+):
+    """Whatever a run reads stands in its name; the same again goes on."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    plain_step = loop.take_step
+
+    def dying_step(*args):
+        if args[4] == 1:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "take_step", dying_step)
+    params = recipe(objectives=[{**CKD[0], "neighbours": 2}], evaluate_every=100)
+    lists = [world.mine("a", 1), world.mine("b", 7)]
+
+    def runs(params=params, **world_is):
+        with monkeypatch.context() as patch:
+            for name, value in {"negatives": lists[0], **world_is}.items():
+                patch.setattr(world, name, value)
+            with pytest.raises(PowerCut):
+                world.train(params)
+        return sorted(path.name for path in (world.place.root / "work").iterdir())
+
+    elsewhere = world.split.model_copy(update={"evaluation": (3, 4)})
+    teacher = HashTeacher(32)
+    world.place.embed(world.corpus, teacher, files={"model.safetensors": "1" * 64})
+    others = Embeddings(world.place.store, world.place.embeddings, world.corpus)
+    found = [
+        runs(),
+        runs(negatives=lists[1]),
+        runs(split=elsewhere),
+        runs(embeddings=others),
+        runs(start=tiny_model),
+        runs(params.model_copy(update={"seed": 1})),
+    ]
+    assert [len(folders) for folders in found] == [1, 2, 3, 4, 5, 6]
+    assert runs() == found[-1]
+
+
 def test_the_minutes_are_those_of_all_starts_of_a_run(world, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     plain_step = loop.take_step
@@ -673,6 +791,7 @@ def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, 
         from stages import distill
         from stages.params import RecipeParams
         from storage.caches import Caches
+from storage.column import text_keys_of
         from storage.corpus import Corpus
         from storage.embeddings import Embeddings
         from storage.manifest import Manifest

@@ -290,7 +290,7 @@ def slow_mean_reciprocal_rank(rows, vectors):
 
 
 def test_no_judge_takes_vectors_that_are_no_numbers_for_good_ones():
-    triplets = TripletJudge([Triplet("a", "b", "n"), Triplet("c", "d", None)])
+    triplets = TripletJudge([Triplet("a", "b", ("n",)), Triplet("c", "d")])
     vectors = np.eye(5, 4, dtype=np.float32)
     for wrong in (np.nan, np.inf):
         vectors[3] = wrong

@@ -118,8 +118,10 @@ class CandidateSource:
         """
         if isinstance(objective, DiscoCkdObjective):
             return np.concatenate([ids, self._past(objective.queue, step)])
-        if not (isinstance(objective, AmongOthers) and objective.neighbours and self.negatives):
+        if not (isinstance(objective, AmongOthers) and objective.neighbours):
             return ids
+        if self.negatives is None:
+            raise TypeError(f"{objective.name} needs mined neighbours")
         mined = np.unique(self.negatives.rows_of(ids)[0][:, : objective.neighbours])
         return np.concatenate([ids, np.setdiff1d(mined[mined != NONE], ids, assume_unique=True)])
 
