@@ -222,10 +222,11 @@ class Toy(torch.nn.Module):
 
 def loss_of(toy):
     """Each of five rows is compared with the others, by place."""
-    rows = torch.arange(15.0).reshape(5, 3).sin()
+    device = toy.scale.device
+    rows = torch.arange(15.0, device=device).reshape(5, 3).sin()
     vectors = ranks.together(np.array([3, 1, 4, 1, 5]), lambda places: toy.linear(rows[places]))
     similar = toy.scale * vectors @ vectors.T
-    return (similar.logsumexp(dim=1) * torch.arange(1.0, 6.0)).sum()
+    return (similar.logsumexp(dim=1) * torch.arange(1.0, 6.0, device=device)).sum()
 
 
 def step(toy):

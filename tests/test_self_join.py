@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.learning import self_join
 from stages.learning.self_join import FlatCost, JoinCost, Lists, SelfJoin, flat_cost, join_cost
@@ -170,6 +171,47 @@ def test_a_tile_is_compared_with_its_limits_by_their_bits(kind, low):
         ]
         expected = (tile.float() >= down[:, None].float()).nonzero()
         assert sorted(torch.stack(found, 1).tolist()) == expected.tolist()
+
+
+class Products(TorchDispatchMode):
+    """Notes how CUDA would add up each product of two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.seen.append(cuda_settings())
+        return func(*args, **(kwargs or {}))
+
+
+def cuda_settings():
+    matmul = torch.backends.cuda.matmul
+    return {name: getattr(matmul, name) for name in self_join.EXACT_ON_CUDA}
+
+
+@pytest.mark.parametrize("product", [torch.bfloat16, torch.float32])
+def test_every_product_is_summed_in_float32_and_the_process_is_left_as_it_was(product):
+    """What a GPU is told; a program around this one had told it otherwise."""
+    matmul, before = torch.backends.cuda.matmul, cuda_settings()
+    loose = {name: "tf32" if name == "fp32_precision" else True for name in before}
+    try:
+        for name, value in loose.items():
+            setattr(matmul, name, value)
+        with Products() as products:
+            made = join(clustered(200, 24), 9, product=product)
+            self_join.seconds_of_tiles(clustered(200, 24), 9, product, CPU)
+            self_join._seconds_of_product(24, product, CPU)
+        assert len(products.seen) > made.steps
+        assert all(seen == self_join.EXACT_ON_CUDA for seen in products.seen)
+        assert cuda_settings() == loose
+        with pytest.raises(KeyError), self_join.float32_sums():
+            raise KeyError
+        assert cuda_settings() == loose
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 def test_rows_alike_stand_together():

@@ -19,7 +19,8 @@ The margin. Let x, y be unit rows in float32 and x', y' what they are in bfloat1
     |x.y - x'.y'| <= |x.(y - y')| + |(x - x').y'| <= e + e * (1 + e)
 
 whatever the vectors are. Sums of `dim` products in float32, in any order, are off by at most about
-dim * 2^-24 each; four times that covers the tile's sum, the exact one and both norms. At last the tile
+dim * 2^-24 each; four times that covers the tile's sum, the exact one and both norms (`float32_sums`
+keeps a GPU to it). At last the tile
 rounds to bfloat16, up or down; limits are rounded down to bfloat16, so a score that is not below the
 limit is not below it after rounding either.
 """
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,6 +47,14 @@ GROUP = 32  # scores of a tile that are read as one maximum
 SPARE = 16  # free places behind a list: it is cut back to its best k when they are taken
 GROUPS_AT_ONCE = 1 << 14  # bounds the memory where very many pairs are close
 ANY = -2.0  # a limit below every cosine, but above the -inf of padding
+
+EXACT_ON_CUDA = {
+    "allow_bf16_reduced_precision_reduction": False,
+    "allow_fp16_reduced_precision_reduction": False,
+    "allow_fp16_accumulation": False,
+    "fp32_precision": "ieee",
+}
+"""Settings of `torch.backends.cuda.matmul`."""
 
 RowsOf = Callable[[NDArray[np.int64]], NDArray[np.floating]]
 """(m,) row numbers -> (m, dim) vectors of any length but 0, float16 or float32."""
@@ -163,7 +173,8 @@ class SelfJoin:
         self, left: torch.Tensor, right: torch.Tensor, first: int, second: int
     ) -> torch.Tensor:
         """(tile, tile) cosines, -inf where one of the two is padding."""
-        scores = left @ right.T
+        with float32_sums():
+            scores = left @ right.T
         scores[self._real(first) :] = -torch.inf
         scores[:, self._real(second) :] = -torch.inf
         return scores
@@ -184,6 +195,24 @@ class SelfJoin:
         for rows, columns in not_below(scores, limits, turned=turned):
             cosines = exact(own, theirs, rows, columns)
             self.lists.add(rows + first, columns + other * self.tile, cosines)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Products as the margin assumes them: sums in float32, of numbers that are taken as they are.
+
+    On CUDA that is a choice of the process, and not its default: sums of bfloat16 may be rounded to
+    bfloat16 on their way, and a program around this one may let float32 be cut to TF32.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = {name: getattr(matmul, name) for name in EXACT_ON_CUDA}
+    for name, value in EXACT_ON_CUDA.items():
+        setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
 
 
 class Lists:
@@ -435,7 +464,8 @@ def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> fl
     tile = torch.full((TILE, dim), dim**-0.5, dtype=kind, device=device)
 
     def multiply() -> None:
-        float((tile @ tile.T)[0, 0])  # waits for the device
+        with float32_sums():
+            float((tile @ tile.T)[0, 0])  # waits for the device
 
     return min(seconds_of(multiply) for _ in range(4))  # the first one warms up
 
