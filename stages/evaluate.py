@@ -8,7 +8,7 @@ dot product of unit vectors; a zero vector has cosine 0 with everything.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 VERSION = 6  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
+LEAST_ROWS = OVERLAP + 2  # with 11 rows everybody is among everybody's 10 nearest
 CUT = 10  # of nDCG and MRR
 DEPTH = 100  # of recall
 IGNORED = "identical_ids_ignored"  # queries of a set whose own document was no result
@@ -152,6 +153,14 @@ def run(
         )
         is not None
     }
+    left_out = _left_out(
+        name,
+        sets=retrieval,
+        of_teacher=of_teacher,
+        in_teachers_space=in_teachers_space,
+        imported=embeddings.manifest.recipe.get("model") == "unknown",
+        heldout=len(heldout),
+    )
     # Nothing scales what was cut to length 1: all that is measured are cosines.
     cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
     found: dict[str, Fact] = {}
@@ -178,7 +187,7 @@ def run(
         write_documents(documents, indexed, teacher=teacher, as_read=as_read)
     write_json(details, {**shown, "searches": searches or shown["searches"]})
     write_json(out, metrics)
-    return Outcome("evaluate", out, _summary(name, metrics), metrics)
+    return Outcome("evaluate", out, _summary(name, metrics, left_out), metrics)
 
 
 def run_imported(*, out: Path, details: Path, documents: Path) -> Outcome:
@@ -313,14 +322,7 @@ def _measure_fidelity(
     cuts: Cuts,
 ) -> tuple[dict[str, Fact], dict[str, Any]]:
     """Metrics of likeness to the teacher's whole vectors, and what the page shows of it."""
-    if len(heldout) < OVERLAP + 2:
-        # With 11 rows everybody is among everybody's 10 nearest.
-        log.warning(
-            "evaluate: %s, likeness to the teacher is left out: %d rows are held out, and it takes %d",
-            name,
-            len(heldout),
-            OVERLAP + 2,
-        )
+    if len(heldout) < LEAST_ROWS:
         return {}, {"texts": len(heldout), "searches": [], **NOTHING_TO_SHOW}
     rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
@@ -350,6 +352,38 @@ def _measure_speed(
         "texts_per_reference": float(f"{found.texts_per_reference:.4g}"),
         "device": found.device,
     }
+
+
+def _left_out(
+    name: str,
+    *,
+    sets: Collection[str],
+    of_teacher: Collection[str],
+    in_teachers_space: bool,
+    imported: bool,
+    heldout: int,
+) -> list[str]:
+    """Metrics that are asked for and not measured, each with the reason; all are logged."""
+    found = []
+    absent = ", ".join(f"teacher_index.{key}" for key in sets if key not in of_teacher)
+    if absent and in_teachers_space and imported:
+        found.append(f"{absent}: the teacher's vectors were imported, and it reads no documents")
+    elif absent and in_teachers_space:
+        found.append(
+            f"{absent}: the teacher left no vectors of these documents; run `teachonce evaluate "
+            f"teacher`, then `teachonce evaluate {name}` again"
+        )
+    if heldout < LEAST_ROWS:
+        found.append(
+            f"fidelity: {heldout} rows are held out, and it takes {LEAST_ROWS}; raise split.heldout, or "
+            "add texts"
+        )
+    for metrics in found:
+        log.warning("evaluate: %s, left out: %s", name, metrics)
+    if absent and not in_teachers_space and name != TEACHER:
+        # No fault, so not in the summary: nobody asks such a model's queries of the teacher's index.
+        log.info("evaluate: %s, no %s: it is not in this teacher's space", name, absent)
+    return found
 
 
 def _share_cut(name: str, key: str, cut: int, texts: int) -> dict[str, Fact]:
@@ -390,7 +424,7 @@ def _vectors(
     return vectors, cut
 
 
-def _summary(name: str, metrics: dict[str, Fact]) -> str:
+def _summary(name: str, metrics: dict[str, Fact], left_out: Sequence[str]) -> str:
     parts = []
     if "sts.average" in metrics:
         parts.append(f"STS {metrics['sts.average']:.2f}")
@@ -402,4 +436,4 @@ def _summary(name: str, metrics: dict[str, Fact]) -> str:
     if "fidelity.spearman" in metrics:
         parts.append(f"{metrics['fidelity.spearman']:.3f} rank correlation with the teacher")
     parts.append(f"{metrics['sentences_per_second']:,} sentences/s on {metrics['device']}")
-    return f"{name}: {', '.join(parts)}"
+    return "; left out: ".join([f"{name}: {', '.join(parts)}", *left_out])

@@ -510,7 +510,7 @@ def test_the_share_of_texts_that_were_cut_is_measured_and_told(
     # Of four sentences the last has more than 20 letters; of two documents and two queries the first.
     assert (facts["sts.A.truncated"], facts["retrieval.docs.truncated"]) == (0.25, 0.25)
     said = "texts are longer than the model reads here, and were cut (evaluate.max_tokens)"
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+    assert [r.getMessage() for r in caplog.records if said in r.getMessage()] == [
         f"evaluate: kd, retrieval.docs, 1 of 4 {said}",
         f"evaluate: kd, sts.A, 1 of 4 {said}",
     ]
@@ -560,8 +560,10 @@ def test_with_few_rows_held_out_likeness_is_left_out(tmp_path, corpus, embedding
         *("sentences_per_second", "texts_per_reference", "device", "parameters", "megabytes")
     }
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        f"evaluate: kd, likeness to the teacher is left out: {few} rows are held out, and it takes 12"
+        f"evaluate: kd, left out: fidelity: {few} rows are held out, and it takes 12; raise "
+        "split.heldout, or add texts"
     ]
+    assert outcome.summary.endswith("; raise split.heldout, or add texts")
     # More than are held out, more than there are: all rows, some of them twice.
     assert {len(texts) for _, texts in encoder.asked} == {200}
     assert {*encoder.asked[0][1]} == {*corpus.take(np.arange(corpus.rows))}
@@ -615,11 +617,40 @@ def test_a_students_queries_are_asked_of_the_documents_that_the_teacher_left(
     assert not [key for key in teacher if key.startswith("teacher_index")]
 
 
-def test_without_documents_of_the_teacher_nothing_is_asked_of_them(
-    tmp_path, corpus, embeddings, beir
+def test_without_documents_of_the_teacher_it_is_said_loudly_and_how_to_have_them(
+    tmp_path, corpus, embeddings, beir, caplog
 ):
-    student = measure(tmp_path, corpus, embeddings, HashEncoder(), retrieval={"docs": "docs"}).facts
-    assert not [key for key in student if key.startswith("teacher_index")]
+    sets = {"docs": "docs"}
+    outcome = measure(tmp_path, corpus, embeddings, HashEncoder(), retrieval=sets)
+    assert not [key for key in outcome.facts if key.startswith("teacher_index")]
+    said = (
+        "teacher_index.docs: the teacher left no vectors of these documents; run `teachonce evaluate "
+        "teacher`, then `teachonce evaluate kd` again"
+    )
+    assert outcome.summary.endswith(f"; left out: {said}")
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned[0] == f"evaluate: kd, left out: {said}"
+    # Once it has, nothing is missing.
+    measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher", retrieval=sets)
+    again = measure(tmp_path, corpus, embeddings, HashEncoder(), retrieval=sets)
+    assert "teacher_index.docs.ndcg@10" in again.facts
+    assert "left out" not in again.summary
+
+
+def test_what_cannot_be_had_has_no_cure_that_fails(caplog):
+    caplog.set_level("INFO", logger="teachonce")
+
+    def told(**changes):
+        given = {"sets": ["docs"], "of_teacher": [], "in_teachers_space": True, "imported": False}
+        return evaluate._left_out("kd", **given | {"heldout": 12} | changes)
+
+    assert told(imported=True) == [
+        "teacher_index.docs: the teacher's vectors were imported, and it reads no documents"
+    ]
+    assert told(in_teachers_space=False) == told(of_teacher=["docs"]) == told(sets=[]) == []
+    assert [r.getMessage() for r in caplog.records if r.levelname == "INFO"] == [
+        "evaluate: kd, no teacher_index.docs: it is not in this teacher's space"
+    ]
 
 
 def test_documents_are_those_of_this_teacher_and_this_set_or_refused(tmp_path):
