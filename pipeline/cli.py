@@ -495,7 +495,9 @@ def ls(as_json: Json = False) -> None:
     """List what is in the store, for which teacher, how large, and whose manifests need it."""
     from pipeline.ls import lines, run
 
-    outcome = run(workspace().store.root)
+    here = workspace()
+    here.renew()
+    outcome = run(here.store.root)
     show_lines(outcome, lines(outcome.facts), as_json)
 
 
@@ -524,7 +526,10 @@ def gc(
     ] = False,
     forget: Annotated[
         list[str] | None,
-        typer.Option(metavar="REF", help="Remove a ref first; may be repeated."),
+        typer.Option(
+            metavar="REF",
+            help="Remove a ref first, as `ls` names it: one holder of one manifest. May be repeated.",
+        ),
     ] = None,
     grace: Annotated[
         float,
@@ -537,8 +542,11 @@ def gc(
     """Delete objects that no ref in the store names. A dry run, unless told to."""
     from pipeline.gc import lines, run
 
+    here = workspace()
+    # Nobody should delete what the very folder needs in which he types this.
+    here.renew()
     outcome = run(
-        workspace().store.root,
+        here.store.root,
         delete=delete,
         quarantine=quarantine,
         forget=forget or (),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.outcome import Facts, Outcome
+from storage import holders
 from storage.errors import MissingError, TeachonceError, shown
 from storage.inventory import (
     SHOWN_DIGITS,
@@ -16,6 +18,7 @@ from storage.inventory import (
     Ref,
     orphans,
     read_refs,
+    short_name,
     take_inventory,
 )
 from storage.probe import PROBE_DIGEST
@@ -34,6 +37,7 @@ def run(root: Path) -> Outcome:
     """
     inventory = take_inventory(root)
     refs, unreadable = _refs_or_why_not(root)
+    several = Counter(ref.manifest_digest for ref in refs)
     groups = list(_groups(inventory.objects, refs))
     size = sum(file.bytes for file in inventory.objects)
     there = {file.name for file in inventory.objects}
@@ -56,6 +60,10 @@ def run(root: Path) -> Outcome:
             "refs": {
                 ref.name: {
                     **ref.made,
+                    "maker": holders.maker_in(ref.made),
+                    "seen": time.strftime("%Y-%m-%d", time.gmtime(ref.seen)),
+                    "gone": ref.is_gone,
+                    "forget": short_name(ref.full_name, alone=several[ref.manifest_digest] == 1),
                     "kind": ref.manifest.kind,
                     "rows": ref.manifest.rows,
                     "bytes": ref.manifest.size,
@@ -82,14 +90,17 @@ def lines(facts: Facts) -> Iterator[str]:
         if group["recipe"]:
             yield f"    {_told(group['recipe'])}"
         for name in group["refs"]:
-            yield f"    {_ref_line(name, facts['refs'][name])}"
+            yield f"    {_ref_line(facts['refs'][name])}"
         if group["orphans"]:
             yield f"    {group['orphans']:,} named by no ref, {bytes_of(group['orphan_bytes'])}"
     used = {name for group in facts["groups"] for name in group["refs"]}
-    yield from (_ref_line(name, ref) for name, ref in facts["refs"].items() if name not in used)
+    yield from (_ref_line(ref) for name, ref in facts["refs"].items() if name not in used)
     for error in facts["unreadable"]:
         yield f"unreadable: {error['where']}: {error['said']}"
         yield f"  cure: {error['cure']}"
+    yield from some(
+        f"taken away by a gc that runs or was killed: {name}" for name in facts["aside"]
+    )
     yield from other_lines(facts)
 
 
@@ -172,15 +183,20 @@ def _told(recipe: Mapping[str, Any]) -> str:
     return ", ".join(told) or "made with no settings"
 
 
-def _ref_line(name: str, ref: Mapping[str, Any]) -> str:
-    by, on, at, place = (shown(ref.get(word, "?")) for word in ("by", "on", "at", "in"))
+def _ref_line(ref: Mapping[str, Any]) -> str:
     missing = f", {ref['missing']:,} of its objects MISSING" if ref["missing"] else ""
-    return f"ref {name[:SHOWN_DIGITS]} {ref['kind']}: {by} on {on}, {at}, in {place}{missing}"
+    gone = " (GONE)" if ref["gone"] else ""
+    maker = "" if holders.is_same(ref["maker"], ref) else f"; made by {holders.told(ref['maker'])}"
+    return (
+        f"ref {ref['forget']} {ref['kind']}: {holders.told(ref)}{gone}, last used {ref['seen']}"
+        f"{missing}{maker}"
+    )
 
 
 def _others(inventory: Inventory) -> dict[str, dict[str, int]]:
     return {
         "scratch": sizes_of(inventory.scratch),
+        "aside": sizes_of(inventory.aside),
         "quarantine": sizes_of(inventory.quarantine),
         "foreign": sizes_of(inventory.foreign),
     }

@@ -37,6 +37,7 @@ def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
         DamagedError: a manifest is damaged, so nobody knows what to look at.
         MissingError: there is no manifest, or no store.
     """
+    here.renew()
     manifests, broken = manifests_of(here.at)
     if broken:
         raise broken[0]
@@ -91,7 +92,7 @@ def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
 def _missing(store: Store, manifests: Manifests) -> dict[Kind, list[str]]:
     """The keys of each manifest under which nothing is in the store."""
     return {
-        kind: [entry.key for entry in manifest.objects if not store.path(entry.key).exists()]
+        kind: [entry.key for entry in manifest.objects if not store.has(entry.key)]
         for kind, manifest in manifests.items()
     }
 

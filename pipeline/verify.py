@@ -50,6 +50,7 @@ def run(
     Raises:
         MissingError: there is no manifest, or no store.
     """
+    here.renew()
     manifests, broken = manifests_of(here.at)
     entries = entries_of(here.store, manifests)
     seed = secrets.randbelow(1 << 32) if seed is None else seed

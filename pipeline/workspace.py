@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import Kind, Manifest, fingerprint
 from storage.negatives import Negatives
 from storage.remote import Remote
 from storage.split import Split
@@ -89,9 +90,7 @@ class Workspace:
             MissingError: there is none.
         """
         found = {
-            path: Manifest.load(path, kind)
-            for kind, path in self.at.manifests.items()
-            if path.exists()
+            path: self.manifest(kind) for kind, path in self.at.manifests.items() if path.exists()
         }
         if not found:
             raise MissingError(
@@ -99,14 +98,30 @@ class Workspace:
             )
         return found
 
+    def manifest(self, kind: Kind) -> Manifest:
+        """A manifest of the work tree; the store is told that it is in use.
+
+        Raises:
+            MissingError, DamagedError, StorageError: as `Manifest.load`.
+        """
+        path = self.at.manifests[kind]
+        manifest = Manifest.load(path, kind)
+        manifest.renew(path, self.store)
+        return manifest
+
+    def renew(self) -> None:
+        """Tell the store which manifests of this work tree are in use, as far as they can be read."""
+        for kind in self.at.manifests:
+            with suppress(TeachonceError):
+                self.manifest(kind)
+
     def corpus(self) -> Corpus:
         """The texts."""
-        return Corpus(self.store, Manifest.load(self.at.corpus, "corpus"))
+        return Corpus(self.store, self.manifest("corpus"))
 
     def embeddings(self) -> Embeddings:
         """The teacher's vectors."""
-        manifest = Manifest.load(self.at.embeddings, "embeddings")
-        return Embeddings(self.store, manifest, self.corpus())
+        return Embeddings(self.store, self.manifest("embeddings"), self.corpus())
 
     def split(self) -> Split:
         """Which rows are for what."""
@@ -117,13 +132,13 @@ class Workspace:
         from stages.mine import parent_of
 
         corpus = self.corpus()
-        embeddings = Embeddings(self.store, Manifest.load(self.at.embeddings, "embeddings"), corpus)
+        embeddings = Embeddings(self.store, self.manifest("embeddings"), corpus)
         split = Split.load(self.at.split, corpus)
         negatives = None
         if with_negatives:
             negatives = Negatives(
                 self.store,
-                Manifest.load(self.at.negatives, "negatives"),
+                self.manifest("negatives"),
                 corpus,
                 mined_from=parent_of(embeddings, split),
             )
@@ -367,7 +382,7 @@ class Workspace:
 
     def teacher_fingerprint(self) -> str:
         """The name of the teacher's vectors in the store."""
-        return fingerprint(Manifest.load(self.at.embeddings, "embeddings").recipe)
+        return fingerprint(self.manifest("embeddings").recipe)
 
     def _teacher_folder(self) -> Path:
         params = self.params.embed

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.outcome import Outcome, Progress, log
+from storage import holders
 from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.probe import probe_key
@@ -57,9 +58,7 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
             record := store.find(probe_key(fingerprint(manifest.recipe)))
         ):
             offer(record, store, remote)
-    notes = sum(
-        remote.push_ref(manifest.ref, manifest.note(path)) for path, manifest in manifests.items()
-    )
+    notes = sum(_push_ref(manifest, path, store, remote) for path, manifest in manifests.items())
     return _outcome("push", result, to=remote.url, manifests=manifests, notes=notes)
 
 
@@ -77,11 +76,10 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
     """
 
     def fetch(entry: Object, result: Moved) -> None:
-        try:
-            store.open(entry)
-        except MissingError:
+        if store.find(entry.key) is None:
             (result.moved if remote.pull(entry, store) else result.missing).append(entry)
         else:
+            store.open(entry)
             result.there.append(entry)
 
     objects = _objects(manifests)
@@ -95,10 +93,32 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
             f"{first}); {len(result.moved)} were brought",
             f"run `teachonce push` where they were made, or {made_again(first)}",
         )
+    # All is asked before anything is named.
+    makers = {path: _maker(manifest, store, remote) for path, manifest in manifests.items()}
     for path, manifest in manifests.items():
-        if not (store.root / manifest.ref).exists():
-            manifest.leave_note(path, store)
+        manifest.hold(path, store, again="teachonce pull", maker=makers[path])
     return _outcome("pull", result, to=store.root, manifests=manifests, notes=0)
+
+
+def _push_ref(manifest: Manifest, path: Path, store: Store, remote: Remote) -> bool:
+    """Send the note of a holder, unless the remote has one of his; as `holders.leave` does in a store."""
+    held = manifest.manifested
+    content = manifest.note(path, maker=holders.known_maker(store.root, held))
+    first, further = holders.names(held, path)
+    if remote.push_ref(first, content):
+        return True
+    made = holders.parse(remote.ref(first) or b"", held)
+    if made is not None and holders.is_same(made, holders.here(path)):
+        return False
+    return remote.push_ref(further, content)
+
+
+def _maker(manifest: Manifest, store: Store, remote: Remote) -> dict[str, str] | None:
+    """Who made a manifest, as far as the store or the remote knows."""
+    held = manifest.manifested
+    return holders.known_maker(store.root, held) or holders.maker_of(
+        remote.ref(manifest.ref) or b"", held
+    )
 
 
 def offer(entry: Object, store: Store, remote: Remote) -> None:

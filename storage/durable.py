@@ -9,23 +9,27 @@ Both write a scratch file beside the target, flush it to the disk, give it its f
 the folder. A failed flush is never retried: Linux reports a lost page once and then calls it clean,
 so the scratch file is thrown away and the caller starts it again.
 
-What was written is taken away by `move` and `remove`, which only the upkeep of the store calls.
+What was written is taken away by `move`, `rename` and `remove`, which only the upkeep of the store calls;
+`restore` undoes a `rename`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from storage.errors import StorageError
 
 SCRATCH_SUFFIX = ".tmp"
+SCRATCH_PATTERN = rf"\.(.+)\.[0-9]+\.[0-9a-f]{{8}}{re.escape(SCRATCH_SUFFIX)}"
+"""What `_scratch_name` makes; the first group is the name that the file is to have in the end."""
 
 CURES = {
     errno.ENOSPC: "free some space there, then run the same command again: what is finished is kept",
@@ -149,6 +153,50 @@ def move(path: Path, target: Path) -> None:
         _flush(path.parent)
 
 
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name in its folder, in one step; one that is gone already is as good.
+
+    It is not flushed: after a power cut it has one of the two names.
+    """
+    with named(path, "renaming"), suppress(FileNotFoundError):
+        path.rename(target)
+
+
+def restore(path: Path, target: Path) -> bool:
+    """Give the file `path` the name `target` in its folder, unless there is a file of that name.
+
+    Returns:
+        False if there is no `path` (any more).
+
+    Raises:
+        StorageError: that is not allowed, or failed.
+    """
+    with named(target, "putting back"):
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            return True
+        except FileNotFoundError:
+            return False
+        except PermissionError:
+            # Linux links no file that belongs to somebody else and may not be written
+            # (fs.protected_hardlinks), but renames it for all who may write in the folder.
+            if target.exists():
+                return True
+            try:
+                path.rename(target)
+            except FileNotFoundError:
+                return False
+        _flush(target.parent)
+        return True
+
+
+def touch(file: int | Path) -> None:
+    """Give a file, also an open one, the time of now, where that is allowed (for files of one's own)."""
+    with suppress(OSError):
+        os.utime(file)
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link or a whole folder; one that is gone already is as good.
 
@@ -156,10 +204,12 @@ def remove(path: Path) -> None:
         StorageError: it, or a part of it, is still there.
     """
     with named(path, "deleting"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        try:
             path.unlink(missing_ok=True)
+        except (IsADirectoryError, PermissionError):  # the second is macOS's word for a folder
+            if path.is_symlink() or not path.is_dir():
+                raise
+            shutil.rmtree(path)
         _flush(path.parent)
 
 

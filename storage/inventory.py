@@ -1,12 +1,15 @@
 """What is in a store, who names it, and what could go.
 
 Nothing here changes anything. A file is an object if its name is a key, a scratch file if it is named as
-`durable` names them, and otherwise foreign: somebody else's, listed and left alone.
+`durable` names those of an object or a ref, and lies where that would lie; and so on for what `gc` takes
+away and for what `repair` moves. All others are foreign: somebody else's, listed and left alone. A person
+may have pointed `store` to a folder of his own.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import stat
 from collections import defaultdict
@@ -16,14 +19,20 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage import durable
+from storage import durable, holders, trash
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
-from storage.manifest import MAX_BYTES, Manifest
+from storage.holders import MAX_BYTES, REF_PATTERN, REFS
+from storage.manifest import Manifest
 from storage.probe import probe_key
 from storage.store import KEY_PATTERN, digest
 
-REFS, QUARANTINE = "refs", "quarantine"
-SCRATCH_PATTERN = rf"\..*{re.escape(durable.SCRATCH_SUFFIX)}"
+QUARANTINE = "quarantine"
+QUARANTINED_PATTERN = rf"{KEY_PATTERN.replace('/', '_')}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{8}}"
+"""What `upkeep.quarantine` calls what it moves there."""
+
+WRITTEN_PATTERN = rf"{KEY_PATTERN}|{REFS}/{REF_PATTERN}|{trash.MARKS}/{trash.ID_PATTERN}"
+"""All that is written into a store."""
+
 SHOWN_DIGITS = 8
 
 DAY = 86_400.0
@@ -43,23 +52,52 @@ class Note(BaseModel):
 
 @dataclass(frozen=True)
 class Ref:
-    """A manifest that keeps its objects in the store.
+    """A manifest that keeps its objects in the store, for one holder.
 
     Args:
-        name: The digest of the manifest.
+        name: Of its file, without `.json`.
         manifest: It.
-        made: by, on, at, in: who made it, where and when.
+        made: by, on, at, in: the holder and since when; with the maker, if that is somebody else.
+        seen: When the holder last used it, by the day (seconds).
     """
 
     name: str
     manifest: Manifest
     made: Mapping[str, str]
+    seen: float
+
+    @property
+    def holder(self) -> str:
+        """Who has it, since when and where, for people."""
+        return holders.told(self.made)
 
     @property
     def maker(self) -> str:
         """Who made it, where and when, for people."""
-        by, on, at, place = (shown(self.made.get(word, "?")) for word in ("by", "on", "at", "in"))
-        return f"{by} on {on}, {at}, in {place}"
+        return holders.told(holders.maker_in(self.made))
+
+    @property
+    def manifest_digest(self) -> str:
+        """The same for all holders of a manifest."""
+        return self.name.partition(".")[0]
+
+    @property
+    def full_name(self) -> str:
+        """The digests of the manifest and of its holder, also of the first one."""
+        return f"{self.manifest_digest}.{holders.holder_digest(self.made)}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the holder's folder is no more; of a folder of another machine nobody here knows."""
+        if self.made.get("on") != platform.node() or not self.made.get("in"):
+            return False
+        try:
+            Path(self.made["in"]).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except (OSError, ValueError):
+            return False  # not to be looked at by this user
+        return False
 
 
 @dataclass(frozen=True)
@@ -83,12 +121,16 @@ class Inventory:
     Args:
         objects: Files whose name is a key.
         scratch: What writers have not finished, or left when they died.
+        aside: What a gc has taken away and not deleted yet: one that runs, or was killed.
+        marks: Each says that a gc has begun and not ended.
         quarantine: What `repair` moved away; a folder counts as one.
         foreign: Everything else.
     """
 
     objects: tuple[File, ...]
     scratch: tuple[File, ...]
+    aside: tuple[File, ...]
+    marks: tuple[File, ...]
     quarantine: tuple[File, ...]
     foreign: tuple[File, ...]
 
@@ -100,12 +142,7 @@ def take_inventory(root: Path) -> Inventory:
         MissingError: there is no store.
         StorageError: a folder cannot be listed.
     """
-    if not root.is_dir():
-        raise MissingError(
-            root,
-            "no store there",
-            "point `store` (or $TEACHONCE_STORE) to one, or make it by a run",
-        )
+    check_store(root)
     kinds: dict[str, list[File]] = defaultdict(list)
     for path in _walk(root):
         try:
@@ -117,9 +154,19 @@ def take_inventory(root: Path) -> Inventory:
     return Inventory(
         *(
             tuple(sorted(kinds[kind], key=lambda file: file.name))
-            for kind in ("object", "scratch", QUARANTINE, "foreign")
+            for kind in ("object", "scratch", "aside", "mark", QUARANTINE, "foreign")
         )
     )
+
+
+def check_store(root: Path) -> None:
+    """Raise MissingError unless there is a folder."""
+    if not root.is_dir():
+        raise MissingError(
+            root,
+            "no store there",
+            "point `store` (or $TEACHONCE_STORE) to one, or make it by a run",
+        )
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -137,15 +184,28 @@ def _raise(error: OSError) -> None:
 
 
 def _kind(name: str, mode: int) -> str:
-    top, _, _ = name.partition("/")
-    if top == QUARANTINE:
-        return QUARANTINE
-    plain = stat.S_ISREG(mode)
-    if plain and re.fullmatch(SCRATCH_PATTERN, name.rpartition("/")[2]):
+    folder, _, last = name.rpartition("/")
+    if folder == QUARANTINE:
+        return QUARANTINE if re.fullmatch(QUARANTINED_PATTERN, last) else "foreign"
+    if not stat.S_ISREG(mode):
+        return "ref" if folder == REFS and not last.startswith(".") else "foreign"
+    if re.fullmatch(KEY_PATTERN, name):
+        return "object"
+    if (key := key_aside(name)) and re.fullmatch(KEY_PATTERN, key):
+        return "aside"
+    scratch = re.fullmatch(durable.SCRATCH_PATTERN, last)
+    if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):
         return "scratch"
-    if top == REFS:
-        return "ref"
-    return "object" if plain and re.fullmatch(KEY_PATTERN, name) else "foreign"
+    if folder == trash.MARKS and re.fullmatch(trash.ID_PATTERN, last):
+        return "mark"
+    return "ref" if folder == REFS and not last.startswith(".") else "foreign"
+
+
+def key_aside(name: str) -> str | None:
+    """The key that a file had before a gc took it away; None for other files."""
+    folder, _, last = name.rpartition("/")
+    before = trash.original(last)
+    return before and f"{folder}/{before}"
 
 
 def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
@@ -166,8 +226,8 @@ def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
         names = sorted(path.name for path in folder.iterdir())
     refs, unreadable = [], []
     for name in names:
-        if re.fullmatch(SCRATCH_PATTERN, name):
-            continue
+        if name.startswith("."):
+            continue  # a scratch file, or one of the file system's own
         try:
             refs.append(_read_ref(folder / name))
         except DamagedError as error:
@@ -187,15 +247,18 @@ def _read_ref(path: Path) -> Ref:
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size} bytes are too many")
         note = Note.model_validate_json(path.read_bytes())
-        if f"{digest(note.manifest.encoded)}.json" != path.name:
+        found = re.fullmatch(REF_PATTERN, path.name)
+        if found is None or digest(note.manifest.encoded) != found[1]:
             raise ValueError("its manifest is not the one that its name says")
+        if found[2] not in (None, holders.holder_digest(note.made)):
+            raise ValueError("its holder is not the one that its name says")
     except FileNotFoundError:
         raise
     except ValidationError as error:
         raise DamagedError(path, f"no ref ({error.error_count()} faults)", cure) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(path, f"no ref: {shown(error)}", cure) from error
-    return Ref(path.stem, note.manifest, note.made)
+    return Ref(path.stem, note.manifest, note.made, status.st_mtime)
 
 
 def find_ref(root: Path, prefix: str) -> Path:
@@ -203,25 +266,65 @@ def find_ref(root: Path, prefix: str) -> Path:
 
     Args:
         root: The store.
-        prefix: At least the first four characters.
+        prefix: At least the first four characters of a manifest's digest; after a dot those of a holder's,
+            where there are several. The whole name of a file means that one.
 
     Raises:
         TeachonceError: none does, or more than one.
     """
     folder = root / REFS
-    found = sorted(
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.name.startswith(prefix) and not path.name.startswith(".")
-    )
-    if len(prefix) < 4 or len(found) != 1:
-        named = ", ".join(shown(path.stem) for path in found[:5]) or "none"
+    manifest, _, holder = prefix.partition(".")
+    found = {
+        path: name
+        for path, name in _names_of_refs(folder).items()
+        if name.startswith(manifest) and (not holder or _holder_in(name).startswith(holder))
+    }
+    if exact := [path for path in found if path.stem == prefix]:
+        return exact[0]
+    if len(manifest) < 4 or len(found) != 1:
+        named = ", ".join(_told(path, name) for path, name in list(found.items())[:5]) or "none"
         raise TeachonceError(
             f"ref {shown(prefix)}",
             f"{len(found)} refs begin like that ({named})",
-            "give at least four characters that only one begins with; `teachonce ls` lists all",
+            "give at least four characters that only one begins with, and a dot and the holder's where one "
+            "manifest has several; `teachonce ls` lists all",
         )
-    return found[0]
+    return next(iter(found))
+
+
+def short_name(full_name: str, *, alone: bool) -> str:
+    """What `find_ref` takes for a ref: digits of the manifest, and of the holder unless it is alone."""
+    manifest, _, holder = full_name.partition(".")
+    return manifest[:SHOWN_DIGITS] + ("" if alone else f".{holder[:SHOWN_DIGITS]}")
+
+
+def _names_of_refs(folder: Path) -> dict[Path, str]:
+    """File -> its full name; of one that cannot be read, what its file is called."""
+    if not folder.is_dir():
+        return {}
+    with durable.named(folder, "listing"):
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    names = {}
+    for path in paths:
+        try:
+            names[path] = _read_ref(path).full_name
+        except DamagedError:
+            names[path] = path.stem
+        except FileNotFoundError:
+            continue  # forgotten by somebody else meanwhile
+    return names
+
+
+def _holder_in(full_name: str) -> str:
+    return full_name.partition(".")[2]
+
+
+def _told(path: Path, name: str) -> str:
+    try:
+        ref = _read_ref(path)
+    except (DamagedError, FileNotFoundError):
+        return shown(path.stem)
+    return f"{short_name(name, alone=False)} of {ref.holder}"
 
 
 def orphans(objects: Iterable[File], refs: Iterable[Ref]) -> list[File]:

@@ -6,24 +6,20 @@ of the store hold it, in order. It holds no time, host or path: equal inputs giv
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
-import platform
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage import durable
-from storage.errors import DamagedError, MissingError, shown
+from storage import durable, holders
+from storage.errors import DamagedError, MissingError, TeachonceError, shown
+from storage.holders import MAX_BYTES, REFS, Manifested
 from storage.store import Object, Store, canonical_json, digest
 
 Kind = Literal["corpus", "embeddings", "negatives"]
-
-# 1 TB of 64 MB objects is 3 MB of JSON; more than this is no manifest of ours, and is not read.
-MAX_BYTES = 64 << 20
 
 MADE_BY = {
     "corpus": "teachonce shard",
@@ -71,31 +67,89 @@ class Manifest(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     def save(self, path: Path, store: Store) -> None:
-        """Write the manifest and leave a note in the store that it exists."""
-        self.leave_note(path, store)
+        """Leave a ref in the store, then write the manifest, if all that it names is there.
+
+        Raises:
+            MissingError, AnotherCopyError, DamagedError, StorageError: as `hold`; it is not written.
+        """
+        self.hold(path, store, again=MADE_BY[self.kind])
         durable.replace(path, self.encoded)
 
-    def leave_note(self, path: Path, store: Store) -> None:
-        """Note in the store that the manifest `path` names objects of it.
+    def hold(
+        self, path: Path, store: Store, *, again: str, maker: Mapping[str, str] | None = None
+    ) -> None:
+        """Leave a ref in the store, then look whether all that the manifest names is there.
+
+        The ref comes first: `gc` reads the refs after it took something away, so what is seen here stays
+        (storage/trash.py has the whole argument).
+
+        Args:
+            path: Where the manifest is, or is to be.
+            store: Has what it names.
+            again: The command that gets what is missing.
+            maker: Who made it, if not what the store's refs say.
+
+        Raises:
+            MissingError: an object vanished after it was found or made.
+            AnotherCopyError, DamagedError: it is not the one that was found or made.
+            StorageError: the operating system refused.
+        """
+        ref = self.leave_note(path, store, maker=maker)
+        left = None if ref is None else ref.stat().st_ino
+        try:
+            for entry in self.objects:
+                store.see(entry)
+        except TeachonceError as error:
+            # It would name what is gone. Another process of this holder may have left its own meanwhile.
+            if ref is not None and ref.exists() and ref.stat().st_ino == left:
+                durable.remove(ref)
+            if not isinstance(error, MissingError):
+                raise
+            raise MissingError(
+                error.where,
+                "vanished from the store after it was found or made: `teachonce gc --delete` was at work "
+                "there",
+                f"run `{again}` again: what is there is kept",
+            ) from error
+
+    def renew(self, path: Path, store: Store) -> None:
+        """Note in the store that the manifest `path` is in use, as far as that is possible.
+
+        For those who read. A store that may not be written, or has not all that is named, is no error here:
+        who needs what is missing is told so when he asks for it.
+        """
+        try:
+            # A store without refs has lost them: with this one alone, `gc` would delete all the rest.
+            if not (store.root / REFS).is_dir():
+                return
+            known = holders.own_ref(store.root, self.manifested, path)
+            if known or all(store.has(entry.key) for entry in self.objects):
+                self.leave_note(path, store)
+        except TeachonceError:
+            return
+
+    def leave_note(
+        self, path: Path, store: Store, *, maker: Mapping[str, str] | None = None
+    ) -> Path | None:
+        """Note in the store that the manifest `path` names objects of it; the ref if it is a new one.
 
         The note is what keeps the objects of one person from being cleaned away by another.
         """
-        durable.replace(store.root / self.ref, self.note(path))
+        return holders.leave(store.root, self.manifested, path, maker)
 
     @property
     def ref(self) -> str:
-        """Where the note of this manifest lies, in a store as on a remote."""
-        return f"refs/{digest(self.encoded)}.json"
+        """Where the note of this manifest's first holder lies, in a store as on a remote."""
+        return f"{REFS}/{digest(self.encoded)}.json"
 
-    def note(self, path: Path) -> bytes:
-        """The manifest with who has it, when, on which machine and where (`path`)."""
-        made = {
-            "by": getpass.getuser(),
-            "on": platform.node(),
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "in": str(path.resolve().parent),
-        }
-        return canonical_json({"manifest": self.model_dump(mode="json"), "made": made})
+    @property
+    def manifested(self) -> Manifested:
+        """The manifest as refs need it."""
+        return Manifested(digest(self.encoded), json.loads(self.encoded))
+
+    def note(self, path: Path, *, maker: Mapping[str, str] | None = None) -> bytes:
+        """The manifest with who has it, since when, on which machine and where (`path`)."""
+        return holders.note(self.manifested, path, maker)
 
     @classmethod
     def load(cls, path: Path, kind: Kind | None) -> Self:

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from storage import durable
 from storage.errors import AnotherCopyError, DamagedError, TeachonceError, shown
+from storage.holders import MAX_BYTES, REF_PATTERN, REFS
 from storage.store import (
     KEY_PATTERN,
     MAGIC,
@@ -168,6 +169,19 @@ class Remote:
         path = self._path(ref)
         return not self._is_there(ref, path) and self._put(ref, note)
 
+    def ref(self, ref: str) -> bytes | None:
+        """The note of a manifest, of whatever content; None if there is none, or one too large to be one.
+
+        Raises:
+            RemoteError: the remote cannot be reached.
+        """
+        path = self._path(ref)
+        try:
+            size = self._asked(ref, lambda: self._size(path))
+            return self._range(ref, 0, size) if 0 < size <= MAX_BYTES else None
+        except FileNotFoundError:
+            return None
+
     def _fetch(self, there: Object, store: Store, accept: Accept, *, most: int) -> None:
         key = there.key
         if there.bytes > most + SLACK_BYTES:
@@ -270,7 +284,7 @@ class Remote:
 
     def _path(self, key: str) -> str:
         """Where `key` lies. Refuses anything that is neither a key nor the name of a note."""
-        if not re.fullmatch(rf"{KEY_PATTERN}|refs/[0-9a-f]{{40}}\.json", key):
+        if not re.fullmatch(rf"{KEY_PATTERN}|{REFS}/{REF_PATTERN}", key):
             raise DamagedError(
                 key, "not the name of an object", "restore the manifest that names it"
             )

@@ -15,7 +15,9 @@ import mmap
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -31,7 +33,7 @@ from pydantic import (
 )
 from typing_extensions import Buffer
 
-from storage import durable
+from storage import durable, trash
 from storage.errors import (
     AnotherCopyError,
     DamagedError,
@@ -82,6 +84,10 @@ Rows = Annotated[int, Field(ge=0, lt=1 << 40)]
 # What `open` says of a link and of a socket: no object of ours. Anything else it refuses for (no
 # permission, no more descriptors, a stale mount) says nothing about the object.
 NO_PLAIN_FILE = {errno.ELOOP, errno.ENXIO}
+
+# Not at each find: what is touched is another file for whoever remembers that he has checked it. The grace
+# of `gc` is days; with one of less than an hour, what was found may be deleted, and the stage says so.
+YOUNG_SECONDS = 3600.0
 
 # Token ids are missing here: whoever needs them makes them.
 MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
@@ -158,9 +164,13 @@ class Store:
         return found
 
     def find(self, key: str) -> Object | None:
-        """The whole object under `key`, or None if there is none. Damage is an error, not a None."""
+        """The whole object under `key`, or None if there is none. Damage is an error, not a None.
+
+        Who finds an object relies on it, so it is given the time of now: `gc` takes it for as young as
+        one that was just made.
+        """
         try:
-            batch, header, size = self._map(key)
+            batch, header, size = self._map(key, take_up=True)
         except MissingError:
             return None
         return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256)
@@ -181,6 +191,10 @@ class Store:
                 f"{named.rows} rows there, {header.rows} in the object",
                 "restore the manifest from Git, or make it again with the stage that left it",
             )
+        self._check_copy(header, named)
+        return batch
+
+    def _check_copy(self, header: Header, named: Object) -> None:
         if header.sha256 != named.sha256:
             raise AnotherCopyError(
                 self.path(named.key),
@@ -188,7 +202,6 @@ class Store:
                 f"{named.sha256[:12]}… in the manifest)",
                 f"{made_again(named.key)} to adopt the copy that is there, then `dvc repro`",
             )
-        return batch
 
     def keys(self, folder: str) -> list[str]:
         """The keys of all objects in a folder of the store, such as `vectors/<fingerprint>`, sorted.
@@ -280,9 +293,29 @@ class Store:
             raise self._damaged(key, _one_line(error)) from error
         return header, status.st_size
 
-    def _map(self, key: str) -> tuple[pa.RecordBatch, Header, int]:
+    def see(self, named: Object) -> None:
+        """Look once more whether an object that was found or made is at its place. No value is read.
+
+        Raises:
+            MissingError, DamagedError, AnotherCopyError: as `open`.
+        """
+        path = self.path(named.key)
+        header = None
+        with durable.named(path, "looking for it"), suppress(FileNotFoundError):
+            header = self._checked.get(durable.identity(path.lstat()))
+        if header is None or header.key != named.key:
+            header, _ = self.header(named.key)
+        self._check_copy(header, named)
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file under `key`, of whatever content."""
+        path = self.path(key)
+        with durable.named(path, "looking for it"):
+            return path.is_file() or trash.take_back(self.root, path) or path.is_file()
+
+    def _map(self, key: str, *, take_up: bool = False) -> tuple[pa.RecordBatch, Header, int]:
         """The batch, the header and the size in bytes of the object under `key`, checked."""
-        content, status = self._content(key)
+        content, status = self._content(key, take_up=take_up)
         seen = durable.identity(status)
         try:
             batch, header = _prove(key, content, values=seen not in self._checked)
@@ -291,12 +324,11 @@ class Store:
         self._checked[seen] = header
         return batch, header, status.st_size
 
-    def _content(self, key: str) -> tuple[pa.Buffer, os.stat_result]:
-        """The mapped file."""
+    def _content(self, key: str, *, take_up: bool = False) -> tuple[pa.Buffer, os.stat_result]:
+        """The mapped file; with `take_up` it is given the time of now first, unless it is young."""
         path = self.path(key)
         try:
-            # No links and no devices: the store may come from a stranger.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = _opened(path, self.root)
         except FileNotFoundError:
             raise self._missing(key) from None
         except OSError as error:
@@ -311,6 +343,9 @@ class Store:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                     raise self._damaged(key, "not a file with content")
+                if take_up and time.time() - status.st_mtime > YOUNG_SECONDS:
+                    durable.touch(descriptor)
+                    status = os.fstat(descriptor)
                 content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             finally:
                 # The map stays: it lives as long as an array points into it.
@@ -332,6 +367,18 @@ class Store:
             "run `teachonce repair`; if it finds nothing, no manifest here names it yet: "
             f"rm -f '{path}', then {made_again(key)}",
         )
+
+
+def _opened(path: Path, root: Path) -> int:
+    """A descriptor of an object of the store `root`, taken back if a gc has taken it away."""
+    # No links and no devices: the store may come from a stranger.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        trash.take_back(root, path)
+    # Also if nothing was taken back: the gc may have put it back itself.
+    return os.open(path, flags)
 
 
 def made_again(key: str) -> str:

@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import durable, inventory, upkeep
+from storage import durable, inventory, trash, upkeep
 from storage.column import fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
 from storage.embeddings import BadVectorsError, Embeddings, put_vectors
@@ -869,3 +870,83 @@ def test_an_object_that_cannot_be_opened_is_not_called_damaged(place, monkeypatc
 
     monkeypatch.setattr(os, "open", refused)
     assert upkeep.examine(place.store, entry.key, entry, read=False).state == "unreadable"
+
+
+# ------------------------------------------------------------------------------- what gc must not take away
+
+
+def test_who_finds_an_object_makes_it_young_and_reads_it_once(place):
+    entry = place.corpus(sentences(40)).objects[0]
+    store, path = place.store, place.store.path(entry.key)
+    then = time.time() - 20 * 86_400
+    os.utime(path, (then, then))
+    store.open(entry)
+    assert path.stat().st_mtime == then  # a reader relies on nothing
+    store = place.store
+    store.find(entry.key)
+    touched = path.stat().st_mtime
+    assert touched > then + 86_400
+    # It is remembered as it is since then: a flipped bit is not looked for again.
+    assert len(store._checked) == 1
+    store.find(entry.key)
+    store.open(entry)
+    store.see(entry)
+    assert (len(store._checked), path.stat().st_mtime) == (1, touched)
+    # Of an object that is not an hour old nothing has to be said.
+    recent = time.time() - 3000
+    os.utime(path, (recent, recent))
+    store.find(entry.key)
+    assert path.stat().st_mtime == recent
+
+
+def test_who_puts_what_is_there_makes_it_young(place):
+    entry = place.corpus(sentences(40)).objects[0]
+    store, path = place.store, place.store.path(entry.key)
+    os.utime(path, (0, 0))
+    batch = store.open(entry)
+    assert store.put(entry.key, batch.replace_schema_metadata(None)) == entry
+    assert path.stat().st_mtime > 86_400
+
+
+def test_what_a_killed_gc_took_away_comes_back_to_whoever_asks(place):
+    entries = place.corpus(sentences(800)).objects
+    store = place.store
+    gc = trash.begin(store.root)
+    inodes = {}
+    for entry in entries:
+        inodes[entry] = store.path(entry.key).stat().st_ino
+        trash.take_away(store.path(entry.key), gc)
+        trash.take_away(store.path(entry.key), gc)  # it is gone already
+        assert not store.path(entry.key).exists()
+    asked = [
+        lambda entry: store.find(entry.key),
+        store.open,
+        store.see,
+        lambda entry: store.has(entry.key),
+        lambda entry: store.header(entry.key),
+    ]
+    assert len(entries) >= len(asked)
+    for entry, ask in zip(entries, asked, strict=False):
+        assert ask(entry) is not False
+        assert store.path(entry.key).stat().st_ino == inodes[entry]
+    # Nobody else's file comes in its place.
+    lost = store.path(f"text/{'e' * 40}.arrow")
+    lost.with_name(f".{lost.name}.{'f' * 16}.trash").write_text("of no gc that is known")
+    assert not store.has(f"text/{'e' * 40}.arrow")
+    assert trash.original(lost.name) is None
+    assert trash.original(f".{lost.name}.{'f' * 16}.trash") == lost.name
+
+
+def test_the_second_look_sees_what_vanished_or_was_exchanged(place):
+    first, second, *_ = place.corpus(sentences(300)).objects
+    store = place.store
+    for entry in (first, second):
+        store.find(entry.key)
+        store.see(entry)
+    a, b = store.path(first.key), store.path(second.key)
+    a.rename(a.with_name("aside"))
+    with pytest.raises(MissingError):
+        store.see(first)
+    b.rename(a)
+    with pytest.raises(DamagedError, match="under a foreign name"):
+        store.see(first)

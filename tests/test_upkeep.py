@@ -183,6 +183,11 @@ def make_older(root, days):
             os.utime(path, (then, then))
 
 
+def scratch_of(path):
+    """What a writer of `path` that was killed leaves."""
+    return path.with_name(f".{path.name}.4711.0123abcd.tmp")
+
+
 def teachonce(folder, *words):
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *words], cwd=folder, capture_output=True, text=True
@@ -702,7 +707,7 @@ def changed(tree, kind, name, **values):
     """A manifest written like another but for some fields."""
     manifest = Manifest.model_validate(tree.manifest(kind).model_dump() | values)
     path = tree.at.root / name
-    manifest.save(path, Store(tree.at.root / "another-store"))
+    path.write_bytes(manifest.encoded)
     return path
 
 
@@ -755,7 +760,7 @@ def test_differing_shards_are_told_apart(tree):
 
 def test_a_dry_run_deletes_nothing(tree):
     orphan = put_texts_of_nobody(tree)
-    (tree.store.root / "text/.x.arrow.1.aa.tmp").write_text("left")
+    scratch_of(orphan).write_text("left")
     make_older(tree.store.root, days=2)
     before = sorted(tree.store.root.rglob("*"))
     name = read_refs(tree.store.root)[0][0].name
@@ -807,7 +812,7 @@ def test_a_worker_in_the_third_week_of_a_teacher_pass_loses_nothing(tree):
     assert "kept, younger than 1 days (--grace): vectors/" in "\n".join(gc.lines(outcome.facts))
     # So does the scratch file of the shard at work.
     make_older(tree.store.root, days=20)
-    latest.with_name(".x.arrow.1.aa.tmp").write_text("half of it")
+    scratch_of(latest).write_text("half of it")
     assert collect(tree.store.root, delete=True).facts["orphans"] == {}
     # Nobody went on: it goes when its time is over, or when somebody insists.
     make_older(tree.store.root, days=20)
@@ -839,16 +844,61 @@ def test_young_objects_that_a_ref_keeps_do_not_spare_old_ones(tree):
 
 
 def test_scratch_files_are_deleted_when_they_are_a_day_old(tree):
-    live, dead = (tree.store.root / f"vectors/.{name}.arrow.1.aa.tmp" for name in ("live", "dead"))
-    in_refs = tree.store.root / "refs/.x.json.1.aa.tmp"
-    for path in (live, dead, in_refs):
+    folder = tree.path("embeddings").parent
+    live, dead = (scratch_of(folder / f"{digit * 40}.arrow") for digit in "ab")
+    in_refs = [scratch_of(path) for path in (tree.store.root / "refs").iterdir()]
+    in_refs.append(scratch_of(tree.store.root / f"refs/{'a' * 40}.{'b' * 40}.json"))
+    others = [
+        scratch_of(tree.store.root / f"{folder}/{'a' * 40}.arrow")
+        for folder in ("text", f"tokens/{TOKENIZER}")
+    ]
+    others.append(scratch_of(tree.path("negatives")))
+    for path in (live, dead, *in_refs, *others):
         path.write_text("half of it")
     then = time.time() - 1.01 * DAY
-    os.utime(dead, (then, then))
-    os.utime(in_refs, (then, then))
+    for path in (dead, *in_refs, *others):
+        os.utime(path, (then, then))
     outcome = collect(tree.store.root, delete=True, grace_days=0)
-    assert (live.exists(), dead.exists(), in_refs.exists()) == (True, False, False)
-    assert list(outcome.facts["live"]) == ["vectors/.live.arrow.1.aa.tmp"]
+    assert live.exists()
+    assert not [path for path in (dead, *in_refs, *others) if path.exists()]
+    assert list(outcome.facts["live"]) == [str(live.relative_to(tree.store.root))]
+
+
+def test_what_no_writer_of_ours_leaves_is_nobodys_scratch_file(tree):
+    """Somebody pointed `store` at his own folder, which has files that end like ours."""
+    digest = "d" * 40
+    names = [
+        *(".git/.x.tmp", ".x.tmp", "text/.x.tmp", f"text/.{digest}.arrow.tmp", "refs/.x.tmp"),
+        f"text/.{digest}.arrow.1.aa.tmp",  # no eight digits
+        f"text/.{digest}.arrow.x.0123abcd.tmp",  # no process
+        f"text/deep/.{digest}.arrow.1.0123abcd.tmp",
+        f"vectors/.{digest}.arrow.1.0123abcd.tmp",  # it lies one folder deeper
+        f"vectors/x/.{digest}.arrow.1.0123abcd.tmp",
+        f"negatives/{digest}/.{digest}.arrow.1.0123abcd.tmp",
+        f".git/text/.{digest}.arrow.1.0123abcd.tmp",
+        f"data/.{digest}.json.1.0123abcd.tmp",
+        "data/.corpus.json.1.0123abcd.tmp",
+        "trash/notes",
+        f"text/.x.arrow.{'0' * 16}.trash",
+        f".git/.{digest}.arrow.{'0' * 16}.trash",
+        f"text/.{digest}.arrow.trash",
+        "quarantine/x",
+        "quarantine/deep/x",
+    ]
+    root = tree.store.root
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("somebody's")
+    linked = scratch_of(root / f"text/{digest}.arrow")
+    linked.symlink_to(root / "text/.x.tmp")
+    make_older(root, days=30)
+    outcome = collect(root, delete=True, quarantine=True, grace_days=0)
+    assert all((root / name).read_text() == "somebody's" for name in names)
+    assert linked.is_symlink()
+    wanted = {name for name in names if not name.startswith("quarantine/deep")}
+    linked_name = str(linked.relative_to(root))
+    assert set(outcome.facts["foreign"]) == {*wanted, linked_name, "quarantine/deep"}
+    assert outcome.facts["bytes"] == 0
 
 
 def test_foreign_files_are_never_deleted(tree):
@@ -1104,10 +1154,41 @@ def test_a_person_lists_compares_and_cleans(tree):
     run = teachonce(root, "gc", "--grace", "0", "--delete", "--json")
     assert json.loads(run.stdout)["facts"]["orphans"] == {f"text/{orphan.name}": size}
     assert not orphan.exists()
-    (tree.store.root / "quarantine").mkdir()
-    (tree.store.root / "quarantine/x").write_text("moved")
-    assert teachonce(root, "gc").stdout.startswith("in quarantine: quarantine/x\n")
+    flip_a_value(tree, "embeddings")
+    moved = quarantine(Store(tree.store.root), tree.keys("embeddings")[0]).name
+    assert teachonce(root, "gc").stdout.startswith(f"in quarantine: quarantine/{moved}\n")
     run = teachonce(root, "gc", "--quarantine", "--delete")
-    assert run.stdout.startswith("deleted: quarantine/x\ngc: ")
+    assert run.stdout.startswith(f"deleted: quarantine/{moved}\ngc: ")
     run = teachonce(root, "gc", "--forget", "nope")
     assert (run.returncode, run.stderr.startswith("error: ref nope: 0 refs begin")) == (1, True)
+
+
+def test_a_clone_on_the_same_store_keeps_what_it_needs(tree):
+    """A second work tree has the manifests by Git; the first one is deleted and forgotten."""
+    write_params(tree.at.root)
+    clone = tree.at.root.parent / "clone"
+    shutil.copytree(tree.at.root, clone, ignore=shutil.ignore_patterns("store", "work"))
+    (clone / "params.yaml").write_text(
+        (clone / "params.yaml").read_text().replace("store: store", f"store: {tree.store.root}")
+    )
+    count, refs = len(tree.files()), tree.store.root / "refs"
+    firsts = sorted(path.stem for path in refs.iterdir())
+    # Every command that opens a manifest says that it is held there, too.
+    run = teachonce(clone, "verify")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(list(refs.iterdir())) == 2 * len(firsts)
+    listed = teachonce(clone, "ls").stdout
+    assert f"in {clone}/data, last used " in listed
+    options = [word for name in firsts for word in ("--forget", name)]
+    run = teachonce(clone, "gc", "--delete", "--grace", "0", *options)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (
+        f"objects are needed by {listed.partition(': ')[2].partition(' on ')[0]} on " in run.stdout
+    )
+    assert "gc: 0 objects that no ref names" in run.stdout
+    assert len(tree.files()) == count
+    # Nor what the folder needs in which it is typed, though nothing was noted yet.
+    for path in refs.iterdir():
+        path.unlink()
+    assert teachonce(clone, "gc", "--delete", "--grace", "0").returncode == 0
+    assert len(tree.files()) == count

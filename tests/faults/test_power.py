@@ -18,6 +18,7 @@ from storage.manifest import Manifest
 from storage.remote import Remote
 from storage.store import KEY_PATTERN, Store
 from tests.conftest import HashTeacher, embed_params, sentences
+from tests.faults import worktree
 from tests.faults.disk import Flushed, Named, Recorder, Told, Written, lay_out, states
 
 FILES = {"model.safetensors": "0" * 64}
@@ -123,9 +124,9 @@ def is_final(name):
 
 
 def everything(root):
-    """All files by name; notes hold a time, so only their names."""
+    """All files by name; notes hold a time and a place, so only of which manifests there are some."""
     return {
-        str(path.relative_to(root)): b"" if path.parent.name == "refs" else path.read_bytes()
+        worktree.name_of(path, root): b"" if path.parent.name == "refs" else path.read_bytes()
         for path in root.rglob("*")
         if path.is_file() and is_final(path.name)
     }

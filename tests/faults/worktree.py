@@ -50,13 +50,23 @@ def copied(folder, target):
 
 
 def results(folder):
-    """All that stages leave, by name: objects, manifests, counts. Refs hold a time, so only their names."""
+    """All that stages leave, by name: objects, manifests, counts.
+
+    Refs hold a time and a place, and a copied work tree is another holder: of them only whose manifests.
+    """
     return {
-        str(path.relative_to(folder)): b"" if path.parent.name == "refs" else path.read_bytes()
+        name_of(path, folder): b"" if path.parent.name == "refs" else path.read_bytes()
         for top in (STORE, "data", "reports")
         for path in (folder / top).rglob("*")
         if path.is_file() and path.suffix != SCRATCH_SUFFIX
     }
+
+
+def name_of(path, folder):
+    """The name of a file below `folder`; of a ref, that of its manifest's first one."""
+    if path.parent.name == "refs":
+        path = path.with_name(f"{path.name.partition('.')[0]}.json")
+    return str(path.relative_to(folder))
 
 
 def finished(folder):
