@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from pipeline.init import run, template
 from storage.errors import TeachonceError
@@ -22,8 +23,38 @@ def test_init_makes_a_new_folder(tmp_path):
     for name in ("params.yaml", "dvc.yaml"):
         assert (tmp_path / "a/project" / name).read_bytes() == (ROOT / name).read_bytes()
         assert template(name) == (ROOT / name).read_bytes()
-    # People commit their manifests, metrics and curves: only what can be made again is ignored.
-    assert (tmp_path / "a/project/.gitignore").read_text() == "/work/\n.venv/\n.*.tmp\n"
+
+
+def outputs(*, cached):
+    """The outputs in dvc.yaml that DVC keeps in its cache, or that are for Git."""
+    kinds = ("outs", "metrics", "plots")
+    text = re.sub(r"\$\{(item|key)\}", "name", (ROOT / "dvc.yaml").read_text())
+    for stage in yaml.safe_load(text)["stages"].values():
+        stage = stage.get("do", stage)
+        for entry in (entry for kind in kinds for entry in stage.get(kind, [])):
+            path, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+            if options.get("cache", True) == cached:
+                yield path
+
+
+@pytest.mark.parametrize("made", ["a clone", "a new folder"])
+def test_all_outputs_but_those_for_git_are_ignored_before_dvc_does_it(tmp_path, made):
+    """DVC takes its own entries in .gitignore back when a run fails, and adds none that are there."""
+    if made == "a clone":
+        shutil.copy(ROOT / ".gitignore", tmp_path)
+    else:
+        run(tmp_path)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+
+    def ignored(paths):
+        words = ["git", "-C", str(tmp_path), "check-ignore", "--no-index", *paths]
+        return subprocess.run(words, capture_output=True, text=True).stdout.split()
+
+    for_dvc, for_git = [*outputs(cached=True)], [*outputs(cached=False)]
+    assert {"data/raw", "models/start/name", "models/name", "export"} <= {*for_dvc}
+    assert {"data/embeddings.json", "reports/metrics/name.json"} <= {*for_git}
+    assert ignored([*for_dvc, "work/hashes.json"]) == [*for_dvc, "work/hashes.json"]
+    assert ignored([*for_git, "dvc.lock", "params.yaml", "texts/models/a.txt"]) == []
 
 
 def test_init_overwrites_nothing(tmp_path):
@@ -79,12 +110,43 @@ def clone(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_after_a_failed_run_git_takes_no_bulk_data(tmp_path):
+    project = Project(tmp_path / "project", tmp_path / "store")
+    project.root.mkdir()
+    project.run("teachonce", "init", ".")
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("dvc", "init", "-q")
+    furnish(project, tmp_path, make_tiny_model(tmp_path / "tiny"), texts=600)
+    stages = (project.root / "dvc.yaml").read_text()
+    (project.root / "dvc.yaml").write_text(stages.replace("cmd: teachonce shard", "cmd: 'false'"))
+    assert project.attempt("dvc", "repro", "-k", "start@half", "shard").code != 0
+    assert (project.root / "models/start/half/model.safetensors").is_file()
+    assert (project.root / "data/raw").is_dir()
+    project.run("git", "add", "-A")
+    taken = project.run("git", "ls-files").output.split()
+    assert {"dvc.yaml", "params.yaml", "data/sources.json"} <= {*taken}
+    assert not [name for name in taken if name.startswith(("models/", "data/raw", "export"))]
+    assert max((project.root / name).stat().st_size for name in taken) < 100_000
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("made", [own_folder, clone])
 def test_a_comment_runs_nothing_again_and_a_version_its_stage_and_what_follows(made, tmp_path):
     project = made(tmp_path)
     furnish(project, tmp_path, make_tiny_model(tmp_path / "tiny"), texts=600)
+    ignores = {path: path.read_bytes() for path in project.root.rglob(".gitignore")}
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "before")
     assert project.repro().ran == ALL
+    # No tracked file has changed, and what is new is small and for Git.
+    assert {path: path.read_bytes() for path in project.root.rglob(".gitignore")} == ignores
+    new = re.findall(
+        r"^(..) (.*)$", project.run("git", "status", "--porcelain").output, re.MULTILINE
+    )
+    assert [name for state, name in new if name not in {"data/", "reports/", "dvc.lock"}] == []
+    assert {state for state, _ in new} == {"??"}
     imported = project.run(
         sys.executable, "-c", "import stages.evaluate; print(stages.evaluate.__file__)"
     )
