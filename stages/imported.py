@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.files import is_regular
 from stages.outcome import Progress, log
 from stages.readers import ENDINGS, Rejected
 from stages.readers import read as read_texts
@@ -72,7 +73,7 @@ def read(vectors: Path, texts: Path, *, field: str) -> Imported:
             is unpickled.
     """
     found = _open(vectors)
-    if not texts.is_file():
+    if not is_regular(texts, str(texts)):
         raise MissingError(texts, "no such file", "name the file of the texts")
     if not texts.name.lower().endswith(ENDINGS):
         raise TeachonceError(
@@ -184,10 +185,10 @@ def _open(path: Path) -> NDArray[np.floating]:
         TeachonceError: no array of n vectors of floating-point numbers.
     """
     cure = "save them by numpy.save as one array of float16, float32 or float64, one row a text"
+    if not is_regular(path, str(path)):
+        raise MissingError(path, "no such file", "name the file of the vectors")
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingError(path, "no such file", "name the file of the vectors") from None
     except (OSError, ValueError, EOFError) as error:
         raise TeachonceError(path, f"no .npy file: {shown(error)}", cure) from error
     if not isinstance(found, np.ndarray):

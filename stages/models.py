@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from stages.files import located
+from stages.files import is_regular, located
 from stages.params import IMPORTED
 from storage.errors import MissingError, TeachonceError, shown
 
@@ -234,7 +234,7 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
         for path in _own_files(
             folder, *READ_PATTERNS, address=address, trust_remote_code=trust_remote_code
         )
-        if path.is_file()
+        if is_regular(path, address)
     ]
     if not {"config.json", MODULES} & {path.name for path in files if path.parent == folder}:
         raise TeachonceError(

@@ -4,12 +4,15 @@ import contextlib
 import os
 import socket
 
+import numpy as np
 import pytest
 
+from stages import imported, models
 from stages.benchmarks import beir_files, sts_files
 from stages.readers import source_files
 from stages.triplets import triplet_files
 from storage.errors import MissingError, TeachonceError
+from tests.test_settings import make_model
 
 # Each setting that takes a glob: how its files are found, its address, an ending that it reads.
 SETTINGS = {
@@ -26,6 +29,14 @@ def setting(request, tmp_path):
     look, ending = SETTINGS[request.param]
     (tmp_path / f"a{ending}").write_text("x")
     return request.param, lambda pattern: look(pattern, tmp_path), ending
+
+
+def model_files(folder):
+    return models.model_files(folder, address="embed.teacher")
+
+
+def read_imported(vectors, texts):
+    return imported.read(vectors, texts, field="text")
 
 
 def refused(call, *arguments):
@@ -138,3 +149,27 @@ def test_judgements_that_are_no_file_do_not_give_way_to_others(tmp_path, what):
     assert str(refused(beir_files, tmp_path, "A")).startswith(
         f"evaluate.retrieval.A: {tmp_path}/qrels/test.tsv is {what}\n"
     )
+
+
+@pytest.mark.parametrize("what", IRREGULAR.keys() - {"a folder"})
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_a_model_has_files_only(tmp_path, what):
+    """A link to nothing, as in a hub cache that was pruned, changes what a loader reads."""
+    make_model(tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").unlink()
+    IRREGULAR[what](tmp_path / "model/tokenizer.json")
+    assert str(refused(model_files, tmp_path / "model")).startswith(
+        f"embed.teacher: {tmp_path}/model/tokenizer.json is {what}\n"
+    )
+
+
+@pytest.mark.parametrize("what", IRREGULAR)
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_vectors_and_texts_that_are_imported_are_files(tmp_path, what):
+    vectors, texts = tmp_path / "v.npy", tmp_path / "t.txt"
+    IRREGULAR[what](vectors)
+    assert f"v.npy is {what}\n" in str(refused(read_imported, vectors, texts))
+    vectors.rmdir() if what == "a folder" else vectors.unlink()
+    np.save(vectors, np.ones((2, 4), np.float32))
+    IRREGULAR[what](texts)
+    assert f"t.txt is {what}\n" in str(refused(read_imported, vectors, texts))
