@@ -28,6 +28,7 @@ from stages.documents import read_documents, write_documents
 from stages.learning.agreement import (
     MOST_ROWS,
     NO_DOCUMENT,
+    cosine_shift,
     evenly,
     nearest,
     rank_agreement,
@@ -336,6 +337,9 @@ def _measure_fidelity(
         metrics[f"{prefix}fidelity.top{OVERLAP}_overlap"] = round(
             top_overlap(cut, teacher, OVERLAP), 6
         )
+    if name != TEACHER:
+        # Plus zero: -0.0 is the same figure in other bytes.
+        metrics["fidelity.cosine_shift"] = round(cosine_shift(ours, teacher), 6) + 0.0
     # A teacher beside itself is no picture.
     shown = likeness_details(ours, teacher, texts) if name != TEACHER else NOTHING_TO_SHOW
     return metrics, {"texts": len(rows), "searches": neighbour_details(ours, texts), **shown}

@@ -401,6 +401,15 @@ def test_a_set_whose_queries_are_documents_too_is_named(site, full):
     assert said in Outline(site.drawn()).text
 
 
+@pytest.mark.parametrize(("shift", "said"), [(0.2149, True), (0.01, False)])
+def test_a_student_with_another_scale_of_cosines_is_told_beside_them(site, full, shift, said):
+    kd = json.loads((site.root / "kd.json").read_text()) | {"fidelity.cosine_shift": shift}
+    site.evaluated("kd", kd, details_of("kd"))
+    note = "On average its cosines are 0.21 higher than the teacher's: make thresholds anew."
+    assert note not in Outline(full).text
+    assert Outline(site.drawn()).text.count(note) == said
+
+
 def test_bars_are_shares_of_the_teacher(full):
     said = re.findall(r'aria-label="(.*?, in % of the teacher: .*?)"', full)
     assert len(said) == 6

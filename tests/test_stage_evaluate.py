@@ -478,10 +478,11 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
         "sts.A", "sts.B", "sts.average", "sts.A.truncated", "sts.B.truncated",
         "retrieval.docs.truncated",
         "retrieval.docs.ndcg@10", "retrieval.docs.mrr@10", "retrieval.docs.recall@100",
-        "fidelity.spearman", "fidelity.top10_overlap",
+        "fidelity.spearman", "fidelity.top10_overlap", "fidelity.cosine_shift",
         "sentences_per_second", "texts_per_reference", "device", "parameters", "megabytes",
     }  # fmt: skip
     assert (metrics["fidelity.spearman"], metrics["fidelity.top10_overlap"]) == (1, 1)
+    assert metrics["fidelity.cosine_shift"] == 0
     assert metrics["sts.B"] == -100
     assert metrics["sts.average"] == pytest.approx((metrics["sts.A"] - 100) / 2, abs=1e-6)
     assert metrics["retrieval.docs.recall@100"] == 1
@@ -837,6 +838,27 @@ def test_at_each_width_it_is_the_first_values_that_are_measured(tmp_path, corpus
     )
 
 
+def test_a_student_whose_vectors_are_moved_says_by_how_much_its_cosines_are(
+    tmp_path, corpus, embeddings
+):
+    class Moved(HashEncoder):
+        def encode(self, texts, **how):
+            vectors = super().encode(texts, **how) + 0.2
+            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    facts = measure(tmp_path, corpus, embeddings, Moved()).facts
+    rows = split_of(corpus, 0.4).heldout_rows(corpus)
+    teacher = [hashed(text).astype(np.float64) for text in corpus.take(rows)]
+    shifts = [
+        slow_cosine(a + 0.2, b + 0.2) - slow_cosine(a, b) for a, b in combinations(teacher, 2)
+    ]
+    assert facts["fidelity.cosine_shift"] == pytest.approx(np.mean(shifts), abs=1e-5)
+    assert facts["fidelity.cosine_shift"] > 0.03
+    # The teacher is the scale itself.
+    facts = measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher").facts
+    assert "fidelity.cosine_shift" not in facts
+
+
 def test_widths_without_evaluation_sets_show_likeness_alone(tmp_path, corpus, embeddings):
     facts = measure(tmp_path, corpus, embeddings, HashEncoder(), widths=(4,)).facts
     assert [key for key in facts if key.startswith("widths.")] == [
@@ -855,6 +877,7 @@ def test_without_widths_the_file_is_what_it_was_before_there_were_any(
         (tmp_path / "kd.json").read_text()
         == """{
   "device": "abacus",
+  "fidelity.cosine_shift": 0.0,
   "fidelity.spearman": 1.0,
   "fidelity.top10_overlap": 1.0,
   "megabytes": 5.679,

@@ -637,6 +637,20 @@ def test_a_dropped_projection_is_told_where_it_matters():
     ) in text
 
 
+@pytest.mark.parametrize(
+    ("shift", "said"), [(0.2149, "0.21 higher"), (-0.05, "0.05 lower"), (0.019, None), (None, None)]
+)
+def test_cosines_that_are_not_the_teachers_are_told_with_what_follows(shift, said):
+    metrics = {"kd": {} if shift is None else {"fidelity.cosine_shift": shift}}
+    sentence = (
+        f"Over pairs of held-out texts, its cosines are {said} than the teacher's on average: a threshold "
+        "that was made for the teacher must be made anew."
+    )
+    assert (sentence in card(metrics=metrics)) == (said is not None)
+    assert "threshold" not in card(metrics=metrics, dropped=True)
+    assert said is not None or "threshold" not in card(metrics=metrics)
+
+
 def test_a_finetuned_model_says_what_it_was_before():
     finetuned = {"recipe": {"distill_weight": 0.0}, "rows": 9}
     lineage = lineage_of(projection=True) | {"finetuned": finetuned}

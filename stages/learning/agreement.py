@@ -106,6 +106,20 @@ def rank_agreement(ours: NDArray[np.floating], teacher: NDArray[np.floating]) ->
     return spearman(cosines(ours)[pairs], cosines(teacher)[pairs])
 
 
+def cosine_shift(ours: NDArray[np.floating], teacher: NDArray[np.floating]) -> float:
+    """How much higher a model's cosines are than the teacher's: the mean over all pairs i < j.
+
+    Args:
+        ours: (n, any width), n >= 2.
+        teacher: (n, any width).
+
+    Returns:
+        -2 to 2; below 0 if they are lower.
+    """
+    pairs = np.triu_indices(len(ours), k=1)
+    return float(np.mean(cosines(ours)[pairs] - cosines(teacher)[pairs], dtype=np.float64))
+
+
 def row_cosines(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.float64]:
     """(n,) cosines of row i of `left` (n, d) with row i of `right` (n, d), of any length but 0.
 

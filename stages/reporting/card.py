@@ -10,7 +10,7 @@ from typing import Any
 from stages.lineage import left_the_teacher
 from stages.params import TEACHER
 from stages.reporting.markdown import escaped, fenced, table
-from stages.reporting.measures import short, times_as_fast
+from stages.reporting.measures import shift_of_cosines, short, times_as_fast
 
 Metrics = Mapping[str, Any]
 """One model's metrics: flat keys, as `evaluate` writes them."""
@@ -91,7 +91,7 @@ def model_card(
         "## Where it comes from",
         _origin(lineage, facts),
         "## Limits",
-        _limits(card, lineage),
+        _limits(card, lineage, metrics.get(card.name, {})),
         f"## {FILL_IN} before you publish this",
         _to_fill_in(),
     ]
@@ -231,7 +231,7 @@ def _short(value: object) -> object:
     return f"{value:.3f}" if isinstance(value, float) else value
 
 
-def _limits(card: Card, lineage: Mapping[str, Any]) -> str:
+def _limits(card: Card, lineage: Mapping[str, Any], metrics: Metrics) -> str:
     said = (
         f"It reads the first {card.max_tokens} tokens of a text and ignores the rest."
         if card.max_tokens is not None
@@ -240,6 +240,12 @@ def _limits(card: Card, lineage: Mapping[str, Any]) -> str:
     recipe: Mapping[str, Any] = lineage.get("recipe", {})
     if "max_tokens" in recipe:
         said += f" In training, texts were cut at {escaped(recipe['max_tokens'])} tokens."
+    # A folder without its projection has another scale, which nobody measured.
+    if not card.dropped and (shift := shift_of_cosines(metrics)):
+        said += (
+            f" Over pairs of held-out texts, its {shift} on average: a threshold that was made for the "
+            "teacher must be made anew."
+        )
     return f"{said} It does badly what the teacher does badly, and what the corpus had no texts of."
 
 

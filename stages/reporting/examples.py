@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from stages.params import TEACHER
 from stages.reporting import charts
+from stages.reporting.measures import shift_of_cosines
 from stages.reporting.results import Result, Search
 from stages.reporting.sections import Subject, labelled
 from stages.reporting.svg import esc
@@ -32,6 +33,9 @@ def similarities(subject: Subject) -> str:
         if details.scatter:
             drawn += charts.scatter(details.scatter, name, tone, span=span)
         if drawn:
+            shift = shift_of_cosines(subject.models[name].metrics)
+            said = f"On average its {shift}: make thresholds anew." if shift else ""
+            drawn += f'<p class="note">{esc(said)}</p>' if said else ""
             panels.append(f"<figure><h3>{labelled(subject, name)}</h3>{drawn}</figure>")
     if not panels:
         return ""

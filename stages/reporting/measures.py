@@ -137,6 +137,18 @@ def sts(metrics: Metrics) -> float | None:
     return number(metrics, "sts.average")
 
 
+LEAST_SHIFT = 0.02
+"""A smaller difference of cosines moves no threshold that has two decimals."""
+
+
+def shift_of_cosines(metrics: Metrics) -> str | None:
+    """What became of the teacher's scale, as a clause; None where it is the same or was not measured."""
+    shift = number(metrics, "fidelity.cosine_shift")
+    if shift is None or abs(shift) < LEAST_SHIFT:
+        return None
+    return f"cosines are {abs(shift):.2f} {'higher' if shift > 0 else 'lower'} than the teacher's"
+
+
 def likeness(metrics: Metrics) -> float | None:
     """Spearman of all pairs' cosines with the teacher's, -1 to 1."""
     return number(metrics, "fidelity.spearman")
