@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from storage.corpus import text_key
 from storage.embeddings import Embeddings
 from storage.errors import MissingError, TeachonceError
 from storage.split import Split
-from tests.conftest import make_tiny_model, sentences
+from tests.conftest import HashTeacher, make_tiny_model, sentences
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)
@@ -496,6 +497,45 @@ def test_a_killed_finetuning_ends_with_the_same_weights(world, monkeypatch):
     assert (world.place.root / "killed.csv").read_bytes() == (
         world.place.root / "whole.csv"
     ).read_bytes()
+
+
+def test_a_killed_finetuning_is_gone_on_with_by_nobody_who_learns_from_something_else(
+    world, tmp_path, monkeypatch
+):
+    """Student, labels, cached vectors, split and settings stand in a run's name; the same again goes on."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    plain_step = loop.take_step
+
+    def dying_step(*args):
+        if args[4] == 1:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "take_step", dying_step)
+    params = settings(distill_weight=10.0, evaluate_every=100)
+    caches = world.caches()
+    other_split = caches.split.model_copy(update={"evaluation": (3, 4)})
+    world.place.embed(caches.corpus, HashTeacher(32), files={"model.safetensors": "1" * 64})
+    others = Embeddings(world.place.store, world.place.embeddings, caches.corpus)
+
+    def runs(params=params, caches=caches):
+        with pytest.raises(PowerCut):
+            world.train(params, caches=caches)
+        return sorted(path.name for path in (world.place.root / "work").iterdir())
+
+    found = [
+        runs(),
+        runs(caches=replace(caches, embeddings=others)),
+        runs(caches=replace(caches, split=other_split)),
+        runs(settings(distill_weight=10.0, evaluate_every=100, seed=1)),
+    ]
+    (world.place.root / "rows.jsonl").write_bytes(json_lines(world.rows[:-1]))
+    found.append(runs())
+    (world.place.root / "rows.jsonl").write_bytes(json_lines(world.rows))
+    assert runs() == found[-1]
+    world.folder = make_tiny_model(tmp_path / "another", seed=5)
+    found.append(runs())
+    assert [len(folders) for folders in found] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_batch_is_read_in_pieces_that_change_nothing(tiny_model):
