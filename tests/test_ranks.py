@@ -114,8 +114,13 @@ def train(root, command, name, *, on):
     )
 
 
-def assert_same(one, two):
-    """Equal up to last bits."""
+def assert_same(one, two, *, start):
+    """Equal up to last bits, which Adam blows up where a gradient is next to nothing.
+
+    Which weights those are depends on the processor, so the distance of two students is compared with
+    the way that each came from its start.
+    """
+    begun = load_file(start / "model.safetensors")
     assert list(one.curve) == list(two.curve)
     for name, values in one.curve.items():
         # Scores are of orders, in which near ties change places.
@@ -126,7 +131,11 @@ def assert_same(one, two):
         # Attention does not depend on its keys' bias: its gradient is nothing but last bits, which Adam
         # blows up.
         if not name.endswith("key.bias"):
-            assert torch.allclose(values, two.weights[name], rtol=0, atol=2e-6), name
+            way = (values - begun[name]).norm()
+            assert (values - two.weights[name]).norm() <= 1e-3 * way, (
+                name,
+                (values - two.weights[name]).norm() / way,
+            )
 
 
 def assert_one_voice(two):
@@ -146,7 +155,7 @@ def test_two_ranks_distil_the_student_of_one(root):
     assert_one_voice(two)
     assert len(one.curve["step"]) == 6
     assert abs(one.curve["temperature_ckd"][-1] - 0.3) > 1e-3
-    assert_same(one, two)
+    assert_same(one, two, start=root / "models/start/half")
 
 
 @pytest.mark.slow
@@ -157,7 +166,7 @@ def test_two_ranks_finetune_the_student_of_one(root):
     assert_one_voice(two)
     assert len(one.curve["step"]) == 5
     assert one.facts["best_step"] > 0
-    assert_same(one, two)
+    assert_same(one, two, start=root / "models/mixed")
 
 
 @pytest.mark.slow
