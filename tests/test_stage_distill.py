@@ -1,6 +1,7 @@
 """Training from the caches: it learns, it needs no teacher, and a killed run ends the same."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -615,6 +616,25 @@ def test_a_score_that_is_no_number_is_no_best(tmp_path):
             checkpoints=Checkpoints(tmp_path / "run"),
             track=lambda row: None,
         )
+
+
+def test_patience_counts_from_the_last_best(tmp_path):
+    """Two misses, a new best, three misses: the third in a row ends the run, the five in all do not."""
+    model, scores = Slope(), iter([0.5, 0.4, 0.4, 0.6, 0.6, 0.1, 0.2, 0.9])
+    work = dataclasses.replace(
+        slope_work(model, lambda: next(scores)),
+        batches=lambda epoch: [np.arange(4)] * 12,
+        loss=lambda rows, step: model.loss(rows, 0),
+    )
+    state = train(
+        model,
+        work,
+        recipe(evaluate_every=1, patience=3),
+        name="slope",
+        checkpoints=Checkpoints(tmp_path / "run"),
+        track=lambda row: None,
+    )
+    assert (state.step, state.best_step, state.best_score) == (6, 3, 0.6)
 
 
 def test_a_start_with_poisoned_weights_is_neither_made_nor_learned_from(world, tmp_path):
