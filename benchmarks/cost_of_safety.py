@@ -134,7 +134,7 @@ def teacher():
         device=pick_device("cpu"),
         precision=params.precision,
         max_tokens=params.max_tokens,
-        prompt=params.prompt,
+        prompt=params.prompt or "",
         trust_remote_code=False,
     )
     return encoder.encode_counted, params

@@ -31,8 +31,11 @@ SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TRANSFORMER = "Transformer"
 # Names of files that a tokenizer may be made of; a tokenizer without a vocabulary has its settings alone.
 VOCABULARY = r"token|vocab|\.model$|merges|\.py$"
-# Kinds of modules that are saved without a file.
-WITHOUT_FILES = {"Normalize"}
+# Kinds of modules that cannot be loaded without a file of theirs; a Normalize, say, has none.
+WITH_FILES = {
+    *(TRANSFORMER, "Pooling", "Dense", "LayerNorm", "WeightedLayerPooling", "Router", "Asym"),
+    *("StaticEmbedding", "WordEmbeddings", "WordWeights", "BoW", "CNN", "LSTM", "CLIPModel"),
+}
 ROUTERS = {"Router", "Asym"}
 # What other forms of the weights, training, evaluation and cards leave beside a model. data_config.json is
 # of that sort, too, but fingerprints of many models have it.
@@ -147,7 +150,8 @@ def _hub_folder(name: str, revision: str | None, address: str, pooling: str | No
     if part is None:
         raise MissingError(
             address,
-            f"{shown(name)} is no folder here, not in the local hub cache, and cannot be fetched ({why})",
+            f"{shown(name)} is no folder here, not, or not as a whole, in the local hub cache, and cannot "
+            f"be fetched ({why})",
             "give the path of a folder that has the model, or fetch it where the hub can be reached",
         )
     missing = lacking(part)
@@ -198,8 +202,8 @@ def lacking(folder: Path) -> list[str]:
 
 
 def _is_empty(folder: Path, kind: str) -> bool:
-    """Whether a module's files are not there; a Normalize has none, and Git keeps no empty folder."""
-    return kind not in WITHOUT_FILES and not any(path.is_file() for path in folder.rglob("*"))
+    """Whether the files that a module needs are not there."""
+    return kind in WITH_FILES and not any(path.is_file() for path in folder.rglob("*"))
 
 
 def _has_tokenizer(folder: Path) -> bool:

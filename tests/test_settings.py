@@ -765,7 +765,7 @@ def test_a_model_is_found_as_a_folder_or_in_a_package(tmp_path):
         ),
         (
             lambda m: (m / "modules.json").write_text(
-                '[{"path": "1_Pooling", "type": "a.Pooling"}, {"path": "2_N", "type": "a.Normalize"}]'
+                '[{"path": "1_Pooling", "type": "a.Pooling"}, {"path": "2_N", "type": "a.Own"}]'
             ),
             "is a part of a model: 1_Pooling/ missing",
         ),
