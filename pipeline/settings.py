@@ -112,7 +112,9 @@ def store_folder(setting: str, root: Path) -> Path:
     if problem := path_problem(value, NO_STORE_URL):
         raise TeachonceError(address, f"{problem}, got {shown(repr(value))}", cure)
     folder = located(value, root, address).resolve()
-    if folder.exists() and not folder.is_dir():
+    with durable.named(folder, "looking for the store"):
+        is_other = folder.exists() and not folder.is_dir()
+    if is_other:
         raise TeachonceError(address, f"{shown(folder)} is {kind_of(folder)}", cure)
     return folder
 

@@ -161,7 +161,9 @@ def take_inventory(root: Path) -> Inventory:
 
 def check_store(root: Path) -> None:
     """Raise MissingError unless there is a folder."""
-    if not root.is_dir():
+    with durable.named(root, "looking for the store"):
+        is_there = root.is_dir()
+    if not is_there:
         raise MissingError(
             root,
             "no store there",
@@ -216,7 +218,9 @@ def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
         StorageError: it cannot be listed.
     """
     folder = root / REFS
-    if not folder.is_dir():
+    with durable.named(folder, "looking for it"):
+        is_there = folder.is_dir()
+    if not is_there:
         raise MissingError(
             folder,
             "not there, so it cannot be known which objects are needed",
@@ -300,9 +304,9 @@ def short_name(full_name: str, *, alone: bool) -> str:
 
 def _names_of_refs(folder: Path) -> dict[Path, str]:
     """File -> its full name; of one that cannot be read, what its file is called."""
-    if not folder.is_dir():
-        return {}
     with durable.named(folder, "listing"):
+        if not folder.is_dir():
+            return {}
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     names = {}
     for path in paths:

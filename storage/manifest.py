@@ -6,6 +6,7 @@ of the store hold it, in order. It holds no time, host or path: equal inputs giv
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage import durable, holders
-from storage.errors import DamagedError, MissingError, TeachonceError, shown
+from storage.errors import DamagedError, MissingError, StorageError, TeachonceError, shown
 from storage.holders import MAX_BYTES, REFS, Manifested
 from storage.store import Object, Store, canonical_json, digest
 
@@ -26,6 +27,9 @@ MADE_BY = {
     "embeddings": "teachonce embed",
     "negatives": "teachonce mine",
 }
+
+
+NOT_TO_BE_WRITTEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
 
 class Manifest(BaseModel):
@@ -95,13 +99,13 @@ class Manifest(BaseModel):
             StorageError: the operating system refused.
         """
         ref = self.leave_note(path, store, maker=maker)
-        left = None if ref is None else ref.stat().st_ino
+        left = None if ref is None else _inode(ref)
         try:
             for entry in self.objects:
                 store.see(entry)
         except TeachonceError as error:
             # It would name what is gone. Another process of this holder may have left its own meanwhile.
-            if ref is not None and ref.exists() and ref.stat().st_ino == left:
+            if ref is not None and left is not None and _inode(ref) == left:
                 durable.remove(ref)
             if not isinstance(error, MissingError):
                 raise
@@ -115,18 +119,24 @@ class Manifest(BaseModel):
     def renew(self, path: Path, store: Store) -> None:
         """Note in the store that the manifest `path` is in use, as far as that is possible.
 
-        For those who read. A store that may not be written, or has not all that is named, is no error here:
-        who needs what is missing is told so when he asks for it.
+        For those who read. A store that may not be written, is full, or has not all that is named is no
+        error here: who needs what is missing is told so when he asks for it.
+
+        Raises:
+            StorageError: the operating system refused for another reason, such as a failing disk.
         """
         try:
             # A store without refs has lost them: with this one alone, `gc` would delete all the rest.
-            if not (store.root / REFS).is_dir():
-                return
+            with durable.named(store.root / REFS, "looking for it"):
+                if not (store.root / REFS).is_dir():
+                    return
             known = holders.own_ref(store.root, self.manifested, path)
             if known or all(store.has(entry.key) for entry in self.objects):
                 self.leave_note(path, store)
-        except TeachonceError:
-            return
+        except StorageError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in NOT_TO_BE_WRITTEN:
+                raise
 
     def leave_note(
         self, path: Path, store: Store, *, maker: Mapping[str, str] | None = None
@@ -189,6 +199,15 @@ class Manifest(BaseModel):
         if kind and manifest.kind != kind:
             raise DamagedError(path, f"a manifest of {manifest.kind}, not of {kind}", cure)
         return manifest
+
+
+def _inode(path: Path) -> int | None:
+    """Which file has this name now; None if none has."""
+    with durable.named(path, "looking for it"):
+        try:
+            return path.lstat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 def check_made_by(manifest: Manifest, recipe: dict[str, Any]) -> None:

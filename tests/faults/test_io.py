@@ -23,6 +23,7 @@ ERRORS = {
     "openat": "EIO EACCES EMFILE ESTALE",
     "read": "EIO ESTALE",
     "stat": "EIO EACCES ESTALE",
+    "getdents64": "EIO EACCES ESTALE",
     "mmap": "ENOMEM EACCES",
     "write": "ENOSPC EDQUOT EIO ESTALE",
     "fsync": "ENOSPC EDQUOT EIO ESTALE",

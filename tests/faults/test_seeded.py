@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ("pipeline", "stages", "storage", "tests", "params.yaml", "dvc.yaml", "pyproject.toml")
 
 STORAGE, REMOTE, UPKEEP = "tests/test_storage.py", "tests/test_remote.py", "tests/test_upkeep.py"
+BESIDE, HOLDERS = "tests/test_beside_gc.py", "tests/test_holders.py"
 EMBED, MINE, SHARD = (
     "tests/test_stage_embed.py",
     "tests/test_stage_mine.py",
@@ -201,6 +202,50 @@ BUGS = {
             )
         ],
         f"{UPKEEP}::test_scratch_files_are_deleted_when_they_are_a_day_old",
+    ),
+    "gc deletes what it took away without reading the refs again": (
+        [
+            Change(
+                "pipeline/gc.py",
+                "        if file.name in orphans and (file.name, file.written) in seen\n",
+                "",
+            )
+        ],
+        f"{BESIDE}::test_some_orders_where_objects_are_somebody_elses[14.0]",
+    ),
+    "a stage does not look again after it has left its ref": (
+        [
+            Change(
+                "storage/manifest.py",
+                "                store.see(entry)\n",
+                "                pass\n",
+            )
+        ],
+        f"{BESIDE}::test_some_orders_where_objects_are_somebody_elses[14.0]",
+    ),
+    "who finds an object does not touch it": (
+        [Change("storage/store.py", "                    durable.touch(descriptor)\n", "")],
+        f"{STORAGE}::test_who_finds_an_object_makes_it_young_and_reads_it_once",
+    ),
+    "gc takes any scratch file for its own": (
+        [
+            Change(
+                "storage/inventory.py",
+                '    if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):\n',
+                "    if scratch:\n",
+            )
+        ],
+        f"{UPKEEP}::test_what_no_writer_of_ours_leaves_is_nobodys_scratch_file",
+    ),
+    "the second holder of a manifest writes over the ref of the first": (
+        [
+            Change(
+                "storage/holders.py",
+                "        if durable.publish(ref, write):\n            return ref\n",
+                "        durable.replace(ref, content)\n        return ref\n",
+            )
+        ],
+        f"{HOLDERS}::test_forgetting_a_dead_work_tree_takes_nothing_from_a_living_one",
     ),
     "poison is stored": (
         [

@@ -32,14 +32,21 @@ def make(folder, texts):
 
 
 def before_and_after(folder, stage, *, texts, seed=0):
-    """A work tree in which `stage` is next, and one in which it has run."""
+    """A work tree in which `stage` is next, and one in which it has run.
+
+    Both are made where tests lay out their copies, and put aside: a copy elsewhere would be another holder
+    of its manifests, and would leave refs of its own first.
+    """
     folder.mkdir()
-    before = make(folder / "before", sentences(texts, seed=seed))
+    shutil.rmtree(folder.parent / "work", ignore_errors=True)
+    work = make(folder.parent / "work", sentences(texts, seed=seed))
     for earlier in STAGES[: STAGES.index(stage)]:
-        assert run(before, earlier).code == 0
-    after = copied(before, folder / "after")
-    ended = run(after, stage)
+        assert run(work, earlier).code == 0
+    before = copied(work, folder / "before")
+    ended = run(work, stage)
     assert ended.code == 0, ended.said
+    after = folder / "after"
+    work.rename(after)
     return before, after
 
 
