@@ -1,5 +1,6 @@
 """One ref for each holder of a manifest: who needs what, who made it, and what forgetting one frees."""
 
+import errno
 import getpass
 import json
 import os
@@ -8,14 +9,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline import gc, ls
 from stages import transfer
-from storage import holders
-from storage.errors import DamagedError, MissingError, TeachonceError
+from storage import durable, holders, trash
+from storage.errors import (
+    AnotherCopyError,
+    DamagedError,
+    MissingError,
+    StorageError,
+    TeachonceError,
+)
 from storage.inventory import find_ref, read_refs
 from storage.manifest import Manifest
 from storage.remote import Remote
@@ -356,3 +364,127 @@ def test_a_store_that_may_not_be_written_is_read_all_the_same():
         assert [path.name for path in (work.root / "store/refs").iterdir()] == [ref.name]
         for path in (work.root, *work.root.rglob("*")):
             path.chmod(0o755)
+
+
+# --- what rarely happens
+
+
+def refused(number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_a_user_without_a_name_holds_by_number(works, monkeypatch):
+    """As in many containers: nobody of this number is known."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)
+    a, _ = works
+    for path, manifest in a.paths().items():
+        manifest.hold(path, a.store, again="teachonce shard")
+    assert {ref.made["by"] for ref in read_refs(a.store.root)[0]} >= {"54321"}
+
+
+def test_a_name_that_another_holder_took_is_an_error_with_its_place(works, tmp_path):
+    a, _ = works
+    path, manifest = next(iter(a.paths().items()))
+    elsewhere = tmp_path / "c/corpus.json"
+    theirs = manifest.note(path)
+    for name in holders.names(manifest.manifested, elsewhere):
+        (a.store.root / name).write_bytes(theirs)
+    with pytest.raises(StorageError, match=r"the ref of another holder under .*\n  cure: rm -f '"):
+        holders.leave(a.store.root, manifest.manifested, elsewhere)
+
+
+def test_a_folder_is_no_ref_and_one_that_is_gone_is_not_renewed(works, tmp_path):
+    a, _ = works
+    manifest = next(iter(a.paths().values()))
+    assert holders.read(tmp_path, manifest.manifested) is None
+    holders._renew(tmp_path / "gone.json")
+    assert not (tmp_path / "gone.json").exists()
+
+
+def test_a_holder_that_cannot_be_looked_at_is_not_called_gone(works):
+    ref = read_refs(works[0].store.root)[0][0]
+    assert not ref.is_gone
+    assert not replace(ref, made={**ref.made, "in": "a\0b"}).is_gone
+    assert replace(ref, made={**ref.made, "in": "/nowhere/at/all"}).is_gone
+    assert not replace(ref, made={**ref.made, "on": "elsewhere", "in": "/nowhere/at/all"}).is_gone
+
+
+def test_no_ref_is_found_where_there_are_none_or_where_it_is_forgotten_meanwhile(
+    works, monkeypatch
+):
+    a, _ = works
+    with pytest.raises(TeachonceError, match=r"0 refs begin like that \(none\)"):
+        find_ref(a.root, "abcd")
+    gone = next(path for path in (a.store.root / "refs").iterdir() if "." in path.stem)
+    look = os.stat
+
+    def stat(path, *args, **options):
+        if Path(path) == gone:
+            raise FileNotFoundError(2, "No such file or directory")
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(TeachonceError, match="refs begin like that"):
+        find_ref(a.store.root, gone.stem)
+
+
+def test_a_manifest_is_not_held_again_over_what_is_lost_or_another_copy(works):
+    a, b = works
+    path, manifest = next(iter(a.paths().items()))
+    entry = manifest.objects[0]
+    other = manifest.model_copy(
+        update={"objects": (entry.model_copy(update={"sha256": "0" * 64}), *manifest.objects[1:])}
+    )
+    before = refs_of(a.store.root).keys()
+    with pytest.raises(AnotherCopyError):
+        other.hold(b.root / "other.json", a.store, again="teachonce shard")
+    durable.remove(a.store.path(entry.key))
+    with pytest.raises(MissingError, match="vanished from the store"):
+        manifest.hold(path, a.store, again="teachonce shard")
+    assert refs_of(a.store.root).keys() == before
+
+
+def test_what_a_gc_took_away_comes_back_by_another_name_where_links_are_forbidden(
+    tmp_path, monkeypatch
+):
+    """fs.protected_hardlinks: files of others are renamed then, never over one that is there."""
+    monkeypatch.setattr(os, "link", refused(errno.EPERM))
+    aside, place = tmp_path / "aside", tmp_path / "place"
+    assert durable.restore(aside, place) is False
+    aside.write_text("one")
+    assert durable.restore(aside, place) is True
+    assert (place.read_text(), aside.exists()) == ("one", False)
+    aside.write_text("another")
+    assert durable.restore(aside, place) is True
+    assert (place.read_text(), aside.read_text()) == ("one", "another")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+def test_what_may_not_be_put_back_stays_away_and_a_failing_disk_is_told(works, monkeypatch, number):
+    a, _ = works
+    key = next(iter(a.paths().values())).objects[0].key
+    gc_id = trash.begin(a.store.root)
+    trash.take_away(a.store.path(key), gc_id)
+    monkeypatch.setattr(os, "link", refused(number))
+    if number == errno.EIO:
+        with pytest.raises(StorageError, match="putting back failed"):
+            trash.take_back(a.store.root, a.store.path(key))
+    else:
+        assert trash.take_back(a.store.root, a.store.path(key)) is False
+
+
+def test_what_cannot_be_deleted_is_named():
+    with pytest.raises(StorageError, match=r"^/proc/version: deleting failed"):
+        durable.remove(Path("/proc/version"))
+    assert Path("/proc/version").exists()
+
+
+def test_a_remote_without_a_ref_says_none(works, tmp_path):
+    (tmp_path / "there").mkdir()
+    remote = Remote(str(tmp_path / "there"))
+    assert remote.ref(f"refs/{'0' * 40}.json") is None

@@ -148,7 +148,7 @@ def test_a_student_learns_the_vectors_that_texts_have_alone(conv):
 def test_what_is_saved_pads_on_the_right(left, tmp_path):
     """A student never saw padding on the left, and `encode` is to give the vectors that it learned."""
     model = load_model(left, device=CPU)
-    save_model(model, tmp_path / "saved")
+    save_model(model, tmp_path / "saved", address="saved")
     saved = load_model(tmp_path / "saved", device=CPU)
     texts = [*sentences(9), " ".join(sentences(20)), "x"]
     alone = np.concatenate([saved.encode([text]) for text in texts])
