@@ -399,6 +399,7 @@ def report(
         curve=here.at.curve,
         training=here.at.training,
         facts={**here.facts(), "teacher's fingerprint": here.teacher_fingerprint()},
+        rank_by=here.params.report.rank_by,
         out=here.at.report,
         page=here.at.page,
     )
@@ -409,7 +410,8 @@ def report(
 
     # The sentence of the outcome stands below the table already.
     console = Console()
-    console.print(table(outcome.facts, students=students, width=console.width))
+    rank_by = here.params.report.rank_by
+    console.print(table(outcome.facts, students=students, width=console.width, rank_by=rank_by))
     typer.echo(f"  -> {_place(outcome.made)}")
 
 

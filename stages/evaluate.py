@@ -28,12 +28,17 @@ from stages.documents import read_documents, write_documents
 from stages.learning.agreement import (
     MOST_ROWS,
     NO_DOCUMENT,
+    bootstrap_agreement,
+    bootstrap_mean,
+    bootstrap_spearman,
     cosine_shift,
     evenly,
+    interval,
     nearest,
+    pair_cosines,
     rank_agreement,
     sts_correlation,
-    top_overlap,
+    top_overlaps,
 )
 from stages.model_config import Role
 from stages.outcome import Fact, Outcome, Progress, log, write_json
@@ -205,7 +210,14 @@ def run_imported(*, out: Path, details: Path, documents: Path) -> Outcome:
 
 
 def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
-    """nDCG@10, MRR@10 and recall@100, as means over the queries; each 0 to 1.
+    """Means over the queries of `retrieval_scores`."""
+    return {what: float(of.mean()) for what, of in retrieval_scores(found, asked).items()}
+
+
+def retrieval_scores(
+    found: NDArray[np.int64], asked: RetrievalSet
+) -> dict[str, NDArray[np.float64]]:
+    """nDCG@10, MRR@10 and recall@100 of each query; each 0 to 1.
 
     Definitions of trec_eval: a document's gain is its score, divided by log2(rank + 1), and nDCG is the
     sum over the first 10, as a share of the best sum that any order gives.
@@ -225,11 +237,7 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
         ndcg[row] = (top @ discounts[: len(top)]) / (best @ discounts[: len(best)])
         reciprocal[row] = 1 / (np.argmax(top > 0) + 1) if top.any() else 0
         recall[row] = np.count_nonzero(gains) / len(gain_of)
-    return {
-        f"ndcg@{CUT}": float(ndcg.mean()),
-        f"mrr@{CUT}": float(reciprocal.mean()),
-        f"recall@{DEPTH}": float(recall.mean()),
-    }
+    return {f"ndcg@{CUT}": ndcg, f"mrr@{CUT}": reciprocal, f"recall@{DEPTH}": recall}
 
 
 def _measure_sts(
@@ -237,19 +245,26 @@ def _measure_sts(
 ) -> dict[str, Fact]:
     found: dict[str, float] = {}
     shares: dict[str, Fact] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
     for key, pairs in sets.items():
         log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
         vectors, longer = _vectors(name, encoder, pairs.texts, "text")
         shares |= _share_cut(name, f"sts.{key}", longer, len(pairs.texts))
         first, second = np.split(vectors, 2)
         for prefix, width in cuts.items():
-            found[f"{prefix}sts.{key}"] = sts_correlation(
-                first[:, :width], second[:, :width], pairs.scores
+            ours = first[:, :width], second[:, :width]
+            found[f"{prefix}sts.{key}"] = sts_correlation(*ours, pairs.scores)
+            drawn[f"{prefix}sts.{key}"] = 100 * bootstrap_spearman(
+                pair_cosines(*ours), pairs.scores
             )
     for prefix in cuts if sets else ():
-        every = [found[f"{prefix}sts.{key}"] for key in sets]
-        found[f"{prefix}sts.average"] = statistics.fmean(every)
-    return {**{key: round(value, 6) for key, value in found.items()}, **shares}
+        keys, average = [f"{prefix}sts.{key}" for key in sets], f"{prefix}sts.average"
+        found[average] = statistics.fmean(found[key] for key in keys)
+        # As many resamples of each set as the largest set has.
+        fewest = min(len(drawn[key]) for key in keys)
+        drawn[average] = np.mean([drawn[key][:fewest] for key in keys], axis=0)
+    told = [_with_interval(key, value, drawn[key]) for key, value in found.items()]
+    return {**{key: value for part in told for key, value in part.items()}, **shares}
 
 
 def _measure_retrieval(
@@ -297,8 +312,11 @@ def _measure_retrieval(
             sides["teacher_index"] = queries, of_teacher[key]
         ignored = asked.identical_ids if ignore_identical_ids else None
         for kind, (ours, index) in sides.items():
-            found = retrieval_metrics(nearest(ours, index, DEPTH, ignored), asked)
-            metrics |= {f"{kind}.{key}.{what}": round(value, 6) for what, value in found.items()}
+            found = retrieval_scores(nearest(ours, index, DEPTH, ignored), asked)
+            for what, scores in found.items():
+                metrics |= _with_interval(
+                    f"{kind}.{key}.{what}", float(scores.mean()), bootstrap_mean(scores)
+                )
         if ignored is not None and (count := int(np.count_nonzero(ignored != NO_DOCUMENT))):
             log.info(
                 "evaluate: %s, retrieval.%s, %s of %s queries have a document with their own id, which is "
@@ -333,9 +351,14 @@ def _measure_fidelity(
     metrics: dict[str, Fact] = {}
     for prefix, width in cuts.items():
         cut = ours[:, :width]
-        metrics[f"{prefix}fidelity.spearman"] = round(rank_agreement(cut, teacher), 6)
-        metrics[f"{prefix}fidelity.top{OVERLAP}_overlap"] = round(
-            top_overlap(cut, teacher, OVERLAP), 6
+        metrics |= _with_interval(
+            f"{prefix}fidelity.spearman",
+            rank_agreement(cut, teacher),
+            bootstrap_agreement(cut, teacher),
+        )
+        shares = top_overlaps(cut, teacher, OVERLAP)
+        metrics |= _with_interval(
+            f"{prefix}fidelity.top{OVERLAP}_overlap", float(shares.mean()), bootstrap_mean(shares)
         )
     if name != TEACHER:
         # Plus zero: -0.0 is the same figure in other bytes.
@@ -343,6 +366,12 @@ def _measure_fidelity(
     # A teacher beside itself is no picture.
     shown = likeness_details(ours, teacher, texts) if name != TEACHER else NOTHING_TO_SHOW
     return metrics, {"texts": len(rows), "searches": neighbour_details(ours, texts), **shown}
+
+
+def _with_interval(key: str, value: float, resampled: NDArray[np.float64]) -> dict[str, Fact]:
+    """A metric and the ends of its 95 % confidence interval."""
+    low, high = interval(resampled, value)
+    return {key: round(value, 6), f"{key}.low": round(low, 6), f"{key}.high": round(high, 6)}
 
 
 def _measure_speed(

@@ -398,6 +398,14 @@ class ExportParams(Section):
     onnx: bool  # also as ONNX (extra `onnx`)
 
 
+class ReportParams(Section):
+    """All models -> a table and a page."""
+
+    rank_by: (
+        Text | None
+    )  # the metric whose highest value is the best student's; null: see params.yaml
+
+
 class RayParams(Section):
     """Where Ray runs; speed only."""
 
@@ -428,6 +436,7 @@ class Params(Section):
     finetune: FinetuneParams
     evaluate: EvaluateParams
     export: ExportParams
+    report: ReportParams
 
 
 Sections = Mapping[str, Any]
@@ -460,6 +469,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_names(sections.get("students", {}), names),
         *_collisions(names),
         *_unusable_set_names(sections.get("evaluate")),
+        *_unknown_rank(sections.get("report"), sections.get("evaluate")),
         *_unusable_recipes(sections.get("recipes", {}), sections.get("mine")),
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
@@ -586,6 +596,22 @@ def _unusable_set_names(evaluate: EvaluateParams | None) -> list[Problem]:
     if "average" in getattr(evaluate, "sts", ()):
         wrong.append(("evaluate.sts.average", "the name is taken by the average of all STS sets"))
     return wrong
+
+
+def _unknown_rank(report: ReportParams | None, evaluate: EvaluateParams | None) -> list[Problem]:
+    """`report.rank_by` names a metric of quality that `evaluate` leaves with these settings."""
+    rank_by = getattr(report, "rank_by", None)
+    sts, retrieval = getattr(evaluate, "sts", None), getattr(evaluate, "retrieval", None)
+    if rank_by is None or sts is None or retrieval is None:
+        return []
+    known = ["fidelity.spearman", "fidelity.top10_overlap"]
+    known += [f"sts.{name}" for name in (*sts, "average")] if sts else []
+    for kind in ("retrieval", "teacher_index"):
+        for name in retrieval:
+            known += [f"{kind}.{name}.{what}" for what in ("ndcg@10", "mrr@10", "recall@100")]
+    if rank_by in known:
+        return []
+    return [("report.rank_by", f"{rank_by} is not measured; choose one of {', '.join(known)}")]
 
 
 def _unusable_recipes(

@@ -15,7 +15,7 @@ from stages.reporting.page import page as drawn
 from stages.reporting.results import Model, read_curve, read_details, read_metrics, read_training
 from storage import durable
 
-VERSION = 2  # raise it when a code change alters the report of the same metrics
+VERSION = 3  # raise it when a code change alters the report of the same metrics
 
 
 def run(
@@ -27,6 +27,7 @@ def run(
     curve: Callable[[str], Path],
     training: Callable[[str], Path],
     facts: Mapping[str, str],
+    rank_by: str | None,
     out: Path,
     page: Path,
 ) -> Outcome:
@@ -40,6 +41,7 @@ def run(
         curve: Model -> the CSV that its training left, if it was trained here.
         training: Model -> the JSON that its training left, if it was trained here.
         facts: Lines about how all this was made: label -> text.
+        rank_by: The metric that ranks students; None for the first that was measured.
         out: The JSON file to write.
         page: The HTML file to write.
 
@@ -64,7 +66,7 @@ def run(
     ]
     report = {"models": found}
     write_json(out, report)
-    durable.replace(page, drawn(known, students=students, facts=facts).encode())
+    durable.replace(page, drawn(known, students=students, facts=facts, rank_by=rank_by).encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
-    sentence = verdict(found, students)
+    sentence = verdict(found, students, rank_by)
     return Outcome("report", page, f"{count}: {sentence}" if sentence else count, report)

@@ -19,7 +19,7 @@ from stages.reporting.page import POLICY, tones
 from stages.reporting.page import page as drawn
 from stages.reporting.results import Details, Model, Similarities
 from stages.reporting.svg import Axis, Box, cut, esc, label_boxes, px, spread
-from tests.test_stage_report import DETAILS, Folder, at_width, metrics_of
+from tests.test_stage_report import DETAILS, Folder, at_width, metrics_of, with_ends
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
 MODELS = ["teacher", "half", *STUDENTS]
@@ -372,6 +372,23 @@ def test_the_table_marks_the_best_student(full):
     assert cells[0][:3] == ["72.90", "72.40", "73.40"]
     assert cells[2][:3] == [f"<strong>{v}</strong>" for v in ("72.50", "72.00", "73.00")]
     assert cells[3][:3] == ["72.30", "71.80", "72.80"]
+
+
+def test_students_inside_the_interval_are_level_on_the_page(site):
+    site.fill()
+    for name in MODELS:
+        metrics = {name: json.loads((site.root / f"{name}.json").read_text())}
+        site.evaluated(name, with_ends(metrics, 0.9, "sts.")[name], details_of(name))
+    page = site.drawn()
+    assert re.findall('</svg>([a-z-]+)<span class="tag">(.*?)</span>', page) == [
+        ("kd", "level"), ("ckd", "level"), ("kd-finetuned", "level"),
+    ]  # fmt: skip
+    assert "<i>72.5 ± 0.9, teacher 72.9 ± 0.9</i>" in page
+    # 0.9 of 72.9 is more than a percent: no digit behind the point is known.
+    assert (
+        "STS average, in % of the teacher: kd 99 %, ckd 99 %, kd-finetuned 99 %, half 100 %" in page
+    )
+    assert "what lies inside the interval of the other is level." in page
 
 
 def test_a_students_widths_stand_below_it_on_the_page(site, full):

@@ -19,7 +19,7 @@ from pipeline.workspace import Workspace
 from stages import check
 from stages.encoding import cpu_flags, slow_precision
 from stages.models import file_hashes, find_model, model_files, sha256_of
-from stages.params import REMOTE_URLS, SettingsError
+from stages.params import REMOTE_URLS, ReportParams, SettingsError, contradictions
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
 from tests.conftest import Place, sentences
@@ -1131,3 +1131,18 @@ def test_a_part_of_a_model_in_the_hub_cache_is_not_taken_for_the_whole(tmp_path)
     (snapshot / "modules.json").write_text(kept)
     (snapshot / "model.safetensors").unlink()
     assert found().count("in part: model.safetensors missing") == 2
+
+
+@pytest.mark.parametrize(
+    ("rank_by", "problems"),
+    [
+        ("retrieval.docs.ndcg@10", []),
+        ("fidelity.spearman", []),
+        ("megabytes", ["report.rank_by"]),
+        ("sts.average", ["report.rank_by"]),  # params.yaml names no STS set
+    ],
+)
+def test_students_are_ranked_by_what_is_measured(rank_by, problems):
+    report = ReportParams(rank_by=rank_by)
+    sections = {"report": report, "evaluate": load_params(ROOT / "params.yaml").evaluate}
+    assert [address for address, _ in contradictions(sections, {})] == problems

@@ -166,6 +166,10 @@ def measure(
     )
 
 
+def without_intervals(metrics):
+    return {key: v for key, v in metrics.items() if not key.endswith((".low", ".high"))}
+
+
 def message(call, *arguments):
     with pytest.raises(TeachonceError) as caught:
         call(*arguments)
@@ -443,6 +447,52 @@ def test_retrieval_metrics_are_those_of_the_loops():
     assert list(fast.values()) == pytest.approx(slow.tolist(), abs=1e-12)
 
 
+def drawn_places(count, resamples):
+    """Which things the resamples of `count` things have."""
+    return np.random.default_rng([0, count]).integers(0, count, (resamples, count))
+
+
+def test_the_bootstrap_of_a_mean_is_the_mean_of_each_resample():
+    values = np.random.default_rng(4).random(50)
+    found = agreement.bootstrap_mean(values)
+    assert found == pytest.approx(values[drawn_places(50, 1000)].mean(axis=1), abs=1e-12)
+    low, high = agreement.interval(found, float(values.mean()))
+    # The textbook's: 1.96 standard errors on either side.
+    error = 1.96 * values.std() / math.sqrt(50)
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.02)
+
+
+def test_the_bootstrap_of_a_rank_correlation_is_near_that_of_ranking_each_resample_anew():
+    rng = np.random.default_rng(5)
+    left = rng.standard_normal(300)
+    right = np.round(left + rng.standard_normal(300), 1)
+    found = agreement.bootstrap_spearman(left, right)
+    exact = np.array([spearman(left[some], right[some]) for some in drawn_places(300, 1000)])
+    assert np.abs(found - exact).mean() < 0.006
+    whole = spearman(left, right)
+    assert agreement.interval(found, whole) == pytest.approx(
+        agreement.interval(exact, whole), abs=0.01
+    )
+    assert agreement.bootstrap_spearman(left, np.ones(300)).tolist() == [0.0] * 1000
+
+
+def test_the_bootstrap_of_agreement_draws_texts_and_leaves_pairs_of_one_text_out():
+    rng = np.random.default_rng(6)
+    ours = rng.standard_normal((40, 8)).astype(np.float32)
+    teacher = ours + rng.standard_normal((40, 8)).astype(np.float32)
+    found = agreement.bootstrap_agreement(ours, teacher)
+    mine, theirs = agreement.cosines(ours), agreement.cosines(teacher)
+    for value, some in zip(found[:10], drawn_places(40, 200), strict=False):
+        pairs = [(i, j) for i, j in combinations(some, 2) if i != j]
+        exact = spearman(*(np.array([side[pair] for pair in pairs]) for side in (mine, theirs)))
+        assert value == pytest.approx(exact, abs=0.03)
+
+
+def test_large_sets_are_resampled_less_often():
+    assert len(agreement.bootstrap_mean(np.ones(40_000))) == 500
+    assert agreement.interval(np.array([0.5, 0.6]), 0.7) == pytest.approx((0.5025, 0.7))
+
+
 def test_a_hit_at_rank_11_counts_for_recall_alone():
     documents = [f"d{i}" for i in range(12)]
     asked = RetrievalSet(documents, documents, ["q"], ["q"], {"q": {"d10": 1}})
@@ -474,7 +524,7 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
     )  # fmt: skip
     metrics = json.loads((tmp_path / "kd.json").read_bytes())
     assert metrics == outcome.facts
-    assert set(metrics) == {
+    assert set(without_intervals(metrics)) == {
         "sts.A", "sts.B", "sts.average", "sts.A.truncated", "sts.B.truncated",
         "retrieval.docs.truncated",
         "retrieval.docs.ndcg@10", "retrieval.docs.mrr@10", "retrieval.docs.recall@100",
@@ -824,9 +874,9 @@ def test_at_each_width_it_is_the_first_values_that_are_measured(tmp_path, corpus
         for key, value in slow_metrics_of_first(width, corpus=corpus, asked=asked).items()
     }
     # The teacher's documents are not among them: they have all values.
-    assert {key: value for key, value in metrics.items() if key.startswith("widths.")} == (
-        pytest.approx(slow, abs=1e-6)
-    )
+    widths = {key: value for key, value in metrics.items() if key.startswith("widths.")}
+    assert without_intervals(widths) == pytest.approx(slow, abs=1e-6)
+    assert set(widths) == {f"{key}{end}" for key in slow for end in ("", ".low", ".high")}
     assert any(key.startswith("teacher_index.docs") for key in metrics)
     # What was there is what it was, no text was read twice, and the sentence is that of the whole.
     rest = {key: value for key, value in metrics.items() if not key.startswith("widths.")}
@@ -859,9 +909,28 @@ def test_a_student_whose_vectors_are_moved_says_by_how_much_its_cosines_are(
     assert "fidelity.cosine_shift" not in facts
 
 
+def test_intervals_are_of_resampled_queries_and_pairs(tmp_path, corpus, embeddings, sets):
+    facts = measure(tmp_path, corpus, embeddings, HashEncoder(), **sets).facts
+    asked = read_beir(tmp_path / "docs", "docs")
+    queries, documents = (
+        np.array([hashed(text) for text in texts]) for texts in (asked.queries, asked.documents)
+    )
+    scores = evaluate.retrieval_scores(agreement.nearest(queries, documents, 100), asked)
+    cosines = [slow_cosine(hashed(f"left {i}"), hashed(f"right {i}")) for i in range(20)]
+    of_pairs = agreement.bootstrap_spearman(np.array(cosines), np.arange(20) % 4)
+    drawn = {
+        "retrieval.docs.ndcg@10": scores["ndcg@10"][drawn_places(5, 1000)].mean(axis=1),
+        "sts.A": 100 * of_pairs,
+    }
+    for key, values in drawn.items():
+        low, high = np.quantile(values, [0.025, 0.975])
+        assert (facts[f"{key}.low"], facts[f"{key}.high"]) == pytest.approx((low, high), abs=1e-5)
+        assert low < facts[key] < high
+
+
 def test_widths_without_evaluation_sets_show_likeness_alone(tmp_path, corpus, embeddings):
     facts = measure(tmp_path, corpus, embeddings, HashEncoder(), widths=(4,)).facts
-    assert [key for key in facts if key.startswith("widths.")] == [
+    assert [key for key in without_intervals(facts) if key.startswith("widths.")] == [
         "widths.4.fidelity.spearman",
         "widths.4.fidelity.top10_overlap",
     ]
@@ -870,11 +939,12 @@ def test_widths_without_evaluation_sets_show_likeness_alone(tmp_path, corpus, em
 def test_without_widths_the_file_is_what_it_was_before_there_were_any(
     tmp_path, corpus, embeddings, sets
 ):
-    """Bytes of version 3, but for the speed, whose second key is newer."""
+    """Bytes of version 3, but for the speed, whose second key is newer, and intervals, which are, too."""
     measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher", **sets)
     measure(tmp_path, corpus, embeddings, TurnedEncoder(), **sets)
+    lines = (tmp_path / "kd.json").read_text().splitlines(keepends=True)
     assert (
-        (tmp_path / "kd.json").read_text()
+        "".join(line for line in lines if '.low"' not in line and '.high"' not in line)
         == """{
   "device": "abacus",
   "fidelity.cosine_shift": 0.0,

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from stages import report
-from stages.reporting.measures import verdict
+from stages.reporting.measures import decimals_of, verdict
 from stages.reporting.table import table
-from storage.errors import DamagedError, MissingError
+from storage.errors import DamagedError, MissingError, TeachonceError
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
 
@@ -85,6 +85,7 @@ class Folder:
             curve=lambda name: self.root / f"{name}.csv",
             training=lambda name: self.root / f"{name}.training.json",
             facts=facts,
+            rank_by=None,
             out=self.out,
             page=self.page,
         )
@@ -228,6 +229,7 @@ def test_the_table_at_100_columns(models):
         "",
         "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and 96.6 % of its",
         "nDCG@10, is 1.9 times as fast and takes 77 % of its space.",
+        "Best: highest STS average.",
         "Speeds on AMD EPYC, 1 thread. Speed-up compares speeds beside a fixed workload.",
     ]
 
@@ -247,6 +249,7 @@ def test_the_table_at_80_columns_names_what_has_no_room(models):
         "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS",
         "average and 96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 %",
         "of its space.",
+        "Best: highest STS average.",
         "Speeds on AMD EPYC, 1 thread. Speed-up compares speeds beside a fixed",
         "workload.",
         "No room for: STS12, STSB, million weights.",
@@ -355,6 +358,60 @@ def test_speeds_are_compared_within_one_device(models):
 )
 def test_the_best_student_is_judged_by_what_was_measured(models, removed, sentence):
     assert verdict(without(models, *removed), STUDENTS) == sentence
+
+
+def with_ends(models, half, *prefixes):
+    """Metrics with an interval of +- `half` around those of these prefixes."""
+    return {
+        name: found
+        | {
+            f"{key}{end}": value + sign * half
+            for key, value in found.items()
+            for end, sign in ((".low", -1), (".high", 1))
+            if key.startswith(prefixes)
+        }
+        for name, found in models.items()
+    }
+
+
+def test_a_setting_ranks_students_and_the_rule_is_told(models):
+    said = verdict(models, STUDENTS, "fidelity.top10_overlap")
+    assert said.startswith("kd, the best student, keeps")
+    sink = StringIO()
+    drawing = table({"models": models}, students=STUDENTS, rank_by="fidelity.top10_overlap")
+    Console(width=100, file=sink).print(drawing)
+    assert "Best: highest fidelity.top10_overlap." in sink.getvalue()
+    with pytest.raises(TeachonceError) as caught:
+        verdict(models, STUDENTS, "sts.STS99")
+    assert str(caught.value) == (
+        "report.rank_by: no student has the metric sts.STS99\n"
+        "  cure: run `teachonce evaluate` for the students, or set it to null"
+    )
+
+
+def test_what_lies_inside_an_interval_is_level_and_not_better(models):
+    wide = with_ends(models, 0.4, "sts.")
+    assert verdict(wide, STUDENTS).startswith(
+        "kd-finetuned, the first student but level with ckd, keeps 99.6 % of the teacher's STS average "
+        "(level: inside the interval) and 96.6 % of its nDCG@10"
+    )
+    narrow = with_ends(models, 0.02, "sts.")
+    assert verdict(narrow, STUDENTS).startswith("kd-finetuned, the best student, keeps 99.6 % of")
+
+
+def test_figures_have_as_many_digits_as_are_known_and_their_interval(models):
+    lines = drawn(with_ends(models, 0.4, "sts."), width=140)
+    assert lines[4].split()[:4] == ["teacher", "72.9±0.4", "72.4±0.4", "73.4±0.4"]
+    text = " ".join(lines)
+    assert "±: half of a 95 % interval, from resampled queries, pairs or texts" in text
+    assert [decimals_of((0, 2 * half), 3) for half in (0.0004, 0.02, 0.013, 0.2, 1.3, 0)] == [
+        *(3, 2, 2, 1, 0, 3)
+    ]
+    bold = drawn(with_ends(models, 0.4, "sts."), width=140, styled=True)
+    assert ["\x1b[1m72.3±0.4" in line for line in bold[6:9]] == [False, True, False]
+    assert ["\x1b[1m72.5±0.4" in line or "\x1b[1m72.6±0.4" in line for line in bold[6:9]] == [
+        *(False, False, True)
+    ]
 
 
 def test_there_is_no_verdict_without_both_sides(models):

@@ -10,7 +10,7 @@ from typing import Any
 from stages.lineage import left_the_teacher
 from stages.params import TEACHER
 from stages.reporting.markdown import escaped, fenced, table
-from stages.reporting.measures import shift_of_cosines, short, times_as_fast
+from stages.reporting.measures import ends, of, shift_of_cosines, short, times_as_fast, told
 
 Metrics = Mapping[str, Any]
 """One model's metrics: flat keys, as `evaluate` writes them."""
@@ -160,6 +160,8 @@ def _results(card: Card, metrics: Mapping[str, Metrics]) -> str:
         parts.append(
             "Measured with the projection into the teacher's space, which this folder leaves out."
         )
+    if any(key.endswith(".low") for found in models.values() for key in found):
+        parts.append("±: half of a 95 % confidence interval (bootstrap).")
     return "\n\n".join(parts + _devices(models))
 
 
@@ -173,7 +175,7 @@ def _rows(models: Mapping[str, Metrics]) -> list[list[str]]:
                 found.append((place, key, named, form))
                 break
     return [
-        [label, *(_cell(metrics.get(key), form) for metrics in models.values())]
+        [label, *(_cell(metrics, key, form) for metrics in models.values())]
         for _, key, label, form in sorted(found)
     ]
 
@@ -199,8 +201,11 @@ def _speedup(models: Mapping[str, Metrics]) -> str:
     )
 
 
-def _cell(value: object, form: str) -> str:
-    return "-" if not isinstance(value, int | float) else format(value, form)
+def _cell(metrics: Metrics, key: str, form: str) -> str:
+    value, found = metrics.get(key), ends(metrics, of(key))
+    if not isinstance(value, int | float):
+        return "-"
+    return format(value, form) if found is None else told(value, found, int(form[1]))
 
 
 def _origin(lineage: Mapping[str, Any], facts: Mapping[str, str]) -> str:

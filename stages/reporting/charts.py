@@ -37,11 +37,18 @@ class Bar:
         name: Of the model.
         tone: CSS class of its colour.
         percent: 0 and above; 100 is as much as the teacher.
+        decimals: How many of it are known.
     """
 
     name: str
     tone: str
     percent: float
+    decimals: int = 1
+
+    @property
+    def told(self) -> str:
+        """The number as it is written."""
+        return f"{self.percent:.{self.decimals}f} %"
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,13 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
         y = place * row
         parts.append(
             text(0, y + 14, cut(bar.name, 32), "name")
-            + text(width, y + 14, f"{bar.percent:.1f} %", "value", anchor="end")
+            + text(width, y + 14, bar.told, "value", anchor="end")
             + f'<g class="{bar.tone}"><rect class="track" x="0" y="{y + 20}" height="8"'
             f' width="{px(x.at(100))}" rx="2"/><rect class="bar" x="0" y="{y + 20}" height="8"'
             f' width="{px(x.at(max(bar.percent, 0)))}" rx="2"/></g>'
             + line(x.at(100) - 0.75, y + 18, x.at(100) - 0.75, y + 30, "teacher edge")
         )
-    said = ", ".join(f"{bar.name} {bar.percent:.1f} %" for bar in rows)
+    said = ", ".join(f"{bar.name} {bar.told}" for bar in rows)
     return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
 
 

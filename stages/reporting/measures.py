@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,9 +10,13 @@ from dataclasses import dataclass
 
 from stages.params import TEACHER
 from stages.reporting.results import Metrics
+from storage.errors import TeachonceError
 
 Measure = Callable[[Metrics], float | None]
 """One number out of a model's metrics; None if it has none."""
+
+Ends = tuple[float, float]
+"""Lowest and highest value of a confidence interval."""
 
 
 SPEED = "texts_per_reference"
@@ -26,52 +31,91 @@ class Kept:
         title: Of the measure.
         ours: The student's.
         theirs: The teacher's, not 0.
+        ends: Of the confidence intervals of both, where they are known.
+        is_level: Whether the two cannot be told apart.
     """
 
     title: str
     ours: float
     theirs: float
+    ends: tuple[Ends | None, Ends | None] = (None, None)
+    is_level: bool = False
 
     @property
     def percent(self) -> float:
         """The student's share of the teacher's, 100 for as much."""
         return 100 * self.ours / self.theirs
 
+    @property
+    def percent_told(self) -> str:
+        """The same in as many digits as are known, at most one behind the point."""
+        return f"{self.percent:.{_decimals(self.ends, self.theirs)}f}"
 
-def verdict(models: Mapping[str, Metrics], students: Collection[str]) -> str:
+
+def verdict(
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
+) -> str:
     """One sentence: what the best student keeps of the teacher, how much faster and smaller it is.
 
     Empty if there is no teacher, no student, or nothing to compare them by.
     """
-    name = best(models, students)
-    if name is None or TEACHER not in models:
+    name, found = best(models, students, rank_by), yardstick(models, students, rank_by)
+    if name is None or found is None or TEACHER not in models:
         return ""
-    found = yardstick(models, students)
-    rivals = [student for student in students if found and _has(models, student, found[1])]
+    rivals = [student for student in students if _has(models, student, found[1])]
     title = f"{name}, the best student," if len(rivals) > 1 else name
+    if same := equals(models, students, rank_by):
+        title = f"{name}, the first student but level with {listed(same)},"
     return f"{title} {listed(_comparisons(models[name], models[TEACHER]))}."
 
 
 def yardstick(
-    models: Mapping[str, Metrics], students: Collection[str]
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> tuple[str, Measure] | None:
-    """The measure that ranks students, with its title: the first that one of them has a number for.
+    """The measure that ranks students, with its title; None if no student has a number for one.
 
-    STS average, or nDCG@10 where no STS was asked for, or likeness to the teacher.
+    `rank_by`, or the first that one of them has a number for: STS average, or nDCG@10 where no STS was
+    asked for, or likeness to the teacher.
+
+    Raises:
+        TeachonceError: no student has a number for `rank_by`.
     """
+    if rank_by is not None:
+        if not any(_has(models, name, of(rank_by)) for name in students):
+            if not any(name in models for name in students):
+                return None
+            raise TeachonceError(
+                "report.rank_by",
+                f"no student has the metric {rank_by}",
+                "run `teachonce evaluate` for the students, or set it to null",
+            )
+        return rank_by, of(rank_by)
     for title, measure in (("STS average", sts), ("nDCG@10", ndcg), ("fidelity", likeness)):
         if any(_has(models, name, measure) for name in students):
             return title, measure
     return None
 
 
-def best(models: Mapping[str, Metrics], students: Collection[str]) -> str | None:
+def best(
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
+) -> str | None:
     """The student that is first by the `yardstick`; the earlier one of two that are level."""
-    found = yardstick(models, students)
+    found = yardstick(models, students, rank_by)
     if found is None:
         return None
     scores = measured({name: models[name] for name in students if name in models}, found[1])
     return max(scores, key=lambda name: scores[name])
+
+
+def equals(
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
+) -> list[str]:
+    """The students that cannot be told apart from the first one."""
+    name, found = best(models, students, rank_by), yardstick(models, students, rank_by)
+    if name is None or found is None:
+        return []
+    others = [student for student in students if student in models and student != name]
+    return [other for other in others if level(models[other], models[name], found[1])]
 
 
 def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
@@ -82,7 +126,8 @@ def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
         # An average over other sets is another thing.
         alike = _sets(student, kind) == _sets(teacher, kind)
         if alike and ours is not None and theirs:
-            found.append(Kept(title, ours, theirs))
+            both = ends(student, measure), ends(teacher, measure)
+            found.append(Kept(title, ours, theirs, both, level(student, teacher, measure)))
     return found
 
 
@@ -113,6 +158,52 @@ def at_widths(metrics: Metrics) -> dict[int, Metrics]:
         if match := re.fullmatch(r"widths\.(\d+)\.(.+)", key):
             found.setdefault(int(match[1]), {})[match[2]] = value
     return dict(sorted(found.items(), reverse=True))
+
+
+def ends(metrics: Metrics, measure: Measure) -> Ends | None:
+    """The 95 % interval of a measure; None if it is not known.
+
+    Of a mean over several sets it is the mean of their ends, which is wider than need be.
+    """
+    low, high = (
+        measure({key.removesuffix(end): v for key, v in metrics.items() if key.endswith(end)})
+        for end in (".low", ".high")
+    )
+    return None if low is None or high is None else (low, high)
+
+
+def level(ours: Metrics, theirs: Metrics, measure: Measure) -> bool:
+    """Whether one's number lies inside the interval of the other: so many queries tell no difference."""
+    a, b = measure(ours), measure(theirs)
+    if a is None or b is None:
+        return False
+    sides = ((ends(ours, measure), b), (ends(theirs, measure), a))
+    return any(found is not None and found[0] <= value <= found[1] for found, value in sides)
+
+
+def decimals_of_share(student: Metrics, teacher: Metrics, measure: Measure) -> int:
+    """Digits behind the point known of a student's share of the teacher's, in percent; 1 at most."""
+    return _decimals((ends(student, measure), ends(teacher, measure)), measure(teacher) or 1.0)
+
+
+def _decimals(intervals: Sequence[Ends | None], whole: float) -> int:
+    """Of a share of `whole`, in percent: what the widest interval leaves known."""
+    widths = (high - low for low, high in filter(None, intervals))
+    return decimals_of((0.0, 100 * max(widths, default=0.0) / whole), 1)
+
+
+def decimals_of(found: Ends | None, most: int) -> int:
+    """Digits behind the point that an interval leaves known: 2 for one of +-0.02; `most` without one."""
+    half = (found[1] - found[0]) / 2 if found else 0.0
+    return most if half <= 0 else min(most, max(0, math.ceil(-math.log10(half) - 1e-9)))
+
+
+def told(value: float, found: Ends | None, decimals: int, joint: str = " ± ") -> str:
+    """A number with half of its interval, where that is known, in as many digits as are known."""
+    if found is None:
+        return f"{value:.{decimals}f}"
+    decimals = min(decimals, decimals_of(found, decimals)) if joint != "±" else decimals
+    return f"{value:.{decimals}f}{joint}{(found[1] - found[0]) / 2:.{decimals}f}"
 
 
 def measured(models: Mapping[str, Metrics], measure: Measure) -> dict[str, float]:
@@ -189,13 +280,15 @@ def _comparisons(student: Metrics, teacher: Metrics) -> list[str]:
     """What a student is beside the teacher, each to stand after its name; at least one."""
     whose = ("the teacher's", "its")
     phrases = [
-        f"{part.percent:.1f} % of {owner} {part.title}"
+        f"{part.percent_told} % of {owner} {part.title}"
+        f"{' (level: inside the interval)' if part.is_level else ''}"
         for part, owner in zip(kept(student, teacher), whose, strict=False)
     ]
     said = [f"keeps {listed(phrases)}"] if phrases else []
     agreement = likeness(student)
     if not said and agreement is not None:
-        said.append(f"orders pairs as the teacher does (Spearman {agreement:.3f})")
+        shown = told(agreement, ends(student, likeness), 3)
+        said.append(f"orders pairs as the teacher does (Spearman {shown})")
     times = times_as_fast(student, teacher)
     if times is not None:
         said.append(f"is {short(times)} times as fast")

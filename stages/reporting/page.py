@@ -29,17 +29,24 @@ SECTIONS: list[tuple[str, str, Callable[[Subject], str]]] = [
 ]
 
 
-def page(models: Sequence[Model], *, students: Collection[str], facts: Mapping[str, str]) -> str:
+def page(
+    models: Sequence[Model],
+    *,
+    students: Collection[str],
+    facts: Mapping[str, str],
+    rank_by: str | None = None,
+) -> str:
     """The report as HTML.
 
     Args:
         models: Teacher, starts, students.
         students: Names of those that were trained.
         facts: Lines about how all this was made: label -> text.
+        rank_by: The metric that ranks students; None for the first that was measured.
     """
     names = [model.name for model in models]
     trained = [name for name in names if name in students]
-    subject = Subject({m.name: m for m in models}, trained, tones(names, trained), facts)
+    subject = Subject({m.name: m for m in models}, trained, tones(names, trained), facts, rank_by)
     drawn = [(key, title, draw(subject)) for key, title, draw in SECTIONS]
     drawn = [part for part in drawn if part[2]]
     links = "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key, _, _ in drawn)
@@ -73,7 +80,7 @@ def tones(names: Sequence[str], students: Sequence[str]) -> dict[str, str]:
 
 
 def _head(subject: Subject) -> str:
-    said = measures.verdict(subject.metrics, subject.students)
+    said = measures.verdict(subject.metrics, subject.students, subject.rank_by)
     count = len(subject.models)
     words = said or f"{count} model{'s' if count != 1 else ''} side by side."
     unbroken = esc(words).replace(" %", "&nbsp;%")
@@ -86,7 +93,7 @@ def _head(subject: Subject) -> str:
 def _cards(student: Metrics, teacher: Metrics) -> list[str]:
     """The numbers that decide, of one student."""
     found = [
-        _card(f"{part.percent:.1f}", "%", f"of the teacher's {part.title}", _sides(part))
+        _card(part.percent_told, "%", f"of the teacher's {part.title}", _sides(part))
         for part in measures.kept(student, teacher)
     ]
     times = measures.times_as_fast(student, teacher)
@@ -106,13 +113,16 @@ def _cards(student: Metrics, teacher: Metrics) -> list[str]:
     agreement = measures.likeness(student)
     if agreement is not None:
         said = "rank correlation over all pairs"
-        found.append(_card(f"{agreement:.3f}", "", "fidelity: agreement with the teacher", said))
+        shown = measures.told(agreement, measures.ends(student, measures.likeness), 3)
+        found.append(_card(shown, "", "fidelity: agreement with the teacher", said))
     return found
 
 
 def _sides(part: measures.Kept) -> str:
     decimals = 2 if part.theirs > 1 else 3
-    return f"{part.ours:.{decimals}f}, teacher {part.theirs:.{decimals}f}"
+    sides = zip((part.ours, part.theirs), part.ends, strict=True)
+    ours, theirs = (measures.told(value, ends, decimals) for value, ends in sides)
+    return f"{ours}, teacher {theirs}"
 
 
 def _card(value: str, unit: str, label: str, small: str) -> str:

@@ -20,6 +20,7 @@ from stages.reporting.table import (
     part_of,
     qualities,
     rows,
+    rule_note,
     speed_note,
 )
 
@@ -49,12 +50,14 @@ class Subject:
         students: Those of them that were trained, in their order.
         tones: CSS classes of each model's colour.
         facts: How all this was made: label -> text.
+        rank_by: The metric that ranks students; None for the first that was measured.
     """
 
     models: Mapping[str, Model]
     students: Sequence[str]
     tones: Mapping[str, str]
     facts: Mapping[str, str]
+    rank_by: str | None = None
 
     @property
     def metrics(self) -> dict[str, Metrics]:
@@ -64,7 +67,7 @@ class Subject:
     @property
     def best(self) -> str | None:
         """The student to serve, if quality is all."""
-        return measures.best(self.metrics, self.students)
+        return measures.best(self.metrics, self.students, self.rank_by)
 
 
 def labelled(subject: Subject, name: str) -> str:
@@ -78,6 +81,8 @@ def table_of_models(subject: Subject) -> str:
     found = columns(shown, subject.students, most_sets=ANY_NUMBER)
     titles = "".join(f'<th scope="col">{_lines(column.title)}</th>' for column in found)
     contest = len(subject.students) > 1
+    equals = measures.equals(subject.metrics, subject.students, subject.rank_by)
+    leaders, word = {subject.best, *equals}, "level" if equals else "best"
     body = []
     for row in shown:
         cells = []
@@ -85,7 +90,7 @@ def table_of_models(subject: Subject) -> str:
             cell = esc(column.cells.get(row, NOTHING))
             cells.append(f"<td>{f'<strong>{cell}</strong>' if row in column.bold else cell}</td>")
         if row in subject.models:
-            tag = '<span class="tag">best</span>' if contest and row == subject.best else ""
+            tag = f'<span class="tag">{word}</span>' if contest and row in leaders else ""
             head, kind = labelled(subject, row) + tag, ""
         else:
             head, kind = esc(part_of(row)), ' class="part"'
@@ -94,6 +99,7 @@ def table_of_models(subject: Subject) -> str:
     notes = [said for word, said in GLOSSARY.items() if word in names]
     notes += [WIDTHS_NOTE] if len(shown) > len(subject.models) else []
     notes += filter(None, (note(subject.metrics) for note in (cut_note, ignored_note, speed_note)))
+    notes += filter(None, [rule_note(subject.metrics, subject.students, subject.rank_by)])
     bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
     return (
         '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'
@@ -118,7 +124,12 @@ def kept(subject: Subject) -> str:
         if theirs is None or theirs <= 0 or not set(values) & set(subject.students):
             continue
         rows = [
-            charts.Bar(name, subject.tones[name], 100 * values[name] / theirs)
+            charts.Bar(
+                name,
+                subject.tones[name],
+                100 * values[name] / theirs,
+                measures.decimals_of_share(metrics[name], metrics[TEACHER], quality.measure),
+            )
             for name in order
             if name in values
         ]
@@ -134,7 +145,7 @@ def kept(subject: Subject) -> str:
 
 def trade_off(subject: Subject) -> str:
     """All models by quality and speed, and by quality and size."""
-    found = measures.yardstick(subject.metrics, subject.students)
+    found = measures.yardstick(subject.metrics, subject.students, subject.rank_by)
     if found is None:
         return ""
     title, measure = found

@@ -12,7 +12,10 @@ from stages.reporting.measures import (
     SPEED,
     Measure,
     at_widths,
+    decimals_of,
     devices,
+    ends,
+    level,
     likeness,
     listed,
     measured,
@@ -22,7 +25,9 @@ from stages.reporting.measures import (
     short,
     sts,
     times_as_fast,
+    told,
     verdict,
+    yardstick,
 )
 from stages.reporting.results import Metrics
 
@@ -87,7 +92,9 @@ class Column:
         return _one_line(self.title)
 
 
-def table(report: Report, *, students: Collection[str], width: int = 100) -> Table:
+def table(
+    report: Report, *, students: Collection[str], width: int = 100, rank_by: str | None = None
+) -> Table:
     """The report for a terminal: its `rows`, best students bold, `verdict` below.
 
     Args:
@@ -95,6 +102,7 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
         students: Names of the trained models, in the order of their rows. The teacher comes first,
             then the others in the order of the report.
         width: Of the terminal, in characters. Columns that do not fit are left out and named below.
+        rank_by: The metric that ranks students; None for the first that was measured.
     """
     from rich import box
     from rich.table import Table
@@ -110,7 +118,7 @@ def table(report: Report, *, students: Collection[str], width: int = 100) -> Tab
     kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
-    drawn.caption = Text("\n".join(["", *_notes(models, students, found, kept)]))
+    drawn.caption = Text("\n".join(["", *_notes(models, students, found, kept, rank_by)]))
     drawn.caption_justify, drawn.caption_style = "left", "none"
     drawn.add_column("model", vertical="bottom", no_wrap=True)
     for column in kept:
@@ -208,6 +216,19 @@ def speed_note(models: Mapping[str, Metrics]) -> str:
     return f"Speeds on {listed(found)}{within}.{compared}"
 
 
+def rule_note(models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None) -> str:
+    """Which student is called the best, and what ± is; empty where nothing is compared."""
+    found = yardstick(models, students, rank_by)
+    ranked = [name for name in students if found and name in models]
+    said = f"Best: highest {found[0]}." if found and len(ranked) > 1 else ""
+    if any(key.endswith(".low") for metrics in models.values() for key in metrics):
+        said += (
+            " ±: half of a 95 % interval, from resampled queries, pairs or texts; what lies inside the "
+            "interval of the other is level."
+        )
+    return said.strip()
+
+
 def cut_note(models: Mapping[str, Metrics]) -> str:
     """Of which sets texts were longer than models read; empty if of none."""
     said = []
@@ -229,14 +250,26 @@ def ignored_note(models: Mapping[str, Metrics]) -> str:
 
 def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
     values = measured(models, quality.measure)
-    cells = {name: f"{value:.{quality.decimals}f}" for name, value in values.items()}
-    ranked = [values[name] for name in students if name in values]
-    # One student alone is no contest; students that read the same share the place.
-    bold = (
-        {name for name in students if cells.get(name) == f"{max(ranked):.{quality.decimals}f}"}
-        if len(ranked) > 1
-        else set()
+    intervals = {name: ends(models[name], quality.measure) for name in values}
+    # One column has one number of decimals: that of its narrowest interval.
+    decimals = max(
+        (decimals_of(found, quality.decimals) for found in intervals.values()), default=0
     )
+    cells = {
+        name: told(value, intervals[name], decimals, joint="±") for name, value in values.items()
+    }
+    ranked = [name for name in students if name in values]
+    # One student alone is no contest; students that read the same, or are level, share the place.
+    best = max(ranked, key=lambda name: values[name], default="")
+    bold = {
+        name
+        for name in ranked
+        if len(ranked) > 1
+        and (
+            f"{values[name]:.{decimals}f}" == f"{values[best]:.{decimals}f}"
+            or level(models[name], models[best], quality.measure)
+        )
+    }
     return Column(quality.title, cells, quality.keep, frozenset(bold))
 
 
@@ -268,9 +301,11 @@ def _notes(
     students: Collection[str],
     found: Sequence[Column],
     kept: Sequence[Column],
+    rank_by: str | None,
 ) -> list[str]:
     """The lines below the table."""
-    notes = [verdict(models, students), cut_note(models), ignored_note(models), speed_note(models)]
+    notes = [verdict(models, students, rank_by), rule_note(models, students, rank_by)]
+    notes += [cut_note(models), ignored_note(models), speed_note(models)]
     missing = [column.name for column in found if column not in kept]
     if missing:
         notes.append(f"No room for: {', '.join(missing)}.")
