@@ -17,6 +17,7 @@ import pytest
 from pipeline import gc, ls
 from stages import transfer
 from storage import durable, holders, trash
+from storage import manifest as manifest_module
 from storage.errors import (
     AnotherCopyError,
     DamagedError,
@@ -488,3 +489,39 @@ def test_a_remote_without_a_ref_says_none(works, tmp_path):
     (tmp_path / "there").mkdir()
     remote = Remote(str(tmp_path / "there"))
     assert remote.ref(f"refs/{'0' * 40}.json") is None
+
+
+def test_two_processes_of_one_holder_leave_one_ref(works, tmp_path, monkeypatch):
+    a, _ = works
+    manifest, path = next(iter(a.paths().values())), tmp_path / "c/corpus.json"
+    link, faster = os.link, []
+
+    def late(source, target, **options):
+        if not faster:
+            faster.append(Path(target))
+            faster[0].write_bytes(manifest.note(path))
+        return link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", late)
+    (a.store.root / holders.names(manifest.manifested, path)[0]).unlink()
+    assert manifest.leave_note(path, a.store) is None
+    assert [p.name for p in faster] == [f"{digest(manifest.encoded)}.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_who_reads_needs_no_ref_but_hears_of_a_failing_disk(works, tmp_path, monkeypatch, number):
+    a, _ = works
+    manifest = next(iter(a.paths().values()))
+    before = refs_of(a.store.root).keys()
+    monkeypatch.setattr(os, "link", refused(number))
+    if number == errno.EIO:
+        with pytest.raises(StorageError, match="failed: Input/output error"):
+            manifest.renew(tmp_path / "c/corpus.json", a.store)
+    else:
+        manifest.renew(tmp_path / "c/corpus.json", a.store)
+    monkeypatch.undo()
+    assert refs_of(a.store.root).keys() == before
+
+
+def test_a_ref_that_is_gone_has_no_inode(tmp_path):
+    assert manifest_module._inode(tmp_path / "gone.json") is None
