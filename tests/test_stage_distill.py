@@ -618,6 +618,23 @@ def test_a_score_that_is_no_number_is_no_best(tmp_path):
         )
 
 
+def test_what_dropout_draws_depends_on_the_seed_and_the_step_alone():
+    def drawn(step, seed):
+        model, found = Slope(), []
+        work = dataclasses.replace(
+            slope_work(model),
+            loss=lambda rows, at: (found.append(torch.rand(4)), model.loss(rows, 0))[1],
+        )
+        params = recipe(seed=seed)
+        loop.take_step(
+            model, loop.make_optimizer(model, params), work, np.arange(4), step, 9, params
+        )
+        return found[0].tolist()
+
+    assert drawn(5, 0) == drawn(5, 0)
+    assert len({tuple(drawn(step, seed)) for step in (4, 5, 6) for seed in (0, 1)}) == 6
+
+
 def test_patience_counts_from_the_last_best(tmp_path):
     """Two misses, a new best, three misses: the third in a row ends the run, the five in all do not."""
     model, scores = Slope(), iter([0.5, 0.4, 0.4, 0.6, 0.6, 0.1, 0.2, 0.9])
