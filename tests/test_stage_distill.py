@@ -828,7 +828,6 @@ def test_a_student_is_trained_where_no_teacher_can_be_loaded(world, tiny_model, 
         from stages import distill
         from stages.params import RecipeParams
         from storage.caches import Caches
-from storage.column import text_keys_of
         from storage.corpus import Corpus
         from storage.embeddings import Embeddings
         from storage.manifest import Manifest
