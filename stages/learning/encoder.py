@@ -328,9 +328,8 @@ class Encoder:
         if self.max_tokens == NO_LIMIT:
             return padded
         texts = [*MIXED_PROBES, *probes(self.max_tokens)]
-        lengths = padded.read(texts, self.prompt).lengths
         # A text of no token cannot be read alone. Its vector is what a batch makes of it.
-        places = np.flatnonzero(lengths > 0)
+        places = np.flatnonzero(padded.read(texts, self.prompt).lengths > 0)
         alone = np.concatenate([self._probed(padded, [texts[place]]) for place in places])
         # NaN is like nothing, and what is nearly 0 has rounding for a direction; `embed` refuses both.
         lengths = np.linalg.norm(alone, axis=1)
@@ -348,12 +347,12 @@ class Encoder:
         mixed = np.arange(len(texts) - 1)
         with torch.inference_mode():
             batch = padded.read(texts, self.prompt).forward(mixed).float().cpu().numpy()
-        even = Padded(self.model, even=True)
         try:
             likeness(alone[places < len(mixed)], batch[places[places < len(mixed)]])
             return padded
         except ValueError as error:
             log.info("only texts of one length are read together; in other batches: %s", error)
+        even = Padded(self.model, even=True)
         try:
             likeness(alone, self._probed(even, texts)[places])
         except ValueError as error:
