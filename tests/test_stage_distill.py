@@ -161,14 +161,14 @@ def test_a_start_has_the_layers_it_was_given(tiny_model, start_folder):
 
 def test_a_start_reads_texts_as_they_are_whatever_prompts_its_model_has(tiny_model, tmp_path):
     model = load_model(tiny_model, device=CPU)
-    model.prompts, model.default_prompt_name = {"query": "amber: "}, "query"
+    model.prompts, model.default_prompt_name = {"cluster": "amber: "}, "cluster"
     model.similarity_fn_name, model.truncate_dim = "dot", 8
     model.save(str(tmp_path / "e5"), create_model_card=False)
     params = StartParams.model_validate({"from": "e5", "layers": None})
     outcome = start.run(
         params, name="e5", folder=tmp_path / "e5", trust_remote_code=False, out=tmp_path / "s"
     )
-    assert outcome.summary.endswith("; its own prompts (query) are left out")
+    assert outcome.summary.endswith("; its own prompts (cluster) are left out")
     made, plain = load_model(tmp_path / "s", device=CPU), load_model(tiny_model, device=CPU)
     texts = ["amber basin", "cedar"]
     for encode in (made.encode, made.encode_query, made.encode_document):
