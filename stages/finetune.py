@@ -36,7 +36,7 @@ from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.tokens import Tokens
 
-VERSION = 3  # raise it when a code change gives other weights for the same settings and triplets
+VERSION = 4  # raise it when a code change gives other weights for the same settings and triplets
 
 TEXTS_AT_ONCE = 8192
 
@@ -119,6 +119,7 @@ def run(
         "rows": len(labels.learned),
         "negatives": sum(len(row.negatives) for row in labels.learned),
         "heldout": labels.heldout,
+        "judged": labels.judged,
         "rejected": dict(labels.rejected),
         "precision": params.precision,
         "temperature": round(lesson.temperature.value(), 6),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from stages.benchmarks import StsSet, read_sts, sts_files
 from stages.learning.agreement import sts_correlation
+from stages.outcome import log
 from stages.params import FinetuneParams
 from stages.triplets import Triplet, read_triplets, triplet_files
 from storage.corpus import text_key
@@ -20,6 +21,10 @@ from storage.store import digest
 
 LEAST_ROWS = 2
 ROWS_AT_ONCE = 256
+
+MOST_TEXTS = 16_384
+"""Distinct texts that a judge of triplets has. Each is encoded at every evaluation and compared with the
+anchor of every judged row, so twice as many take up to four times as long."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Labels:
         learned: Rows to learn from.
         judge: Says how good weights are, by rows held out or by an STS set.
         heldout: Rows held out; 0 where an STS set judges.
+        judged: Those of them that judge: all, or as many as `MOST_TEXTS` allows.
         rejected: Rows that are none, by rule.
         digest: Names all of it.
     """
@@ -37,6 +43,7 @@ class Labels:
     learned: list[Triplet]
     judge: TripletJudge | StsJudge
     heldout: int
+    judged: int
     rejected: Mapping[str, int]
     digest: str
 
@@ -52,11 +59,12 @@ class Labels:
         judge: TripletJudge | StsJudge
         if params.dev is None:
             learned, heldout = _divided(rows, params.heldout)
-            judge, judged = TripletJudge(heldout), b""
+            sample = judging(heldout)
+            judge, scores = TripletJudge(sample), b""
         else:
             dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
-            learned, heldout = rows, []
-            judge, judged = StsJudge(dev), dev.scores.tobytes()
+            learned, heldout, sample = rows, [], []
+            judge, scores = StsJudge(dev), dev.scores.tobytes()
         if len(learned) < LEAST_ROWS or (params.dev is None and len(heldout) < LEAST_ROWS):
             raise TeachonceError(
                 "finetune.triplets",
@@ -64,10 +72,17 @@ class Labels:
                 f"{rejections(rejected)}",
                 "name files with more rows, change finetune.heldout, or name a finetune.dev",
             )
+        if len(sample) < len(heldout):
+            log.info(
+                "finetune: judged by %s of %s rows held out, which have at most %s texts",
+                f"{len(sample):,}",
+                f"{len(heldout):,}",
+                f"{MOST_TEXTS:,}",
+            )
         # Rows differ in their number of texts, so each ends with an empty one.
         texts = (text.encode() for row in rows for text in (*row.texts, ""))
-        named = digest(judged, *(text.encode() for text in judge.texts), b"", *texts)
-        return cls(learned, judge, len(heldout), rejected, named)
+        named = digest(scores, *(text.encode() for text in judge.texts), b"", *texts)
+        return cls(learned, judge, len(heldout), len(sample), rejected, named)
 
 
 class TripletJudge:
@@ -135,6 +150,23 @@ def right_answers(
     for anchor, positive in zip(anchors.tolist(), positives.tolist(), strict=True):
         found.setdefault(anchor, set()).add(positive)
     return {anchor: np.array(sorted(right), np.int64) for anchor, right in found.items()}
+
+
+def judging(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Sequence[Triplet]:
+    """The held-out rows that judge: all of them, if they have at most `most_texts` distinct texts.
+
+    Else those that come first in the order of a hash of their texts and have together no more than that,
+    at least `LEAST_ROWS`. A row is chosen by its own texts, so most of the choice stays as files grow.
+    """
+    if len({text for row in heldout for text in row.texts}) <= most_texts:
+        return heldout
+    order = sorted(heldout, key=lambda row: digest(*(text.encode() for text in row.texts)))
+    seen: set[str] = set()
+    for count, row in enumerate(order):
+        seen.update(row.texts)
+        if count >= LEAST_ROWS and len(seen) > most_texts:
+            return order[:count]
+    return order
 
 
 def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:

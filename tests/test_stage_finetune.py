@@ -16,7 +16,7 @@ from pyarrow import parquet
 from stages import finetune
 from stages.benchmarks import StsSet
 from stages.finetune import Lesson, Memory, same_text
-from stages.labels import StsJudge, TripletJudge, right_answers
+from stages.labels import MOST_TEXTS, Labels, StsJudge, TripletJudge, judging, right_answers
 from stages.learning import loop
 from stages.learning.batches import some_rows
 from stages.learning.encoder import Encoder, load_model
@@ -275,6 +275,36 @@ def test_the_judge_of_triplets_is_the_mean_reciprocal_rank():
     assert judge(found) == pytest.approx(slow_mean_reciprocal_rank(rows, vectors))
 
 
+def test_a_judge_of_triplets_has_a_bounded_number_of_texts_however_many_rows_are_held_out():
+    rows = [Triplet(f"a{n}", f"p{n}", (f"n{n}",)) for n in range(30)]
+    assert (
+        judging(rows, most_texts=90) is rows
+    )  # all, in their order: the score is that of all rows
+    chosen = judging(rows, most_texts=89)
+    assert len(chosen) == 29 and set(chosen) < set(rows)
+    # The choice is of the texts, not of their order, and most of it stays as files grow.
+    assert judging(rows[::-1], most_texts=30) == judging(rows, most_texts=30)
+    more = [*rows, *(Triplet(f"b{n}", f"q{n}", (f"m{n}",)) for n in range(3))]
+    assert len(set(judging(more, most_texts=30)) & set(judging(rows, most_texts=30))) >= 7
+    # A text counts once, and two rows judge however many negatives they have.
+    assert judging([Triplet("a", f"p{n}") for n in range(9)], most_texts=10) == [
+        Triplet("a", f"p{n}") for n in range(9)
+    ]
+    wide = [Triplet(f"a{n}", f"p{n}", tuple(f"n{n}-{m}" for m in range(9))) for n in range(5)]
+    assert len(judging(wide, most_texts=3)) == 2
+
+
+def test_a_finetuning_says_by_how_many_rows_it_is_judged(tmp_path, caplog):
+    """Rows of 402 texts each: of those held out, 40 have together no more than 16,384."""
+    rows = [[f"one {n}", f"two {n}", *(f"not {n} {m}" for m in range(400))] for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    caplog.set_level("INFO", logger="teachonce")
+    labels = Labels.read(settings(heldout=0.5), tmp_path, ())
+    assert labels.judged == MOST_TEXTS // 402 == 40 < labels.heldout
+    assert len(labels.judge.texts) == 40 * 402
+    assert f"judged by 40 of {labels.heldout} rows held out" in caplog.text
+
+
 def slow_mean_reciprocal_rank(rows, vectors):
     def cosine(first, second):
         a, b = (np.array(vectors[text], np.float64) for text in (first, second))
@@ -367,6 +397,7 @@ def test_a_student_learns_from_labels(world):
     outcome = world.train(settings())
     assert outcome.facts["dev"] > outcome.facts["dev_before"] + 0.05
     assert outcome.facts["rows"] + outcome.facts["heldout"] == 300
+    assert outcome.facts["judged"] == outcome.facts["heldout"]
     facts = json.loads((world.place.root / "kd-finetuned.json").read_text())
     assert facts["minutes"] >= 0 and facts["dev"] == outcome.facts["dev"]
     lineage = json.loads((world.place.root / "kd-finetuned/teachonce.json").read_text())
