@@ -283,8 +283,9 @@ class Workspace:
     def load_encoder(self, folder: Path, *, is_teacher: bool, for_sets: bool = False) -> Encoder:
         """A model ready to encode; all read the same number of tokens at the same precision.
 
-        Texts `for_sets` are read to `evaluate.max_tokens`. A teacher that embeds in windows reads all of a
-        text there, too, as it did for its cache.
+        A start or a student that has not so many positions reads as many as it has. Texts `for_sets` are
+        read to `evaluate.max_tokens`, by the teacher, too; one that embeds in windows reads all of a text
+        there, as it did for its cache.
 
         The prompt and the width of the settings are the teacher's; a start and a student read every text as
         it is.
@@ -309,7 +310,7 @@ class Workspace:
             device=device,
             precision=params.precision,
             max_tokens=self.params.evaluate.max_tokens if reads_more else params.max_tokens,
-            or_fewer=reads_more,
+            or_fewer=reads_more or not is_teacher,
             in_windows=in_windows,
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
             prompt=(params.prompt or "") if is_teacher else "",

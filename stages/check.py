@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import benchmarks, readers
+from stages.abilities import check_length, token_limit_of
 from stages.encoding import slow_precision
 from stages.files import located, reading
 from stages.lines import check_start
@@ -197,10 +198,37 @@ class Survey:
         files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
         for error in undecided(folder, params):
             self._report(error)
+        if hasattr(params, "max_tokens"):
+            self._ask_length(params.max_tokens, folder, "embed.max_tokens", "the teacher")
         for name, start in self.sections.get("starts", {}).items():
             if start.from_ == TEACHER:
-                self._ask(partial(check_one_model, folder, address=f"starts.{name}.from"))
+                self._ask_of_start(name, folder)
         return files
+
+    def _ask_of_start(self, name: str, folder: Path) -> None:
+        """Whether a start can be made of a model, and read what its students are to read."""
+        self._ask(partial(check_one_model, folder, address=f"starts.{name}.from"))
+        students = {
+            student: params.recipe
+            for student, params in self.sections.get("students", {}).items()
+            if params.start == name
+        }
+        recipes = self.sections.get("recipes", {})
+        for recipe in sorted(set(students.values()) & set(recipes)):
+            length = recipes[recipe].max_tokens
+            self._ask_length(length, folder, f"recipes.{recipe}.max_tokens", f"the start {name}")
+        if self._can_read("finetune", "students", "max_tokens"):
+            finetune = self.sections["finetune"]
+            if set(students) & set(finetune.students):
+                length = finetune.max_tokens
+                self._ask_length(length, folder, "finetune.max_tokens", f"the start {name}")
+
+    def _ask_length(self, wanted: int, folder: Path, address: str, who: str) -> None:
+        def question() -> None:
+            limit = token_limit_of(folder, address)
+            check_length(wanted, limit, address=address, who=f"{who} ({folder})")
+
+        self._ask(question)
 
     def _model_files(
         self, folder: Path, address: str, committed: Entry, embed: object
@@ -247,7 +275,7 @@ class Survey:
             )
             files = self._model_files(folder, address, committed, self.sections.get("embed"))
             self._ask(partial(decided_pooling, folder, pooling, address=f"starts.{name}.pooling"))
-            self._ask(partial(check_one_model, folder, address=address))
+            self._ask_of_start(name, folder)
             return files
 
         return self._entry("starts", {"name": params.from_}, files, committed=committed)

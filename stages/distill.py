@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.abilities import check_length
 from stages.learning import ranks
 from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement
 from stages.learning.batches import epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
-from stages.learning.encoder import load_model, pick_precision
+from stages.learning.encoder import limit_of_positions, load_model, pick_precision
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Objectives
 from stages.learning.student import Student, encode_ids
@@ -144,6 +145,12 @@ def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.
         )
     torch.manual_seed(params.seed)
     model = load_model(start, device=device)
+    check_length(
+        params.max_tokens,
+        limit_of_positions(model),
+        address="recipes.*.max_tokens",
+        who=f"the start in {start}",
+    )
     student = Student(
         model,
         teacher_dim=dim,

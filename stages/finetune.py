@@ -15,11 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.abilities import check_length
 from stages.labels import Labels, StsJudge, TripletJudge, rejections, right_answers
 from stages.learning import ranks
 from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.checkpoints import Checkpoints
-from stages.learning.encoder import ends_in_normalize, load_model, pick_precision
+from stages.learning.encoder import (
+    ends_in_normalize,
+    limit_of_positions,
+    load_model,
+    pick_precision,
+)
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
 from stages.learning.student import Student, encode_ids
@@ -95,6 +101,12 @@ def run(
     checkpoints = Checkpoints(work / run_name)
     torch.manual_seed(params.seed)
     model = load_model(student, device=device)
+    check_length(
+        params.max_tokens,
+        limit_of_positions(model),
+        address="finetune.max_tokens",
+        who=f"the student in {student}",
+    )
     trainee = Student(
         model,
         teacher_dim=model.get_embedding_dimension() or 0,

@@ -196,7 +196,7 @@ def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
         return
     from tokenizers import Tokenizer
 
-    for path in _transformers(folder, address):
+    for path in transformers_of(folder, address):
         file = path / "tokenizer.json"
         if file.is_file():  # others are tokenised in Python; the loader asks those
             try:
@@ -213,7 +213,7 @@ def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
             room_for_texts(params.max_tokens, around=around, has_prompt=True)
 
 
-def _transformers(folder: Path, address: str) -> list[Path]:
+def transformers_of(folder: Path, address: str) -> list[Path]:
     """The folders of a model's transformers, those behind a router included."""
     if not (folder / MODULES).is_file():
         return [folder]

@@ -261,7 +261,7 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
         )
     _check_modules(folder, address, trust_remote_code)
     for path in weights:
-        _check_safetensors(path, address)
+        read_header(path, address)
     return files
 
 
@@ -373,8 +373,12 @@ def modules_of(folder: Path, address: str) -> list[tuple[str, str]]:
         ) from None
 
 
-def _check_safetensors(path: Path, address: str) -> None:
-    """Raise unless the header parses and the file is as long as it says: catches a cut download."""
+def read_header(path: Path, address: str) -> dict[str, tuple[int, ...]]:
+    """Tensor -> its shape, from the head of a file of weights.
+
+    Raises:
+        TeachonceError: the header does not parse, or the file is not as long as it says: a cut download.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -383,9 +387,11 @@ def _check_safetensors(path: Path, address: str) -> None:
             if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
-            if 8 + length + max(ends, default=0) != size:
-                raise ValueError(f"{size} bytes, {8 + length + max(ends, default=0)} expected")
+            tensors = {name: entry for name, entry in header.items() if name[:2] != "__"}
+            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            if 8 + length + end != size:
+                raise ValueError(f"{size} bytes, {8 + length + end} expected")
+            return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise TeachonceError(
                 address,

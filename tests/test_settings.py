@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -49,6 +50,19 @@ def make_model(folder, *, weights=b"\0" * 8):
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     content = struct.pack("<Q", len(header)) + header + weights
     (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def make_transformer(folder, config, shapes):
+    """The same with a configuration and weights of these shapes."""
+    make_model(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(end))
     return folder
 
 
@@ -1008,6 +1022,61 @@ def test_check_says_where_a_prompt_leaves_no_room_for_a_text(project):
     assert checked(project, {}, prompt="find what answers this question: ", max_tokens=11) == {}
     (project / "teacher/tokenizer.json").write_text("{}")
     assert "tokenizer.json cannot be read" in checked(project, {})["embed.max_tokens"]
+
+
+POSITIONS = {"embeddings.position_embeddings.weight": [66, 2]}
+
+
+def problems_of(folder, change):
+    """What check says when settings are changed, by address."""
+    change_settings(folder, change)
+    try:
+        run_check(folder)
+    except SettingsError as error:
+        return {address: problem.split("\n")[0] for address, problem in error.problems}
+    return {}
+
+
+def test_check_says_where_more_tokens_are_wanted_than_a_model_reads(project):
+    """RoBERTa's kin have as many positions as their table has rows, less those up to padding's."""
+    shutil.rmtree(project / "teacher")
+    make_transformer(project / "teacher", {"model_type": "bert"}, POSITIONS)
+    config = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 66}
+    make_transformer(project / "rob", config, POSITIONS)
+    make_transformer(project / "rotary", {"model_type": "llama"}, {"w": [2, 2]})
+    (project / "pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n')
+
+    def lengths(teacher, kd, ckd, finetune):
+        def change(content):
+            content["embed"] |= {"max_tokens": teacher}
+            content["starts"] = {
+                "rob": {"from": "rob", "layers": None},
+                "rotary": {"from": "rotary", "layers": None},
+            }
+            content["students"] = {
+                "a": {"recipe": "kd", "start": "rob"},
+                "b": {"recipe": "ckd", "start": "rotary"},
+            }
+            content["recipes"]["kd"] |= {"max_tokens": kd}
+            content["recipes"]["ckd"] |= {"max_tokens": ckd}
+            content["recipes"]["gram"] |= {"max_tokens": 9999}  # nobody's
+            content["finetune"] |= {
+                "students": ["a"],
+                "max_tokens": finetune,
+                "triplets": ["pairs.jsonl"],
+            }
+            content["export"]["model"] = "a"
+
+        return problems_of(project, change)
+
+    assert lengths(66, 64, 5000, 64) == {}
+    assert lengths(67, 65, 5000, 66) == {
+        "embed.max_tokens": f"67, but the teacher ({project / 'teacher'}) reads 66 tokens at most",
+        "recipes.kd.max_tokens": f"65, but the start rob ({project / 'rob'}) reads 64 tokens at most",
+        "finetune.max_tokens": f"66, but the start rob ({project / 'rob'}) reads 64 tokens at most",
+    }
+    change_settings(project, lambda content: content["finetune"].update(students=[]))
+    assert "finetune.max_tokens" not in problems_of(project, lambda content: None)
 
 
 def make_router(folder, **parameters):

@@ -221,6 +221,17 @@ def test_layers_of_another_architecture_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------ learning
 
 
+def test_more_tokens_than_a_start_has_positions_for_are_refused_before_any_are_made(world):
+    with pytest.raises(TeachonceError) as error:
+        world.train(recipe(max_tokens=65))
+    assert str(error.value) == (
+        f"recipes.*.max_tokens: 65, but the start in {world.start} reads 64 tokens at most\n"
+        "  cure: set it to 64 or less"
+    )
+    assert not (world.place.root / "store/tokens").exists()
+    world.train(recipe(max_tokens=64, epochs=1))
+
+
 @pytest.mark.parametrize("objectives", [[{"name": "kd", "weight": 1.0, "centred": False}], CKD])
 def test_a_student_learns_from_the_caches(world, objectives):
     before = Encoder(world.start, device=CPU, max_tokens=16).encode(world.texts)

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from stages.abilities import check_length, token_limit
 from stages.encoding import Encode, cpu_flags
 from stages.learning.agreement import unit
 from stages.learning.packed import NOT_PACKED, Packed, Read, first_position
@@ -165,7 +167,32 @@ def load_model(
             "embed.trust_remote_code: true",
         ) from error
     _check_vocabulary(model, folder)
+    _read_no_more_than_there_are_positions(model)
     return model if pooling is None else _pooled(model, pooling, folder, setting)
+
+
+def limit_of_positions(model: SentenceTransformer) -> int | None:
+    """How many tokens of a text a model can read, whatever it reads by itself; None for any number."""
+    limits = (_positions(module) for module in model.modules())
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _positions(module: nn.Module) -> int | None:
+    """The same of one module, if it is a transformer."""
+    body: Any = getattr(module, "auto_model", None)
+    if body is None:
+        return None
+    shapes = {name: weight.shape for name, weight in body.named_parameters()}
+    return token_limit(body.config.to_dict(), shapes, first=first_position(body))
+
+
+def _read_no_more_than_there_are_positions(model: SentenceTransformer) -> None:
+    """sentence-transformers takes all rows of a table of positions for those of tokens (RoBERTa)."""
+    module: Any
+    for module in model.modules():
+        limit, own = _positions(module), getattr(module, "max_seq_length", None)
+        if limit is not None and (own is None or own > limit):
+            module.max_seq_length = limit
 
 
 def _check_vocabulary(model: SentenceTransformer, folder: Path) -> None:
@@ -304,17 +331,13 @@ class Encoder:
         own = self.model.max_seq_length
         if own == math.inf:  # a static model: a bag of words of any length
             return NO_LIMIT
-        config = getattr(self.model[0], "config", None)
-        positions = getattr(config, "max_position_embeddings", None)
-        if wanted is not None and positions is not None and self.or_fewer:
-            return min(wanted, int(positions) - first_position(self.model))
-        if wanted is not None and positions is not None and wanted > positions:
-            raise TeachonceError(
-                "embed.max_tokens",
-                f"{wanted}, but the model in {folder} reads {positions} tokens at most",
-                f"set it to {positions} or less",
-            )
-        return wanted or own or positions or 512
+        limit = limit_of_positions(self.model)
+        if wanted is None:
+            return own or limit or 512
+        if limit is not None and self.or_fewer:
+            return min(wanted, limit)
+        check_length(wanted, limit, address="embed.max_tokens", who=f"the model in {folder}")
+        return wanted
 
     def _reader(self) -> Packed | Padded:
         """The fastest way of reading that gives each probe text the vector it has when it is read alone.
@@ -369,7 +392,7 @@ class Encoder:
     def _cast_products(self, dtype: torch.dtype) -> None:
         """Keep the weights of matrix products as autocast would cast them, anew for every batch."""
         for module in self.model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, nn.Linear):
                 module.to(dtype)
 
     def encode(self, texts: Sequence[str], *, role: Role = "text") -> NDArray[np.float32]:
@@ -525,7 +548,7 @@ def models_by_role(
         return {"text": model}
 
     def through(route: str) -> SentenceTransformer:
-        modules: list[torch.nn.Module] = []
+        modules: list[nn.Module] = []
         for module in model:
             behind = getattr(module, "sub_modules", None)
             modules += [module] if behind is None else list(behind[route])
@@ -540,7 +563,7 @@ def ends_in_normalize(model: SentenceTransformer) -> bool:
     return is_normalize(model[-1])
 
 
-def is_normalize(module: torch.nn.Module) -> bool:
+def is_normalize(module: nn.Module) -> bool:
     """Whether a module scales vectors to length 1."""
     return type(module).__name__ == "Normalize"
 
