@@ -6,15 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.files import kind_of
 from stages.params import FINETUNED
+from storage import durable
+from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from storage.manifest import Kind
 
+MOVE_IT = "move it away, or delete it"
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths below the folder that has params.yaml."""
+    """The paths below the folder that has params.yaml.
+
+    Raises:
+        TeachonceError: the folder in which something is to be written leads out of the work tree, or it is
+            no folder, or a folder is where a file is to be. A link in the very place of an output is all
+            right: it is replaced, as DVC replaces the links that it makes there.
+    """
 
     root: Path
 
@@ -26,42 +37,42 @@ class Layout:
     @property
     def sources(self) -> Path:
         """`check`: hashes of everything that comes from outside, one key for each stage that reads it."""
-        return self.root / "data/sources.json"
+        return self._file("data/sources.json")
 
     @property
     def versions(self) -> Path:
         """`check`: the VERSION of each stage."""
-        return self.root / "data/versions.yaml"
+        return self._file("data/versions.yaml")
 
     @property
     def raw(self) -> Path:
         """`docs`: texts, pairs and the retrieval test of the embedded default."""
-        return self.root / "data/raw"
+        return self._folder("data/raw")
 
     @property
     def corpus(self) -> Path:
         """`shard`: manifest of text shards."""
-        return self.root / "data/corpus.json"
+        return self._file("data/corpus.json")
 
     @property
     def split(self) -> Path:
         """`split`: which rows are for what."""
-        return self.root / "data/split.json"
+        return self._file("data/split.json")
 
     @property
     def embeddings(self) -> Path:
         """`embed`: manifest of vectors."""
-        return self.root / "data/embeddings.json"
+        return self._file("data/embeddings.json")
 
     @property
     def negatives(self) -> Path:
         """`mine`: manifest of mined negatives."""
-        return self.root / "data/negatives.json"
+        return self._file("data/negatives.json")
 
     @property
     def documents(self) -> Path:
         """`evaluate teacher`: its vectors of the documents that retrieval is measured on."""
-        return self.root / "data/documents"
+        return self._folder("data/documents")
 
     @property
     def manifests(self) -> dict[Kind, Path]:
@@ -70,11 +81,11 @@ class Layout:
 
     def start(self, name: str) -> Path:
         """`start`: a student before training."""
-        return self.root / "models/start" / name
+        return self._folder(f"models/start/{name}")
 
     def model(self, name: str) -> Path:
         """`distill`: a student after training."""
-        return self.root / "models" / name
+        return self._folder(f"models/{name}")
 
     def finetuned(self, student: str) -> Path:
         """`finetune`: a student after labelled triplets."""
@@ -83,53 +94,85 @@ class Layout:
     @property
     def export(self) -> Path:
         """`export`: the model that is served, for anyone who has sentence-transformers."""
-        return self.root / "export"
+        return self._folder("export")
 
     def stage_facts(self, stage: str) -> Path:
         """Counts a stage leaves for `dvc metrics`."""
-        return self.root / "reports/stages" / f"{stage}.json"
+        return self._file(f"reports/stages/{stage}.json")
 
     def training(self, student: str) -> Path:
         """`distill`: how a run ended, for `dvc metrics`."""
-        return self.root / "reports/training" / f"{student}.json"
+        return self._file(f"reports/training/{student}.json")
 
     def curve(self, student: str) -> Path:
         """`distill`: loss and agreement by step, for `dvc plots`."""
-        return self.root / "reports/curves" / f"{student}.csv"
+        return self._file(f"reports/curves/{student}.csv")
 
     def metrics(self, model: str) -> Path:
         """`evaluate`: one model's metrics."""
-        return self.root / "reports/metrics" / f"{model}.json"
+        return self._file(f"reports/metrics/{model}.json")
 
     def details(self, model: str) -> Path:
         """`evaluate`: what the report page shows of one model beside its metrics."""
-        return self.root / "reports/details" / f"{model}.json"
+        return self._file(f"reports/details/{model}.json")
 
     def mteb(self, model: str) -> Path:
         """`evaluate --mteb`: one model's scores on tasks of mteb."""
-        return self.root / "reports/mteb" / f"{model}.json"
+        return self._file(f"reports/mteb/{model}.json")
 
     @property
     def page(self) -> Path:
         """`report`: everything about all models, on one page."""
-        return self.root / "reports/index.html"
+        return self._file("reports/index.html")
 
     @property
     def report(self) -> Path:
         """`report`: the metrics of all models that params.yaml names."""
-        return self.root / "reports/metrics.json"
+        return self._file("reports/metrics.json")
 
     @property
     def work(self) -> Path:
         """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
+        self._check_place(self.root / "work")
         return self.root / "work"
 
     @property
     def tracking(self) -> Path:
         """`distill`, `finetune`: files of a `tracker`."""
-        return self.work / "tracking"
+        return self._folder("work/tracking")
 
     @property
     def hashes(self) -> Path:
         """Hashes of files, remembered by path and identity."""
-        return self.work / "hashes.json"
+        return self._file("work/hashes.json")
+
+    def _file(self, name: str) -> Path:
+        """A file that is written, by its path from the root."""
+        path = self._folder(name)
+        with durable.named(path, "looking for the file"):
+            if path.is_dir() and not path.is_symlink():
+                raise TeachonceError(path, "a folder, where a file is needed", MOVE_IT)
+        return path
+
+    def _folder(self, name: str) -> Path:
+        """A folder that is replaced as a whole."""
+        path = self.root / name
+        for above in reversed(path.relative_to(self.root).parents[:-1]):
+            self._check_place(self.root / above)
+        return path
+
+    def _check_place(self, folder: Path) -> None:
+        """Raise if outputs below `folder` would not be in the work tree."""
+        with durable.named(folder, "looking for the folder"):
+            if folder.is_dir():
+                target = folder.resolve()
+                if not target.is_relative_to(self.root.resolve()):
+                    raise TeachonceError(
+                        folder,
+                        f"leads to {shown(target)}, out of the work tree: what is there would be replaced",
+                        "put a folder in its place, or move the whole work tree there",
+                    )
+            elif folder.is_symlink() or folder.exists():
+                raise TeachonceError(
+                    folder, f"{kind_of(folder)}, where a folder is needed", MOVE_IT
+                )

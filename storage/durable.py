@@ -42,6 +42,12 @@ CURES = {
     errno.ESTALE: "mount the network disk again, then run the same command again",
     errno.EIO: "the device reports errors: check it, then run the same command again",
 }
+QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust quote an error of the operating system."""
+
+TORCH_WRITER = "inline_container"
+"""Where in torch a file of weights is written; its errors do not say why."""
+
 OTHER_CURE = "mend the cause, then run the same command again: what is finished is kept"
 
 
@@ -57,6 +63,47 @@ def named(path: Path, doing: str) -> Iterator[None]:
         cause = os.strerror(error.errno) if error.errno else str(error)
         cure = CURES.get(error.errno or 0, OTHER_CURE)
         raise StorageError(path, f"{doing} failed: {cause}", cure) from error
+
+
+@contextmanager
+def _named_in_libraries(path: Path, scratch: Path) -> Iterator[None]:
+    """As `named`, around libraries that write into `scratch`: a refused write is found in what they raise.
+
+    safetensors and tokenizers quote the error of the operating system in one of their own, torch says that
+    its writer failed. A file elsewhere that could not be opened is named itself. Other exceptions pass.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        refusal = _refusal_in(error)
+        if refusal is None:
+            raise
+        number, where = refusal
+        cause = os.strerror(number) if number else str(error).partition("\n")[0]
+        place = path if where is None or where.is_relative_to(scratch) else where
+        problem = f"writing failed: {cause}"
+        raise StorageError(place, problem, CURES.get(number, OTHER_CURE)) from error
+
+
+def _refusal_in(error: BaseException) -> tuple[int, Path | None] | None:
+    """What the operating system refused, by an exception and those that it came from.
+
+    Returns:
+        Its number (0 where only a failed write is known) and the file, if that is said; None if nothing
+        says that it refused anything.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in CURES:
+            return link.errno, Path(link.filename) if isinstance(link.filename, str) else None
+        if (quoted := QUOTED_ERRNO.search(str(link))) and int(quoted[1]) in CURES:
+            return int(quoted[1]), None
+        if TORCH_WRITER in str(link):
+            return 0, None
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
@@ -116,23 +163,28 @@ def replace(path: Path, content: bytes) -> None:
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yield an empty scratch folder; on a clean exit it becomes `path`, whatever was there before.
 
-    A crash leaves the old folder, or (between two renames) none, but never a mixture of both.
+    A file or a link that was there is replaced itself; what the link led to is not touched. A crash leaves
+    the old folder, or (between two renames) none, but never a mixture of both.
+
+    Raises:
+        StorageError: the operating system refused a write, also one of a library; `path` is as it was.
     """
     _make_folder(path.parent)
     scratch = _scratch_name(path)
     with named(path, "writing"):
         scratch.mkdir()
     try:
-        yield scratch
+        with _named_in_libraries(path, scratch):
+            yield scratch
         with named(path, "writing"):
             for file in sorted(scratch.rglob("*")):
                 _flush(file)
             _flush(scratch)
-            if path.exists():
+            if path.is_symlink() or path.exists():
                 old = _scratch_name(path)
                 path.rename(old)
                 scratch.rename(path)
-                shutil.rmtree(old)
+                remove(old)
             else:
                 scratch.rename(path)
             _flush(path.parent)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import stat
 import struct
 import threading
@@ -443,6 +444,108 @@ def test_replacing_a_folder_keeps_the_old_one_if_it_fails(tmp_path):
         (scratch / "weights").write_bytes(b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert (path / "weights").read_bytes() == b"new"
+
+
+def write_plainly(path):
+    path.write_bytes(bytes(9_000))
+
+
+def write_safetensors(path):
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(9_000)}, path)
+
+
+def write_torch(path):
+    import torch
+
+    torch.save({"weight": torch.zeros(9_000)}, path)
+
+
+def write_tokenizer(path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"word {number}": number for number in range(900)}
+    Tokenizer(WordLevel(words, unk_token="word 0")).save(str(path))
+
+
+def write_by_the_door(path):
+    durable.replace(path, bytes(9_000))
+
+
+def write_and_wrap(path):
+    try:
+        write_plainly(path)
+    except OSError as error:
+        raise ValueError("the model cannot be saved") from error
+
+
+@pytest.fixture
+def small_files():
+    """The operating system writes no file of more than 4 KB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_plainly,
+        write_safetensors,
+        write_torch,
+        write_tokenizer,
+        write_by_the_door,
+        write_and_wrap,
+    ],
+)
+def test_a_write_that_is_refused_to_a_library_is_told_like_any_other(tmp_path, small_files, write):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "weights").write_bytes(b"old")
+    with pytest.raises(StorageError) as caught, durable.replace_folder(path) as scratch:
+        write(scratch / "weights")
+    said = str(caught.value)
+    assert said.startswith(str(path if write is not write_by_the_door else tmp_path))
+    assert "writing failed: " in said and "run the same command again" in said
+    if write is not write_torch:  # which does not say why
+        assert "File too large" in said and "ulimit -f" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert (path / "weights").read_bytes() == b"old"
+
+
+def test_a_file_elsewhere_that_a_library_could_not_open_is_named_itself(tmp_path):
+    def read(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    said = r"^/elsewhere/vocab.txt: .*Input/output error"
+    with pytest.raises(StorageError, match=said), durable.replace_folder(tmp_path / "model"):
+        read(Path("/elsewhere/vocab.txt"))
+    with pytest.raises(FileNotFoundError), durable.replace_folder(tmp_path / "model"):
+        (tmp_path / "vocab.txt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a folder", "link to a file", "link to nothing"])
+def test_what_stands_in_the_place_of_a_folder_is_replaced_and_what_it_leads_to_is_not(
+    tmp_path, kind
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_bytes(b"mine")
+    path = tmp_path / "here" / "kd"
+    path.parent.mkdir()
+    if kind == "file":
+        path.write_bytes(b"a file")
+    else:
+        targets = {"link to a folder": ".", "link to a file": "mine", "link to nothing": "none"}
+        path.symlink_to(elsewhere / targets[kind])
+    with durable.replace_folder(path) as scratch:
+        (scratch / "weights").write_bytes(b"new")
+    assert not path.is_symlink() and (path / "weights").read_bytes() == b"new"
+    assert [file.name for file in path.parent.iterdir()] == ["kd"]
+    assert {file.name: file.read_bytes() for file in elsewhere.iterdir()} == {"mine": b"mine"}
 
 
 def test_messages_show_no_control_characters():

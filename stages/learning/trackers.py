@@ -12,6 +12,7 @@ from typing import Any
 
 from stages.learning import ranks
 from stages.learning.checkpoints import Row
+from storage import durable
 from storage.errors import TeachonceError, shown
 
 PROJECT = "teachonce"
@@ -42,12 +43,14 @@ def tracking(setting: str, name: str, folder: Path) -> Iterator[Track]:
 
     def track(row: Row) -> None:
         values = {key: value for key, value in row.items() if value is not None}
-        tracker.log(values, step=values.pop("step"))
+        with durable.named(folder, "writing"):
+            tracker.log(values, step=values.pop("step"))
 
     try:
         yield track
     finally:
-        tracker.finish()
+        with durable.named(folder, "writing"):
+            tracker.finish()
 
 
 def _started(setting: str, name: str, folder: Path) -> Any:  # noqa: ANN401 - accelerate has no types
