@@ -134,6 +134,9 @@ def _readable(raw: Mapping[str, Any]) -> Sections:
             sections[name] = {str(key): value for key, value in entries if value is not WRONG}
         elif isinstance(raw.get(name), dict) and isinstance(field.annotation, type(BaseModel)):
             sections[name] = _right_part(field.annotation, raw[name])
+        elif name in raw:
+            value = _valid(Annotated[field.annotation, field], raw[name])
+            sections |= {} if value is WRONG else {name: value}
     return sections
 
 

@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from stages import benchmarks, readers
-from stages.abilities import check_length, token_limit_of
+from stages.abilities import (
+    check_code,
+    check_exportable,
+    check_layers_of,
+    check_length,
+    check_trainable,
+    token_limit_of,
+    width_of,
+)
 from stages.encoding import slow_precision
 from stages.files import located, reading
+from stages.foreseen import absent_packages, check_heldout, check_labels, other_fields
 from stages.lines import check_start
 from stages.model_config import check_one_model, decided_pooling, undecided
 from stages.models import file_hashes, find_model, is_same_model, sha256_of
 from stages.outcome import Outcome, log, write_json
 from stages.packages import package_versions
 from stages.params import (
+    FINETUNED,
     TEACHER,
     EmbedParams,
     EvaluateParams,
@@ -34,6 +44,7 @@ from stages.params import (
     SettingsError,
     ShardParams,
     StartParams,
+    check_recipe_widths,
     larger_queues,
 )
 from stages.triplets import look_at, triplet_files
@@ -169,6 +180,8 @@ class Survey:
                 name: teacher if start.from_ == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
+        for error in absent_packages(sections):
+            self._report(error)
         self.sha256.save()
         return found
 
@@ -196,32 +209,58 @@ class Survey:
             pooling=getattr(params, "pooling", None),
         )
         files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
+        trusted = bool(getattr(params, "trust_remote_code", False))
+        self._ask(partial(check_code, folder, trusted=trusted, address=address))
         for error in undecided(folder, params):
             self._report(error)
         if hasattr(params, "max_tokens"):
             self._ask_length(params.max_tokens, folder, "embed.max_tokens", "the teacher")
+        self._ask(partial(self._ask_widths, folder, params))
         for name, start in self.sections.get("starts", {}).items():
             if start.from_ == TEACHER:
-                self._ask_of_start(name, folder)
+                self._ask_of_start(name, start, folder)
         return files
 
-    def _ask_of_start(self, name: str, folder: Path) -> None:
-        """Whether a start can be made of a model, and read what its students are to read."""
-        self._ask(partial(check_one_model, folder, address=f"starts.{name}.from"))
+    def _ask_widths(self, folder: Path, params: EmbedParams) -> None:
+        """Whether the teacher's vectors have as many values as are to be kept of them."""
+        width, dim = width_of(folder, "embed.teacher"), getattr(params, "dim", None)
+        if width is not None and dim is not None and dim > width:
+            problem = f"{dim}, but the vectors of the model in {folder} have {width} values"
+            cure = f"set it to {width} or less, or to null for all of them"
+            self._report(TeachonceError("embed.dim", problem, cure))
+        dim = dim or width
+        used = {student.recipe for student in self.sections.get("students", {}).values()}
+        for name, recipe in self.sections.get("recipes", {}).items():
+            if name in used and dim is not None:
+                self._ask(partial(check_recipe_widths, recipe.widths, dim, recipe=name))
+
+    def _ask_of_start(self, name: str, start: StartParams, folder: Path) -> None:
+        """Whether a start can be made of a model, and its students be trained and exported."""
+        address, who = f"starts.{name}.from", f"the start {name}"
+        if not self._ask(partial(check_one_model, folder, address=address)):
+            return
+        if start.layers is not None:
+            at = f"starts.{name}.layers"
+            self._ask(partial(check_layers_of, folder, start.layers, address=at))
         students = {
             student: params.recipe
             for student, params in self.sections.get("students", {}).items()
             if params.start == name
         }
+        if not students:
+            return
+        self._ask(partial(check_trainable, folder, address=address))
         recipes = self.sections.get("recipes", {})
         for recipe in sorted(set(students.values()) & set(recipes)):
             length = recipes[recipe].max_tokens
-            self._ask_length(length, folder, f"recipes.{recipe}.max_tokens", f"the start {name}")
+            self._ask_length(length, folder, f"recipes.{recipe}.max_tokens", who)
         if self._can_read("finetune", "students", "max_tokens"):
             finetune = self.sections["finetune"]
             if set(students) & set(finetune.students):
-                length = finetune.max_tokens
-                self._ask_length(length, folder, "finetune.max_tokens", f"the start {name}")
+                self._ask_length(finetune.max_tokens, folder, "finetune.max_tokens", who)
+        exported = getattr(self.sections.get("export"), "model", "").removesuffix(FINETUNED)
+        if exported in students:
+            self._ask(partial(check_exportable, folder, address="export.model"))
 
     def _ask_length(self, wanted: int, folder: Path, address: str, who: str) -> None:
         def question() -> None:
@@ -243,12 +282,14 @@ class Survey:
             return before
         return files
 
-    def _ask(self, question: Callable[[], object]) -> None:
-        """Report what is wrong, and go on."""
+    def _ask(self, question: Callable[[], object]) -> bool:
+        """Report what is wrong, and go on; whether all is right."""
         try:
             question()
         except TeachonceError as error:
             self._report(error)
+            return False
+        return True
 
     def _imported(self, declared: Mapping[str, Any]) -> Entry:
         """What `teachonce import` left: the vectors it read need not be on this machine."""
@@ -274,8 +315,10 @@ class Survey:
                 params.from_, revision=None, root=self.root, address=address, pooling=pooling
             )
             files = self._model_files(folder, address, committed, self.sections.get("embed"))
+            trusted = bool(getattr(self.sections.get("embed"), "trust_remote_code", False))
+            self._ask(partial(check_code, folder, trusted=trusted, address=address))
             self._ask(partial(decided_pooling, folder, pooling, address=f"starts.{name}.pooling"))
-            self._ask_of_start(name, folder)
+            self._ask_of_start(name, params, folder)
             return files
 
         return self._entry("starts", {"name": params.from_}, files, committed=committed)
@@ -284,14 +327,19 @@ class Survey:
         declared = {"sources": list(params.sources), "field": params.field}
         address = "shard.sources"
         outside = [one for one in params.sources if not self._is_made_here(one, address)]
+        all_outside = len(outside) == len(params.sources)
+        self.problems += other_fields(self.sections, texts=not all_outside, pairs=False)
 
-        return self._entry(
-            "shard",
-            declared,
-            lambda: self._hashed(
-                lambda: readers.source_files(outside, self.root) if outside else []
-            ),
-        )
+        def look() -> list[Path]:
+            files = readers.source_files(outside, self.root) if outside else []
+            lengths = self._can_read("shard", "min_chars", "max_chars")
+            if all_outside and lengths and self._can_read("split", "heldout"):
+                heldout = self.sections["split"].heldout
+                if self.sections.get("students"):
+                    self._ask(partial(check_heldout, params, heldout, self.root))
+            return files
+
+        return self._entry("shard", declared, partial(self._hashed, look))
 
     def _evaluation(self, params: EvaluateParams) -> dict[str, Entry]:
         """An entry for each evaluation set that is not made by `docs`."""
@@ -327,6 +375,10 @@ class Survey:
             if not self._is_made_here(one, "finetune.triplets")
         ]
         dev = params.dev if students else None
+        can_look = hasattr(params, "fields")
+        made_here = len(triplets) < len(params.triplets) and bool(students)
+        self.problems += other_fields(self.sections, texts=False, pairs=made_here)
+        can_count = can_look and hasattr(params, "heldout") and not made_here
 
         def look() -> list[Path]:
             address = "finetune.dev"
@@ -334,11 +386,9 @@ class Survey:
                 _lines_of(partial(benchmarks.sts_files, dev, self.root, address)) if dev else []
             )
             labelled = triplet_files(triplets, self.root)
-            for path in labelled if hasattr(params, "fields") else ():
-                try:
-                    look_at(path, params.fields)
-                except TeachonceError as error:
-                    self._report(error)
+            looks = [partial(look_at, path, params.fields) for path in labelled if can_look]
+            if all([self._ask(look) for look in looks]) and can_count:
+                self._ask(partial(check_labels, params, labelled, self.root))
             return [*labelled, *judged]
 
         declared = {"triplets": list(params.triplets), "dev": params.dev}
@@ -391,7 +441,9 @@ class Survey:
         return {"declared": dict(declared), "files": {}}
 
     def _report(self, error: TeachonceError) -> None:
-        self.problems.append((error.where, f"{error.problem}\n    cure: {error.cure}"))
+        problem = error.where, f"{error.problem}\n    cure: {error.cure}"
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def _lines_of(look: Callable[[], list[Path]]) -> list[Path]:

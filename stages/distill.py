@@ -26,7 +26,14 @@ from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
 from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, clock, log, write_csv, write_json
-from stages.params import AmongOthers, DiscoKdObjective, RecipeParams, larger_queues
+from stages.params import (
+    LEAST_HELDOUT,
+    AmongOthers,
+    DiscoKdObjective,
+    RecipeParams,
+    check_recipe_widths,
+    larger_queues,
+)
 from storage import durable
 from storage.caches import Caches
 from storage.embeddings import Embeddings
@@ -38,8 +45,6 @@ VERSION = 5  # raise it when a code change gives other weights for the same reci
 
 UNIT_TOLERANCE = 0.01
 """Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
-
-LEAST_HELDOUT = 10
 
 
 def recipe(params: RecipeParams) -> dict[str, Any]:
@@ -137,12 +142,7 @@ def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.
         TeachonceError: too few rows, a start that cannot be trained, or a width that is no part of one.
     """
     dim = caches.embeddings.dim
-    if wrong := [width for width in params.widths if width >= dim]:
-        raise TeachonceError(
-            "recipes.*.widths",
-            f"{wrong[0]}, but the teacher's vectors have {dim} values, and all of them serve anyway",
-            f"take it out, or set it to less than {dim}",
-        )
+    check_recipe_widths(params.widths, dim, recipe="*")
     torch.manual_seed(params.seed)
     model = load_model(start, device=device)
     check_length(

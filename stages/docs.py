@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stages.outcome import Fact, Facts, Outcome, log, write_json
 from stages.packages import docstrings, without_collector
-from stages.params import DocsParams
+from stages.params import DOCS_PAIR, DOCS_TEXT, DocsParams
 from stages.prose import Paragraph, paragraphs, reads_well
 from storage import durable
 
@@ -171,10 +171,10 @@ def _write(
     out: Path, *, texts: list[str], rest: list[Pair], heldout: list[Pair], others: list[str]
 ) -> None:
     with durable.replace_folder(out) as folder:
-        _write_lines(folder / "texts.jsonl", ({"text": text} for text in texts))
+        _write_lines(folder / "texts.jsonl", ({DOCS_TEXT: text} for text in texts))
         _write_lines(
             folder / "pairs.jsonl",
-            ({"anchor": pair.summary, "positive": pair.description} for pair in rest),
+            (dict(zip(DOCS_PAIR, (pair.summary, pair.description), strict=True)) for pair in rest),
         )
         _write_retrieval(folder / "retrieval", heldout, others)
 

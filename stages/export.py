@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.foreseen import check_onnx
 from stages.lineage import LINEAGE
 from stages.models import weights_bytes
 from stages.outcome import Outcome, write_json
@@ -46,11 +47,11 @@ def run(
         DamagedError: `folder` is not what its lineage says.
     """
     from stages.learning.encoder import load_model
-    from stages.learning.onnx import check_extra, write_onnx
+    from stages.learning.onnx import write_onnx
     from stages.learning.portable import save_portable
 
     if params.onnx:
-        check_extra()
+        check_onnx()
     model = load_model(folder, device=torch.device("cpu"))
     dropped = bool(lineage.get("projection")) and params.space == "student"
     if dropped:

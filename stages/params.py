@@ -99,6 +99,12 @@ IMPORTED = "imported:"
 FINETUNED = "-finetuned"
 START_FOLDER = "start"
 
+LEAST_HELDOUT = 10
+"""Rows held out, by whose vectors a student in training is judged."""
+
+DOCS_TEXT, DOCS_PAIR = "text", ("anchor", "positive")
+"""Under which names the stage `docs` writes texts and pairs."""
+
 
 class Section(BaseModel):
     """A mapping in params.yaml: unknown keys are refused, values never change after loading."""
@@ -375,6 +381,8 @@ class FinetuneParams(TrainingParams):
     @model_validator(mode="after")
     def _begins_in_bounds(self) -> Self:
         _check_start(self.temperature, learnable=self.learnable_temperature)
+        if len(set(self.fields)) < len(self.fields):
+            raise ValueError(f"fields {list(self.fields)} names a field twice")
         return self
 
 
@@ -496,6 +504,23 @@ def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
         else:
             notes.append(f"{said}: each step is compared with all of them, each once")
     return list(dict.fromkeys(notes))
+
+
+def check_recipe_widths(widths: Sequence[int], dim: int, *, recipe: str) -> None:
+    """Raise if values of a student's vector are to serve alone that are all of it, or more.
+
+    Args:
+        widths: Of the recipe.
+        dim: Values of the teacher's vectors.
+        recipe: Its name, to name in an error.
+    """
+    for width in widths:
+        if width >= dim:
+            raise TeachonceError(
+                f"recipes.{recipe}.widths",
+                f"{width}, but the teacher's vectors have {dim} values, and all of them serve anyway",
+                f"take it out, or set it to less than {dim}",
+            )
 
 
 def _unknown_names(

@@ -20,7 +20,7 @@ from pipeline.workspace import Workspace
 from stages import check
 from stages.encoding import cpu_flags, slow_precision
 from stages.models import file_hashes, find_model, model_files, sha256_of
-from stages.params import REMOTE_URLS, ReportParams, SettingsError, contradictions
+from stages.params import REMOTE_URLS, ExportParams, ReportParams, SettingsError, contradictions
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
 from tests.conftest import Place, sentences
@@ -94,8 +94,8 @@ def project(tmp_path):
     """A folder in which everything is right."""
     make_model(tmp_path / "teacher")
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.txt").write_text("a text\n")
-    (tmp_path / "sts.tsv").write_text("1.0\ta\tb\n")
+    (tmp_path / "texts/a.txt").write_text("".join(f"{text[:-1]}\n" for text in sentences(1000)))
+    (tmp_path / "sts.tsv").write_text("1.0\ta\tb\n2.0\ta\tc\n")
 
     def change(content):
         content["shard"]["sources"] = ["texts/*.txt"]
@@ -468,7 +468,7 @@ def test_a_new_file_and_an_appended_line_are_seen(project):
 
 
 def test_triplets_are_sources_of_finetuning_if_anybody_is_finetuned(project):
-    (project / "rows.tsv").write_text("a\tb\n")
+    (project / "rows.tsv").write_text(ROWS)
 
     settings = yaml.safe_load((project / "params.yaml").read_text())
 
@@ -481,7 +481,7 @@ def test_triplets_are_sources_of_finetuning_if_anybody_is_finetuned(project):
     assert entry(triplets=["data/raw/pairs.jsonl"], dev="absent.tsv")["files"] == []
     before = entry(students=["kd"], triplets=["rows.tsv"], dev="sts.tsv")
     assert [name for name, _ in before["files"]] == ["rows.tsv", "sts.tsv"]
-    (project / "rows.tsv").write_text("a\tb\nc\td\n")
+    (project / "rows.tsv").write_text(f"{ROWS}c\td\n")
     after = entry()
     assert before["files"][0] != after["files"][0]
     assert before["files"][1] == after["files"][1]
@@ -653,7 +653,7 @@ def test_other_bytes_of_the_same_size_and_time_are_seen_everywhere(project):
     (folder / "corpus.jsonl").write_text("{}\n")
     (folder / "queries.jsonl").write_text("{}\n")
     (folder / "qrels.tsv").write_text("x\n")
-    (project / "pairs.tsv").write_text("one\ttwo\n")
+    (project / "pairs.tsv").write_text(ROWS)
     make_model(project / "other")
 
     def change(content):
@@ -1024,6 +1024,9 @@ def test_check_says_where_a_prompt_leaves_no_room_for_a_text(project):
     assert "tokenizer.json cannot be read" in checked(project, {})["embed.max_tokens"]
 
 
+ROWS = "".join(f"{text[:-1]}\t{text[:9]}\n" for text in sentences(200))
+"""Pairs enough to learn from and to hold some out."""
+
 POSITIONS = {"embeddings.position_embeddings.weight": [66, 2]}
 
 
@@ -1044,7 +1047,7 @@ def test_check_says_where_more_tokens_are_wanted_than_a_model_reads(project):
     config = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 66}
     make_transformer(project / "rob", config, POSITIONS)
     make_transformer(project / "rotary", {"model_type": "llama"}, {"w": [2, 2]})
-    (project / "pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n')
+    (project / "pairs.tsv").write_text(ROWS)
 
     def lengths(teacher, kd, ckd, finetune):
         def change(content):
@@ -1063,7 +1066,7 @@ def test_check_says_where_more_tokens_are_wanted_than_a_model_reads(project):
             content["finetune"] |= {
                 "students": ["a"],
                 "max_tokens": finetune,
-                "triplets": ["pairs.jsonl"],
+                "triplets": ["pairs.tsv"],
             }
             content["export"]["model"] = "a"
 
@@ -1077,6 +1080,205 @@ def test_check_says_where_more_tokens_are_wanted_than_a_model_reads(project):
     }
     change_settings(project, lambda content: content["finetune"].update(students=[]))
     assert "finetune.max_tokens" not in problems_of(project, lambda content: None)
+
+
+BERT = {"model_type": "bert", "num_hidden_layers": 3}
+LAYERS = {f"bert.encoder.layer.{layer}.output.dense.weight": [2, 2] for layer in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "layers", "said"),
+    [
+        (BERT, LAYERS, [0, 2], None),
+        (BERT, LAYERS, [0, 3], "layer 3 of 3"),
+        (BERT, LAYERS, None, None),
+        ({"model_type": "bert"}, LAYERS, [0, 4], "layer 4 of 4"),
+        ({"model_type": "llama"}, {"layers.0.mlp.weight": [2]}, None, None),
+        (
+            {"model_type": "llama"},
+            {"layers.0.mlp.weight": [2]},
+            [0],
+            "layers can be taken from BERT-like models (a list `encoder.layer`), not from llama",
+        ),
+        # Layers beside those of the model's own list.
+        (BERT, {**LAYERS, "final_char_encoder.layer.9.weight": [2]}, [0, 2], None),
+    ],
+)
+def test_check_says_which_layers_cannot_be_taken(project, config, shapes, layers, said):
+    """An hour later, `start` did."""
+    make_transformer(project / "other", config, shapes)
+
+    def change(content):
+        content["starts"]["half"] = {"from": "other", "layers": layers}
+
+    assert problems_of(project, change) == ({} if said is None else {"starts.half.layers": said})
+
+
+def test_check_refuses_code_that_may_not_run(project):
+    make_transformer(project / "own", {"model_type": "mine", "auto_map": {}}, {"w": [2]})
+    (project / "own/modeling_mine.py").write_text("")
+    make_transformer(project / "new", {"model_type": "not-there-yet"}, {"w": [2]})
+    make_transformer(project / "module", {"model_type": "bert"}, {"w": [2]})
+    modules = [{"path": "", "type": "custom.Transformer"}]
+    (project / "module/modules.json").write_text(json.dumps(modules))
+    (project / "module/custom.py").write_text("")
+
+    def change(content):
+        content["embed"]["teacher"] = "own"
+        content["starts"] = {
+            name: {"from": source, "layers": None}
+            for name, source in (("half", "teacher"), ("x", "own"), ("y", "new"), ("z", "module"))
+        }
+
+    found = problems_of(project, change)
+    does_not_know = "which transformers does not know"
+    for address in ("embed.teacher", "starts.x.from"):
+        assert found.pop(address) == (
+            f"{project / 'own'} is a model of the kind mine, {does_not_know} without the code "
+            "in that folder"
+        )
+    assert found == {
+        "starts.y.from": f"{project / 'new'} is a model of the kind not-there-yet, {does_not_know}",
+        "starts.z.from": f"{project / 'module'} has a module of its maker's own code, custom.Transformer",
+    }
+
+    def trust(content):
+        content["embed"]["trust_remote_code"] = True
+
+    assert problems_of(project, trust) == {}
+
+
+def test_check_refuses_a_start_that_cannot_be_trained_or_exported(project):
+    def with_modules(name, *kinds):
+        modules = [{"path": "", "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+        (make_model(project / name) / "modules.json").write_text(json.dumps(modules))
+
+    with_modules("static", "StaticEmbedding")
+    with_modules("odd", "Transformer", "Pooling", "CNN")
+
+    def change(content):
+        content["starts"] = {name: {"from": name, "layers": None} for name in ("static", "odd")}
+        content["students"] = {
+            "a": {"recipe": "kd", "start": "static"},
+            "b": {"recipe": "kd", "start": "odd"},
+        }
+        content["finetune"] |= {"students": []}
+        content["export"]["model"] = "b"
+
+    assert problems_of(project, change) == {
+        "starts.static.from": f"the model in {project / 'static'} is a StaticEmbedding, and students of "
+        "teachonce are transformers",
+        "export.model": f"its start in {project / 'odd'} has the module CNN, which cannot be exported",
+    }
+    # Measured alone, without a student, it may be what it is.
+    found = problems_of(project, lambda content: content["students"].pop("a"))
+    assert found.keys() == {"export.model"}
+
+
+def test_check_says_how_many_values_the_teachers_vectors_have(project):
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in (
+            ("", "Transformer"),
+            ("1", "Pooling"),
+            ("2", "Dense"),
+            ("3", "Normalize"),
+        )
+    ]
+    (project / "teacher/modules.json").write_text(json.dumps(modules))
+    for path, config in (("1", {"embedding_dimension": 32}), ("2", {"out_features": 12})):
+        (project / "teacher" / path).mkdir()
+        (project / "teacher" / path / "config.json").write_text(json.dumps(config))
+
+    def widths(dim, *widths):
+        def change(content):
+            content["embed"]["dim"] = dim
+            content["recipes"]["kd"]["widths"] = list(widths)
+            content["recipes"]["gram"]["widths"] = [999]  # nobody's
+
+        return problems_of(project, change)
+
+    assert widths(None, 4, 11) == widths(12, 11) == widths(8, 7) == {}
+    assert widths(None, 4, 12) == {
+        "recipes.kd.widths": "12, but the teacher's vectors have 12 values, and all of them serve anyway"
+    }
+    assert widths(8, 8).keys() == {"recipes.kd.widths"}
+    assert widths(13) == {
+        "embed.dim": f"13, but the vectors of the model in {project / 'teacher'} have 12 values"
+    }
+
+
+def test_check_counts_what_small_sources_hold_out(project):
+    """Training needs ten rows held out, and found them missing when all was embedded and mined."""
+
+    def with_texts(count, heldout):
+        lines = "".join(f"{text}\n" for text in sentences(count))
+        (project / "texts/a.txt").write_text(lines)
+        return problems_of(project, lambda content: content["split"].update(heldout=heldout))
+
+    assert with_texts(40, 0.5) == {}
+    assert with_texts(40, 0.03) == {
+        "split.heldout": "0.03, which holds out 4 of the 40 texts of shard.sources; training is judged by "
+        "10 at least"
+    }
+    assert with_texts(12, 0.5).keys() == {"split.heldout"}
+    change_settings(
+        project,
+        lambda content: content.update(students={}, export={**content["export"], "model": "kd"}),
+    )
+    assert "split.heldout" not in problems_of(project, lambda content: None)
+
+
+def test_check_counts_what_small_labelled_files_hold_out(project):
+    def with_rows(count):
+        rows = "".join(ROWS.splitlines(keepends=True)[:count])
+        (project / "pairs.tsv").write_text(rows)
+        return problems_of(
+            project,
+            lambda content: content["finetune"].update(students=["kd"], triplets=["pairs.tsv"]),
+        )
+
+    assert with_rows(200) == {}
+    assert with_rows(3)["finetune.triplets"].endswith(" are too few")
+
+
+def test_check_knows_the_fields_of_what_docs_writes(project):
+    def change(content):
+        content["docs"]["packages"] = ["numpy"]
+        content["shard"] |= {"sources": ["data/raw/texts.jsonl"], "field": "body"}
+        content["finetune"] |= {
+            "students": ["kd"],
+            "triplets": ["data/raw/pairs.jsonl"],
+            "fields": ["query", "positive", "negative"],
+        }
+
+    assert problems_of(project, change) == {
+        "shard.field": "body, but the texts of docs stand under text",
+        "finetune.fields": "query, positive, but the pairs of docs stand under anchor, positive, in "
+        "this order",
+    }
+    assert problems_of(
+        project,
+        lambda content: content["finetune"].update(fields=["anchor", "anchor", "negative"]),
+    )["finetune"].startswith("fields ['anchor', 'anchor', 'negative'] names a field twice")
+
+
+def test_packages_that_settings_ask_for_and_are_not_there_are_named(monkeypatch):
+    from stages.foreseen import absent_packages
+
+    sections = {
+        "tracker": "wandb",
+        "engine": "ray",
+        "export": ExportParams(model="kd", space="teacher", onnx=True),
+    }
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = [str(error).splitlines()[0] for error in absent_packages(sections)]
+    assert found == [
+        "tracker: wandb, but accelerate and wandb cannot be imported",
+        "engine: ray, which cannot be imported",
+        "export.onnx: true, but onnx and onnxscript and onnxruntime cannot be imported",
+    ]
+    assert list(absent_packages({"tracker": "none", "engine": "local"})) == []
 
 
 def make_router(folder, **parameters):

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dropout, Normaliz
 from transformers import AutoTokenizer, BertConfig, BertModel, CanineTokenizer
 
 from stages import export
+from stages.foreseen import ONNX, check_onnx
 from stages.learning import onnx, portable, probes
 from stages.learning.encoder import load_model
 from stages.learning.student import Student, keep_layers
@@ -695,9 +696,9 @@ def test_nothing_in_a_block_can_end_it():
 
 
 def test_a_missing_extra_is_named_with_its_cure():
-    onnx.check_extra(["json"])
+    check_onnx(["json"])
     with pytest.raises(TeachonceError) as error:
-        onnx.check_extra(["json", "not_installed_a", "not_installed_b"])
+        check_onnx(["json", "not_installed_a", "not_installed_b"])
     assert str(error.value) == (
         "export.onnx: true, but not_installed_a and not_installed_b cannot be imported\n"
         '  cure: run `pip install -c constraints.txt -e ".[onnx]"`, or set it to false'
@@ -706,7 +707,7 @@ def test_a_missing_extra_is_named_with_its_cure():
 
 @pytest.mark.slow
 def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
-    for name in onnx.NEEDED:
+    for name in ONNX:
         pytest.importorskip(name)
     import onnxruntime
 
@@ -760,7 +761,7 @@ class Fickle(torch.nn.Module):
 
 @pytest.mark.slow
 def test_a_model_that_is_no_graph_is_refused(tmp_path):
-    for name in onnx.NEEDED:
+    for name in ONNX:
         pytest.importorskip(name)
     with pytest.raises(TeachonceError) as error:
         onnx.write_onnx([Fickle()], tmp_path / "onnx" / "model.onnx", address="models/kd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,28 +19,9 @@ from storage.errors import TeachonceError, shown
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 AXES = {0: "batch_size", 1: "sequence_length"}
-
-
-def check_extra(names: Sequence[str] = NEEDED) -> None:
-    """Raise unless the extra `onnx` is installed.
-
-    Args:
-        names: Of the packages in it.
-
-    Raises:
-        TeachonceError: says how to install it.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise TeachonceError(
-            "export.onnx",
-            f"true, but {' and '.join(missing)} cannot be imported",
-            'run `pip install -c constraints.txt -e ".[onnx]"`, or set it to false',
-        )
 
 
 class Graph(nn.Module):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.abilities import check_layers
 from stages.learning import ranks
 from stages.learning.encoder import autocast, is_normalize, token_batches
 from stages.learning.packed import NOT_PACKED, Packed
@@ -52,19 +53,11 @@ def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: s
     Raises:
         TeachonceError: another architecture, or a layer that is not there.
     """
-    body = getattr(model[0], "auto_model", None)
-    stack = getattr(getattr(body, "encoder", None), "layer", None)
-    if body is None or not isinstance(stack, nn.ModuleList):
-        kind = getattr(getattr(body, "config", None), "model_type", type(model[0]).__name__)
-        raise TeachonceError(
-            address,
-            f"layers can be taken from BERT-like models (a list `encoder.layer`), not from {kind}",
-            "set layers: null to start from the whole model, or name a small model in `from`",
-        )
-    if max(layers) >= len(stack):
-        raise TeachonceError(
-            address, f"layer {max(layers)} of {len(stack)}", f"use 0 to {len(stack) - 1}"
-        )
+    body: Any = getattr(model[0], "auto_model", None)
+    stack: Any = getattr(getattr(body, "encoder", None), "layer", None)
+    count = len(stack) if isinstance(stack, nn.ModuleList) else None
+    kind = getattr(getattr(body, "config", None), "model_type", type(model[0]).__name__)
+    check_layers(layers, count, kind=kind, address=address)
     body.encoder.layer = nn.ModuleList([stack[layer] for layer in layers])
     body.config.num_hidden_layers = len(layers)
 
