@@ -261,6 +261,7 @@ def distill(
             curve=here.at.curve(name),
             training=here.at.training(name),
             track=track,
+            trust_remote_code=here.params.embed.trust_remote_code,
         )
         if is_first():
             show(outcome, as_json)
@@ -297,6 +298,7 @@ def finetune(name: str, as_json: Json = False) -> None:
             curve=here.at.curve(finetuned),
             training=here.at.training(finetuned),
             track=track,
+            trust_remote_code=here.params.embed.trust_remote_code,
         )
         if is_first():
             show(outcome, as_json)
@@ -374,6 +376,7 @@ def export(as_json: Json = False) -> None:
             metrics={model: here.metrics(model) for model in (TEACHER, name)},
             facts=here.facts(),
             out=here.at.export,
+            trust_remote_code=here.params.embed.trust_remote_code,
         ),
         as_json,
     )

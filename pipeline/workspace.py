@@ -316,7 +316,7 @@ class Workspace:
             prompt=(params.prompt or "") if is_teacher else "",
             dim=params.dim if is_teacher else None,
             pooling=params.pooling if is_teacher else None,
-            trust_remote_code=params.trust_remote_code and is_teacher,
+            trust_remote_code=params.trust_remote_code,
         )
 
     def students(self) -> list[str]:

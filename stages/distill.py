@@ -64,6 +64,7 @@ def run(
     curve: Path,
     training: Path,
     track: Track,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Train one student. With several ranks, each calls this and the first one writes.
 
@@ -78,6 +79,7 @@ def run(
         curve: CSV with a row for each evaluation.
         training: JSON that says how the run ended.
         track: Takes the rows of the curve while it grows.
+        trust_remote_code: Whether code in the folder of the start may run.
 
     Raises:
         TeachonceError: too few rows, or a loss that is no number.
@@ -86,7 +88,12 @@ def run(
     run_name = fingerprint(
         {
             **recipe(params),
-            "start": file_hashes(start, address=f"start of {name}", sha256=sha256_of),
+            "start": file_hashes(
+                start,
+                address=f"start of {name}",
+                sha256=sha256_of,
+                trust_remote_code=trust_remote_code,
+            ),
             "embeddings": caches.embeddings.manifest.content,
             "negatives": caches.negatives.manifest.content if caches.negatives else None,
             "split": caches.split.content,
@@ -94,7 +101,9 @@ def run(
         }
     )
     checkpoints = Checkpoints(work / run_name)
-    lesson = prepare(params, start=start, caches=caches, device=device)
+    lesson = prepare(
+        params, start=start, caches=caches, device=device, trust_remote_code=trust_remote_code
+    )
     student = lesson.student
     for note in larger_queues(params, len(lesson.rows)):
         log.info("%s: %s", name, note)
@@ -129,7 +138,14 @@ def run(
     )
 
 
-def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.device) -> Lesson:
+def prepare(
+    params: RecipeParams,
+    *,
+    start: Path,
+    caches: Caches,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Lesson:
     """A lesson before its first step; makes the token ids that the store lacks.
 
     Args:
@@ -137,6 +153,7 @@ def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.
         start: Folder of the start.
         caches: What is learned from.
         device: Where it is trained.
+        trust_remote_code: Whether code in the folder of the start may run.
 
     Raises:
         TeachonceError: too few rows, a start that cannot be trained, or a width that is no part of one.
@@ -144,7 +161,7 @@ def prepare(params: RecipeParams, *, start: Path, caches: Caches, device: torch.
     dim = caches.embeddings.dim
     check_recipe_widths(params.widths, dim, recipe="*")
     torch.manual_seed(params.seed)
-    model = load_model(start, device=device)
+    model = load_model(start, device=device, trust_remote_code=trust_remote_code)
     check_length(
         params.max_tokens,
         limit_of_positions(model),

@@ -31,6 +31,7 @@ def run(
     metrics: Mapping[str, Mapping[str, Any]],
     facts: Mapping[str, str],
     out: Path,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Write the export of a student.
 
@@ -40,6 +41,7 @@ def run(
         lineage: Its `teachonce.json`.
         metrics: Model -> flat metrics, for the card; as many as there are.
         facts: Label -> text, for the card.
+        trust_remote_code: Whether code in the folder of the student may run; it goes along.
         out: The folder to write; an old one stays until the new one has been loaded and compared.
 
     Raises:
@@ -52,19 +54,20 @@ def run(
 
     if params.onnx:
         check_onnx()
-    model = load_model(folder, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    model = load_model(folder, device=cpu, trust_remote_code=trust_remote_code)
     dropped = bool(lineage.get("projection")) and params.space == "student"
     if dropped:
         _drop_projection(model, folder)
     with durable.replace_folder(out) as scratch:
         save_portable(model, scratch, address=str(folder))
-        cosines = {"safetensors": _check_copy(model, scratch, out)}
+        cosines = {"safetensors": _check_copy(model, scratch, out, trust_remote_code)}
         if params.onnx:
             path = scratch / "onnx" / "model.onnx"
             write_onnx(model, path, address=str(folder))
             cosines["ONNX"] = _check_onnx(model, path, out)
         write_json(scratch / LINEAGE, {**lineage, "space": params.space})
-        card = _card(params, model, dropped=dropped)
+        card = _card(params, model, scratch, dropped=dropped)
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
         (scratch / "README.md").write_text(text)
         megabytes = weights_bytes(scratch) / 1e6
@@ -92,7 +95,7 @@ def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
     return f"the {params.space}'s space"
 
 
-def _card(params: ExportParams, model: SentenceTransformer, *, dropped: bool) -> Card:
+def _card(params: ExportParams, model: SentenceTransformer, copy: Path, *, dropped: bool) -> Card:
     from stages.learning.encoder import ends_in_normalize
     from stages.learning.portable import limit_of, old_ones_read
 
@@ -104,6 +107,7 @@ def _card(params: ExportParams, model: SentenceTransformer, *, dropped: bool) ->
         dropped=dropped,
         old_ones_read=old_ones_read(model),
         onnx=params.onnx,
+        has_code=any(copy.rglob("*.py")),
     )
 
 
@@ -119,13 +123,16 @@ def _drop_projection(model: SentenceTransformer, folder: Path) -> None:
     del model[dense[-1]]
 
 
-def _check_copy(model: SentenceTransformer, copy: Path, out: Path) -> float:
+def _check_copy(
+    model: SentenceTransformer, copy: Path, out: Path, trust_remote_code: bool
+) -> float:
     """The lowest cosine between a model's vectors and those of its copy in safetensors."""
     from stages.learning.encoder import load_model
     from stages.learning.portable import limit_of
     from stages.learning.probes import encode, likeness, probes
 
-    loaded = load_model(copy, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    loaded = load_model(copy, device=cpu, trust_remote_code=trust_remote_code)
     texts = probes(limit_of(model))
     try:
         return likeness(encode(model, texts), encode(loaded, texts))

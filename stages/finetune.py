@@ -66,6 +66,7 @@ def run(
     curve: Path,
     training: Path,
     track: Track,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Finetune one student. With several ranks, each calls this and the first one writes.
 
@@ -82,6 +83,7 @@ def run(
         curve: CSV with a row for each evaluation.
         training: JSON that says how the run ended.
         track: Takes the rows of the curve while it grows.
+        trust_remote_code: Whether code in the folder of the student may run.
 
     Raises:
         TeachonceError: a damaged file, too few right rows, or a loss that is no number.
@@ -91,7 +93,12 @@ def run(
     run_name = fingerprint(
         {
             **recipe(params),
-            "student": file_hashes(student, address=f"student of {name}", sha256=sha256_of),
+            "student": file_hashes(
+                student,
+                address=f"student of {name}",
+                sha256=sha256_of,
+                trust_remote_code=trust_remote_code,
+            ),
             "labels": labels.digest,
             "embeddings": caches.embeddings.manifest.content if caches else None,
             "split": caches.split.content if caches else None,
@@ -100,7 +107,7 @@ def run(
     )
     checkpoints = Checkpoints(work / run_name)
     torch.manual_seed(params.seed)
-    model = load_model(student, device=device)
+    model = load_model(student, device=device, trust_remote_code=trust_remote_code)
     check_length(
         params.max_tokens,
         limit_of_positions(model),

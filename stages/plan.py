@@ -157,7 +157,13 @@ def run(
             )
             steps = _steps(recipe, _train_rows(params, corpus.rows))
             pace = training_pace(
-                recipe, start=start, caches=caches, device=device, steps=steps, seconds=seconds / 2
+                recipe,
+                start=start,
+                caches=caches,
+                device=device,
+                steps=steps,
+                seconds=seconds / 2,
+                trust_remote_code=params.embed.trust_remote_code,
             )
             measured["students"][name] = {
                 **asdict(pace),
@@ -478,6 +484,7 @@ def training_pace(
     device: torch.device,
     steps: int,
     seconds: float,
+    trust_remote_code: bool = False,
 ) -> Pace:
     """Take some of the first steps of a student.
 
@@ -488,6 +495,7 @@ def training_pace(
         device: Where.
         steps: Of the whole run.
         seconds: To take steps; the last may go beyond.
+        trust_remote_code: Whether code in the folder of the start may run.
     """
     import torch
 
@@ -497,7 +505,8 @@ def training_pace(
     from stages.learning.token_rows import token_rows
 
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
-    tokenizer = load_model(start, device=device).tokenizer
+    trusted = trust_remote_code
+    tokenizer = load_model(start, device=device, trust_remote_code=trusted).tokenizer
     token_seconds = seconds_of(
         lambda: token_rows(
             tokenizer,
@@ -507,7 +516,7 @@ def training_pace(
             max_tokens=params.max_tokens,
         )
     )
-    lesson = prepare(params, start=start, caches=caches, device=device)
+    lesson = prepare(params, start=start, caches=caches, device=device, trust_remote_code=trusted)
     work, optimizer = lesson.work(), make_optimizer(lesson, params)
     batches = work.batches(0)
     taken: list[float] = []

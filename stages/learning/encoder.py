@@ -167,8 +167,28 @@ def load_model(
             "embed.trust_remote_code: true",
         ) from error
     _check_vocabulary(model, folder)
+    _pad_with_some_token(model)
     _read_no_more_than_there_are_positions(model)
     return model if pooling is None else _pooled(model, pooling, folder, setting)
+
+
+def _pad_with_some_token(model: SentenceTransformer) -> None:
+    """Give a token of padding to tokenizers that have none that the model knows; the mask hides which.
+
+    GPT-2 and Llama have none. Others were given one after their model was made.
+    """
+    for module in model.modules():
+        body: Any = getattr(module, "auto_model", None)
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if body is None or not hasattr(tokenizer, "pad_token_id"):
+            continue
+        words = sys.maxsize
+        with contextlib.suppress(NotImplementedError, AttributeError):  # code of its maker's own
+            words = body.get_input_embeddings().num_embeddings
+        own = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
+        known = next(number for number in own if number is not None and number < words)
+        if known != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
 
 
 def limit_of_positions(model: SentenceTransformer) -> int | None:

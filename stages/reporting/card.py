@@ -54,6 +54,7 @@ class Card:
         dropped: Whether the projection was left out.
         old_ones_read: Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
         onnx: Whether there is an ONNX file.
+        has_code: Whether it needs the code that lies in its folder.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Card:
     dropped: bool
     old_ones_read: bool
     onnx: bool
+    has_code: bool = False
 
 
 def model_card(
@@ -132,9 +134,10 @@ def _use(card: Card) -> str:
         else "sentence-transformers 6 with transformers 5 or newer: older ones read the settings of its "
         "rotary positions wrongly, without a word."
     )
+    trust = ", trust_remote_code=True" if card.has_code else ""
     code = f"""```python
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("path/to/this/folder")
+model = SentenceTransformer("path/to/this/folder"{trust})
 vectors = model.encode(["One text.", "And another one."])
 ```
 
