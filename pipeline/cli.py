@@ -2,6 +2,9 @@
 
 Each reads settings, opens inputs, runs a stage, prints.
 
+All that they print goes through `say`, all that is logged through `Line`: neither lets a control character
+of a name or a text reach the terminal.
+
 There are no flags for settings: params.yaml holds them all, and `dvc exp run -S embed.max_tokens=64`
 changes one and records it. Heavy imports stand inside the commands, so that `--help` answers at once.
 """
@@ -25,7 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from storage.errors import TeachonceError, shown
+from storage import durable
+from storage.errors import DamagedError, TeachonceError, harmless, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
@@ -45,7 +49,10 @@ app = typer.Typer(
 STAGES = "The pipeline, in its order; `dvc repro` runs what is not up to date"
 STORE = "The store"
 NEW = "A new project"
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result, or the error, as one JSON object on stdout."),
+]
 NEXT = {
     "check": "`dvc repro` for everything, or `teachonce shard`",
     "docs": "`teachonce shard`",
@@ -69,6 +76,23 @@ NEXT = {
 SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 PATIENCE = 4.0
 """Seconds from a signal to the end, whatever a transfer to a dead remote still waits for."""
+
+
+@app.callback()
+def where(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "-C",
+            metavar="DIR",
+            help="Run as if in DIR; relative paths, also of the command line, are relative to it.",
+        ),
+    ] = None,
+) -> None:
+    """Go to the folder of -C before the command."""
+    if folder is not None:
+        with durable.named(folder, "going there"):
+            os.chdir(folder)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -415,7 +439,7 @@ def report(
     console = Console()
     rank_by = here.params.report.rank_by
     console.print(table(outcome.facts, students=students, width=console.width, rank_by=rank_by))
-    typer.echo(f"  -> {_place(outcome.made)}")
+    say(f"  -> {_place(outcome.made)}")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -460,7 +484,7 @@ def search(
         show(outcome, as_json)
         return
     for hit in outcome.facts["hits"]:
-        typer.echo(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
+        say(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
 
 
 @app.command(rich_help_panel=STORE)
@@ -480,8 +504,12 @@ def verify(
     if seed is not None and sample is None:
         raise typer.BadParameter("--seed chooses nothing without --sample")
     outcome = run(workspace(), read_data=read_data, sample=sample, seed=seed)
-    show_lines(outcome, lines(outcome.facts), as_json)
-    check_sound(outcome)
+    failure = None
+    try:
+        check_sound(outcome)
+    except DamagedError as error:
+        failure = error
+    show_lines(outcome, lines(outcome.facts), as_json, failure)
 
 
 @app.command(rich_help_panel=STORE)
@@ -490,9 +518,7 @@ def repair(as_json: Json = False) -> None:
     from pipeline.repair import run
 
     outcome, failure = run(workspace())
-    show(outcome, as_json)
-    if failure is not None:
-        raise failure
+    show(outcome, as_json, failure)
 
 
 @app.command(rich_help_panel=STORE)
@@ -634,26 +660,78 @@ def _share(text: str) -> Share:
     return Share(int(found[1]), int(found[2]))
 
 
-def show(outcome: Outcome, as_json: bool) -> None:
-    """Print what a stage did, where it is and what comes next, or all of it as JSON for a program."""
+def show(outcome: Outcome, as_json: bool, failure: TeachonceError | None = None) -> None:
+    """Print what a stage did, where it is and what comes next, or all of it as JSON for a program.
+
+    Raises:
+        TeachonceError: `failure`, which ended it after it had done that.
+    """
     place = _place(outcome.made)
     if as_json:
-        typer.echo(json.dumps({**asdict(outcome), "made": str(place)}, default=str))
-        return
-    typer.echo(f"{outcome.stage}: {outcome.summary}\n  -> {place}")
-    # Under DVC it is DVC who knows what comes next.
-    if outcome.stage in NEXT and "DVC_STAGE" not in os.environ:
-        typer.echo(f"  next: {NEXT[outcome.stage]}")
+        found = {**asdict(outcome), "made": str(place), **(_as_json(failure) if failure else {})}
+        say(json.dumps(found, default=str))
+    else:
+        say(f"{outcome.stage}: {_one_line(outcome.summary)}\n  -> {_one_line(place)}")
+        # Under DVC it is DVC who knows what comes next.
+        if outcome.stage in NEXT and "DVC_STAGE" not in os.environ:
+            say(f"  next: {NEXT[outcome.stage]}")
+    _end_if(failure, as_json)
 
 
-def show_lines(outcome: Outcome, lines: Iterable[str], as_json: bool) -> None:
-    """Print a listing and the sentence that sums it up, or all of it as JSON for a program."""
+def show_lines(
+    outcome: Outcome, lines: Iterable[str], as_json: bool, failure: TeachonceError | None = None
+) -> None:
+    """Print a listing and the sentence that sums it up, or all of it as JSON for a program.
+
+    Raises:
+        TeachonceError: `failure`, which it has found.
+    """
     if as_json:
-        show(outcome, as_json)
+        show(outcome, as_json, failure)
         return
     for line in lines:
-        typer.echo(line)
-    typer.echo(f"{outcome.stage}: {outcome.summary}")
+        say(_one_line(line))
+    say(f"{outcome.stage}: {_one_line(outcome.summary)}")
+    _end_if(failure, as_json)
+
+
+def _end_if(failure: TeachonceError | None, as_json: bool) -> None:
+    if failure is None:
+        return
+    if as_json:  # what went wrong is in the one object that is printed
+        say(f"error: {failure}", err=True)
+        raise typer.Exit(failure.exit_code)
+    raise failure
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text on stdout or stderr: the one door, through which no control character gets."""
+    try:
+        typer.echo(harmless(text), err=err)
+    except OSError as error:
+        if error.errno not in durable.CURES:
+            raise  # a pipe that nobody reads any more ends the command quietly
+        # What is left in the buffer would fail once more, with a traceback, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+        with durable.named(Path("stderr" if err else "stdout"), "writing"):
+            raise
+
+
+class Line(logging.Formatter):
+    """A line of the log, through the same door."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line without control characters."""
+        return harmless(super().format(record))
+
+
+def _one_line(text: object) -> str:
+    return str(text).replace("\n", "\\n")
+
+
+def _as_json(error: TeachonceError) -> dict[str, str]:
+    """An error for a program."""
+    return {"error": error.problem, "place": error.where, "cure": error.cure}
 
 
 def _place(made: Path | str) -> Path | str:
@@ -665,12 +743,9 @@ def _place(made: Path | str) -> Path | str:
 
 def main() -> None:
     """Entry point: run a command; a person's mistake ends in two lines, not in a traceback."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     logging.getLogger("teachonce").setLevel(logging.INFO)
     # Other people's deprecations are for developers; the tests turn them into errors.
     if not sys.warnoptions:
@@ -683,7 +758,10 @@ def main() -> None:
     try:
         app()
     except TeachonceError as error:
-        typer.echo(f"error: {error}", err=True)
+        # A stdout that could not be written to takes no object either.
+        if "--json" in sys.argv and error.where != "stdout":
+            say(json.dumps(_as_json(error)))
+        say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code not in {code for _, code in SIGNALS.values()}:
@@ -700,7 +778,7 @@ def _leave(signum: int, frame: Any) -> NoReturn:  # noqa: ANN401 - a frame objec
     at_last.daemon = True
     at_last.start()
     again = "dvc repro" if "DVC_STAGE" in os.environ else shlex.join(["teachonce", *sys.argv[1:]])
-    typer.echo(f"{word}: what is finished is kept; `{again}` goes on from there", err=True)
+    say(f"{word}: what is finished is kept; `{again}` goes on from there", err=True)
     sys.exit(code)
 
 

@@ -165,6 +165,7 @@ def words(svg):
         ("<b>&\"'", "&lt;b&gt;&amp;&quot;&#x27;"),
         ("a\n\tb\x00\x1b[31m\ud800", "a b��[31m�"),
         ("👩‍👧 שלום", "👩‍👧 שלום"),  # joiners stay
+        ("a\u202eb\u2066c\u200fd\u2028e", "a�b�c�d e"),
     ],
 )
 def test_texts_of_strangers_are_made_harmless(text, shown):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from storage.errors import shown
+from storage.errors import harmless, shown
 
 
 def escaped(text: object) -> str:
@@ -16,8 +16,10 @@ def escaped(text: object) -> str:
 
 
 def fenced(value: object) -> str:
-    """`value` as a block of YAML that nothing in it can end."""
+    """`value` as a block of YAML that nothing in it can end; what is not to be seen is escaped."""
     text = yaml.safe_dump(value, sort_keys=True, allow_unicode=True, width=10_000)
+    if harmless(text) != text:
+        text = yaml.safe_dump(value, sort_keys=True, allow_unicode=False, width=10_000)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}yaml\n{text}{fence}"

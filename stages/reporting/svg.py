@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 CHARACTER = 0.68  # width of a character as a share of the font size: a wide bold font's
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Marks that change in which direction the text around them is read."""
 
 
 def esc(text: object, most: int | None = None) -> str:
     """Text of a stranger as it may stand in HTML, cut to `most` characters.
 
-    Control characters and lone surrogates, which HTML and UTF-8 cannot hold, are replaced; blanks and
-    line ends become one blank.
+    Control characters and lone surrogates, which HTML and UTF-8 cannot hold, and marks that turn the
+    direction of reading are replaced; blanks and line ends become one blank.
     """
     # Not str.isprintable: it refuses the joiners that emoji and Persian are made with.
     clean = "".join(
         REPLACEMENT if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c
         for c in str(text)
     )
-    clean = " ".join(clean.split())
+    clean = " ".join(TURNS.sub(REPLACEMENT, clean).split())
     if most is not None and len(clean) > most:
         clean = clean[: most - 1].rstrip() + "…"
     return html.escape(clean)

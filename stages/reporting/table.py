@@ -30,6 +30,7 @@ from stages.reporting.measures import (
     yardstick,
 )
 from stages.reporting.results import Metrics
+from storage.errors import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,17 +119,19 @@ def table(
     kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
-    drawn.caption = Text("\n".join(["", *_notes(models, students, found, kept, rank_by)]))
+    drawn.caption = Text(harmless("\n".join(["", *_notes(models, students, found, kept, rank_by)])))
     drawn.caption_justify, drawn.caption_style = "left", "none"
     drawn.add_column("model", vertical="bottom", no_wrap=True)
     for column in kept:
-        drawn.add_column(column.title, justify="right", vertical="bottom", no_wrap=True)
+        drawn.add_column(
+            Text(harmless(column.title)), justify="right", vertical="bottom", no_wrap=True
+        )
     for row, label in labels.items():
         cells = [
-            Text(column.cells.get(row, NOTHING), "bold" if row in column.bold else "")
+            Text(harmless(column.cells.get(row, NOTHING)), "bold" if row in column.bold else "")
             for column in kept
         ]
-        drawn.add_row(Text(label), *cells)
+        drawn.add_row(Text(harmless(label)), *cells)
     return drawn
 
 
