@@ -16,10 +16,10 @@ from pathlib import Path
 from stages.outcome import Fact, Facts, Outcome, log, write_json
 from stages.packages import docstrings, without_collector
 from stages.params import DOCS_PAIR, DOCS_TEXT, DocsParams
-from stages.prose import Paragraph, paragraphs, reads_well
+from stages.prose import paragraphs, reads_well
 from storage import durable
 
-VERSION = 1  # raise it when a code change gives other texts or pairs for the same packages
+VERSION = 2  # raise it when a code change gives other texts or pairs for the same packages
 
 # Documents of the retrieval test beside those that are answers: enough to be hard, quick to encode.
 MAX_OTHER_DOCUMENTS = 3000
@@ -94,7 +94,7 @@ def _read_package(name: str) -> tuple[list[str], list[Pair], Facts]:
     """The sentences of one package, each once, its pairs, and how many there are."""
     with without_collector():
         found = [paragraphs(text) for text in docstrings(name)]
-    candidates = dict.fromkeys(s for prose in found for p in prose for s in p.sentences)
+    candidates = dict.fromkeys(s for prose in found for p in prose for s in p)
     sentences = [sentence for sentence in candidates if reads_well(sentence)]
     pairs = [pair for prose in found if (pair := pair_of(prose))]
     log.info("docs: %s, %s sentences, %s pairs", name, f"{len(sentences):,}", f"{len(pairs):,}")
@@ -130,17 +130,19 @@ def unambiguous(pairs: Iterable[Pair]) -> list[Pair]:
     )
 
 
-def pair_of(prose: list[Paragraph]) -> Pair | None:
+def pair_of(prose: list[list[str]]) -> Pair | None:
     """Summary and description of one documentation string.
 
     The summary is its first paragraph if that is one sentence; the description begins the first further
-    paragraph before any heading that begins well: what stands under "Notes" rarely says what it is.
+    paragraph that begins well.
+
+    Args:
+        prose: The sentences of each paragraph.
     """
-    opening = [paragraph.sentences for paragraph in prose if not paragraph.heading]
-    if len(opening) < 2 or len(opening[0]) != 1 or not reads_well(opening[0][0]):
+    if len(prose) < 2 or len(prose[0]) != 1 or not reads_well(prose[0][0]):
         return None
-    summary = opening[0][0]
-    descriptions = (_beginning(sentences) for sentences in opening[1:])
+    summary = prose[0][0]
+    descriptions = (_beginning(sentences) for sentences in prose[1:])
     description = next((d for d in descriptions if len(d) in DESCRIPTION_CHARS), None)
     if description is None or summary.rstrip(".").casefold() in description.casefold():
         return None

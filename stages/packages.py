@@ -15,6 +15,9 @@ from pathlib import Path
 
 from storage.errors import TeachonceError, shown
 
+READERS = ("docstring_parser", "sentencex")
+"""What `stages.prose` imports, from the extra `demo`."""
+
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
     """Import name -> version of the distribution that has it; nothing is imported.
@@ -23,9 +26,18 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
     import name, their versions are joined by `+`.
 
     Raises:
-        TeachonceError: a package is not installed.
+        TeachonceError: a package is not installed, or the extra `demo` is not.
     """
-    owners = metadata.packages_distributions() if names else {}
+    if not names:
+        return {}
+    if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
+        raise TeachonceError(
+            "docs.packages",
+            f"{' and '.join(missing)} cannot be imported, and documentation is read with "
+            f"{'it' if len(missing) == 1 else 'them'}",
+            "pip install 'teachonce[demo]', or set docs.packages: [] to have no texts of packages",
+        )
+    owners = metadata.packages_distributions()
     versions = {}
     for name in names:
         if name in sys.stdlib_module_names:
