@@ -25,8 +25,9 @@ from stages.params import (
     contradictions,
     path_problem,
 )
-from storage import durable
+from storage import durable, regular
 from storage.errors import TeachonceError, shown
+from storage.regular import IrregularError
 
 # The shipped settings have 6 KB; PyYAML needs a second for this much.
 MAX_BYTES = 64 << 10
@@ -164,15 +165,14 @@ def _valid(kind: Any, value: object) -> Any:  # noqa: ANN401 - whatever the anno
 
 
 def _read(path: Path) -> object:
-    with durable.named(path, "reading"):
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise SettingsError(path.name, [("file", f"larger than {MAX_BYTES} bytes")])
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise TeachonceError(
-                path.resolve(), "not there", "run this in a folder that has a params.yaml"
-            ) from None
+    try:
+        content = regular.content(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise TeachonceError(
+            path.resolve(), "not there", "run this in a folder that has a params.yaml"
+        ) from None
+    except IrregularError as error:
+        raise SettingsError(path.name, [("file", error.problem)]) from None
     try:
         values = _UniqueKeys(content).get_single_data()
     except yaml.MarkedYAMLError as error:

@@ -27,6 +27,7 @@ from stages.params import (
     RecipeParams,
     SettingsError,
 )
+from storage import regular
 from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
@@ -400,7 +401,7 @@ def _read_json(path: Path, command: str) -> dict[str, Any]:
     """A small file that a stage left."""
     cure = f"run `{command}`"
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(regular.content(path))
     except FileNotFoundError:
         raise MissingError(path, "not there", cure) from None
     except (ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ from stages.params import (
     larger_queues,
 )
 from stages.triplets import look_at, triplet_files
-from storage import durable
+from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, shown
 from storage.manifest import Manifest
 
@@ -467,13 +467,17 @@ class RememberedHashes:
         self.memory, self.read_data = memory, read_data
         self.known: dict[str, list[Any]] = {}
         try:
-            known = json.loads(memory.read_bytes())
+            known = json.loads(regular.content(memory))
             self.known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError, TeachonceError):
             pass
 
     def __call__(self, path: Path) -> str:
         """The sha256 of a file, as hex."""
+        with durable.named(path, "reading"):
+            return self._hash(path)
+
+    def _hash(self, path: Path) -> str:
         before = [*durable.identity(path.stat())]
         entry = self.known.get(str(path), [])
         remembered = isinstance(entry, list) and entry[:-1] == before
@@ -510,8 +514,8 @@ def _queue_notes(sections: Sections, corpus: Path) -> list[str]:
 def read_sources(path: Path) -> dict[str, Any]:
     """A data/sources.json that is there, or nothing."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(regular.content(path))
+    except (OSError, ValueError, RecursionError, TeachonceError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.learning.agreement import unit
-from storage import durable
+from storage import durable, regular
 from storage.corpus import text_key
 from storage.errors import DamagedError
 
@@ -74,6 +74,7 @@ def read_documents(
         return None
     cure = "run `teachonce evaluate teacher`, or `dvc repro evaluate_teacher`"
     try:
+        regular.check(path)
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             vectors, keys = file.get_tensor("vectors"), file.get_tensor("text_keys")

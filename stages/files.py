@@ -7,28 +7,20 @@ import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob
+from fnmatch import fnmatchcase
+from glob import has_magic
+from itertools import zip_longest
 from pathlib import Path
 
 import pyarrow as pa
 import zstandard
 
-from storage import durable
+from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, shown
 
 COMPRESSED_ENDINGS = (".gz", ".zst")
 
 ANY_ENDING = ("",)
-
-KINDS = {
-    stat.S_IFREG: "a file",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-"""What may stand in a place. Where a file is wanted, no other is opened: a pipe without a writer hangs."""
 
 
 def with_compressed(*endings: str) -> tuple[str, ...]:
@@ -84,12 +76,7 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
     """
     wanted = located(pattern, root, address)
     with durable.named(wanted, "looking for the file"):
-        if wanted.is_file():
-            matches = [wanted]
-        else:
-            # Not Path.glob: it refuses absolute patterns and walks into hidden folders.
-            found = glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True)  # noqa: PTH207
-            matches = [root / match for match in sorted(found)]
+        matches = [wanted] if wanted.is_file() else _expanded(Path(pattern).expanduser(), root)
         files = _only_files(matches, pattern, address=address, endings=endings)
     if not files:
         raise MissingError(
@@ -105,6 +92,86 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
                 f"narrow the pattern to files that end in one of {' '.join(endings)}",
             )
     return files
+
+
+def _expanded(pattern: Path, root: Path) -> list[Path]:
+    """What a glob matches, sorted, as the module `glob` finds it, but for three things.
+
+    That skips a folder that it may not list, without a word; it needs a minute for many `**`, and it
+    follows a link into a folder around it forty times.
+
+    Raises:
+        StorageError: a folder may not be listed.
+    """
+    found = {root / pattern.anchor}
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    for part, following in zip_longest(parts, parts[1:]):
+        if part == following == "**":
+            continue  # two of them mean what one does
+        if part == "**":
+            found = {
+                path for folder in found for path in walk(folder, with_files=following is None)
+            }
+        elif has_magic(part):
+            found = {
+                folder / name
+                for folder in found
+                if folder.is_dir()
+                for name in _names(folder, hidden=part.startswith("."))
+                if fnmatchcase(name, part)
+            }
+        else:
+            found = {path for folder in found if _is_there(path := folder / part)}
+    return sorted(found, key=str)
+
+
+def walk(
+    folder: Path,
+    *,
+    with_files: bool = True,
+    hidden: bool = False,
+    within: Sequence[tuple[int, int]] = (),
+) -> Iterator[Path]:
+    """A folder and all that is below it; links are followed, but not into a folder around them.
+
+    Args:
+        folder: Nothing is found if it is none.
+        with_files: False: folders only.
+        hidden: Also names that begin with a dot.
+        within: Device and inode of the folders on the way to it.
+
+    Raises:
+        StorageError: a folder may not be listed.
+    """
+    if not folder.is_dir():
+        return
+    status = folder.stat()
+    here = status.st_dev, status.st_ino
+    if here in within:
+        return
+    yield folder
+    for name in _names(folder, hidden=hidden):
+        path = folder / name
+        if path.is_dir():
+            further = [*within, here]
+            yield from walk(path, with_files=with_files, hidden=hidden, within=further)
+        elif with_files:
+            yield path
+
+
+def _names(folder: Path, *, hidden: bool) -> list[str]:
+    with durable.named(folder, "reading"):
+        names = [path.name for path in folder.iterdir()]
+    return [name for name in names if hidden or not name.startswith(".")]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something, if only a link to nothing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _only_files(
@@ -134,9 +201,9 @@ def _may_be_passed_over(folder: Path, pattern: str, endings: Sequence[str]) -> b
     if Path(pattern).name not in {"*", "**"} or any(name.endswith(e) for e in endings if e):
         return False
     return not any(
-        file.lower().endswith(tuple(endings)) and not file.startswith(".")
-        for _, _, files in os.walk(folder)
-        for file in files
+        path.name.lower().endswith(tuple(endings))
+        for path in walk(folder, hidden=True)
+        if not path.name.startswith(".") and not path.is_dir()
     )
 
 
@@ -161,15 +228,14 @@ def files_below(folder: Path, address: str) -> list[Path]:
         TeachonceError: something in it is neither a file nor a folder.
     """
     with durable.named(folder, "listing"):
-        found = glob("**", root_dir=folder, recursive=True, include_hidden=True)  # noqa: PTH207
-        paths = sorted(folder / name for name in found)
+        paths = sorted(walk(folder, hidden=True))
         return [path for path in paths if not path.is_dir() and is_regular(path, address)]
 
 
 def kind_of(path: Path) -> str:
     """What is there, in words."""
     try:
-        return KINDS.get(stat.S_IFMT(path.stat().st_mode), "something unknown")
+        return regular.KINDS.get(stat.S_IFMT(path.stat().st_mode), "something unknown")
     except OSError:
         if not path.is_symlink():
             raise

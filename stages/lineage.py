@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from storage import regular
 from storage.errors import DamagedError
 
 LINEAGE = "teachonce.json"
@@ -20,7 +21,7 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     """
     path = folder / LINEAGE
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(regular.content(path))
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except FileNotFoundError:

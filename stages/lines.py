@@ -9,6 +9,7 @@ between them.
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from storage import regular
 from storage.errors import TeachonceError
 
 MAX_LINE_BYTES = 16 << 20
@@ -60,7 +62,7 @@ def lines(path: Path) -> Iterator[bytes | None]:
         EOFError: a compressed file was cut off.
         OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
     """
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         for number, line in enumerate(_lines(path, _unpacked(path, file))):
             yield line.removeprefix(BOM) if line is not None and number == 0 else line
 
@@ -79,7 +81,7 @@ def content(path: Path, most: int) -> bytes:
         OSError, zlib.error, zstandard.ZstdError: it cannot be read or unpacked.
     """
     held = bytearray()
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         for chunk in _unpacked(path, file):
             held += chunk
             if len(held) > most:
@@ -175,7 +177,7 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    _refuse_empty(path, file)
+    _refuse_empty(file)
     with gzip.open(file) as unpacked:
         yield from _pieces(unpacked)
 
@@ -194,7 +196,7 @@ def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
     The readers of `zstandard` end without a word at a truncated frame; an object for each frame knows
     whether its frame is complete. Truncation between two frames cannot be seen in any zstd file.
     """
-    _refuse_empty(path, file)
+    _refuse_empty(file)
     settings = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     frame = settings.decompressobj()
     while chunk := file.read(CHUNK_BYTES):
@@ -207,7 +209,7 @@ def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
         raise EOFError
 
 
-def _refuse_empty(path: Path, file: BinaryIO) -> None:
+def _refuse_empty(file: BinaryIO) -> None:
     """Nothing compressed is still a header: a file of no bytes was cut off, or never written."""
-    if path.stat().st_size == 0:
+    if os.fstat(file.fileno()).st_size == 0:
         raise EOFError

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.models import MODULES, ROUTERS, TRANSFORMER, modules_of
+from stages.models import MAX_JSON_BYTES, MODULES, ROUTERS, TRANSFORMER, modules_of
 from stages.params import EmbedParams
+from storage import regular
 from storage.errors import TeachonceError, shown
 
 DENSE = "SentenceTransformer"
@@ -364,7 +365,7 @@ def read_object(path: Path, address: str) -> Mapping[str, Any]:
         TeachonceError: it is none.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(regular.content(path, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise TeachonceError(
             address, f"{path} cannot be read ({shown(error)})", "fetch the file again"

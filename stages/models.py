@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from stages.files import is_regular, located
 from stages.params import IMPORTED
+from storage import regular
 from storage.errors import MissingError, TeachonceError, shown
 
 PACKAGE = "package:"
@@ -50,8 +51,9 @@ FOREIGN_FILES = (
 TRAIN_SCRIPT = "train_script.py"
 # transformers reads one folder more than that of a module.
 TEMPLATES = "additional_chat_templates"
-# The largest headers seen are below 1 MB; parsed, 10 MB of JSON take 10 times as much memory.
-MAX_HEADER_BYTES = 10_000_000
+# Of a header, an index or a configuration: the largest seen are below that. Parsed, JSON takes 10 times as
+# much memory.
+MAX_JSON_BYTES = 10_000_000
 
 Hash = Callable[[Path], str]
 """A file -> its sha256."""
@@ -215,8 +217,15 @@ def _has_tokenizer(folder: Path) -> bool:
 def _shards(index: Path, address: str) -> list[str]:
     """The files that an index of weights names."""
     try:
-        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return sorted(
+            {
+                str(name)
+                for name in json.loads(regular.content(index, MAX_JSON_BYTES))[
+                    "weight_map"
+                ].values()
+            }
+        )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise TeachonceError(
             address, f"{index} is no index of weights ({shown(error)})", "fetch the file again"
         ) from None
@@ -304,7 +313,7 @@ def _module_folders(folder: Path, address: str) -> list[str]:
         found.append(path)
         for name in ("router_config.json", "config.json") if kind in ROUTERS else ():
             try:
-                types = json.loads((folder / path / name).read_bytes())["types"]
+                types = json.loads(regular.content(folder / path / name, MAX_JSON_BYTES))["types"]
                 found += [(PurePosixPath(path) / str(module)).as_posix() for module in types]
             except (OSError, ValueError, TypeError, LookupError, RecursionError):
                 continue  # `stages.model_config` says what is wrong with it
@@ -362,12 +371,12 @@ def modules_of(folder: Path, address: str) -> list[tuple[str, str]]:
     if not file.is_file():
         return []
     try:
-        modules = json.loads(file.read_bytes())
+        modules = json.loads(regular.content(file, MAX_JSON_BYTES))
         return [
             (str(module.get("type", "")).rpartition(".")[2], str(module.get("path", "")))
             for module in modules
         ]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise TeachonceError(
             address, f"{file} is no list of modules ({shown(error)})", "fetch the file again"
         ) from None
@@ -379,12 +388,12 @@ def read_header(path: Path, address: str) -> dict[str, tuple[int, ...]]:
     Raises:
         TeachonceError: the header does not parse, or the file is not as long as it says: a cut download.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_JSON_BYTES + 1
         try:
-            if length > min(size, MAX_HEADER_BYTES):
+            if length > min(size, MAX_JSON_BYTES):
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
             tensors = {name: entry for name, entry in header.items() if name[:2] != "__"}
@@ -410,7 +419,7 @@ def file_hashes(
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, as hex."""
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

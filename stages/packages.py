@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from storage import regular
 from storage.errors import TeachonceError, shown
+from storage.regular import IrregularError
 
 READERS = ("docstring_parser", "sentencex")
 """What `stages.prose` imports, from the extra `demo`."""
@@ -58,9 +60,12 @@ def _not_installed(name: str) -> TeachonceError:
 
 
 def docstrings(name: str) -> Iterator[str]:
-    """The documentation strings of a package, by path and line; files that do not parse have none."""
+    """The documentation strings of a package, by path and line; a file that does not parse has none."""
     for path in _source_paths(name):
-        content = path.read_bytes()
+        try:
+            content = regular.content(path)
+        except IrregularError:
+            continue
         if b'"""' not in content and b"'''" not in content:
             continue  # saves a tenth of the time; what else documents in one line has little to say
         try:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from stages.files import files_below, located, matching, reading, unpacked_name, with_compressed
 from stages.lines import check_start, lines
+from storage import regular
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
 
@@ -226,6 +227,7 @@ def _parquet_items(path: Path, field: str) -> Iterator[Item]:
     from pyarrow import parquet
 
     with reading(path, CURE):
+        regular.check(path)
         schema = parquet.read_schema(path)
         name = schema.names[_column_number(schema, path, field)]
         # Dictionaries stay dictionaries: a long text that stands in every row is held once.
@@ -246,7 +248,7 @@ def _check_expansion(packed: int, unpacked: int) -> None:
 
 def _arrow_items(path: Path, field: str) -> Iterator[Item]:
     """Cells of an Arrow file or of an Arrow stream, which is what `datasets` writes."""
-    with reading(path, CURE), pa.memory_map(str(path)) as source:
+    with reading(path, CURE), _mapped(path) as source:
         if source.read(6) == b"ARROW1":
             _check_arrow_sizes(source, 8)
             reader = pa.ipc.open_file(source)
@@ -261,6 +263,11 @@ def _arrow_items(path: Path, field: str) -> Iterator[Item]:
             yield from cells(batch.column(column))
         if isinstance(reader, pa.ipc.RecordBatchStreamReader):
             _check_stream_end(source)
+
+
+def _mapped(path: Path) -> pa.MemoryMappedFile:
+    regular.check(path)
+    return pa.memory_map(str(path))
 
 
 def _check_arrow_sizes(source: pa.MemoryMappedFile, start: int) -> None:

@@ -25,6 +25,7 @@ from stages.files import reading, unpacked_name, with_compressed
 from stages.lines import content, lines
 from stages.outcome import log
 from stages.readers import Rejected, cells
+from storage import regular
 from storage.errors import TeachonceError, shown
 
 ENDINGS = (*with_compressed(".jsonl", ".json", ".tsv", ".csv"), ".parquet")
@@ -310,6 +311,7 @@ class LabelledFile:
     def _from_parquet(self) -> Iterator[Record | Rejected]:
         from pyarrow import parquet
 
+        regular.check(self.path)
         with parquet.ParquetFile(
             self.path, page_checksum_verification=True, buffer_size=1 << 20
         ) as file:

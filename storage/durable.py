@@ -48,20 +48,31 @@ QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = "inline_container"
 """Where in torch a file of weights is written; its errors do not say why."""
 
+READING_CURES = CURES | {
+    errno.EACCES: "give yourself permission to read it, then run the same command again",
+    errno.EPERM: "give yourself permission to read it, then run the same command again",
+}
 OTHER_CURE = "mend the cause, then run the same command again: what is finished is kept"
 
 
 @contextmanager
-def named(path: Path, doing: str) -> Iterator[None]:
+def named(path: Path, doing: str, *, but: type[OSError] | tuple[()] = ()) -> Iterator[None]:
     """Turn an `OSError` raised inside into a `StorageError` that says which file and what to do.
 
     Python leaves the file name out of errors of write and fsync, which are the ones that matter.
+
+    Args:
+        path: The file.
+        doing: What was tried, as in "writing".
+        but: What the caller has a better word for, and gets as it is.
     """
     try:
         yield
+    except but:
+        raise
     except OSError as error:
         cause = os.strerror(error.errno) if error.errno else str(error)
-        cure = CURES.get(error.errno or 0, OTHER_CURE)
+        cure = (READING_CURES if doing == "reading" else CURES).get(error.errno or 0, OTHER_CURE)
         raise StorageError(path, f"{doing} failed: {cause}", cure) from error
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage import durable, holders
+from storage import durable, holders, regular
 from storage.errors import DamagedError, MissingError, StorageError, TeachonceError, shown
 from storage.holders import MAX_BYTES, REFS, Manifested
+from storage.regular import IrregularError
 from storage.store import Object, Store, canonical_json, digest
 
 Kind = Literal["corpus", "embeddings", "negatives"]
@@ -172,17 +172,12 @@ class Manifest(BaseModel):
         """
         again = f"`{MADE_BY[kind]}`" if kind else "the stage that left it"
         cure = f"restore it from Git, or make it again with {again}"
-        with durable.named(path, "reading"):
-            try:
-                with path.open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    content = file.read() if size <= MAX_BYTES else b""
-            except FileNotFoundError:
-                raise MissingError(path, "not there", f"run {again}") from None
-            except IsADirectoryError as error:
-                raise DamagedError(path, "a folder, no manifest", cure) from error
-        if size > MAX_BYTES:
-            raise DamagedError(path, f"{size} bytes are too many for a manifest", cure)
+        try:
+            content = regular.content(path, MAX_BYTES)
+        except FileNotFoundError:
+            raise MissingError(path, "not there", f"run {again}") from None
+        except IrregularError as error:
+            raise DamagedError(path, f"no manifest: it {error.problem}", cure) from error
         try:
             manifest = cls.model_validate_json(content)
             if manifest.encoded != content:

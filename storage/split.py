@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from storage import durable
+from storage import durable, regular
 from storage.corpus import Corpus
 from storage.errors import DamagedError, MissingError
+from storage.regular import IrregularError
 from storage.store import canonical_json, digest
 
 
@@ -58,21 +59,21 @@ class Split(BaseModel):
             DamagedError: it is no split, or that of another corpus.
             StorageError: the operating system refused to read it.
         """
-        with durable.named(path, "reading"):
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                raise MissingError(path, "not there", "run `teachonce split`") from None
+        cure = "run `teachonce split`"
+        try:
+            content = regular.content(path)
+        except FileNotFoundError:
+            raise MissingError(path, "not there", cure) from None
+        except IrregularError as error:
+            raise DamagedError(path, f"no split: it {error.problem}", cure) from error
         try:
             split = cls.model_validate_json(content)
         except ValidationError as error:
-            raise DamagedError(path, "no split", "run `teachonce split`") from error
+            raise DamagedError(path, "no split", cure) from error
         if any(row >= corpus.rows for row in split.evaluation):
-            raise DamagedError(
-                path, f"names rows that a corpus of {corpus.rows} has not", "run `teachonce split`"
-            )
+            raise DamagedError(path, f"names rows that a corpus of {corpus.rows} has not", cure)
         if split.corpus != corpus.manifest.content:
-            raise DamagedError(path, "made for another corpus", "run `teachonce split`")
+            raise DamagedError(path, "made for another corpus", cure)
         return split
 
     def is_heldout(self, text_keys: NDArray[np.bytes_]) -> NDArray[np.bool_]:

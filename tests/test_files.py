@@ -1,17 +1,29 @@
 """What settings name by globs: nothing that matches is left out in silence, and nothing hangs."""
 
 import contextlib
+import errno
 import os
 import socket
+from glob import glob
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import diff
+from pipeline.settings import load_params
 from stages import imported, models
-from stages.benchmarks import beir_files, sts_files
-from stages.readers import source_files
+from stages.benchmarks import beir_files, read_sts, sts_files
+from stages.check import RememberedHashes
+from stages.documents import read_documents
+from stages.lineage import read_lineage
+from stages.model_config import read_object
+from stages.readers import read, source_files
+from stages.records import LabelledFile
+from stages.reporting.results import read_curve, read_details, read_metrics, read_training
 from stages.triplets import triplet_files
 from storage.errors import MissingError, TeachonceError
+from storage.manifest import Manifest
 from tests.test_settings import make_model
 
 # Each setting that takes a glob: how its files are found, its address, an ending that it reads.
@@ -173,3 +185,107 @@ def test_vectors_and_texts_that_are_imported_are_files(tmp_path, what):
     np.save(vectors, np.ones((2, 4), np.float32))
     IRREGULAR[what](texts)
     assert f"t.txt is {what}\n" in str(refused(read_imported, vectors, texts))
+
+
+READERS = {
+    "settings": load_params,
+    "a manifest": lambda path: Manifest.load(path, None),
+    "a lineage": lambda path: read_lineage(path.parent),
+    "metrics": lambda path: read_metrics(path, "kd"),
+    "details": lambda path: read_details(path, "kd"),
+    "a training": lambda path: read_training(path, "kd"),
+    "a curve": lambda path: read_curve(path, "kd"),
+    "a model's file": lambda path: read_object(path, "embed.teacher"),
+    "modules": lambda path: models.modules_of(path.parent, "embed.teacher"),
+    "a hash": RememberedHashes(Path("nowhere")),
+    "lines": lambda path: list(read(path.rename(path.with_suffix(".txt")), "text")),
+    "parquet": lambda path: list(read(path.rename(path.with_suffix(".parquet")), "text")),
+    "arrow": lambda path: list(read(path.rename(path.with_suffix(".arrow")), "text")),
+    "pairs": lambda path: read_sts([path]),
+    "triplets": lambda path: list(LabelledFile(path, ["a", "b", "c"]).records()),
+    "columns of triplets": lambda path: list(
+        LabelledFile(path.rename(path.with_suffix(".parquet")), ["a", "b", "c"]).records()
+    ),
+    "documents": lambda path: read_documents(
+        path.rename(path.with_suffix(".safetensors")).parent, "file", [], teacher="", as_read=""
+    ),
+}
+NAMES = {"a lineage": "teachonce.json", "modules": "modules.json"}
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+@pytest.mark.parametrize("what", ["a named pipe", "a device", "0 bytes"])
+def test_no_reader_waits_for_what_is_no_file_or_reads_it_for_ever(tmp_path, kind, what):
+    path = tmp_path / NAMES.get(kind, "file.json")
+    if what == "0 bytes":
+        path.symlink_to("/proc/cpuinfo")
+    else:
+        IRREGULAR[what](path)
+    if kind == "modules" and what != "0 bytes":
+        return  # it looks for a file first; `model_files` refuses the model
+    said = (
+        f"is {what}, not a file" if what != "0 bytes" else "says that it has 0 bytes and has more"
+    )
+    assert said in str(refused(READERS[kind], path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "1_Pooling/config.json"])
+def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    os.close(os.open(path, os.O_CREAT))
+    os.truncate(path, 8 << 30)
+    call = models.modules_of if name == "modules.json" else lambda _, at: read_object(path, at)
+    assert "has 8,589,934,592 bytes, where 10,000,000 are the most" in str(
+        refused(call, folder, "embed.teacher")
+    )
+
+
+def test_diff_of_a_pipe_says_so(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert str(refused(diff.run, tmp_path / "pipe", tmp_path / "pipe")).startswith(
+        f"{tmp_path}/pipe: no manifest: it is a named pipe, not a file\n  cure: restore it from Git"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*.txt", "*/*.txt", "sub/closed/*.txt"])
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch, pattern):
+    (tmp_path / "sub/closed").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "sub/a.txt").write_text("x")
+    listed = Path.iterdir
+    closed = tmp_path / ("sub" if pattern == "*/*.txt" else "sub/closed")
+
+    def iterdir(path):  # tests often run as root, who may list all
+        if path == closed:
+            raise PermissionError(errno.EACCES, "no")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert str(refused(source_files, [pattern], tmp_path)) == (
+        f"{closed}: reading failed: Permission denied\n"
+        "  cure: give yourself permission to read it, then run the same command again"
+    )
+
+
+def test_globs_find_what_the_module_glob_finds(tmp_path):
+    for name in ("a.txt", "x/a.txt", "x/y/b.txt", "x/.h/c.txt", ".k/d.txt", "[z]/e.txt", ".f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for pattern in ("**", "**/*.txt", "*/*.txt", "x/**/b.txt", ".*/*.txt", "[[]z]/*", "x/../a.*"):
+        found = sorted(glob(pattern, root_dir=tmp_path, recursive=True))  # noqa: PTH207
+        files = [tmp_path / name for name in found if (tmp_path / name).is_file()]
+        assert sts_files(pattern, tmp_path, "evaluate.sts.A") == files, pattern
+        absolute = f"{tmp_path}/{pattern}"
+        assert sts_files(absolute, Path("/"), "evaluate.sts.A") == files, pattern
+
+
+def test_many_stars_and_links_to_folders_around_them_are_walked_once(tmp_path):
+    for name in "abcdefghijkl":
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/x.txt").write_text("x")
+    for name in ("b/up", "b/up2", "c/up"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert source_files(["**/" * 12 + "x.txt"], tmp_path) == [tmp_path / "a/x.txt"]

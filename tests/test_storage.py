@@ -1,9 +1,11 @@
 """The store: objects that prove themselves, manifests, columns."""
 
+import contextlib
 import errno
 import json
 import os
 import resource
+import socket
 import stat
 import struct
 import threading
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import durable, inventory, trash, upkeep
+from storage import durable, inventory, regular, trash, upkeep
 from storage.column import fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
 from storage.embeddings import BadVectorsError, Embeddings, put_vectors
@@ -31,6 +33,7 @@ from storage.errors import (
 from storage.ipc import first_batch, unpacked_bytes
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, Negatives, put_negatives
+from storage.regular import IrregularError
 from storage.split import Split
 from storage.store import HEADER, Object, Store, digest, payload_sha256
 from storage.tokens import Tokens, put_tokens
@@ -422,7 +425,7 @@ def test_a_refusal_to_read_an_object_is_no_damage(place, monkeypatch, call):
 def test_a_split_that_cannot_be_read_is_named(place):
     corpus = place.corpus(sentences(50))
     (place.root / "split.json").mkdir()
-    with pytest.raises(StorageError, match=r"split.json: reading failed: Is a directory"):
+    with pytest.raises(DamagedError, match=r"split.json: no split: it is a folder, not a file"):
         Split.load(place.root / "split.json", corpus)
 
 
@@ -848,12 +851,6 @@ def test_a_split_of_rows_that_are_not_there_is_refused(place, tmp_path, change, 
         Split.load(path, corpus)
 
 
-def test_a_folder_in_the_place_of_a_split_is_named(place, tmp_path):
-    (tmp_path / "split.json").mkdir()
-    with pytest.raises(StorageError, match="reading failed: Is a directory"):
-        Split.load(tmp_path / "split.json", place.corpus(sentences(5)))
-
-
 def test_the_fake_teacher_is_a_function_of_the_text():
     assert np.array_equal(HashTeacher().vector("a"), HashTeacher()(["b", "a"]).vectors[1])
 
@@ -903,12 +900,14 @@ def test_a_place_before_the_start_of_an_arrow_file_is_not_counted_from_its_end(p
 def test_what_is_no_manifest_file_is_named(tmp_path):
     path = tmp_path / "corpus.json"
     path.mkdir()
-    with pytest.raises(DamagedError, match="a folder, no manifest"):
+    with pytest.raises(DamagedError, match="no manifest: it is a folder, not a file"):
         Manifest.load(path, "corpus")
     path.rmdir()
     with path.open("wb") as file:
         file.truncate(65 << 20)
-    with pytest.raises(DamagedError, match="68157440 bytes are too many for a manifest"):
+    with pytest.raises(
+        DamagedError, match="no manifest: it has 68,157,440 bytes, where 67,108,864 are"
+    ):
         Manifest.load(path, "corpus")
     ref = tmp_path / f"refs/{'0' * 40}.json"
     ref.parent.mkdir()
@@ -1053,3 +1052,43 @@ def test_the_second_look_sees_what_vanished_or_was_exchanged(place):
     b.rename(a)
     with pytest.raises(DamagedError, match="under a foreign name"):
         store.see(first)
+
+
+def test_only_a_file_of_the_size_that_it_says_is_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert regular.content(path) == b"abc"
+    assert regular.content(path, 3) == b"abc"
+    regular.check(path)
+    with pytest.raises(IrregularError, match="file: has 3 bytes, where 2 are the most"):
+        regular.content(path, 2)
+    path.write_bytes(b"")
+    assert regular.content(path) == b""
+    with pytest.raises(FileNotFoundError):
+        regular.content(tmp_path / "none")
+
+
+@pytest.mark.parametrize("what", ["a folder", "a named pipe", "a device", "a socket", "0 bytes"])
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_what_is_no_file_is_not_read(tmp_path, what):
+    path = tmp_path / "file"
+    if what == "a folder":
+        path.mkdir()
+    elif what == "a named pipe":
+        os.mkfifo(path)
+    elif what == "a socket":
+        with contextlib.chdir(tmp_path):
+            socket.socket(socket.AF_UNIX).bind("file")
+    else:
+        path.symlink_to("/dev/zero" if what == "a device" else "/proc/self/status")
+    said = f"file: (is {what}, not a file|says that it has {what} and has more)"
+    with pytest.raises(IrregularError, match=said):
+        regular.check(path)
+
+
+def test_a_file_that_may_not_be_opened_is_named(tmp_path):
+    (tmp_path / "file").symlink_to("file")
+    with pytest.raises(OSError, match="symbolic links"):
+        regular.check(tmp_path / "file")
+    with pytest.raises(StorageError, match="file: reading failed: Too many levels"):
+        regular.content(tmp_path / "file")

@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from stages.outcome import log
-from storage import durable
+from storage import durable, regular
+from storage.regular import IrregularError
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{64})\.safetensors")
 KEPT = 2
@@ -79,8 +80,12 @@ class Checkpoints:
         """
         for path in self._found():
             try:
-                content = path.read_bytes()
+                with regular.opened(path) as file:
+                    content = file.read()
             except FileNotFoundError:
+                continue
+            except IrregularError as error:
+                log.warning("going back to the checkpoint before it: %s", error)
                 continue
             match = NAME.fullmatch(path.name)
             if match is None or hashlib.sha256(content).hexdigest() != match[2]:

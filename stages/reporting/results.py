@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
 from stages.params import FINETUNED
+from storage import regular
 from storage.errors import DamagedError, MissingError, shown
 
 Metrics = Mapping[str, str | int | float]
@@ -167,7 +169,7 @@ def read_training(path: Path, name: str) -> Training | None:
         DamagedError: not what a training stage writes.
     """
     try:
-        return Training.model_validate_json(path.read_bytes())
+        return Training.model_validate_json(regular.content(path))
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -182,8 +184,8 @@ def read_curve(path: Path, name: str) -> Curve | None:
         DamagedError: not what a training stage writes.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return _curve(csv.DictReader(file, strict=True))
+        content = regular.content(path).decode()
+        return _curve(csv.DictReader(io.StringIO(content, newline=""), strict=True))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, csv.Error) as error:
@@ -211,7 +213,7 @@ def _points(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[float,
 
 def _bytes(path: Path, cure: str) -> bytes:
     try:
-        return path.read_bytes()
+        return regular.content(path)
     except FileNotFoundError:
         raise MissingError(path, "not there", cure) from None
 

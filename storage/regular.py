@@ -1,0 +1,89 @@
+"""The one door for reading: a regular file of the size that it says, and nothing that waits.
+
+Under the name of a file may stand a pipe, a device, or a link to one, which Git carries. Opened as a file,
+a pipe waits for ever and /dev/zero never ends. Other libraries open by name: before them goes `check`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+from storage import durable
+from storage.errors import TeachonceError
+
+MOST_BYTES = 64 << 20
+"""Of a file that is read as a whole, where nothing less is said."""
+
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What may stand in a place. Where a file is wanted, no other is opened: a pipe without a writer hangs."""
+
+CURE = "put a file in its place, or remove it"
+
+
+class IrregularError(TeachonceError):
+    """What stands under the name of a file is none to read, or too large to be the one that is meant."""
+
+
+def opened(path: Path) -> BufferedReader:
+    """A regular file, open for reading.
+
+    Raises:
+        IrregularError: it is a folder, a pipe, a socket or a device, or says that it is empty and is not,
+            as files of the kernel do (/proc): such a one may have no end.
+        OSError: the operating system refused, or there is none.
+    """
+    try:
+        # Else a pipe is waited for, and a terminal becomes that of this process.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in {errno.ENXIO, errno.EOPNOTSUPP}:  # what Linux and macOS say of a socket
+            raise IrregularError(path, f"is {KINDS[stat.S_IFSOCK]}, not a file", CURE) from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = KINDS.get(stat.S_IFMT(status.st_mode), "something unknown")
+            raise IrregularError(path, f"is {kind}, not a file", CURE)
+        if status.st_size == 0 and os.pread(descriptor, 1, 0):
+            problem = "says that it has 0 bytes and has more, as files of the kernel do (/proc)"
+            raise IrregularError(path, problem, "copy its content into a file, and name that")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def content(path: Path, most: int = MOST_BYTES) -> bytes:
+    """All bytes of a file.
+
+    Args:
+        path: The file.
+        most: Bytes beyond which it is not read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        IrregularError: as `opened`; or it is larger.
+        StorageError: the operating system refused.
+    """
+    with durable.named(path, "reading", but=FileNotFoundError), opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            problem = f"has {size:,} bytes, where {most:,} are the most"
+            raise IrregularError(path, problem, "put the right file in its place")
+        return file.read(size)
+
+
+def check(path: Path) -> None:
+    """Raise as `opened`, for a file that a library is to open by its name."""
+    opened(path).close()
