@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,14 @@ NEW = "A new project"
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print the result, or the error, as one JSON object on stdout."),
+]
+StorePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="PATH",
+        help="The store in PATH, from anywhere: no params.yaml is needed.",
+    ),
 ]
 NEXT = {
     "check": "`dvc repro` for everything, or `teachonce shard`",
@@ -459,32 +467,40 @@ def plan(
 
 @app.command(rich_help_panel=STAGES)
 def search(
-    query: str,
+    query: Annotated[str, typer.Argument(help="What you look for; `-` reads one query a line.")],
     model: Annotated[
         str | None, typer.Option(help="A student; without it, the exported model.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many texts.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Search the corpus: a student reads QUERY and looks among the teacher's cached vectors."""
+    """Search the corpus: a student reads QUERY and looks among the teacher's cached vectors.
+
+    With `-` each line of stdin is answered before the next is read: the texts and an empty line, or, with
+    --json, an object on a line. Empty lines are passed over.
+    """
     from stages.params import TEACHER
     from stages.search import run
 
     here = workspace()
     folder = here.exported() if model is None else here.model_folder(model)
-    outcome = run(
-        query,
+    answer = partial(
+        run,
         model=folder,
         encoder=here.load_encoder(folder, is_teacher=model == TEACHER),
         corpus=here.corpus(),
         embeddings=here.embeddings(),
         count=count,
     )
-    if as_json:
-        show(outcome, as_json)
-        return
-    for hit in outcome.facts["hits"]:
-        say(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
+    for asked in _lines_of_stdin() if query == "-" else [query]:
+        outcome = answer(asked)
+        if as_json:
+            show(outcome, as_json)
+            continue
+        for hit in outcome.facts["hits"]:
+            say(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
+        if query == "-":
+            say("")
 
 
 @app.command(rich_help_panel=STORE)
@@ -496,14 +512,19 @@ def verify(
         int | None, typer.Option(min=1, help="Read so many objects, chosen at random.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice, to make it again.")] = None,
+    store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Check that the store has what the manifests here name, whole. Without options, headers only."""
-    from pipeline.verify import check_sound, lines, run
+    """Check that the store has what the manifests here name, whole. Without options, headers only.
+
+    With --store, what all refs in it name.
+    """
+    from pipeline.verify import check_sound, lines, run, run_all
 
     if seed is not None and sample is None:
         raise typer.BadParameter("--seed chooses nothing without --sample")
-    outcome = run(workspace(), read_data=read_data, sample=sample, seed=seed)
+    examine = partial(run, workspace()) if store is None else partial(run_all, store.resolve())
+    outcome = examine(read_data=read_data, sample=sample, seed=seed)
     failure = None
     try:
         check_sound(outcome)
@@ -522,13 +543,11 @@ def repair(as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=STORE)
-def ls(as_json: Json = False) -> None:
+def ls(store: StorePath = None, as_json: Json = False) -> None:
     """List what is in the store, for which teacher, how large, and whose manifests need it."""
     from pipeline.ls import lines, run
 
-    here = workspace()
-    here.renew()
-    outcome = run(here.store.root)
+    outcome = run(_store_in_use(store))
     show_lines(outcome, lines(outcome.facts), as_json)
 
 
@@ -562,25 +581,33 @@ def gc(
             help="Remove a ref first, as `ls` names it: one holder of one manifest. May be repeated.",
         ),
     ] = None,
+    forget_gone: Annotated[
+        bool,
+        typer.Option(
+            "--forget-gone",
+            help="Remove the refs of holders whose folder on this machine is gone, such as those of "
+            "`dvc exp run --temp`. (Not while a disk is not mounted.)",
+        ),
+    ] = False,
     grace: Annotated[
         float,
         typer.Option(
             min=0, metavar="DAYS", help="Spare a folder with an unnamed object this young."
         ),
     ] = 14.0,
+    store: StorePath = None,
     as_json: Json = False,
 ) -> None:
     """Delete objects that no ref in the store names. A dry run, unless told to."""
     from pipeline.gc import lines, run
 
-    here = workspace()
-    # Nobody should delete what the very folder needs in which he types this.
-    here.renew()
     outcome = run(
-        here.store.root,
+        # Nobody should delete what the very folder needs in which he types this.
+        _store_in_use(store),
         delete=delete,
         quarantine=quarantine,
         forget=forget or (),
+        forget_gone=forget_gone,
         grace_days=grace,
     )
     show_lines(outcome, lines(outcome.facts), as_json)
@@ -646,6 +673,24 @@ def workspace() -> Workspace:
     from pipeline.workspace import Workspace
 
     return Workspace(Path.cwd())
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    """Each line that is not empty, as soon as it is there."""
+    for line in sys.stdin.buffer:
+        if text := line.decode(errors="replace").strip():
+            yield text
+
+
+def _store_in_use(store: Path | None) -> Path:
+    """The root of a store, or of that of params.yaml; it is told which manifests here are in use."""
+    from pipeline.layout import Layout
+    from pipeline.workspace import renew
+    from storage.store import Store
+
+    found = workspace().store if store is None else Store(store.resolve())
+    renew(Layout(Path.cwd()), found)
+    return found.root
 
 
 def _share(text: str) -> Share:

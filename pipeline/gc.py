@@ -38,6 +38,7 @@ def run(
     delete: bool,
     quarantine: bool = False,
     forget: Sequence[str] = (),
+    forget_gone: bool = False,
     grace_days: float,
 ) -> Outcome:
     """Delete what no ref keeps; without `delete` only say what that would be.
@@ -53,6 +54,7 @@ def run(
         delete: Do it.
         quarantine: Also what `repair` moved away.
         forget: Beginnings of the names of refs to remove first; each is one holder of one manifest.
+        forget_gone: Remove the refs of holders whose folder, on this machine, is gone, too.
         grace_days: >= 0.
 
     Raises:
@@ -62,6 +64,9 @@ def run(
     """
     check_store(root)  # a wrong path is not a store without refs
     forgotten = [find_ref(root, prefix) for prefix in forget]
+    if forget_gone:
+        gone = [root / REFS / f"{ref.name}.json" for ref in read_refs(root)[0] if ref.is_gone]
+        forgotten += [path for path in gone if path not in forgotten]
     names = {path.stem for path in forgotten}
     needed = _still_needed(names, _all_refs(root, names)) if names else {}
     if delete:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.check import read_sources
 from stages.outcome import Facts, Outcome
 from storage import holders
 from storage.errors import MissingError, TeachonceError, shown
@@ -21,11 +24,15 @@ from storage.inventory import (
     short_name,
     take_inventory,
 )
+from storage.manifest import fingerprint
 from storage.probe import PROBE_DIGEST
+
+KINDS = ("vectors", "text", "tokens", "negatives")
+"""In the order in which people ask for them."""
 
 LINES = 10  # of a kind; `--json` has all
 
-# What a person knows a teacher by; its name is in no recipe, since a mirror is the same teacher.
+# What a person knows vectors by, beside the name of their teacher.
 TOLD = ("prompt", "max_tokens", "precision", "storage", "dim", "neighbours", "rows_per_shard")
 
 
@@ -86,6 +93,7 @@ def lines(facts: Facts) -> Iterator[str]:
         rows = f"{group['rows']:,}" if group["rows"] is not None else "?"
         yield (
             f"{name:<19}{group['objects']:>8,} objects{rows:>14} rows{bytes_of(group['bytes']):>14}"
+            + (f"  {shown(group['teacher'])}" if group["teacher"] else "")
         )
         if group["recipe"]:
             yield f"    {_told(group['recipe'])}"
@@ -105,8 +113,8 @@ def lines(facts: Facts) -> Iterator[str]:
 
 
 def bytes_of(size: int) -> str:
-    """A size for people."""
-    return f"{size / 1e6:,.1f} MB" if size >= 100_000 else f"{size:,} bytes"
+    """A size for people, always in the same unit; the least that is told is 0.01 MB."""
+    return f"{max(size, 10_000 if size else 0) / 1e6:,.2f} MB"
 
 
 def other_lines(facts: Facts) -> Iterator[str]:
@@ -145,13 +153,15 @@ def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, 
     folders: dict[str, list[File]] = defaultdict(list)
     for file in objects:
         folders[file.folder].append(file)
-    for folder, files in sorted(folders.items()):
-        kind, _, fingerprint = folder.partition("/")
+    names = _teachers(refs)
+    for folder, files in sorted(folders.items(), key=lambda item: _order(item[0])):
+        kind, _, name = folder.partition("/")
         users = [ref for ref in refs if folder in used[ref.name]]
         counts = [rows.get(file.name, of_texts.get(file.name.rpartition("/")[2])) for file in files]
         yield {
             "kind": kind,
-            "fingerprint": fingerprint,
+            "fingerprint": name,
+            "teacher": names.get(name),
             "objects": len(files),
             "bytes": sum(file.bytes for file in files),
             "rows": None if None in counts else sum(n for n in counts if n is not None),
@@ -160,6 +170,40 @@ def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, 
             "recipe": users[0].manifest.recipe if users and kind != "tokens" else None,
             "refs": [ref.name for ref in users],
         }
+
+
+def _order(folder: str) -> tuple[int, str]:
+    kind = folder.partition("/")[0]
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS)), folder
+
+
+def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
+    """Fingerprint of vectors -> what params.yaml calls their teacher, where a holder's folder is at hand.
+
+    No manifest has that name, since a mirror is the same teacher; `check` notes it beside the manifest,
+    with the hashes of the files that it belongs to.
+    """
+    found: dict[str, str] = {}
+    for ref in refs:
+        path = Path(ref.made.get("in", "")) / "sources.json"
+        files = ref.manifest.recipe.get("teacher")
+        if ref.manifest.kind != "embeddings" or not files or ref.made.get("on") != platform.node():
+            continue
+        teacher = read_sources(path).get("teacher") if _is_small_file(path) else None
+        if isinstance(teacher, dict) and teacher.get("files") == files:
+            declared = teacher.get("declared")
+            name = declared.get("name") if isinstance(declared, dict) else None
+            if isinstance(name, str):
+                found[fingerprint(ref.manifest.recipe)] = name
+    return found
+
+
+def _is_small_file(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size <= holders.MAX_BYTES
 
 
 def _folders_of(ref: Ref, objects: Sequence[File]) -> set[str]:

@@ -41,7 +41,7 @@ def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
     manifests, broken = manifests_of(here.at)
     if broken:
         raise broken[0]
-    entries = entries_of(here.store, manifests)
+    entries = entries_of(here.store, manifests.values())
     moved: dict[str, str] = {}
     brought: list[str] = []
     lost: dict[Kind, list[str]] = {}

@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from pipeline.layout import Layout
 from pipeline.workspace import Workspace
 from stages.outcome import Facts, Outcome, Progress
 from storage.errors import DamagedError, MissingError, TeachonceError
+from storage.inventory import check_store, read_refs
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.probe import probe_key
 from storage.store import Object, Store, made_again
@@ -52,7 +54,32 @@ def run(
     """
     here.renew()
     manifests, broken = manifests_of(here.at)
-    entries = entries_of(here.store, manifests)
+    return _examined(here.store, list(manifests.values()), broken, read_data, sample, seed)
+
+
+def run_all(
+    root: Path, *, read_data: bool, sample: int | None = None, seed: int | None = None
+) -> Outcome:
+    """The same of every object that a ref of the store `root` names, whosever it is.
+
+    Raises:
+        MissingError: there is no store, or none with refs.
+    """
+    check_store(root)
+    refs, broken = read_refs(root)
+    manifests = {ref.manifest_digest: ref.manifest for ref in refs}
+    return _examined(Store(root), list(manifests.values()), broken, read_data, sample, seed)
+
+
+def _examined(
+    store: Store,
+    manifests: Sequence[Manifest],
+    broken: Sequence[TeachonceError],
+    read_data: bool,
+    sample: int | None,
+    seed: int | None,
+) -> Outcome:
+    entries = entries_of(store, manifests)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     chosen = set(entries) if read_data else set()
     if sample is not None:
@@ -60,17 +87,17 @@ def run(
     progress = Progress("verify", total=len(entries), unit="objects")
     findings: list[Finding] = []
     for key, named in entries.items():
-        if found := examine(here.store, key, named, read=key in chosen):
+        if found := examine(store, key, named, read=key in chosen):
             findings.append(found)
         progress.advance(1)
     problems = [
         {"where": error.where, "state": "manifest", "said": error.problem, "cure": error.cure}
         for error in broken
-    ] + [_problem(here.store, finding) for finding in findings]
+    ] + [_problem(store, finding) for finding in findings]
     counts = Counter(str(problem["state"]) for problem in problems)
     return Outcome(
         stage="verify",
-        made=here.store.root,
+        made=store.root,
         summary=(
             f"{len(entries):,} objects of {len(manifests)} manifests: {_counted(counts)}; "
             f"{_extent(len(chosen), len(entries))}"
@@ -127,7 +154,7 @@ def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]
     return manifests, broken
 
 
-def entries_of(store: Store, manifests: Manifests) -> dict[str, Object | None]:
+def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Object | None]:
     """Every object to look at by its key; None for those that no manifest names.
 
     These are token ids and the teacher's vectors of the probe texts, as far as they are there.
@@ -138,13 +165,14 @@ def entries_of(store: Store, manifests: Manifests) -> dict[str, Object | None]:
             store.root, "no store there", "mount it, or point `store` (or $TEACHONCE_STORE) to it"
         )
     entries: dict[str, Object | None] = {
-        entry.key: entry for manifest in manifests.values() for entry in manifest.objects
+        entry.key: entry for manifest in manifests for entry in manifest.objects
     }
-    if "corpus" in manifests:
-        entries |= dict.fromkeys(tokens_of(store, manifests["corpus"].objects))
-    if "embeddings" in manifests:
-        probe = probe_key(fingerprint(manifests["embeddings"].recipe))
-        entries |= {probe: None} if store.path(probe).exists() else {}
+    for manifest in manifests:
+        if manifest.kind == "corpus":
+            entries |= dict.fromkeys(tokens_of(store, manifest.objects))
+        if manifest.kind == "embeddings":
+            probe = probe_key(fingerprint(manifest.recipe))
+            entries |= {probe: None} if store.path(probe).exists() else {}
     return entries
 
 

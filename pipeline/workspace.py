@@ -105,16 +105,11 @@ class Workspace:
         Raises:
             MissingError, DamagedError, StorageError: as `Manifest.load`.
         """
-        path = self.at.manifests[kind]
-        manifest = Manifest.load(path, kind)
-        manifest.renew(path, self.store)
-        return manifest
+        return _renewed(self.at.manifests[kind], kind, self.store)
 
     def renew(self) -> None:
         """Tell the store which manifests of this work tree are in use, as far as they can be read."""
-        for kind in self.at.manifests:
-            with suppress(TeachonceError):
-                self.manifest(kind)
+        renew(self.at, self.store)
 
     def corpus(self) -> Corpus:
         """The texts."""
@@ -395,6 +390,20 @@ class Workspace:
             address="embed.teacher",
             pooling=params.pooling,
         )
+
+
+def renew(at: Layout, store: Store) -> None:
+    """Tell a store which manifests of a work tree are in use, as far as they can be read."""
+    with suppress(TeachonceError):
+        for kind, path in at.manifests.items():
+            with suppress(TeachonceError):
+                _renewed(path, kind, store)
+
+
+def _renewed(path: Path, kind: Kind, store: Store) -> Manifest:
+    manifest = Manifest.load(path, kind)
+    manifest.renew(path, store)
+    return manifest
 
 
 def _read_json(path: Path, command: str) -> dict[str, Any]:

@@ -164,6 +164,21 @@ def test_ls_shows_holders_makers_and_folders_that_are_gone(works):
     assert not ls.run(root).facts["refs"][refs["corpus", "a"].name]["gone"]
 
 
+def test_gc_forgets_holders_whose_folder_is_gone(works):
+    """As every `dvc exp run --temp` leaves one."""
+    a, b = works
+    root = a.store.root
+    refs = refs_of(root)
+    assert collect(root, forget_gone=True).facts["forgotten"] == []
+    shutil.rmtree(b.root)
+    gone = sorted(ref.name for key, ref in refs.items() if key[1] == "b")
+    dry = collect(root, delete=False, forget_gone=True, forget=[gone[0]])
+    assert (dry.facts["forgotten"], set(refs_of(root))) == (gone, set(refs))
+    done = collect(root, forget_gone=True)
+    assert done.facts["forgotten"] == gone and done.facts["orphans"] == {}
+    assert set(refs_of(root)) == {key for key in refs if key[1] == "a"}
+
+
 def test_a_store_of_before_is_read_and_its_last_writer_stays_a_holder(works):
     """One ref for a manifest, written over by whoever came last."""
     a, b = works

@@ -1,10 +1,12 @@
 """A typed query finds the nearest of all cached vectors, and says so when it cannot."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pipeline import cli
 from stages import search
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
@@ -97,3 +99,40 @@ def test_a_model_that_left_the_teacher_is_told(world, caplog):
         caplog.clear()
         run(world, "x")
         assert ("may not find its way" in caplog.text) == told
+
+
+def test_a_line_of_stdin_is_answered_before_the_next_is_read_and_the_model_is_loaded_once(
+    world, monkeypatch, capsys
+):
+    place, corpus, embeddings = world
+    texts = corpus.take(np.array([7, 9]))
+    loads = []
+
+    def load_encoder(folder, *, is_teacher):
+        loads.append(folder)
+        return Reader()
+
+    def typed():
+        yield texts[0].encode() + b"\n"
+        answered.append(capsys.readouterr().out)
+        yield b"\n"
+        yield b"  " + texts[1].encode() + b"\xff\r\n"
+
+    answered = []
+    here = SimpleNamespace(
+        exported=lambda: place.root / "export",
+        load_encoder=load_encoder,
+        corpus=lambda: corpus,
+        embeddings=lambda: embeddings,
+    )
+    monkeypatch.setattr(cli, "workspace", lambda: here)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=typed()))
+    cli.search("-", count=2)
+    assert answered[0].startswith(f"1.000  {texts[0]}\n") and answered[0].endswith("\n\n")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=typed()))
+    cli.search("-", count=1, as_json=True)
+    queries = [json.loads(line)["facts"]["query"] for line in capsys.readouterr().out.splitlines()]
+    assert json.loads(answered[1])["facts"]["query"] == texts[0]
+    assert queries == [f"{texts[1]}\ufffd"]
+    assert loads == [place.root / "export"] * 2

@@ -13,7 +13,9 @@ from pipeline import cli
 from stages.outcome import Outcome
 from stages.reporting.markdown import fenced
 from stages.reporting.table import table
+from storage.corpus import put_texts, text_key
 from storage.errors import DamagedError
+from storage.store import Store
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b[31mred\x07\u202eevil\u2066\u200f\u2028\x9b2J"
@@ -165,6 +167,20 @@ def test_a_command_runs_in_another_folder(shell, tmp_path, monkeypatch):
     assert (tmp_path / "project/params.yaml").is_file()
     code, _, err = shell("-C", "nowhere", "ls")
     assert code == 1 and "nowhere: going there failed: No such file or directory" in err
+
+
+def test_a_store_is_looked_after_from_anywhere(shell, tmp_path, monkeypatch):
+    store = tmp_path / "some store"
+    put_texts(Store(store), [("a", text_key("a"))])
+    (store / "refs").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert shell("ls")[0] == 1  # no params.yaml
+    for words in (["ls"], ["gc"], ["verify"]):
+        code, out, err = shell(*words, "--store", "../some store")
+        assert (code, err) == (0, ""), words
+        assert "0 objects of 0 manifests: all well" in out or " 1 " in out, words
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_stdout_that_is_full_is_told(shell, monkeypatch):

@@ -668,6 +668,48 @@ def test_ls_says_what_is_there_and_who_needs_it(tree):
     json.dumps(outcome.facts)
 
 
+def test_ls_begins_with_vectors_and_names_their_teacher(tree):
+    """As `check` noted it beside the manifest; without that the hashes of its files tell it."""
+    tree.renew()  # a copy of a work tree becomes a holder by its first command
+    groups = ls.run(tree.store.root).facts["groups"]
+    assert [group["kind"] for group in groups] == ["vectors", "text", "tokens", "negatives"]
+    assert groups[0]["teacher"] is None
+    path = tree.at.root / "data/sources.json"
+    for files, name in ((FILES, "some/teacher"), ({"model.safetensors": "1" * 64}, None)):
+        said = {"teacher": {"declared": {"name": "some/teacher"}, "files": files}}
+        path.write_text(json.dumps(said))
+        facts = ls.run(tree.store.root).facts
+        assert facts["groups"][0]["teacher"] == name
+        fingerprinted = facts["groups"][0]["fingerprint"][:8]
+        first = next(ls.lines(facts))
+        assert first.startswith(f"vectors {fingerprinted} ") and " MB" in first
+        assert first.endswith("  some/teacher") == (name is not None)
+    path.unlink()
+    os.mkfifo(path)  # a holder's folder is anybody's
+    assert ls.run(tree.store.root).facts["groups"][0]["teacher"] is None
+    assert [ls.bytes_of(size) for size in (0, 1, 123_456, 60e9)] == [
+        "0.00 MB",
+        "0.01 MB",
+        "0.12 MB",
+        "60,000.00 MB",
+    ]
+
+
+def test_verify_looks_at_what_all_refs_of_a_store_name(tree):
+    root = tree.store.root
+    mine, all_of_it = verify.run(tree, read_data=True), verify.run_all(root, read_data=True)
+    assert all_of_it.facts["sound"] and all_of_it.facts["read"] == mine.facts["read"]
+    for path in tree.at.manifests.values():
+        path.unlink()
+    lost = next(root.glob("text/*.arrow"))
+    lost.unlink()
+    (root / "refs/broken.json").write_text("{")
+    found = states(verify.run_all(root, read_data=False))
+    assert sorted(found) == [("manifest", "broken.json"), ("missing", lost.name)]
+    with pytest.raises(MissingError, match=r"^/no/such/store: "):
+        verify.run_all(Path("/no/such/store"), read_data=False)
+
+
 def put_texts_of_nobody(tree, seed=99):
     """A text shard that no manifest names; its path."""
     from storage.corpus import put_texts, text_key
