@@ -511,7 +511,7 @@ def test_changed_sources_do_not_become_a_new_corpus_by_repair(tree):
         repaired(tree)
     assert tree.manifests() == manifests
     assert tree.path("corpus", 3).exists()
-    assert len(read_refs(tree.store.root)[0]) == 3
+    assert len({ref.manifest_digest for ref in read_refs(tree.store.root)[0]}) == 3
 
 
 def test_sources_are_read_only_as_far_as_a_lost_text_shard(tree):
