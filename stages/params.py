@@ -67,6 +67,8 @@ def _remote_problem(value: str) -> str | None:
         return path_problem(value, "write two slashes, as in s3://bucket/folder")
     if scheme not in REMOTE_URLS:
         return f"{scheme}:// is no remote known here: name s3://bucket/folder, or a folder"
+    if "::" in rest:
+        return "a URL of one kind within another: name s3://bucket/folder, or a folder"
     if scheme == "file" and not rest.startswith("/"):
         return "a URL of a file has three slashes, as in file:///folder: write the folder alone"
     return path_problem(rest, "write the URL once")

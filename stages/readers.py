@@ -10,8 +10,10 @@ Longer than 200 lines because every format is here, each with its own way of hid
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +47,16 @@ UNDECODABLE, MALFORMED, TOO_LONG = (
     Rejected("malformed"),
     Rejected("too_long"),
 )
+NULL = Rejected("malformed")
+"""Equal to MALFORMED, but another object: the field is there, only its value is null."""
 
 DATASET = "dataset:"
 LINE_ENDINGS = (".txt", ".jsonl")
 COLUMN_ENDINGS = (".parquet", ".arrow")
 ENDINGS = (*with_compressed(*LINE_ENDINGS), *COLUMN_ENDINGS)
+
+OWN_ENDINGS = (*with_compressed(".jsonl"), *COLUMN_ENDINGS)
+"""Of files of a dataset's folder that are read here, not by `datasets`."""
 
 ROWS_AT_ONCE = 4096
 
@@ -65,20 +72,22 @@ CURE = "fetch or make the file again, or take it out of `shard.sources` in param
 
 @dataclass(frozen=True)
 class DatasetName:
-    """What `dataset:<name>[:<split>]` names.
+    """What `dataset:<name>[[:<config>]:<split>]` names.
 
     Args:
         name: A hub name, or the path of a folder.
         folder: That folder, if there is one: made by `save_to_disk`, or files that `load_dataset` reads.
         split: Which split; None only where there is one.
+        config: Which of the dataset's configurations; None for its default.
     """
 
     name: str
     folder: Path | None
     split: str | None
+    config: str | None = None
 
     def __str__(self) -> str:
-        return f"{DATASET}{self.name}{f':{self.split}' if self.split else ''}"
+        return DATASET + ":".join(filter(None, (self.name, self.config, self.split)))
 
 
 def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
@@ -119,6 +128,8 @@ def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
                     check_start(source)
             files.append(source)
         elif source.folder is not None:
+            if not _is_saved(source.folder):
+                _check_card(source.folder)
             files += files_below(source.folder, "shard.sources")
     return files
 
@@ -133,15 +144,20 @@ def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
     Raises:
         TeachonceError: the source is damaged or truncated, has no such column, or no line has the field.
     """
-    if isinstance(source, DatasetName):
-        items = _dataset_items(source, field)
-    elif source.name.lower().endswith(".parquet"):
-        items = _parquet_items(source, field)
-    elif source.name.lower().endswith(".arrow"):
-        items = _arrow_items(source, field)
-    else:
-        items = _line_items(source, field)
+    items = (
+        _dataset_items(source, field)
+        if isinstance(source, DatasetName)
+        else _items_of(source, field)
+    )
     return _some_with_field(items, source, field)
+
+
+def _items_of(path: Path, field: str) -> Iterator[Item]:
+    if path.name.lower().endswith(".parquet"):
+        return _parquet_items(path, field)
+    if path.name.lower().endswith(".arrow"):
+        return _arrow_items(path, field)
+    return _line_items(path, field)
 
 
 def _some_with_field(
@@ -171,11 +187,15 @@ def _dataset_name(name: str, root: Path) -> DatasetName:
     folder = located(name, root, "shard.sources")
     if folder.is_dir():
         return DatasetName(name, folder, None)
-    before, colon, after = name.rpartition(":")
+    before, colon, split = name.rpartition(":")
     if not colon:
         return DatasetName(name, None, None)
     folder = located(before, root, "shard.sources")
-    return DatasetName(before, folder if folder.is_dir() else None, after or None)
+    if folder.is_dir() or ":" not in before:
+        return DatasetName(before, folder if folder.is_dir() else None, split or None)
+    before, _, config = before.rpartition(":")
+    folder = located(before, root, "shard.sources")
+    return DatasetName(before, folder if folder.is_dir() else None, split or None, config or None)
 
 
 # --- lines
@@ -209,7 +229,8 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
             return MALFORMED
         found = record.get(field) if isinstance(record, dict) else None
         if not isinstance(found, str):
-            return MALFORMED
+            is_null = isinstance(record, dict) and field in record and found is None
+            return NULL if is_null else MALFORMED
         try:
             found.encode()
         except UnicodeEncodeError:
@@ -299,7 +320,7 @@ def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) ->
         problem = f"{len(places) or 'no'} columns named {shown(repr(field))} among {schema.names}"
         raise TeachonceError(str(source), shown(problem), cure)
     kind = schema.field(places[0]).type
-    if not _holds_text(kind):
+    if not (_holds_text(kind) or pa.types.is_null(kind)):
         raise TeachonceError(
             str(source), f"column {shown(repr(field))} holds {shown(kind)}, not text", cure
         )
@@ -316,6 +337,9 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 def cells(column: pa.Array) -> Iterator[Item]:
     """One item a cell. Arrow checks neither offsets nor UTF-8 on reading, so both are checked here."""
+    if pa.types.is_null(column.type):
+        yield from repeat(NULL, len(column))
+        return
     if pa.types.is_dictionary(column.type):
         values = _as_bytes(column.dictionary)
         pa.DictionaryArray.from_arrays(column.indices, values).validate(full=True)
@@ -332,7 +356,7 @@ def cells(column: pa.Array) -> Iterator[Item]:
 
 def _items(column: pa.Array) -> Iterator[Item]:
     for cell in column.to_pylist():
-        yield MALFORMED if cell is None else _decoded(cell)
+        yield NULL if cell is None else _decoded(cell)
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
@@ -348,8 +372,17 @@ def _as_bytes(column: pa.Array) -> pa.Array:
 
 
 def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
-    """Cells of a dataset: one saved on disk is mapped, another is streamed and never held whole."""
+    """Cells of a dataset: one saved on disk is mapped, another is streamed and never held whole.
+
+    Files of a folder that are read here are read one by one: `datasets` casts all of them to the types of
+    the first, which are those of nulls where it has no text.
+    """
     try:
+        files = _files_of(source)
+        if files and all(file.name.lower().endswith(OWN_ENDINGS) for file in files):
+            for file in files:
+                yield from _items_of(file, field)
+            return
         dataset = _one_split(source, _loaded(source))
         for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
             column = _column_number(table.schema, source, field)
@@ -362,20 +395,87 @@ def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
         raise TeachonceError(
             str(source),
             f"`datasets` cannot read it: {shown(error) or type(error).__name__}",
-            "check the name (dataset:<hub name or folder>[:<split>]) and, for a hub name, the network "
-            "and HF_HUB_OFFLINE",
+            "check the name (dataset:<hub name or folder>[[:<config>]:<split>]) and, for a hub name, the "
+            "network and HF_HUB_OFFLINE",
         ) from error
+
+
+def _files_of(source: DatasetName) -> list[Path]:
+    """The files of a split of a folder, regular and in it; none for what is saved on disk or on the hub."""
+    import datasets
+
+    if source.folder is None or _is_saved(source.folder):
+        return []
+    _check_card(source.folder)
+    builder = datasets.load_dataset_builder(str(source.folder), source.config)
+    files = _one_split(source, {str(k): v for k, v in (builder.config.data_files or {}).items()})
+    paths = [Path(os.path.abspath(file)) for file in files]  # noqa: PTH100 - a link stays one
+    for path in paths:
+        if not path.is_relative_to(source.folder.resolve()):
+            raise _outside(source.folder, str(path))
+        regular.check(path)
+    return paths
+
+
+def _check_card(folder: Path) -> None:
+    """Raise if what a folder says of its configurations names files elsewhere: they would be fetched."""
+    found = [
+        config.get(key)
+        for name in ("README.md", ".huggingface.yaml")
+        for config in _configurations(folder / name)
+        if isinstance(config, dict)
+        for key in ("data_files", "data_dir")
+    ]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, list):
+            found += value
+        elif isinstance(value, str) and (
+            "::" in value or "://" in value or value[:1] in {"/", "~"} or ".." in Path(value).parts
+        ):
+            raise _outside(folder, value)
+
+
+def _configurations(path: Path) -> list[Any]:
+    """`configs` of a README or of a YAML file, as `datasets` reads them."""
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    with reading(path, "mend the YAML in it, or take it out"):
+        try:
+            text = regular.content(path).decode()
+        except FileNotFoundError:
+            return []
+        card = path.suffix == ".md"
+        said: Any = DatasetCard(text).data.to_dict() if card else yaml.safe_load(text)  # type: ignore[no-untyped-call]
+    configs = said.get("configs") if isinstance(said, dict) else None
+    return configs if isinstance(configs, list) else []
+
+
+def _outside(folder: Path, named: str) -> TeachonceError:
+    return TeachonceError(
+        folder,
+        f"its README names {shown(repr(named))}, which is not in the folder",
+        "put the file into the folder and name it by its path in it, or name the files in `shard.sources`",
+    )
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _loaded(source: DatasetName) -> Any:  # noqa: ANN401 - one of four classes of `datasets`
     import datasets
 
     if source.folder is None:
-        return datasets.load_dataset(source.name, split=source.split, streaming=True)
-    saved = [source.folder / name for name in ("state.json", "dataset_dict.json")]
-    if any(path.is_file() for path in saved):
+        return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
+    if _is_saved(source.folder):
         return datasets.load_from_disk(str(source.folder))
-    return datasets.load_dataset(str(source.folder), split=source.split, streaming=True)
+    return datasets.load_dataset(
+        str(source.folder), source.config, split=source.split, streaming=True
+    )
 
 
 def _one_split(source: DatasetName, loaded: Any) -> Any:  # noqa: ANN401 - as above

@@ -321,7 +321,11 @@ def _file_system(url: str) -> tuple[Any, str]:
     """The file system that fsspec has for `url`, and the path in it."""
     import fsspec  # here: 70 ms that commands without a remote need not wait for
 
+    # Looked at first: asked for another kind, fsspec would build it, and some open a connection then.
+    scheme = url.partition("://")[0] if "://" in url else "file"
     cure = f"use s3://bucket/folder or a folder in `remote` ({', '.join(sorted(PROTOCOLS))})"
+    if not _is_known(scheme) or "::" in url:
+        raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
     try:
         # A remembered listing would hide what another worker has pushed meanwhile.
         options = S3_OPTIONS if url.startswith("s3") else {}
@@ -330,11 +334,17 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise RemoteError(url, shown(error), "pip install 'teachonce[s3]'") from error
     except (ValueError, OSError) as error:
         raise RemoteError(url, f"no remote: {shown(error)}", cure) from error
-    if not _protocols(files) & PROTOCOLS:
-        raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
     if hasattr(files, "retries"):
         files.retries = 1  # as S3_OPTIONS: the attempts are ours
     return files, root
+
+
+def _is_known(scheme: str) -> bool:
+    """Whether URLs of a scheme are of `PROTOCOLS`, or of a class registered as one of these."""
+    import fsspec
+
+    registered = fsspec.registry.get(scheme)
+    return scheme in {*PROTOCOLS, "s3a"} or bool(registered and _protocols(registered) & PROTOCOLS)
 
 
 def _protocols(files: Any) -> set[str]:  # noqa: ANN401 - fsspec has no types

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import socket
 import subprocess
 
 import pyarrow as pa
@@ -322,10 +323,18 @@ def test_a_parquet_file_without_rows_gives_none(tmp_path):
     assert items(tmp_path / "a.parquet") == []
 
 
-def test_a_column_of_nulls_only_names_the_field(tmp_path):
-    pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "a.parquet")
+@pytest.mark.parametrize("kind", [pa.string(), pa.null(), pa.dictionary(pa.int8(), pa.string())])
+def test_a_file_of_nulls_only_is_counted_and_does_not_refuse_the_others(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.nulls(2, kind)}), tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), pa.schema({"text": kind})) as sink:
+        sink.write_batch(pa.record_batch({"text": pa.nulls(2, kind)}))
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 2)
+    for name in ("a.parquet", "a.arrow", "a.jsonl"):
+        assert items(tmp_path / name) == [MALFORMED, MALFORMED]
+    # Where the field is not there at all, the setting names another one.
+    (tmp_path / "b.jsonl").write_text('{"body": null}\n' * 2)
     assert "none of its 2 rows has a text in the field 'text'" in refusal(
-        read, tmp_path / "a.parquet", "text"
+        read, tmp_path / "b.jsonl", "text"
     )
 
 
@@ -455,6 +464,79 @@ def test_a_folder_of_files_is_streamed_through_datasets(tmp_path):
     assert list(read(source, "text")) == [f"text {n}" for n in range(5)]
 
 
+def test_files_of_a_folder_may_differ_in_their_types(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    columns = [
+        pa.nulls(1),
+        pa.array(["a", None], pa.large_string()),
+        pa.array(["b", "b"]).dictionary_encode(),
+    ]
+    for number, column in enumerate(columns):
+        pq.write_table(pa.table({"text": column}), folder / f"train-{number}.parquet")
+    (source,) = sources(["dataset:folder"], tmp_path)
+    assert list(read(source, "text")) == [MALFORMED, "a", MALFORMED, "b", "b"]
+    pq.write_table(pa.table({"text": [{"x": 1}]}), folder / "train-3.parquet")
+    assert refusal(read, source, "text").startswith(
+        f"{folder}/train-3.parquet: column 'text' holds struct<x: int64>, not text"
+    )
+
+
+CARD = "---\nconfigs:\n- config_name: default\n  {}\n---\n"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "https://example.com/x.jsonl",
+        "hf://datasets/a/b/x.jsonl",
+        "zip://x.jsonl::https://example.com/x.zip",
+        "../outside.jsonl",
+        "/etc/hostname",
+    ],
+)
+@pytest.mark.parametrize(
+    "form", ["data_files: '{}'", "data_files: [{{split: train, path: ['{}']}}]"]
+)
+def test_a_datasets_card_names_no_file_elsewhere(tmp_path, monkeypatch, named, form):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (folder / "train.jsonl", tmp_path / "outside.jsonl"):
+        path.write_text('{"text": "a"}\n')
+    (source,) = sources(["dataset:folder"], tmp_path)
+    (folder / "README.md").write_text(CARD.format(form.format("train.jsonl")))
+    assert list(read(source, "text")) == ["a"]
+    monkeypatch.setattr(socket, "socket", None)
+    (folder / "README.md").write_text(CARD.format(form.format(named)))
+    said = f"{folder}: its README names '{named}', which is not in the folder\n  cure: "
+    assert refusal(read, source, "text").startswith(said)
+    assert refusal(source_files, ["dataset:folder"], tmp_path).startswith(said)
+    (folder / "README.md").rename(folder / "card")
+    (folder / ".huggingface.yaml").write_text(CARD.format(form.format(named)).replace("---", ""))
+    assert refusal(read, source, "text").startswith(said)
+
+
+def test_a_configuration_of_a_dataset_is_named_before_its_split(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    card = "---\nconfigs:\n"
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+        card += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+    (folder / "README.md").write_text(card + "---\n")
+    for name in ("one", "two"):
+        (source,) = sources([f"dataset:folder:{name}:train"], tmp_path)
+        assert str(source) == f"dataset:folder:{name}:train"
+        assert list(read(source, "text")) == [name]
+    (source,) = sources(["dataset:folder:train"], tmp_path)
+    assert "among the available configs: ['one', 'two']" in refusal(read, source, "text")
+    (source,) = sources(["dataset:org/name:one:train"], tmp_path)
+    assert (source.name, source.config, source.split) == ("org/name", "one", "train")
+
+
 def test_a_dataset_that_cannot_be_had_is_named(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "empty").mkdir()
@@ -462,8 +544,8 @@ def test_a_dataset_that_cannot_be_had_is_named(tmp_path):
     message = refusal(read, source, "text")
     assert message.startswith("dataset:empty: `datasets` cannot read it: "), message
     assert message.endswith(
-        "cure: check the name (dataset:<hub name or folder>[:<split>]) and, for a hub name, the network "
-        "and HF_HUB_OFFLINE"
+        "cure: check the name (dataset:<hub name or folder>[[:<config>]:<split>]) and, for a hub name, the "
+        "network and HF_HUB_OFFLINE"
     )
 
 

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
+from pydantic import TypeAdapter, ValidationError
 
 from stages import sharing, transfer
+from stages.params import RemotePlace
 from storage import durable
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings, check_received
@@ -1180,3 +1182,22 @@ def test_mistakes_with_s3_end_in_a_cure(s3, tmp_path, change, said):
     assert run.returncode == 1
     assert said in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://localhost/x",
+        "github://owner:name@main/x",
+        "reference::http://localhost/x",
+        "simplecache::s3://bucket/x",
+        "s3://bucket/x::ftp://localhost/y",
+        "http://localhost/x",
+    ],
+)
+def test_another_kind_of_url_is_refused_before_anything_is_connected(monkeypatch, url):
+    monkeypatch.setattr("fsspec.url_to_fs", None)
+    with pytest.raises(RemoteError, match="a kind of URL where half an upload could be seen"):
+        Remote(url)
+    with pytest.raises(ValidationError, match=r"is no remote known here|one kind within another"):
+        TypeAdapter(RemotePlace).validate_python(url)
