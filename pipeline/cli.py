@@ -433,8 +433,13 @@ def report(
         details=here.at.details,
         curve=here.at.curve,
         training=here.at.training,
-        facts={**here.facts(), "teacher's fingerprint": here.teacher_fingerprint()},
+        facts={
+            "project": here.at.project,
+            **here.facts(),
+            "teacher's fingerprint": here.teacher_fingerprint(),
+        },
         rank_by=here.params.report.rank_by,
+        made_of=here.made_of(),
         out=here.at.report,
         page=here.at.page,
     )

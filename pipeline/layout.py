@@ -30,6 +30,12 @@ class Layout:
     root: Path
 
     @property
+    def project(self) -> str:
+        """What people call the work tree: its folder; that of the project in `dvc exp run --temp`."""
+        parts = self.root.resolve().parts
+        return parts[parts.index(".dvc") - 1] if ".dvc" in parts[1:] else parts[-1]
+
+    @property
     def params(self) -> Path:
         """All settings."""
         return self.root / "params.yaml"

@@ -324,6 +324,20 @@ class Workspace:
             for model in (name, *([f"{name}{FINETUNED}"] if name in finetuned else []))
         ]
 
+    def made_of(self) -> dict[str, str]:
+        """Start or student of params.yaml -> what it is made of, in a few words."""
+        found = {}
+        for name, start in self.params.starts.items():
+            layers = ", ".join(map(str, start.layers or ()))
+            found[name] = f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}"
+        for name, student in self.params.students.items():
+            layers = found.get(student.start, "no such start")
+            found[name] = f"recipe {student.recipe}, start {student.start} ({layers})"
+        finetuned = {
+            f"{n}{FINETUNED}": f"{n}, then labelled rows" for n in self.params.finetune.students
+        }
+        return found | finetuned
+
     def lineage(self, name: str) -> dict[str, Any]:
         """What a student was made of."""
         return read_lineage(self.model_folder(name))

@@ -15,7 +15,7 @@ from stages.reporting.page import page as drawn
 from stages.reporting.results import Model, read_curve, read_details, read_metrics, read_training
 from storage import durable
 
-VERSION = 3  # raise it when a code change alters the report of the same metrics
+VERSION = 4  # raise it when a code change alters the report of the same metrics
 
 
 def run(
@@ -28,6 +28,7 @@ def run(
     training: Callable[[str], Path],
     facts: Mapping[str, str],
     rank_by: str | None,
+    made_of: Mapping[str, str],
     out: Path,
     page: Path,
 ) -> Outcome:
@@ -42,6 +43,7 @@ def run(
         training: Model -> the JSON that its training left, if it was trained here.
         facts: Lines about how all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
+        made_of: Start or student -> what it was made of, in a few words, to stand below its name.
         out: The JSON file to write.
         page: The HTML file to write.
 
@@ -66,7 +68,8 @@ def run(
     ]
     report = {"models": found}
     write_json(out, report)
-    durable.replace(page, drawn(known, students=students, facts=facts, rank_by=rank_by).encode())
+    html = drawn(known, students=students, facts=facts, rank_by=rank_by, made_of=made_of)
+    durable.replace(page, html.encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
     sentence = verdict(found, students, rank_by)
     return Outcome("report", page, f"{count}: {sentence}" if sentence else count, report)

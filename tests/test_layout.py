@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.layout import Layout
+from pipeline.workspace import Workspace
 from storage.errors import TeachonceError
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,7 @@ def outputs(at):
 def test_every_output_is_known_here():
     properties = {name for name, value in vars(Layout).items() if isinstance(value, property)}
     methods = {n for n, v in vars(Layout).items() if callable(v) and not n.startswith("_")}
-    assert properties - {"params", "manifests"} == set(FIXED)
+    assert properties - {"params", "project", "manifests"} == set(FIXED)
     assert methods == set(NAMED)
 
 
@@ -109,3 +111,29 @@ def test_a_stage_is_refused_before_it_begins(tmp_path, monkeypatch):
         assert isinstance(failed, TeachonceError), command
         assert str(failed).startswith(f"{tmp_path}/data: leads to /, out of the work tree"), command
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "params.yaml"]
+
+
+def test_a_project_is_called_by_its_folder_also_in_an_experiment(tmp_path):
+    assert Layout(tmp_path / "sentences").project == "sentences"
+    assert Layout(tmp_path / "sentences/.dvc/tmp/exps/tmpk2x").project == "sentences"
+    assert Layout(Path("/")).project == "/"
+
+
+def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    whole = {"from": "some/model", "layers": None, "pooling": None}
+    settings["starts"] = {"half": settings["starts"]["half"], "whole": whole}
+    settings["students"] = {
+        "kd": {"recipe": "kd", "start": "half"},
+        "small": {"recipe": "ckd", "start": "whole"},
+    }
+    settings["finetune"]["students"] = ["kd"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    layers = ", ".join(map(str, settings["starts"]["half"]["layers"]))
+    assert Workspace(tmp_path).made_of() == {
+        "half": f"layers {layers} of teacher",
+        "whole": "all layers of some/model",
+        "kd": f"recipe kd, start half (layers {layers} of teacher)",
+        "small": "recipe ckd, start whole (all layers of some/model)",
+        "kd-finetuned": "kd, then labelled rows",
+    }

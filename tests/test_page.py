@@ -106,8 +106,8 @@ class Site(Folder):
                 )
         return self
 
-    def drawn(self, models=MODELS, students=STUDENTS, **facts):
-        self.report(models, students, **facts)
+    def drawn(self, models=MODELS, students=STUDENTS, made_of=None, **facts):
+        self.report(models, students, made_of, **facts)
         return self.page.read_text()
 
 
@@ -362,6 +362,39 @@ def test_every_section_is_there_and_linked(full):
     assert "Shaded: best among students. STS: rank correlation" in outline.text
     assert "Speeds on AMD EPYC, 1 thread." in outline.text
     assert "24,310 texts" in outline.text
+
+
+def test_what_the_page_is_about_stands_on_top_and_what_a_student_is_made_of_beside_its_name(site):
+    made_of = {MODELS[1]: "layers 0, 3 of <teacher>", STUDENTS[0]: "recipe kd, start half"}
+    page = site.fill().drawn(
+        made_of=made_of,
+        project="sen<tences",
+        teacher="all-MiniLM",
+        corpus="24 texts",
+        prompts="none",
+    )
+    head = page[page.index("<h1>") : page.index('<p class="verdict">')]
+    assert head == (
+        "<h1>Which student to serve</h1>"
+        '<p class="about">project sen&lt;tences · teacher all-MiniLM · corpus 24 texts</p>'
+    )
+    assert "<title>sen&lt;tences: which student to serve</title>" in page
+    rows = page[page.index("<tbody>") : page.index("</tbody>")].split("<tr>")[1:]
+    found = [re.findall('<span class="of">(.*?)</span>', row) for row in rows]
+    told = dict(zip(MODELS, found, strict=True))
+    assert told.pop(MODELS[1]) == ["layers 0, 3 of &lt;teacher&gt;"]
+    assert told.pop(STUDENTS[0]) == ["recipe kd, start half"]
+    assert set(map(tuple, told.values())) == {()}
+
+
+def test_the_points_of_a_short_curve_are_marked():
+    for count, marked in ((1, 1), (2, 2), (12, 12), (13, 0)):
+        row = charts.Line("kd", "hue0", [(50 * n, 1 / (n + 1)) for n in range(count)])
+        for svg in (charts.lines([row], title="agreement"), charts.small_line(row, title="loss")):
+            places = [(float(e["cx"]), float(e["cy"])) for e in shapes(svg, "circle", "point")]
+            assert len(set(places)) == marked
+            way = shapes(svg, "path", "line")[0]["d"]
+            assert all(f"{px(x)} {px(y)}" in way for x, y in places)
 
 
 def test_the_table_marks_the_best_student(full):

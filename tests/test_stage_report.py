@@ -76,7 +76,7 @@ class Folder:
         (self.root / f"{name}.json").write_text(json.dumps(metrics))
         (self.root / f"{name}.details.json").write_text(json.dumps(details))
 
-    def report(self, models, students=STUDENTS, **facts):
+    def report(self, models, students=STUDENTS, made_of=None, **facts):
         return report.run(
             models,
             students=students,
@@ -86,6 +86,7 @@ class Folder:
             training=lambda name: self.root / f"{name}.training.json",
             facts=facts,
             rank_by=None,
+            made_of=made_of or {},
             out=self.out,
             page=self.page,
         )

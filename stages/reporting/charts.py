@@ -26,6 +26,7 @@ from stages.reporting.svg import (
 )
 
 FONT = 12  # pixels; the page's style has the same
+FEW_POINTS = 12  # of a line: more would hide it
 LABEL = 15  # height of a label
 
 
@@ -301,9 +302,14 @@ def _leader(place: tuple[float, float], box: Box) -> str:
 
 
 def _path(points: Points, x: Axis, y: Axis) -> str:
+    """A line through points; those of a short run are marked, or nobody sees how few they are."""
     way = "L".join(f"{px(x.at(step))} {px(y.at(value))}" for step, value in points)
     # A line of one point is a dot: its end is round.
-    return f'<path class="line" d="M{way}{"h0" if len(points) == 1 else ""}"/>'
+    marks = "".join(
+        f'<circle class="point" cx="{px(x.at(step))}" cy="{px(y.at(value))}" r="3"/>'
+        for step, value in (points if len(points) <= FEW_POINTS else ())
+    )
+    return f'<path class="line" d="M{way}{"h0" if len(points) == 1 else ""}"/>{marks}'
 
 
 def _ring(row: Line, x: Axis, y: Axis) -> str:

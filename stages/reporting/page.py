@@ -17,6 +17,9 @@ from stages.reporting.svg import esc
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
+ON_TOP = ("project", "teacher", "corpus")
+"""Facts that say at once what the page is about."""
+
 SECTIONS: list[tuple[str, str, Callable[[Subject], str]]] = [
     ("models", "All models", sections.table_of_models),
     ("quality", "What each student keeps of the teacher", sections.kept),
@@ -35,6 +38,7 @@ def page(
     students: Collection[str],
     facts: Mapping[str, str],
     rank_by: str | None = None,
+    made_of: Mapping[str, str] | None = None,
 ) -> str:
     """The report as HTML.
 
@@ -43,10 +47,13 @@ def page(
         students: Names of those that were trained.
         facts: Lines about how all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
+        made_of: Start or student -> what it was made of, in a few words.
     """
     names = [model.name for model in models]
     trained = [name for name in names if name in students]
-    subject = Subject({m.name: m for m in models}, trained, tones(names, trained), facts, rank_by)
+    subject = Subject(
+        {m.name: m for m in models}, trained, tones(names, trained), facts, rank_by, made_of or {}
+    )
     drawn = [(key, title, draw(subject)) for key, title, draw in SECTIONS]
     drawn = [part for part in drawn if part[2]]
     links = "".join(f'<a href="#{key}">{key.capitalize()}</a>' for key, _, _ in drawn)
@@ -58,7 +65,7 @@ def page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<title>teachonce: which student to serve</title>\n"
+        f"<title>{esc(facts.get('project', 'teachonce'))}: which student to serve</title>\n"
         '<link rel="icon" href="data:,">\n'  # or a browser asks the server for one
         f"<style>{SHEET}</style>\n</head>\n<body>\n"
         f"<header>{_head(subject)}<nav>{links}</nav></header>\n<main>\n{body}\n</main>\n"
@@ -87,7 +94,14 @@ def _head(subject: Subject) -> str:
     best, teacher = subject.best, subject.models.get(TEACHER)
     cards = _cards(subject.metrics[best], teacher.metrics) if best and teacher else []
     shown = f'<div class="cards">{"".join(cards)}</div>' if cards else ""
-    return f'<h1>Which student to serve</h1><p class="verdict">{unbroken}</p>{shown}'
+    about = " · ".join(
+        f"{esc(label)} {esc(subject.facts[label])}" for label in ON_TOP if label in subject.facts
+    )
+    return (
+        "<h1>Which student to serve</h1>"
+        + (f'<p class="about">{about}</p>' if about else "")
+        + f'<p class="verdict">{unbroken}</p>{shown}'
+    )
 
 
 def _cards(student: Metrics, teacher: Metrics) -> list[str]:

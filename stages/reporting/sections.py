@@ -6,7 +6,7 @@ Each gives the HTML below its heading, or nothing where nothing was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stages.params import TEACHER
 from stages.reporting import charts, measures
@@ -51,6 +51,7 @@ class Subject:
         tones: CSS classes of each model's colour.
         facts: How all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
+        made_of: Start or student -> what it was made of, in a few words.
     """
 
     models: Mapping[str, Model]
@@ -58,6 +59,7 @@ class Subject:
     tones: Mapping[str, str]
     facts: Mapping[str, str]
     rank_by: str | None = None
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, Metrics]:
@@ -91,7 +93,11 @@ def table_of_models(subject: Subject) -> str:
             cells.append(f"<td>{f'<strong>{cell}</strong>' if row in column.bold else cell}</td>")
         if row in subject.models:
             tag = f'<span class="tag">{word}</span>' if contest and row in leaders else ""
-            head, kind = labelled(subject, row) + tag, ""
+            of = subject.made_of.get(row)
+            head = (
+                labelled(subject, row) + tag + (f'<span class="of">{esc(of)}</span>' if of else "")
+            )
+            kind = ""
         else:
             head, kind = esc(part_of(row)), ' class="part"'
         body.append(f'<tr{kind}><th scope="row">{head}</th>{"".join(cells)}</tr>')

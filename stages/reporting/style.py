@@ -11,12 +11,14 @@ SHEET = """
   color-scheme: light dark;
   --paper: #ffffff; --card: #f5f6f8; --ink: #16191d; --soft: #59616b; --rule: #dfe3e8;
   --track: #e9ecf0; --area: #cdd3da; --good: #00714f; --good-card: #e3f4ed;
+  --shade: #16191d55;
   --hue0: #0068a8; --hue1: #c94f00; --hue2: #00805c; --hue3: #a8478a; --hue4: #946800; --hue5: #6d5bb5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1e2227; --ink: #e9ecef; --soft: #a3acb6; --rule: #343a42;
     --track: #2b3037; --area: #464e58; --good: #4cd3a5; --good-card: #17342b;
+    --shade: #e9ecef66;
     --hue0: #5ab4ec; --hue1: #f58a45; --hue2: #35c99b; --hue3: #e48cc6; --hue4: #e2b53a; --hue5: #afa0f0;
   }
 }
@@ -41,6 +43,7 @@ section > .note { margin-bottom: 24px; }
   max-width: 34em; margin: 8px 0 28px; font-size: clamp(21px, 2.6vw, 29px); line-height: 1.3;
   letter-spacing: -0.015em; font-weight: 600; text-wrap: pretty;
 }
+.about { margin-top: 2px; color: var(--soft); font-size: 14px; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(164px, 1fr)); gap: 12px; }
@@ -53,7 +56,11 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 24px; font-size
 nav a { padding: 4px 0; color: var(--soft); text-underline-offset: 3px; }
 nav a:hover { color: var(--ink); }
 
-.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }
+/* A shade at the right while there is more to scroll to: the first layer scrolls along and covers it. */
+.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px;
+  background: linear-gradient(to left, var(--paper) 24px, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 24px 100% no-repeat scroll;
+}
 table { width: 100%; border-collapse: separate; border-spacing: 0; font-size: 14px; overflow-wrap: normal; }
 th, td { padding: 9px 12px; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule); }
 thead th {
@@ -66,6 +73,7 @@ th:first-child {
 }
 thead th:first-child { background: var(--card); }
 tbody th { font-weight: 500; }
+.of { display: block; color: var(--soft); font-size: 13px; font-weight: 400; line-height: 1.35; }
 .part th, .part td { padding-top: 0; border-top: 0; color: var(--soft); }
 .part th:first-child { padding-left: 32px; font-weight: 400; }
 td strong { padding: 1px 5px; margin-right: -5px; border-radius: 4px; background: var(--good-card); }
@@ -109,6 +117,7 @@ svg .label { font-weight: 600; fill: var(--tone); }
 .dot { fill: var(--tone); stroke: var(--tone); stroke-width: 2; }
 .dot.start, .dot.second { fill: var(--paper); }
 .line { fill: none; stroke: var(--tone); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.point { fill: var(--tone); }
 .second .line { stroke-dasharray: 5 4; }
 .ring { fill: var(--paper); stroke: var(--tone); stroke-width: 2; }
 .dots { fill: none; stroke: var(--tone); stroke-width: 4; stroke-linecap: round; opacity: 0.55; }
