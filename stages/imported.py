@@ -7,10 +7,13 @@ all else. Several files may be imported under one name, in any order: what is in
 
 from __future__ import annotations
 
+import math
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,7 @@ from stages.outcome import Progress, log
 from stages.readers import ENDINGS, Rejected
 from stages.readers import read as read_texts
 from stages.reuse import Known
+from storage import durable, regular
 from storage.column import TEXT_KEY_BYTES, KeyIndex, text_keys_of
 from storage.corpus import Corpus, text_digest, text_key
 from storage.embeddings import as_read, poison, put_vectors, vectors_of
@@ -28,6 +32,9 @@ from storage.store import Store
 
 ROWS_NAMED = 8
 ROWS_AT_ONCE = 8192
+
+ARCHIVE = b"PK"
+"""How a zip file begins, which a .npz is."""
 
 SAME_COSINE = 0.9998
 """Vectors of one text may differ by rounding: bf16 in other batches 1 - cosine 7e-5, int8 as much again."""
@@ -187,18 +194,42 @@ def _open(path: Path) -> NDArray[np.floating]:
     cure = "save them by numpy.save as one array of float16, float32 or float64, one row a text"
     if not is_regular(path, str(path)):
         raise MissingError(path, "no such file", "name the file of the vectors")
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise TeachonceError(path, f"no .npy file: {shown(error)}", cure) from error
-    if not isinstance(found, np.ndarray):
-        found.close()
-        raise TeachonceError(path, "an archive (.npz), not one array", cure)
-    if found.ndim != 2 or 0 in found.shape:
-        raise TeachonceError(path, f"an array of shape {found.shape}, not (texts, dim)", cure)
-    if found.dtype.kind != "f" or found.dtype.itemsize not in (2, 4, 8):
-        raise TeachonceError(path, f"an array of {shown(found.dtype)}", cure)
-    return found
+    with durable.named(path, "reading"), regular.opened(path) as file:
+        if file.read(len(ARCHIVE)) == ARCHIVE:
+            raise TeachonceError(path, "an archive (.npz), not one array", cure)
+        file.seek(0)
+        try:
+            shape, by_columns, dtype = _header(file)
+        except Exception as error:  # numpy's parser raises whatever comes of a damaged header
+            cause = shown(error) or type(error).__name__
+            raise TeachonceError(path, f"no .npy file: {cause}", cure) from None
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if dtype.hasobject:
+        raise TeachonceError(path, "no .npy file of numbers: an array of Python objects", cure)
+    if len(shape) != 2 or not all(type(length) is int and length > 0 for length in shape):
+        raise TeachonceError(path, f"an array of shape {shown(shape)}, not (texts, dim)", cure)
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+        raise TeachonceError(path, f"an array of {shown(dtype)}", cure)
+    # Before anything is made of what the header says.
+    if (wanted := math.prod(shape) * dtype.itemsize) != size - start:
+        problem = (
+            f"no .npy file that is whole: its header says {shape[0]:,} vectors of {shape[1]:,} numbers, "
+            f"which are {wanted:,} bytes, and it has {size - start:,}"
+        )
+        raise TeachonceError(path, problem, f"copy or make the file again; {cure}")
+    return np.memmap(path, dtype, "r", start, shape, "F" if by_columns else "C")
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns are stored one after the other, and type, as a .npy file says them."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(
+        f"version {version[0]}.{version[1]}, which arrays of plain numbers do not need"
+    )
 
 
 def _check_all_there(given: Imported, corpus: Corpus, missing: NDArray[np.int64]) -> None:

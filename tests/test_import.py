@@ -267,6 +267,63 @@ def test_a_file_that_is_no_array_is_refused(place, spoil, said):
         imported.read(vectors, lines, field=FIELD)
 
 
+def npy(description, body=bytes(40 * 16 * 4), version=(1, 0)):
+    header = description.encode() + b"\n"
+    length = len(header).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + length + header + body
+
+
+def described(shape, dtype="'<f4'", order=False):
+    return f"{{'descr': {dtype}, 'fortran_order': {order}, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (npy(described("(10**29, 16)")), "no .npy file"),
+        (
+            npy(described(f"({10**29}, 16)")),
+            f"says {10**29:,} vectors of 16 numbers, which are 6,4",
+        ),
+        (npy(described(f"(40, {10**29})")), "and it has 2,560"),
+        (npy(described("(41, 16)")), "are 2,624 bytes, and it has 2,560"),
+        (npy(described("(39, 16)")), "are 2,496 bytes, and it has 2,560"),
+        (npy(described("(-40, -16)")), r"shape \(-40, -16\), not"),
+        (npy(described("(True, 16)")), r"shape \(True, 16\), not"),
+        (npy(described("(40, 16, 1)")), r"shape \(40, 16, 1\), not"),
+        (npy(described("()")), r"shape \(\), not"),
+        (npy(described("(40.0, 16)")), "no .npy file"),
+        (npy(described("(40, 16)", "'|b1'")), "an array of bool"),
+        (npy(described("(40, 16)", "'<c8'")), "an array of complex64"),
+        (npy(described("(40, 16)", "'|O'")), "an array of Python objects"),
+        (npy(described("(40, 16)", "'<V4'")), "an array of |V4"),
+        (npy(described("(40, 16)", "[('a', '<f4')]")), r"an array of \[\('a', '<f4'\)\]"),
+        (npy(described("(40, 16)", "'|O,<f4'")), "no .npy file"),
+        (npy(described("(40, 16)"), version=(9, 9)), "no .npy file: .*version"),
+        (npy("{"), "no .npy file"),
+        (npy("(" * 5000), "no .npy file"),
+        (npy("exit()"), "no .npy file"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{", "no .npy file"),
+    ],
+)
+def test_no_header_is_believed(place, content, said):
+    texts = sentences(40)
+    vectors, lines = write(place.root, texts, vectors_for(texts))
+    vectors.write_bytes(content)
+    with pytest.raises(TeachonceError, match=said):
+        imported.read(vectors, lines, field=FIELD)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_vectors_are_read_in_either_order_of_values_and_of_bytes(place, dtype, order):
+    texts = sentences(40)
+    given = np.asarray(vectors_for(texts), dtype=dtype, order=order)
+    found = imported.read(*write(place.root, texts, given), field=FIELD)
+    assert found.vectors.dtype == given.dtype
+    assert np.array_equal(found.vectors, given)
+
+
 def test_a_file_of_texts_that_nobody_reads_is_refused(place):
     texts = sentences(40)
     vectors, lines = write(place.root, texts, vectors_for(texts))
