@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,6 +49,34 @@ NAMED: dict[str, type[BaseModel]] = {
 }
 
 
+SENTENCES = {
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    **dict.fromkeys(
+        ("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "must be a whole number"
+    ),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "must be a number"),
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be greater than or equal to {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be less than or equal to {le}",
+    "string_type": "must be a text (in quotes, if it looks like a number)",
+    "string_too_short": "must not be empty",
+    "string_unicode": "has half a surrogate pair in it, which no text can hold",
+    "string_pattern_mismatch": "must be lower case letters, digits, - and _: at most 64, the first no sign",
+    "literal_error": "must be {expected}",
+    **dict.fromkeys(
+        ("dict_type", "model_type", "model_attributes_type"),
+        "must be a mapping: a name, a colon and a value on each line",
+    ),
+    "invalid_key": "has a name that is no text: put it in quotes",
+    "tuple_type": "must be a list, such as [a, b]",
+    "too_short": "must have at least {min_length} items, and has {actual_length}",
+    "too_long": "must have at most {max_length} items, and has {actual_length}",
+    "union_tag_invalid": "no objective is named {tag}; `name` is one of {expected_tags}",
+    "union_tag_not_found": "has no `name` that says which objective it is",
+}
+"""pydantic's word for a mistake -> what is said of it, with its bounds."""
+
 WRONG = object()
 """In place of a value that is wrong; None may be right."""
 
@@ -78,10 +107,14 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         problems = []
     except ValidationError as error:
         found = error.errors()
+        by_address: dict[str, list[str]] = {}
+        for entry in found:
+            if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], found)):
+                by_address.setdefault(_address(entry["loc"]), []).append(_problem(entry))
+        # Several sentences of one setting are of the types that it may have.
         problems = [
-            (_address(entry["loc"]), _problem(entry))
-            for entry in found
-            if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], found))
+            (address, ", or ".join([*(one.partition(", got")[0] for one in said[:-1]), said[-1]]))
+            for address, said in by_address.items()
         ]
     raw = content if isinstance(content, dict) else {}
     sections = _readable(raw)
@@ -236,7 +269,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _address(location: tuple[int | str, ...]) -> str:
     """`recipes.ckd.objectives.0.queue`; without the tag that pydantic adds for a kind of objective."""
-    parts = [str(part) for part in location if part != "[key]"]
+    # What stands between brackets, and `constrained-int`, are pydantic's names for one of several types.
+    parts = [
+        str(part) for part in location if not re.fullmatch(r".*\[.*\]|constrained-.*", str(part))
+    ]
     if len(parts) > 4 and parts[0] == "recipes" and parts[2] == "objectives":
         del parts[4]
     return ".".join(parts) or "file"
@@ -249,6 +285,8 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
     if entry["type"] == "extra_forbidden":
         close = get_close_matches(str(entry["loc"][-1]), _known_names(), n=1)
         return f"no such setting{f'; did you mean {close[0]}?' if close else ''}"
+    if entry["type"] in SENTENCES:
+        problem = SENTENCES[entry["type"]].format(**entry.get("ctx", {}))
     given = entry["input"]
     return problem if isinstance(given, dict) else f"{problem}, got {shown(repr(given))}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.files import ANY_ENDING, is_regular, located, matching, reading
+from stages.files import ANY_ENDING, is_regular, located, matching, reading, with_compressed
 from stages.learning.agreement import NO_DOCUMENT
 from stages.lines import lines
 from storage.corpus import text_key
@@ -143,16 +144,26 @@ def beir_files(folder: Path, name: str) -> list[Path]:
     wanted = (("corpus.jsonl",), ("queries.jsonl",), ("qrels/test.tsv", "qrels.tsv"))
     files = []
     for choices in wanted:
-        paths = (folder / file for file in choices)
+        paths = (folder / file for choice in choices for file in with_compressed(choice))
         found = next((path for path in paths if is_regular(path, address)), None)
         if found is None:
             raise MissingError(
                 address,
                 f"no {' or '.join(choices)} in {shown(folder)}",
-                "correct the folder in params.yaml, or remove the entry",
+                _lacking_cure(folder, choices),
             )
         files.append(found)
     return files
+
+
+def _lacking_cure(folder: Path, choices: Sequence[str]) -> str:
+    """What to do where none of the names `choices` is in a folder in BEIR form."""
+    others = sorted((folder / "qrels").glob("*.tsv*")) if "qrels.tsv" in choices else []
+    if others:
+        ending = "".join(others[0].suffixes)
+        target = shlex.quote(str(folder / f"qrels{ending}"))
+        return f"to measure on {shown(others[0].name)}, run `cp {shlex.quote(str(others[0]))} {target}`"
+    return "correct the folder in params.yaml, or remove the entry"
 
 
 def read_beir(folder: Path, name: str) -> RetrievalSet:
@@ -197,7 +208,7 @@ def evaluation_keys(text: str) -> set[bytes]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of each line, without its LF or CR LF."""
     with reading(path, "give yourself permission to read it, or fetch it again"):
-        for number, line in enumerate(lines(path), 1):
+        for number, line in _without_last_blanks(lines(path)):
             where = f"{path}:{number}"
             if line is None:
                 raise TeachonceError(where, "a line of more than 16 MiB", "take it out")
@@ -205,6 +216,18 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 problem = "a carriage return within the line, and only a line feed ends a line here"
                 raise TeachonceError(where, problem, "take it out, or put a line feed in its place")
             yield where, _decoded(line, where)
+
+
+def _without_last_blanks(found: Iterable[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers, from 1; blank ones only where another line follows."""
+    blanks: list[tuple[int, bytes | None]] = []
+    for numbered in enumerate(found, 1):
+        if numbered[1] is not None and not numbered[1].strip():
+            blanks.append(numbered)
+            continue
+        yield from blanks
+        blanks.clear()
+        yield numbered
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -55,7 +55,7 @@ def check_onnx(packages: Sequence[str] = ONNX) -> None:
         raise TeachonceError(
             "export.onnx",
             f"true, but {' and '.join(lacking)} cannot be imported",
-            'run `pip install -c constraints.txt -e ".[onnx]"`, or set it to false',
+            'run `pip install "teachonce[onnx]"`, or set it to false',
         )
 
 

@@ -90,7 +90,14 @@ FilesPath = Annotated[
     Text, _refusing(lambda value: path_problem(value, "fetch the files, and name them here"))
 ]
 ModelPlace = Annotated[
-    Text, _refusing(lambda value: path_problem(value, "a folder, or a hub name such as org/model"))
+    Text,
+    _refusing(
+        lambda value: path_problem(
+            value,
+            "name a folder, or a hub name such as org/model; "
+            "vectors that a server made are taken by `teachonce import`",
+        )
+    ),
 ]
 
 Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]

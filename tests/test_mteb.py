@@ -431,4 +431,4 @@ def test_without_the_extra_its_installation_is_named(tiny_model, tmp_path, monke
     monkeypatch.setitem(sys.modules, "mteb", None)
     said = message(TeachonceError, ["STS12"], tiny_model, None, tmp_path / "a.json")
     assert said.startswith("--mteb: mteb cannot be imported: ")
-    assert said.endswith('\n  cure: run `pip install -c constraints.txt -e ".[mteb]"`')
+    assert said.endswith('\n  cure: run `pip install "teachonce[mteb]"`')

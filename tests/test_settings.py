@@ -13,14 +13,22 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline.layout import Layout
-from pipeline.settings import examine, load_params
+from pipeline.settings import SENTENCES, _address, examine, load_params
 from pipeline.workspace import Workspace
 from stages import check
 from stages.encoding import cpu_flags, slow_precision
 from stages.models import file_hashes, find_model, model_files, sha256_of
-from stages.params import REMOTE_URLS, ExportParams, ReportParams, SettingsError, contradictions
+from stages.params import (
+    REMOTE_URLS,
+    ExportParams,
+    Params,
+    ReportParams,
+    SettingsError,
+    contradictions,
+)
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
 from tests.conftest import Place, sentences
@@ -194,8 +202,8 @@ def test_every_mistake_is_listed_with_its_address(tmp_path):
     assert found == {
         "embed.max_token": "no such setting; did you mean max_tokens?",
         "embed.max_tokens": "is missing",
-        "mine.neighbours": "Input should be greater than 0, got 0",
-        "recipes.ckd.objectives.0.temperature": "Input should be greater than or equal to 0.001, got -1",
+        "mine.neighbours": "must be greater than 0, got 0",
+        "recipes.ckd.objectives.0.temperature": "must be greater than or equal to 0.001, got -1",
         "recipes.ckd.objectives.1": found["recipes.ckd.objectives.1"],
         "starts.kd": "layers [1, 1] names a layer twice",
         "students.kd.recipe": f"no recipe named kdd; there are {sorted(load_params(SHIPPED).recipes)}",
@@ -373,9 +381,9 @@ def test_who_is_finetuned_and_exported_must_be_a_student(tmp_path):
         ("store: x\nstore: y\n", "line 2: store stands twice in one mapping"),
         ("!!python/object/apply:os.system [ls]", "line 1: could not determine a constructor"),
         ("\x00", "file: no YAML"),
-        ("- a\n- b\n", "file: Input should be a valid dictionary"),
-        ("", "file: Input should be a valid dictionary"),
-        ("store: {a: 1}", "store: Input should be a valid string"),
+        ("- a\n- b\n", "file: must be a mapping"),
+        ("", "file: must be a mapping"),
+        ("store: {a: 1}", "store: must be a text"),
         ("embed: {dim: 8}", "embed.teacher: is missing"),
         ("embed: {teacher: 'imported:x'}", "embed.dim: is missing"),
         ("? [a]\n: 1", "line 1: the name of a setting is a text"),
@@ -1418,3 +1426,56 @@ def test_students_are_ranked_by_what_is_measured(rank_by, problems):
     report = ReportParams(rank_by=rank_by)
     sections = {"report": report, "evaluate": load_params(ROOT / "params.yaml").evaluate}
     assert [address for address, _ in contradictions(sections, {})] == problems
+
+
+BAD = (None, -1, 0, 1.5, float("nan"), "x", "", "\ud800", True, [], [""], ["x"] * 9, {}, {"a": 1})
+BAD += (10**9, "X Y", b"x", {1: 2}, [{}], [{"name": "nope"}], [[1]], {"X Y": {}}, "1" * 5000)
+
+
+def places(value, path=()):
+    yield path
+    value = dict(enumerate(value)) if isinstance(value, list) else value
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield from places(inner, (*path, name))
+
+
+def test_every_mistake_that_pydantic_finds_has_a_sentence_of_ours():
+    content = yaml.safe_load(SHIPPED.read_text())
+    content = {name: value for name, value in content.items() if not name.startswith("x-")}
+    # One recipe has what all have but for its objectives.
+    content["recipes"] = {name: content["recipes"][name] for name in ("ckd", "kd")}
+    said = set()
+    for path in places(content):
+        for bad in BAD:
+            changed = bad if not path else json.loads(json.dumps(content))
+            inner = changed
+            for name in path[:-1]:
+                inner = inner[name]
+            if path:
+                inner[path[-1]] = bad
+            try:
+                Params.model_validate(changed)
+            except ValidationError as error:
+                said |= {(entry["type"], _address(entry["loc"])) for entry in error.errors()}
+    kinds = {kind for kind, _ in said}
+    assert kinds - {"missing", "extra_forbidden", "value_error"} == set(SENTENCES)
+    assert not [address for _, address in said if "[" in address or "constrained" in address]
+
+
+def test_a_setting_that_may_be_a_number_or_a_word_is_named_by_its_own_name(tmp_path):
+    def change(content):
+        content["workers"] = "many"
+        content["docs"]["packages"] = "torch"
+        content["embed"]["teacher"] = "http://localhost:8000/v1"
+
+    with pytest.raises(SettingsError) as caught:
+        load_params(write(tmp_path, change))
+    assert sorted(caught.value.problems) == [
+        ("docs.packages", "must be a list, such as [a, b], got 'torch'"),
+        (
+            "embed.teacher",
+            "a URL, where a path on this machine is wanted: name a folder, or a hub name such as "
+            "org/model; vectors that a server made are taken by `teachonce import`, got 'http://localhost:8000/v1'",
+        ),
+        ("workers", "must be a whole number, or must be 'auto', got 'many'"),
+    ]

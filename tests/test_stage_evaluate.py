@@ -5,10 +5,12 @@ import hashlib
 import json
 import logging
 import math
+import subprocess
 from itertools import combinations
 
 import numpy as np
 import pytest
+import zstandard
 
 from stages import evaluate
 from stages.benchmarks import (
@@ -216,7 +218,6 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path, pattern):
         (b"nan\tx\ty", "the score is no number: 'nan'", STS_CURE),
         (b"1e999\tx\ty", "the score is no number: '1e999'", STS_CURE),
         (b"4.0\tx", "2 of 3 columns", STS_CURE),
-        (b"", "1 of 3 columns", STS_CURE),
         (
             b"4.0\tx\ty\r5.0\tv\tw",
             "a carriage return within the line, and only a line feed ends a line here",
@@ -229,6 +230,45 @@ def test_a_wrong_pair_is_named_with_its_line(tmp_path, line, problem, cure):
     path = tmp_path / "dev.tsv"
     path.write_bytes(b"1\ta\tb\n2\ta\tb\n" + line + b"\n")
     assert message(read_sts, [path]) == f"{path}:3: {problem}\n  cure: {cure}"
+
+
+def test_blank_lines_at_the_end_of_an_evaluation_file_are_no_lines(tmp_path, beir):
+    (tmp_path / "a.tsv").write_bytes(b"1\ta\tb\n2\tc\td\n\r\n \n\n")
+    assert read_sts([tmp_path / "a.tsv"]).scores.tolist() == [1, 2]
+    (tmp_path / "a.tsv").write_bytes(b"1\ta\tb\n\n2\tc\td\n")
+    assert message(read_sts, [tmp_path / "a.tsv"]).startswith(f"{tmp_path}/a.tsv:2: 1 of 3 columns")
+    whole = read_beir(beir, "docs")
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+        path = beir / name
+        content = path.read_text()
+        path.write_text(f"\n{content}")
+        assert message(read_beir, beir, "docs").startswith(f"{path}:")
+        path.write_text(f"{content}\n\n")
+    assert read_beir(beir, "docs") == whole
+
+
+def test_a_retrieval_set_may_be_marked_or_compressed(beir):
+    whole = read_beir(beir, "docs")
+    packers = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+    names = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
+    for name, ending in zip(names, (".gz", ".zst", ".gz"), strict=True):
+        content = b"\xef\xbb\xbf" + (beir / name).read_bytes()
+        (beir / name).write_bytes(content)
+        assert read_beir(beir, "docs") == whole
+        (beir / name).unlink()
+        (beir / f"{name}{ending}").write_bytes(packers[ending](content))
+        assert read_beir(beir, "docs") == whole
+
+
+def test_judgements_of_another_part_are_named_with_what_to_type(beir):
+    (beir / "qrels").mkdir()
+    whole = read_beir(beir, "docs")
+    (beir / "qrels.tsv").rename(beir / "qrels/dev.tsv")
+    said = message(read_beir, beir, "docs")
+    command = f"cp {beir}/qrels/dev.tsv {beir}/qrels.tsv"
+    assert said.endswith(f"  cure: to measure on dev.tsv, run `{command}`")
+    subprocess.run(command, shell=True, check=True)
+    assert read_beir(beir, "docs") == whole
 
 
 def test_a_file_of_pairs_may_be_marked_or_compressed(tmp_path):
@@ -282,7 +322,6 @@ def test_a_missing_file_of_a_retrieval_set_is_named(beir, file, missing):
 @pytest.mark.parametrize(
     ("file", "line", "problem", "cure"),
     [
-        ("corpus.jsonl", "", "an empty line", JSON_CURE),
         ("corpus.jsonl", "{'_id'", "no JSON: \"{'_id'\"", JSON_CURE),
         ("corpus.jsonl", "[1]", "no JSON object: '[1]'", JSON_CURE),
         ("corpus.jsonl", '{"_id": 7, "text": "x"}', "no string under _id", JSON_CURE),

@@ -701,7 +701,7 @@ def test_a_missing_extra_is_named_with_its_cure():
         check_onnx(["json", "not_installed_a", "not_installed_b"])
     assert str(error.value) == (
         "export.onnx: true, but not_installed_a and not_installed_b cannot be imported\n"
-        '  cure: run `pip install -c constraints.txt -e ".[onnx]"`, or set it to false'
+        '  cure: run `pip install "teachonce[onnx]"`, or set it to false'
     )
 
 
