@@ -463,7 +463,7 @@ def plan(
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Say what embed, mine and distill will take on this machine: a sample is measured. A minute."""
+    """Say what embed, mine, distill, finetune and evaluate will take here: a sample is measured."""
     from pipeline.plan import lines, run
 
     outcome = run(workspace(), seconds=seconds, seed=seed)

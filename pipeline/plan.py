@@ -1,20 +1,28 @@
-"""`teachonce plan`: what embed, mine and distill will take on this machine, as a table."""
+"""`teachonce plan`: what embed, mine, distill, finetune and evaluate will take here, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.workspace import Workspace
 from stages.outcome import Facts, Outcome, clock
 from stages.params import TEACHER
-from storage.errors import MissingError
+from storage.errors import MissingError, TeachonceError
+
+if TYPE_CHECKING:
+    from stages.plan import Labelled, Load
 
 COUNTED, EXTRAPOLATED = "counted", "extrapolated"
 
 
 def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     """Measure on a sample of this work tree's corpus; nothing is written.
+
+    Where labelled rows or evaluation sets are not there yet, what reads them is not planned, and its facts
+    say why (`not_planned`).
 
     Raises:
         MissingError: there is no corpus yet, or no teacher where one is needed.
@@ -23,7 +31,15 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
 
     corpus = here.corpus()
     files, is_here = here.teacher()
-    return measure(
+    unplanned: dict[str, str] = {}
+    labelled = evaluation = None
+    try:
+        evaluation = _evaluation(here)
+        labelled = _labelled(here) if here.params.finetune.students else None
+    except TeachonceError as error:
+        stage = "evaluate and finetune" if evaluation is None else "finetune"
+        unplanned[stage] = f"{error.where}: {error.problem}"
+    outcome = measure(
         here.params,
         files=files,
         corpus=corpus,
@@ -33,8 +49,51 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
         starts={
             name: _folder(here, student.start) for name, student in here.params.students.items()
         },
+        labelled=labelled,
+        evaluation=evaluation,
         seconds=seconds,
         seed=seed,
+    )
+    return replace(outcome, facts={**outcome.facts, "not_planned": unplanned})
+
+
+def _evaluation(here: Workspace) -> Load:
+    """All texts of the evaluation sets.
+
+    Raises:
+        TeachonceError: a file that is not there, or is not what it should be.
+    """
+    from stages import benchmarks
+    from stages.plan import Load
+
+    params, root = here.params.evaluate, here.at.root
+    texts: list[str] = []
+    for name, pattern in params.sts.items():
+        texts += benchmarks.read_sts(
+            benchmarks.sts_files(pattern, root, f"evaluate.sts.{name}")
+        ).texts
+    for name, setting in params.retrieval.items():
+        found = benchmarks.read_beir(benchmarks.beir_folder(setting, root, name), name)
+        texts += [*found.queries, *found.documents]
+    return Load.of(texts, params.max_tokens or here.params.embed.max_tokens)
+
+
+def _labelled(here: Workspace) -> Labelled:
+    """The labelled rows, without those of evaluation sets left out: they are few.
+
+    Raises:
+        TeachonceError: the same.
+    """
+    from stages.labels import Labels
+    from stages.plan import Labelled, Load
+
+    params = here.params.finetune
+    labels = Labels.read(params, here.at.root, ())
+    learned = (text for row in labels.learned for text in row.texts)
+    return Labelled(
+        len(labels.learned),
+        Load.of(learned, params.max_tokens),
+        Load.of(labels.judge.texts, params.max_tokens),
     )
 
 
@@ -86,6 +145,15 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str, str]]:
             clock(student["seconds"]),
             f"{EXTRAPOLATED}, {student['steps']:,} steps if it is not stopped early",
         )
+    for name, found in said["finetune"].items():
+        steps = f"{found['steps']:,} steps if it is not stopped early"
+        yield f"finetune {name}", clock(found["seconds"]), f"{EXTRAPOLATED}, {steps}"
+    if said["evaluate"]:
+        models = said["evaluate"].values()
+        seconds = sum(found["seconds"] for found in models)
+        yield "evaluate", clock(seconds), f"{EXTRAPOLATED}, {len(models)} models"
+    for stage, why in facts["not_planned"].items():
+        yield stage, "?", why
     for name, start in facts["starts_missing"].items():
         yield f"distill {name}", "?", f"run `teachonce start {start}` first"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stages import embed, mine
 from stages.encoding import Encoded
 from stages.outcome import Outcome, clock, log, seconds_of
-from stages.params import MineParams, Params, RecipeParams
+from stages.params import FINETUNED, TEACHER, FinetuneParams, MineParams, Params, RecipeParams
 from stages.transfer import TRANSFERS
 from storage import embeddings, negatives
 from storage.caches import Caches
@@ -48,7 +48,46 @@ MOST_STEPS = 50
 FILTERED_ROWS = 2048
 INDEX_ROWS = (4096, 16_384)  # an approximate index grows with its rows by more than their number
 PARENT = "plan"  # of what a sample's student reads
+CHARACTERS = 4  # of a token, in most languages that are written in letters
+SPEED_READINGS = (
+    8  # of the texts whose speed is measured (learning/speed.py), the fixed workload included
+)
+SPEED_SECONDS = 20.0  # but no more than this
 OBJECT_BYTES = 1100  # of an Arrow file beside its rows
+
+
+@dataclass(frozen=True)
+class Load:
+    """Texts that a model has to read.
+
+    Args:
+        texts: How many.
+        characters: Of all of them, as far as they are read.
+    """
+
+    texts: int
+    characters: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str], max_tokens: int) -> Load:
+        """Of texts that are cut at `max_tokens`, each taken for `CHARACTERS` long."""
+        sizes = [min(len(text), CHARACTERS * max_tokens) for text in texts]
+        return cls(len(sizes), sum(sizes))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a finetuning has to read.
+
+    Args:
+        rows: Learned from.
+        learned: Their texts.
+        judged: The texts that are read at each evaluation.
+    """
+
+    rows: int
+    learned: Load
+    judged: Load
 
 
 class Teacher(Protocol):
@@ -74,10 +113,12 @@ def run(
     remote: Remote | None,
     load_teacher: Callable[[], Teacher] | None,
     starts: Mapping[str, Path | None],
+    labelled: Labelled | None,
+    evaluation: Load | None,
     seconds: float,
     seed: int,
 ) -> Outcome:
-    """Say what embed, mine and distill will take here.
+    """Say what embed, mine, distill, finetune and evaluate will take here.
 
     Args:
         params: All settings.
@@ -87,6 +128,8 @@ def run(
         remote: The same.
         load_teacher: Called once, and only if a text is not known; None if the teacher is not here.
         starts: Student -> the folder of its start; None where there is none yet.
+        labelled: What students are finetuned on; None if none is, or it is not known.
+        evaluation: The texts of all evaluation sets; None if they are not known.
         seconds: To measure the teacher; a student gets half of it. More where one call takes longer.
         seed: Of the sample.
 
@@ -175,8 +218,30 @@ def run(
                 + steps * pace.step_seconds
                 + (1 + math.ceil(steps / recipe.evaluate_every)) * pace.evaluation_seconds,
             }
-    total = sum(extrapolated[stage]["seconds"] for stage in ("embed", "mine")) + sum(
-        student["seconds"] for student in extrapolated["students"].values()
+    usual = Load.of(texts, params.embed.max_tokens)
+    extrapolated["finetune"] = {
+        name: _finetuning(params.finetune, labelled, measured["students"][name], recipe, usual)
+        for name, recipe in recipes_of(params, params.finetune.students).items()
+        if labelled is not None and name in measured["students"]
+    }
+    extrapolated["evaluate"] = (
+        {}
+        if evaluation is None
+        else {
+            model: _evaluating(seconds_a_text, evaluation, usual, params, corpus.rows)
+            for model, seconds_a_text in _paces(params, measured).items()
+        }
+    )
+    total = sum(
+        found["seconds"]
+        for found in (
+            *(extrapolated[stage] for stage in ("embed", "mine")),
+            *(
+                part
+                for stage in ("students", "finetune", "evaluate")
+                for part in extrapolated[stage].values()
+            ),
+        )
     )
     return Outcome(
         stage="plan",
@@ -191,6 +256,64 @@ def run(
             },
         },
     )
+
+
+def recipes_of(params: Params, students: Sequence[str]) -> dict[str, RecipeParams]:
+    """Student -> recipe, for those that params.yaml names."""
+    return {
+        name: params.recipes[params.students[name].recipe]
+        for name in students
+        if name in params.students
+    }
+
+
+def _finetuning(
+    params: FinetuneParams,
+    labelled: Labelled,
+    pace: Mapping[str, Any],
+    recipe: RecipeParams,
+    usual: Load,
+) -> dict[str, Any]:
+    """Steps and seconds of a finetuning: each as long as a step of distill, by the characters it reads."""
+    a_text = usual.characters / usual.texts
+    steps = _steps_of(params.epochs, params.batch_size, labelled.rows)
+    read = min(params.batch_size, labelled.rows) * labelled.learned.characters / labelled.rows
+    read += params.distill_rows * a_text if params.distill_weight else 0.0
+    evaluations = 1 + math.ceil(steps / params.evaluate_every)
+    of_texts = labelled.judged.characters / a_text * _seconds_a_text(pace)
+    step_seconds = pace["step_seconds"] * read / (recipe.batch_size * a_text)
+    return {"steps": steps, "seconds": steps * step_seconds + evaluations * of_texts}
+
+
+def _evaluating(
+    seconds_a_text: float, evaluation: Load, usual: Load, params: Params, rows: int
+) -> dict[str, float]:
+    """Seconds to read the evaluation sets and the rows held out, and to measure the speed."""
+    texts = evaluation.characters / (usual.characters / usual.texts)
+    texts += rows - _train_rows(params, rows)
+    speed = min(SPEED_READINGS * params.evaluate.speed_texts * seconds_a_text, SPEED_SECONDS)
+    return {"seconds": texts * seconds_a_text + speed}
+
+
+def _paces(params: Params, measured: Mapping[str, Any]) -> dict[str, float]:
+    """Model -> seconds that it takes to read a text of the corpus, for all that were measured."""
+    students = {name: _seconds_a_text(pace) for name, pace in measured["students"].items()}
+    of_teacher = (
+        {TEACHER: 1 / measured["teacher"]["texts_per_second"]} if "teacher" in measured else {}
+    )
+    # A start is as large as its students.
+    starts = {params.students[name].start: pace for name, pace in students.items()}
+    finetuned = {
+        f"{name}{FINETUNED}": students[name]
+        for name in params.finetune.students
+        if name in students
+    }
+    return of_teacher | starts | students | finetuned
+
+
+def _seconds_a_text(pace: Mapping[str, Any]) -> float:
+    seconds: float = pace["evaluation_seconds"] / pace["evaluated"]
+    return seconds
 
 
 def lacking_shards(keys: Sequence[str], store: Store, remote: Remote | None) -> list[int]:
@@ -467,12 +590,14 @@ class Pace:
         steps: Taken while the clock ran, after a warm-up.
         step_seconds: Of one.
         evaluation_seconds: Of one.
+        evaluated: Texts that one reads.
         token_seconds: To make the token ids of the sample; next to nothing if another student has them.
     """
 
     steps: int
     step_seconds: float
     evaluation_seconds: float
+    evaluated: int
     token_seconds: float
 
 
@@ -536,6 +661,7 @@ def training_pace(
         steps=len(taken) - WARM_STEPS,
         step_seconds=float(np.mean(taken[WARM_STEPS:])),
         evaluation_seconds=seconds_of(work.score),
+        evaluated=len(lesson.heldout),
         token_seconds=token_seconds,
     )
 
@@ -571,7 +697,11 @@ def _train_rows(params: Params, rows: int) -> int:
 
 
 def _steps(params: RecipeParams, rows: int) -> int:
-    return params.epochs * max(1, rows // min(params.batch_size, max(rows, 1)))
+    return _steps_of(params.epochs, params.batch_size, rows)
+
+
+def _steps_of(epochs: int, batch_size: int, rows: int) -> int:
+    return epochs * max(1, rows // min(batch_size, max(rows, 1)))
 
 
 def _manifest(kind: Kind, objects: Sequence[Object]) -> Manifest:

@@ -60,7 +60,9 @@ def settings(**sections):
     return Params.model_validate(content)
 
 
-def planned(place, corpus, teacher=None, *, params=None, remote=None, starts=None, seconds=0.2):
+def planned(
+    place, corpus, teacher=None, *, params=None, remote=None, starts=None, seconds=0.2, **texts
+):
     outcome = plan.run(
         params or settings(),
         files=FILES,
@@ -69,10 +71,12 @@ def planned(place, corpus, teacher=None, *, params=None, remote=None, starts=Non
         remote=remote,
         load_teacher=None if teacher is None else lambda: teacher,
         starts=starts or {},
+        labelled=texts.get("labelled"),
+        evaluation=texts.get("evaluation"),
         seconds=seconds,
         seed=0,
     )
-    return outcome.facts
+    return outcome.facts | {"not_planned": {}}
 
 
 def snapshot(folder):
@@ -235,6 +239,52 @@ def test_students_take_real_steps_before_there_is_a_vector(place, half):
     )
 
 
+def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half):
+    texts = sentences(600)
+    params = settings(
+        mine={"neighbours": 8},
+        finetune={"students": ["kd"], "distill_rows": 64, "epochs": 2, "evaluate_every": 3},
+    )
+    usual = plan.Load.of(texts, 64)
+    assert usual == plan.Load(600, sum(map(len, texts)))
+    assert plan.Load.of(["a" * 100, "b"], 8) == plan.Load(2, 33)
+    # 1,000 rows of two texts, as long as those of the corpus; 50 are judged; 300 are evaluated.
+    size = usual.characters / 600
+    labelled = plan.Labelled(
+        1000, plan.Load(2000, round(2000 * size)), plan.Load(50, round(50 * size))
+    )
+    facts = planned(
+        place,
+        place.corpus(texts),
+        SlowTeacher(token_seconds=1e-4),
+        params=params,
+        starts={"kd": half, "ckd": None},
+        labelled=labelled,
+        evaluation=plan.Load(300, round(300 * size)),
+    )
+    said, pace = facts["extrapolated"], facts["measured"]["students"]["kd"]
+    assert list(said["finetune"]) == ["kd"] and pace["evaluated"] > 10
+    a_text = pace["evaluation_seconds"] / pace["evaluated"]
+    # 2 epochs of 7 steps, each of 256 labelled texts and 64 cached ones where distill reads 128.
+    steps, evaluations = 14, 1 + 5
+    found = said["finetune"]["kd"]
+    assert found["steps"] == steps
+    assert found["seconds"] == pytest.approx(
+        steps * pace["step_seconds"] * 320 / 128 + evaluations * 50 * a_text, rel=1e-3
+    )
+    assert list(said["evaluate"]) == ["teacher", "half", "kd", "kd-finetuned"]
+    for model, seconds in (
+        ("kd", a_text),
+        ("teacher", 1 / facts["measured"]["teacher"]["texts_per_second"]),
+    ):
+        speed = min(20, 8 * params.evaluate.speed_texts * seconds)
+        wanted = (300 + 18) * seconds + speed
+        assert said["evaluate"][model]["seconds"] == pytest.approx(wanted, rel=1e-3)
+    shown = "\n".join(lines(facts))
+    assert "finetune kd " in shown and "14 steps if it is not stopped early" in shown
+    assert "extrapolated, 4 models" in shown
+
+
 def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, half):
     texts = sentences(300)
     params = settings(mine={"neighbours": 8})
@@ -321,14 +371,23 @@ def test_the_command_says_how_each_number_is_known(tmp_path, tiny_model):
         "vectors",
         "mine",
         "negatives",
+        "evaluate",
+        "finetune",
         "distill ckd",
         "distill kd",
     ]
     known = [line[46:].split(",")[0].strip() for line in table]
-    assert known == [*2 * ["counted"], *5 * ["measured"], *4 * ["extrapolated"]] + 2 * [
-        "run `teachonce start half` first"
-    ]
+    *known, lacking, no_ckd, no_kd = known
+    assert known == [*2 * ["counted"], *5 * ["measured"], *5 * ["extrapolated"]]
+    assert lacking.startswith("finetune.triplets")  # the docs were not written
+    assert no_ckd == no_kd == "run `teachonce start half` first"
     assert last.endswith("nothing was written")
     facts = json.loads(teachonce(tmp_path, "plan", "--seconds", "0.2", "--json").stdout)["facts"]
     assert facts["counted"]["texts_to_embed"] == 500
-    assert set(facts) == {"counted", "measured", "extrapolated", "starts_missing"}
+    assert set(facts) == {
+        "counted",
+        "measured",
+        "extrapolated",
+        "starts_missing",
+        "not_planned",
+    }
