@@ -151,7 +151,10 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if said["evaluate"]:
         models = said["evaluate"].values()
         seconds = sum(found["seconds"] for found in models)
-        yield "evaluate", clock(seconds), f"{EXTRAPOLATED}, {len(models)} models"
+        without = (
+            "" if TEACHER in said["evaluate"] else " without the teacher, which was not measured"
+        )
+        yield "evaluate", clock(seconds), f"{EXTRAPOLATED}, {len(models)} models{without}"
     for stage, why in facts["not_planned"].items():
         yield stage, "?", why
     for name, start in facts["starts_missing"].items():

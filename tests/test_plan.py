@@ -282,7 +282,10 @@ def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half)
         assert said["evaluate"][model]["seconds"] == pytest.approx(wanted, rel=1e-3)
     shown = "\n".join(lines(facts))
     assert "finetune kd " in shown and "14 steps if it is not stopped early" in shown
-    assert "extrapolated, 4 models" in shown
+    assert "extrapolated, 4 models\n" in shown + "\n"
+    del said["evaluate"]["teacher"]  # as where all is embedded
+    shown = "\n".join(lines(facts))
+    assert "extrapolated, 3 models without the teacher, which was not measured" in shown
 
 
 def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, half):
