@@ -11,6 +11,7 @@ changes one and records it. Heavy imports stand inside the commands, so that `--
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -793,6 +794,9 @@ def _place(made: Path | str) -> Path | str:
 
 def main() -> None:
     """Entry point: run a command; a person's mistake ends in two lines, not in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that this terminal's locale has not, or a name that is no UTF-8, ends no command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import stat
 import time
@@ -185,7 +186,7 @@ def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for ref in refs:
-        path = Path(ref.made.get("in", "")) / "sources.json"
+        path = Path(os.fsdecode(ref.made.get("in", "").encode())) / "sources.json"
         files = ref.manifest.recipe.get("teacher")
         if ref.manifest.kind != "embeddings" or not files or ref.made.get("on") != platform.node():
             continue

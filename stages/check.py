@@ -49,7 +49,7 @@ from stages.params import (
 )
 from stages.triplets import look_at, triplet_files
 from storage import durable, regular
-from storage.errors import MissingError, TeachonceError, shown
+from storage.errors import MissingError, TeachonceError, as_utf8, shown
 from storage.manifest import Manifest
 
 VERSIONED = (
@@ -395,7 +395,7 @@ class Survey:
         return self._entry("finetune", declared, partial(self._hashed, look))
 
     def _hashed(self, look: Callable[[], list[Path]]) -> list[list[str]]:
-        return [[path.name, self.sha256(path)] for path in look()]
+        return [[as_utf8(path.name), self.sha256(path)] for path in look()]
 
     def _is_made_here(self, pattern: str, address: str) -> bool:
         """Whether a pattern names outputs of `docs`, which DVC itself follows."""
@@ -479,7 +479,7 @@ class RememberedHashes:
 
     def _hash(self, path: Path) -> str:
         before = [*durable.identity(path.stat())]
-        entry = self.known.get(str(path), [])
+        entry = self.known.get(as_utf8(path), [])
         remembered = isinstance(entry, list) and entry[:-1] == before
         if remembered and not self.read_data:
             return str(entry[-1])
@@ -488,7 +488,7 @@ class RememberedHashes:
             log.warning("check: %s: other bytes, though no time of it changed", path)
         # What was written to meanwhile is hashed again next time.
         if [*durable.identity(path.stat())] == before:
-            self.known[str(path)] = [*before, found]
+            self.known[as_utf8(path)] = [*before, found]
         return found
 
     def save(self) -> None:

@@ -179,7 +179,7 @@ FLAGS = {
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """What this processor says that it can do; nothing where the system does not tell."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
     names = (line.partition(":") for line in lines)

@@ -69,7 +69,7 @@ def run(
         write_json(scratch / LINEAGE, {**lineage, "space": params.space})
         card = _card(params, model, scratch, dropped=dropped)
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
-        (scratch / "README.md").write_text(text)
+        (scratch / "README.md").write_text(text, encoding="utf-8")
         megabytes = weights_bytes(scratch) / 1e6
     return Outcome(
         stage="export",

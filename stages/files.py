@@ -44,6 +44,8 @@ def located(setting: str, root: Path, address: str) -> Path:
     Raises:
         MissingError: `~` stands for no folder on this machine.
     """
+    # A name in params.yaml is UTF-8 whatever the locale is.
+    setting = os.fsdecode(setting.encode())
     if setting.startswith("~"):
         who = setting.split("/", 1)[0]
         # Not Path.expanduser, which raises; an account without a home has a made-up one in its record.
@@ -76,7 +78,11 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
     """
     wanted = located(pattern, root, address)
     with durable.named(wanted, "looking for the file"):
-        matches = [wanted] if wanted.is_file() else _expanded(Path(pattern).expanduser(), root)
+        matches = (
+            [wanted]
+            if wanted.is_file()
+            else _expanded(Path(os.fsdecode(pattern.encode())).expanduser(), root)
+        )
         files = _only_files(matches, pattern, address=address, endings=endings)
     if not files:
         raise MissingError(

@@ -247,19 +247,24 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
 def _parquet_items(path: Path, field: str) -> Iterator[Item]:
     from pyarrow import parquet
 
-    with reading(path, CURE):
-        regular.check(path)
-        schema = parquet.read_schema(path)
+    with reading(path, CURE), for_arrow(path) as source:
+        schema = parquet.read_schema(source)
         name = schema.names[_column_number(schema, path, field)]
         # Dictionaries stay dictionaries: a long text that stands in every row is held once.
         with parquet.ParquetFile(
-            path, page_checksum_verification=True, read_dictionary=[name]
+            source, page_checksum_verification=True, read_dictionary=[name]
         ) as file:
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
             # Of whole groups: pyarrow dies of what a damaged column says of itself.
             _check_expansion(path.stat().st_size, sum(group.total_byte_size for group in groups))
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[name]):
                 yield from cells(batch.column(0))
+
+
+def for_arrow(path: Path) -> pa.OSFile:
+    """A regular file; pyarrow itself opens no name that is not UTF-8."""
+    regular.check(path)
+    return pa.OSFile(os.fsencode(path))
 
 
 def _check_expansion(packed: int, unpacked: int) -> None:
@@ -288,7 +293,7 @@ def _arrow_items(path: Path, field: str) -> Iterator[Item]:
 
 def _mapped(path: Path) -> pa.MemoryMappedFile:
     regular.check(path)
-    return pa.memory_map(str(path))
+    return pa.memory_map(os.fsencode(path))
 
 
 def _check_arrow_sizes(source: pa.MemoryMappedFile, start: int) -> None:

@@ -24,8 +24,7 @@ import pyarrow as pa
 from stages.files import reading, unpacked_name, with_compressed
 from stages.lines import content, lines
 from stages.outcome import log
-from stages.readers import Rejected, cells
-from storage import regular
+from stages.readers import Rejected, cells, for_arrow
 from storage.errors import TeachonceError, shown
 
 ENDINGS = (*with_compressed(".jsonl", ".json", ".tsv", ".csv"), ".parquet")
@@ -311,9 +310,8 @@ class LabelledFile:
     def _from_parquet(self) -> Iterator[Record | Rejected]:
         from pyarrow import parquet
 
-        regular.check(self.path)
         with parquet.ParquetFile(
-            self.path, page_checksum_verification=True, buffer_size=1 << 20
+            for_arrow(self.path), page_checksum_verification=True, buffer_size=1 << 20
         ) as file:
             schema = file.schema_arrow
             self.kinds = {field.name: _kind_of_type(field.type) for field in schema}

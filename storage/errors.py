@@ -7,6 +7,7 @@ it without a traceback and exits with its `exit_code`; anything else is a bug an
 from __future__ import annotations
 
 import copyreg
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def shown(value: object) -> str:
     """
     text = harmless(str(value).replace("\n", "\\n"))
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def as_utf8(path: str | os.PathLike[str]) -> str:
+    r"""A path as text that JSON can hold, the same in every locale; a byte that is no UTF-8 as `\xff`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def harmless(text: str) -> str:

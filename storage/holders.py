@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from storage import durable
-from storage.errors import StorageError, shown
+from storage.errors import StorageError, as_utf8, shown
 from storage.store import DIGEST_PATTERN, canonical_json, digest
 
 REFS = "refs"
@@ -61,14 +61,14 @@ def here(path: Path) -> dict[str, str]:
         "by": user(),
         "on": platform.node(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "in": str(path.resolve().parent),
+        "in": as_utf8(path.resolve().parent),
     }
 
 
 def user() -> str:
     """The name of this user; his number where he has no name, as in many containers."""
     try:
-        return getpass.getuser()
+        return as_utf8(getpass.getuser())
     except (KeyError, OSError):
         return str(os.getuid())
 

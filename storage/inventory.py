@@ -91,8 +91,10 @@ class Ref:
         """Whether the holder's folder is no more; of a folder of another machine nobody here knows."""
         if self.made.get("on") != platform.node() or not self.made.get("in"):
             return False
+        if "\\x" in self.made["in"]:  # bytes that are no UTF-8, see `as_utf8`: it is not looked for
+            return False
         try:
-            Path(self.made["in"]).stat()
+            Path(os.fsdecode(self.made["in"].encode())).stat()
         except (FileNotFoundError, NotADirectoryError):
             return True
         except (OSError, ValueError):

@@ -2,13 +2,19 @@
 
 import contextlib
 import errno
+import json
 import os
 import socket
+import subprocess
+import sys
 from glob import glob
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import yaml
+from pyarrow import ipc, parquet
 
 from pipeline import diff
 from pipeline.settings import load_params
@@ -25,6 +31,8 @@ from stages.triplets import triplet_files
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest
 from tests.test_settings import make_model
+
+ROOT = Path(__file__).parent.parent
 
 # Each setting that takes a glob: how its files are found, its address, an ending that it reads.
 SETTINGS = {
@@ -289,3 +297,40 @@ def test_many_stars_and_links_to_folders_around_them_are_walked_once(tmp_path):
     for name in ("b/up", "b/up2", "c/up"):
         (tmp_path / name).symlink_to(tmp_path)
     assert source_files(["**/" * 12 + "x.txt"], tmp_path) == [tmp_path / "a/x.txt"]
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems hold UTF-8 names only")
+@pytest.mark.parametrize("locale", [{}, ASCII], ids=["UTF-8", "ASCII"])
+def test_names_that_are_no_utf8_are_read_in_any_locale(tmp_path, locale):
+    tree = tmp_path / os.fsdecode(b"tr\xe9e")
+    texts = tree / "données"
+    texts.mkdir(parents=True)
+    names = ["a", "œ", os.fsdecode(b"z\xff")]
+    for name in names:
+        (texts / f"{name}.txt").write_text(f"A text of {len(name)} œ.\n", encoding="utf-8")
+        table = pa.table({"text": [f"A text of the table {names.index(name)} é."]})
+        with (texts / f"{name}.parquet").open("wb") as sink:
+            parquet.write_table(table, sink)
+        with (texts / f"{name}.arrow").open("wb") as sink, ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["shard"]["sources"] = ["données/*", "données/œ.txt"]
+    content["store"] = "étore"
+    (tree / "params.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    for words in (["shard"], ["ls"], ["gc"], ["shard", "--json"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *words],
+            cwd=tree,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **locale},
+            capture_output=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr.decode()
+        assert b"Traceback" not in run.stderr
+        assert b"GONE" not in run.stdout
+    assert Manifest.load(tree / "data/corpus.json", "corpus").rows == 5
+    (ref,) = (tree / "étore/refs").iterdir()
+    assert json.loads(ref.read_bytes())["made"]["in"] == f"{tmp_path}/tr\\xe9e/data"

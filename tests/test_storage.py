@@ -1092,3 +1092,15 @@ def test_a_file_that_may_not_be_opened_is_named(tmp_path):
         regular.check(tmp_path / "file")
     with pytest.raises(StorageError, match="file: reading failed: Too many levels"):
         regular.content(tmp_path / "file")
+
+
+def test_a_holder_whose_folder_is_no_utf8_is_noted_and_not_called_gone(place):
+    corpus = place.corpus(sentences(5))
+    folder = place.root / os.fsdecode(b"tr\xe9e")
+    corpus.manifest.save(folder / "corpus.json", place.store)
+    refs, unreadable = inventory.read_refs(place.store.root)
+    assert not unreadable
+    assert sorted(ref.made["in"] for ref in refs) == [f"{place.root}", f"{place.root}/tr\\xe9e"]
+    assert not any(ref.is_gone for ref in refs)
+    corpus.manifest.save(folder / "corpus.json", place.store)
+    assert len(inventory.read_refs(place.store.root)[0]) == 2

@@ -67,7 +67,9 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
             "distill from a start that has one",
         )
     save_model(model, folder, address=address)
-    modules: list[dict[str, str]] = json.loads((folder / "modules.json").read_text())
+    modules: list[dict[str, str]] = json.loads(
+        (folder / "modules.json").read_text(encoding="utf-8")
+    )
     for entry, module in zip(modules, model, strict=True):
         kind = type(module).__name__
         entry["type"] = f"sentence_transformers.models.{kind}"
@@ -172,9 +174,9 @@ def _rewrite(path: Path, change: Callable[[Json], Json], address: str) -> None:
 
 
 def _read(path: Path) -> Json:
-    found: Json = json.loads(path.read_text())
+    found: Json = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def _write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
