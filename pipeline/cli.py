@@ -263,6 +263,16 @@ def mine(as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=STAGES)
+def neighbours(as_json: Json = False) -> None:
+    """Say for each recipe which mined neighbours it reads; for DVC alone, `distill` needs it not."""
+    from stages.neighbours import run
+
+    here = workspace()
+    recipes, negatives = here.params.recipes, here.manifest("negatives")
+    show(run(recipes, negatives=negatives, out=here.at.neighbours), as_json)
+
+
+@app.command(rich_help_panel=STAGES)
 def distill(
     name: str,
     recipe: Annotated[str | None, typer.Option(help="A name of `recipes`.")] = None,
@@ -273,7 +283,7 @@ def distill(
 
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
     """
-    from stages.distill import needs_negatives, run
+    from stages.distill import run
     from stages.learning.ranks import is_first, joined
     from stages.learning.trackers import tracking
 
@@ -287,7 +297,7 @@ def distill(
             params,
             name=name,
             start=here.model_folder(start_name),
-            caches=here.caches(with_negatives=needs_negatives(params)),
+            caches=here.caches(with_negatives=params.reads_neighbours),
             device=device,
             work=here.at.work,
             out=here.at.model(name),

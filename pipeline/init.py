@@ -26,8 +26,8 @@ README = """\
    `shard.sources`, your model into `embed.teacher`, and set `docs.packages: []`.
 2. `teachonce check` lists all that is wrong. `git init && dvc init` once, then `dvc repro`.
 3. `reports/index.html` says what each student keeps of its teacher; `export/` is the one to serve.
-4. Commit `params.yaml`, `dvc.yaml`, `dvc.lock`, `data/*.json`, `data/versions.yaml` and `reports/`:
-   then a clone on the same store skips what is done (`dvc repro --pull --allow-missing`).
+4. Commit `params.yaml`, `dvc.yaml`, `dvc.lock`, `data/*.json`, `data/neighbours/`, `data/versions.yaml`
+   and `reports/`: then a clone on the same store skips what is done (`dvc repro --pull --allow-missing`).
 5. One recipe changed and recorded: `dvc exp run -S recipes.kd.learning_rate=1e-4`.
 
 `teachonce --help` lists the commands. The teacher's vectors lie in `~/.cache/teachonce` unless

@@ -76,6 +76,11 @@ class Layout:
         return self._file("data/negatives.json")
 
     @property
+    def neighbours(self) -> Path:
+        """`neighbours`: for each recipe, which mined negatives it reads."""
+        return self.root / "data/neighbours"
+
+    @property
     def documents(self) -> Path:
         """`evaluate teacher`: its vectors of the documents that retrieval is measured on."""
         return self._folder("data/documents")

@@ -59,6 +59,7 @@ VERSIONED = (
     "embed",
     "start",
     "mine",
+    "neighbours",
     "distill",
     "finetune",
     "evaluate",
@@ -180,6 +181,10 @@ class Survey:
                 name: teacher if start.from_ == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
+        # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
+        found["neighbours"] = {
+            name: recipe.reads_neighbours for name, recipe in sections.get("recipes", {}).items()
+        }
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()

@@ -28,7 +28,6 @@ from stages.models import file_hashes, sha256_of
 from stages.outcome import Outcome, clock, log, write_csv, write_json
 from stages.params import (
     LEAST_HELDOUT,
-    AmongOthers,
     DiscoKdObjective,
     RecipeParams,
     check_recipe_widths,
@@ -305,11 +304,6 @@ class Lesson(nn.Module):
     def _notes(self) -> dict[str, float]:
         temperatures = self.objectives.temperatures()
         return {f"temperature_{name}": value for name, value in temperatures.items()}
-
-
-def needs_negatives(params: RecipeParams) -> bool:
-    """Whether a recipe asks for mined neighbours."""
-    return any(isinstance(o, AmongOthers) and o.neighbours > 0 for o in params.objectives)
 
 
 def _is_raw(params: RecipeParams) -> bool:

@@ -367,6 +367,11 @@ class RecipeParams(TrainingParams):
     widths: tuple[PositiveInt, ...]  # of the student's vector that serve alone, too (Matryoshka)
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
 
+    @property
+    def reads_neighbours(self) -> bool:
+        """Whether it asks for mined neighbours."""
+        return any(isinstance(o, AmongOthers) and o.neighbours > 0 for o in self.objectives)
+
 
 class FinetuneParams(TrainingParams):
     """Student + labelled pairs or triplets -> finetuned student (DisCo's second stage)."""

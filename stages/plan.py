@@ -546,7 +546,6 @@ def sampled_caches(
         store: A store for nothing else.
         recipe: Whether there are neighbours.
     """
-    from stages.distill import needs_negatives
     from stages.learning.agreement import MOST_ROWS
 
     count = len(texts)
@@ -567,7 +566,7 @@ def sampled_caches(
         corpus=corpus.manifest.content, heldout=min(0.5, looked_at / count), evaluation=()
     )
     mined = None
-    if needs_negatives(recipe):
+    if recipe.reads_neighbours:
         shape = (count, params.mine.neighbours)
         entry = put_negatives(
             store,

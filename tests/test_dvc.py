@@ -37,6 +37,7 @@ ALL = {
         "embed",
         "start@half",
         "mine",
+        "neighbours",
         "distill@kd",
         "distill@ckd",
         "finetune@kd",
@@ -268,6 +269,32 @@ def test_one_recipe_trains_one_student(project):
     assert ended.skipped == ALL - ended.ran
     assert (project.root / "models/ckd/model.safetensors").read_bytes() == other
     assert (project.root / "models/kd/model.safetensors").read_bytes() != ours
+
+
+def test_mining_anew_retrains_only_who_reads_neighbours(project):
+    weights = {name: project.root / f"models/{name}/model.safetensors" for name in ("kd", "ckd")}
+    before = {name: path.read_bytes() for name, path in weights.items()}
+    project.set(mine__range_min=1)
+    ended = project.repro()
+    assert ended.ran == {
+        *("check", "mine", "neighbours", "distill@ckd", "evaluate@ckd", "report"),
+    }
+    assert weights["kd"].read_bytes() == before["kd"]
+    assert weights["ckd"].read_bytes() != before["ckd"]
+
+    # A recipe that begins to read some, and one that is new.
+    params = project.params
+    params["recipes"]["new"] = params["recipes"]["ckd"]
+    params["students"]["new"] = {"recipe": "new", "start": "half"}
+    params["recipes"]["kd"]["objectives"] = params["recipes"]["kd_ckd"]["objectives"]
+    (project.root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    ended = project.repro("distill")
+    assert ended.ran == {"check", "neighbours", "distill@kd", "distill@new"}
+    project.set(mine__range_min=2)
+    ended = project.repro("distill")
+    assert ended.ran == {
+        *("check", "mine", "neighbours", "distill@kd", "distill@ckd", "distill@new"),
+    }
 
 
 def test_a_teacher_that_comes_back_finds_its_vectors(project, teacher, tmp_path):

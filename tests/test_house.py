@@ -28,6 +28,7 @@ COMMANDS = [
     "embed",
     "start",
     "mine",
+    "neighbours",
     "distill",
     "finetune",
     "evaluate",
@@ -89,6 +90,7 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "embed": [at.embeddings, at.stage_facts("embed")],
         "start": [at.start("${key}")],
         "mine": [at.negatives, at.stage_facts("mine")],
+        "neighbours": [at.neighbours],
         "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],
         "finetune": [
             at.finetuned("${item}"),

@@ -23,7 +23,7 @@ from tests.test_dvc import new_project, processes, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-READY = ["check", "docs", "shard", "split", "embed", "start half", "mine"]
+READY = ["check", "docs", "shard", "split", "embed", "start half", "mine", "neighbours"]
 TRAINED = {"check", "distill@kd", "finetune@kd"}
 TOOL = f"""#!{sys.executable}
 import sys

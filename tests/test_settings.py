@@ -456,6 +456,8 @@ def test_check_leaves_hashes_of_what_comes_from_outside(project):
     )
     assert sources["starts"]["half"] == sources["teacher"]
     assert str(project) not in (project / "data/sources.json").read_text()
+    reading = json.loads((project / "data/sources.json").read_bytes())["neighbours"]
+    assert (reading["kd"], reading["ckd"], reading["disco_ckd"]) == (False, True, False)
     versions = yaml.safe_load((project / "data/versions.yaml").read_text())
     assert versions == {stage: check.version_of(stage) for stage in check.VERSIONED}
     assert outcome.facts["files"] == 6
