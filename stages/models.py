@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from stages.files import is_regular, located
@@ -25,13 +26,16 @@ PACKAGE = "package:"
 
 # What transformers and sentence-transformers read of a folder. Other formats of the same weights
 # (onnx/, *.bin), cards and training leftovers change nothing, so they are not part of a fingerprint.
-READ_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+READ_PATTERNS = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"),
+    *("*.codes", "*.spm", "*.tiktoken", "*.tokenizer"),  # of PhoBERT, Marian, Qwen, ProphetNet
+]
 MODULES = "modules.json"
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TRANSFORMER = "Transformer"
 # Names of files that a tokenizer may be made of; a tokenizer without a vocabulary has its settings alone.
-VOCABULARY = r"token|vocab|\.model$|merges|\.py$"
+VOCABULARY = r"token|vocab|\.model$|\.spm$|merges|\.py$"
 # Kinds of modules that cannot be loaded without a file of theirs; a Normalize, say, has none.
 WITH_FILES = {
     *(TRANSFORMER, "Pooling", "Dense", "LayerNorm", "WeightedLayerPooling", "Router", "Asym"),
@@ -47,6 +51,49 @@ FOREIGN_FOLDERS = (
 FOREIGN_FILES = (
     *("trainer_state.json", "training_args.json", "*_results.json", "requirements*.txt"),
     *("readme*", "license*", "licence*", "notice*"),
+)
+# Other forms of the weights, cards, pictures, archives: code of a model's maker may read anything else.
+FOREIGN_ENDINGS = (
+    *(
+        ".bin",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".onnx",
+        ".onnx_data",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".tflite",
+    ),
+    *(
+        ".pb",
+        ".mlmodel",
+        ".mlpackage",
+        ".pkl",
+        ".pickle",
+        ".joblib",
+        ".md",
+        ".rst",
+        ".pdf",
+        ".html",
+    ),
+    *(
+        ".ipynb",
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".gif",
+        ".svg",
+        ".webp",
+        ".mp4",
+        ".zip",
+        ".gz",
+        ".tar",
+        ".zst",
+    ),
+    *(".log", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".pyc", ".sh", ".lock", ".tmp"),
 )
 TRAIN_SCRIPT = "train_script.py"
 # transformers reads one folder more than that of a module.
@@ -242,13 +289,11 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
     Raises:
         TeachonceError: no configuration, no safetensors, or weights that were cut off.
     """
-    files = [
-        path
-        for path in _own_files(
-            folder, *READ_PATTERNS, address=address, trust_remote_code=trust_remote_code
-        )
-        if is_regular(path, address)
-    ]
+    own = partial(_own_files, folder, address=address, trust_remote_code=trust_remote_code)
+    files = [path for path in own(*READ_PATTERNS) if is_regular(path, address)]
+    if trust_remote_code:
+        others = [path for path in own("*") if not path.is_dir() and _may_be_read(path)]
+        files = sorted({*files, *(path for path in others if is_regular(path, address))})
     if not {"config.json", MODULES} & {path.name for path in files if path.parent == folder}:
         raise TeachonceError(
             address,
@@ -272,6 +317,13 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
     for path in weights:
         read_header(path, address)
     return files
+
+
+def _may_be_read(path: Path) -> bool:
+    """Whether code of a model's maker may read a file: all but what is known to be foreign."""
+    name = path.name.lower()
+    named = name in {"dockerfile", "makefile", "citation.cff"}
+    return not (named or name.startswith(".") or name.endswith(FOREIGN_ENDINGS))
 
 
 def _own_files(folder: Path, *patterns: str, address: str, trust_remote_code: bool) -> list[Path]:

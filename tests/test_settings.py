@@ -4,11 +4,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from pipeline.settings import SENTENCES, _address, examine, load_params
 from pipeline.workspace import Workspace
 from stages import check
 from stages.encoding import cpu_flags, slow_precision
-from stages.models import file_hashes, find_model, model_files, sha256_of
+from stages.models import READ_PATTERNS, file_hashes, find_model, model_files, sha256_of
 from stages.params import (
     REMOTE_URLS,
     ExportParams,
@@ -893,6 +895,68 @@ def test_the_files_of_the_demos_teacher_are_those_they_were():
         *("data_config.json", "model.safetensors", "modules.json", "sentence_bert_config.json"),
         *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bpe.codes", "source.spm", "target.spm", "vocab.txt", "merges.txt", "spiece.model"),
+        *("qwen.tiktoken", "prophetnet.tokenizer", "chat_template.jinja", "emoji.json"),
+    ],
+)
+def test_what_a_tokenizer_reads_is_part_of_its_model(tmp_path, name):
+    """Another `bpe.codes` gave other vectors under the same name."""
+    model = make_model(tmp_path / "m")
+    before = file_hashes(model, address="x", sha256=sha256_of)
+    for place in ("", "eval/", "checkpoint-1/"):
+        (model / place).mkdir(exist_ok=True)
+        (model / f"{place}{name}").write_text(place)
+    assert file_hashes(model, address="x", sha256=sha256_of).keys() - before.keys() == {name}
+
+
+def test_each_file_that_a_tokenizer_of_transformers_names_is_read(tmp_path):
+    """The fingerprint, and what is fetched from the hub, know the names of the installed version."""
+    import importlib.util
+
+    package = Path(importlib.util.find_spec("transformers").origin).parent
+    names = {
+        name
+        for path in package.glob("models/*/tokenization_*.py")
+        for table in re.findall(r"VOCAB_FILES_NAMES[^{\n]*= \{(.*?)\}", path.read_text(), re.DOTALL)
+        for name in re.findall(r':\s*"([\w.-]+\.\w+)"', table)
+    }
+    assert {"bpe.codes", "source.spm", "vocab.txt", "spiece.model"} <= names
+    assert {name for name in names if not any(fnmatch(name, one) for one in READ_PATTERNS)} == set()
+
+
+def test_code_of_a_models_maker_may_read_what_is_not_known_to_be_foreign(tmp_path):
+    model = make_model(tmp_path / "m")
+
+    def files(trusted):
+        return file_hashes(model, address="x", sha256=sha256_of, trust_remote_code=trusted)
+
+    plain = files(False)
+    assert files(True) == plain
+    for name in (
+        *("README.md", ".gitattributes", "model.onnx", "tf_model.h5", "flax_model.msgpack"),
+        *(
+            "assets/picture.png",
+            "LICENSE",
+            "results.csv",
+            "rust_model.ot",
+            "Makefile",
+            "model.gguf",
+        ),
+    ):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    assert files(True) == files(False) == plain
+    for name in ("idf.npz", "tables/words.dat", "settings.yaml"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+        assert files(True).keys() - plain.keys() == {name}
+        assert files(False) == plain
+        (model / name).unlink()
 
 
 def test_only_files_that_the_loader_reads_are_hashed(tmp_path):

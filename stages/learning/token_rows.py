@@ -17,6 +17,9 @@ from storage.tokens import Tokens, put_tokens
 
 VERSION = 1
 
+TOKENIZER_ENDINGS = {".json", ".txt", ".model", ".py", ".tiktoken"}
+"""Of files with `token` in their name, of which a tokenizer is made; others are named by its class."""
+
 
 def token_rows(
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
@@ -52,8 +55,7 @@ def token_rows(
             "tokenizer": {
                 path.name: sha256_of(path)
                 for path in sorted(folder.iterdir())
-                if path.name in own
-                or (path.suffix in {".json", ".txt", ".model"} and "token" in path.name)
+                if path.name in own or (path.suffix in TOKENIZER_ENDINGS and "token" in path.name)
             },
             "max_tokens": max_tokens,
         }
