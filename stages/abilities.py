@@ -137,8 +137,9 @@ def check_trainable(folder: Path, *, address: str) -> None:
 
 def check_exportable(folder: Path, *, address: str) -> None:
     """Raise for a model with a module that has no form which all versions of sentence-transformers read."""
+    own = {name.rpartition(".")[2] for name in _custom_modules(folder)}
     for kind, _ in modules_of(folder, address):
-        if kind not in STOCK:
+        if kind not in STOCK or kind in own:
             raise TeachonceError(
                 address,
                 f"its start in {folder} has the module {shown(kind)}, which cannot be exported",

@@ -228,6 +228,31 @@ def test_a_start_with_code_of_its_own_goes_all_the_way(place, tiny_model, tmp_pa
         load_model(exported, device=CPU)
 
 
+POOLING = """
+from sentence_transformers.sentence_transformer.modules import Pooling
+class Shifted(Pooling):
+    def forward(self, features, **others):
+        found = super().forward(features, **others)
+        found["sentence_embedding"] = found["sentence_embedding"] + 1
+        return found
+"""
+
+
+def test_the_code_of_a_module_goes_along_too(tiny_model, tmp_path):
+    """sentence-transformers writes it where it does not look for it."""
+    folder, _ = copied(tiny_model, tmp_path / "own")
+    (folder / "shifted.py").write_text(POOLING)
+    modules = json.loads((folder / "modules.json").read_bytes())
+    modules[1]["type"] = "shifted.Shifted"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    own = alone(folder, TEXTS[:4], trust_remote_code=True)
+    assert not np.allclose(own, alone(tiny_model, TEXTS[:4]), atol=0.01)
+    first, second = tmp_path / "first", tmp_path / "second"
+    start.run(WHOLE, name="s", folder=folder, trust_remote_code=True, out=first)
+    start.run(WHOLE, name="s", folder=first, trust_remote_code=True, out=second)
+    assert np.allclose(alone(second, TEXTS[:4], trust_remote_code=True), own, atol=1e-5)
+
+
 def test_a_static_teacher_has_transformers_as_students(place, tmp_path, tiny_model):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding

@@ -1245,6 +1245,14 @@ def test_check_refuses_a_start_that_cannot_be_trained_or_exported(project):
         "teachonce are transformers",
         "export.model": f"its start in {project / 'odd'} has the module CNN, which cannot be exported",
     }
+    # Its name is that of a stock module, its code is not.
+    (project / "odd/modules.json").write_text('[{"path": "", "type": "custom.Transformer"}]')
+    (project / "odd/custom.py").write_text("")
+
+    def trust(content):
+        content["embed"]["trust_remote_code"] = True
+
+    assert "the module Transformer, which cannot" in problems_of(project, trust)["export.model"]
     # Measured alone, without a student, it may be what it is.
     found = problems_of(project, lambda content: content["students"].pop("a"))
     assert found.keys() == {"export.model"}

@@ -258,6 +258,9 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
     model.similarity_fn_name = "cosine"
     model.truncate_dim = None
     model.save(str(folder), create_model_card=False, safe_serialization=True)
+    # sentence-transformers writes the code of a module into its folder, and looks for it at the top.
+    for code in sorted(folder.glob("*/*.py")):
+        code.replace(folder / code.name)
     # Students learn without padding, or with padding on the right. On the left it moves the positions of a
     # model that counts them from the first token of a batch.
     path = folder / "tokenizer_config.json"
