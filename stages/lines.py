@@ -115,7 +115,7 @@ def _refuse_wide(path: Path, head: bytes) -> None:
     name = marked or _wide_encoding(head[:HEAD_BYTES])
     if name is not None:
         raise TeachonceError(
-            path, f"is {name}, not UTF-8", _converted(path, f"iconv -f {name} -t UTF-8")
+            path, f"is {name}, not UTF-8", converted(path, f"iconv -f {name} -t UTF-8")
         )
 
 
@@ -131,7 +131,7 @@ def _wide_encoding(head: bytes) -> str | None:
     )
 
 
-def _converted(path: Path, command: str) -> str:
+def converted(path: Path, command: str) -> str:
     """What to type to change a file by a command that reads and writes a stream."""
     file = shlex.quote(str(path))
     unpack, pack = {
@@ -164,7 +164,7 @@ def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes | None]:
         raise TeachonceError(
             path,
             "its lines end in carriage returns, and only a line feed ends a line here",
-            _converted(path, "tr '\\r' '\\n'"),
+            converted(path, "tr '\\r' '\\n'"),
         )
     if too_long:
         yield None

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from stages.files import files_below, located, matching, reading, unpacked_name, with_compressed
-from stages.lines import check_start, lines
+from stages.lines import check_start, converted, lines
 from storage import regular
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
@@ -46,6 +46,9 @@ UNDECODABLE, MALFORMED, TOO_LONG = (
     Rejected("undecodable"),
     Rejected("malformed"),
     Rejected("too_long"),
+)
+ONE_A_LINE = (
+    "python3 -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]'"
 )
 NULL = Rejected("malformed")
 """Equal to MALFORMED, but another object: the field is there, only its value is null."""
@@ -205,8 +208,23 @@ def _line_items(path: Path, field: str) -> Iterator[Item]:
     name = unpacked_name(path)
     parse = _json_text(field) if name.endswith(".jsonl") else _decoded
     with reading(path, CURE):
-        for line in lines(path):
+        for number, line in enumerate(lines(path)):
+            if number == 0 and parse is not _decoded and line and begins_array_of_records(line):
+                raise TeachonceError(
+                    path, "a JSON array, where each line is an object", converted(path, ONE_A_LINE)
+                )
             yield TOO_LONG if line is None else parse(line)
+
+
+def begins_array_of_records(line: bytes) -> bool:
+    """Whether the first line of a file of JSON is, or begins, an array of all its records."""
+    if not line.lstrip().startswith(b"["):
+        return False
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return all(isinstance(element, dict | list) for element in value)
 
 
 def _decoded(line: bytes) -> Item:
@@ -326,6 +344,10 @@ def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) ->
         raise TeachonceError(str(source), shown(problem), cure)
     kind = schema.field(places[0]).type
     if not (_holds_text(kind) or pa.types.is_null(kind)):
+        if "binary" in str(kind):
+            cure = (
+                "cast it to text (`column.cast(pyarrow.string())`), or name another in shard.field"
+            )
         raise TeachonceError(
             str(source), f"column {shown(repr(field))} holds {shown(kind)}, not text", cure
         )

@@ -24,7 +24,7 @@ import pyarrow as pa
 from stages.files import reading, unpacked_name, with_compressed
 from stages.lines import content, lines
 from stages.outcome import log
-from stages.readers import Rejected, cells, for_arrow
+from stages.readers import Rejected, begins_array_of_records, cells, for_arrow
 from storage.errors import TeachonceError, shown
 
 ENDINGS = (*with_compressed(".jsonl", ".json", ".tsv", ".csv"), ".parquet")
@@ -132,7 +132,7 @@ class LabelledFile:
     def _from_json(self) -> Iterator[Record | Rejected]:
         """An array of objects or arrays, over any lines, is all of the file; else lines are records."""
         first = next((line for line in lines(self.path) if line is None or line.strip()), b"")
-        if first is None or _begins_array_of_records(first):
+        if first is None or begins_array_of_records(first):
             try:
                 whole = json.loads(content(self.path, MAX_JSON_BYTES))
             except (ValueError, RecursionError) as error:
@@ -338,16 +338,6 @@ def base_name(name: str) -> str:
 def _is_header_word(name: str) -> bool:
     known = re.sub("[ -]", "_", name.casefold())
     return known in HEADER_WORDS or base_name(known) in {*POSITIVE_WORDS, *NEGATIVE_WORDS}
-
-
-def _begins_array_of_records(line: bytes) -> bool:
-    if not line.lstrip().startswith(b"["):
-        return False
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return all(isinstance(element, dict | list) for element in value)
 
 
 def _csv_line(line: bytes | None) -> str:

@@ -348,6 +348,28 @@ def test_a_missing_or_foreign_column_names_the_file_and_the_setting(tmp_path):
     assert refusal(read, path, "n") == f"{path}: column 'n' holds int64, not text\n  cure: {cure}"
 
 
+def test_a_column_of_bytes_says_what_makes_it_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": pa.array([b"a", b"b"])})
+    pq.write_table(table, path)
+    assert "holds binary, not text\n  cure: cast it to text" in refusal(read, path, "text")
+    pq.write_table(table.set_column(0, "text", table["text"].cast(pa.string())), path)
+    assert items(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize(
+    "form", ['[{"text": "a"},\n{"text": "b"}]\n', '[\n{"text": "a"}, {"text": "b"}]']
+)
+def test_an_array_in_a_file_of_json_lines_is_refused_with_a_cure_that_works(tmp_path, packed, form):
+    path = tmp_path / f"a b.jsonl{packed}"
+    path.write_bytes(gzip.compress(form.encode()) if packed else form.encode())
+    said = refusal(read, path, "text")
+    assert said.startswith(f"{path}: a JSON array, where each line is an object\n  cure: ")
+    subprocess.run(said.partition("cure: ")[2], shell=True, check=True)
+    assert items(path) == ["a", "b"]
+
+
 def test_a_stream_cut_between_two_batches_is_an_error(tmp_path):
     path = tmp_path / "a.arrow"
     batch = pa.record_batch({"text": ["a", "b"]})
