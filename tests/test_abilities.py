@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from stages import start
 from stages.abilities import AFTER_PADDING, token_limit, token_limit_of
@@ -116,3 +117,17 @@ def test_a_start_says_how_much_it_reads(roberta, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     assert SentenceTransformer(str(tmp_path / "s")).max_seq_length == 39
+
+
+def test_a_student_that_reads_less_than_its_teacher_is_measured_all_the_same(roberta, tmp_path):
+    """The cure of the refusal was to embed the whole corpus again."""
+    from pipeline.workspace import Workspace
+    from tests.test_dvc import settings
+
+    params = settings(tmp_path, roberta)
+    params["embed"] |= {"max_tokens": 60}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    here = Workspace(tmp_path)
+    assert here.load_encoder(roberta, is_teacher=False).max_tokens == 39
+    with pytest.raises(TeachonceError, match=r"embed.max_tokens: 60, but .* reads 39 tokens"):
+        here.load_encoder(roberta, is_teacher=True)
