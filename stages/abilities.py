@@ -16,6 +16,7 @@ from typing import Any
 from stages.learning.portable import STOCK
 from stages.model_config import POOLING_FLAGS, read_object, transformers_of
 from stages.models import MODULES, TRANSFORMER, modules_of, read_header
+from storage import regular
 from storage.errors import TeachonceError, shown
 
 LAYER = re.compile(r"(^|\.)encoder\.layer\.(\d+)\.")
@@ -214,7 +215,9 @@ def _custom_modules(folder: Path) -> list[str]:
     """The modules whose code lies in the folder, as modules.json names them."""
     if not (folder / MODULES).is_file():
         return []
-    types = [str(module.get("type", "")) for module in json.loads((folder / MODULES).read_bytes())]
+    types = [
+        str(module.get("type", "")) for module in json.loads(regular.content(folder / MODULES))
+    ]
     return [name for name in types if (folder / f"{name.split('.')[0]}.py").is_file()]
 
 
