@@ -238,7 +238,7 @@ class _Pass:
         known = Known(
             self.store,
             self.older,
-            {shard: text_keys_of(self.corpus.batch(shard)) for shard in self.todo},
+            {shard: self.corpus.text_keys_in([shard]) for shard in self.todo},
             storage=self.params.storage,
         )
         unknown = [shard for shard in self.todo if not known.has_all(shard)]

@@ -133,7 +133,7 @@ def put(given: Imported, *, corpus: Corpus, store: Store, teacher: str, storage:
     folder = f"vectors/{teacher}"
     _check_same_as_before(given, store, folder, storage)
     keys = [f"{folder}/{corpus.shard_digest(shard)}.arrow" for shard in range(len(corpus.objects))]
-    text_keys = {shard: text_keys_of(corpus.batch(shard)) for shard in range(len(keys))}
+    text_keys = {shard: corpus.text_keys_in([shard]) for shard in range(len(keys))}
     todo = {shard: of for shard, of in text_keys.items() if store.find(keys[shard]) is None}
     missing = _fill(given, corpus, store, keys, todo, storage) if todo else np.empty(0, np.int64)
     _check_all_there(given, corpus, missing)

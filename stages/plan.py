@@ -351,7 +351,7 @@ def unknown_rows(
     rows = np.concatenate([np.arange(*corpus.starts[shard : shard + 2]) for shard in shards])
     if not older:
         return rows
-    index = KeyIndex(np.concatenate([text_keys_of(corpus.batch(shard)) for shard in shards]))
+    index = KeyIndex(corpus.text_keys_in(shards))
     known = np.zeros(len(rows), bool)
     for key in older:
         try:

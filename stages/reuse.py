@@ -8,13 +8,14 @@ last bits from one that the teacher made in one go: it is *another copy*.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.outcome import log
-from storage.column import KeyIndex, text_keys_of
+from storage.column import MAPS, KeyIndex, text_keys_of
 from storage.embeddings import KnownRows, check_received
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.store import Store
@@ -29,7 +30,7 @@ class Known:
 
     Held in memory, for each row to be made: 8 bytes, and up to 40 more while older shards are looked
     through. Of these only text keys are read, one shard at a time; those that give a row are read whole
-    and compared with their sha256 first, and stay mapped. One that fails is told and gives nothing.
+    and compared with their sha256 first. One that fails is told and gives nothing.
 
     Args:
         store: Where the older shards are.
@@ -51,7 +52,8 @@ class Known:
         self._parts = {s: slice(a, b) for s, a, b in zip(todo, starts, ends, strict=True)}
         self._source = np.full(ends[-1], -1, np.int32)
         self._row = np.empty(ends[-1], np.int32)
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._batch = lru_cache(MAPS)(lambda number: _whole(store, older[number], storage))
+        used = 0
         left = ends[-1]
         index = KeyIndex(np.concatenate(list(todo.values()))) if older else None
         for number, key in enumerate(older):
@@ -60,7 +62,7 @@ class Known:
             try:
                 if not len(self._unseen(index, store.glance(key))[0]):
                     continue
-                batch = _whole(store, key, storage)
+                batch = self._batch(number)
             except TeachonceError as error:
                 log.warning(
                     "embed: nothing is taken from a shard that cannot be trusted: %s", error
@@ -68,14 +70,14 @@ class Known:
                 continue
             rows, places = self._unseen(index, batch)
             self._source[places], self._row[places] = number, rows
-            self._batches[number] = batch
+            used += 1
             left -= len(np.unique(places))
-        if self._batches:
+        if used:
             log.info(
                 "embed: %s of %s texts to do are in %s older shards",
                 f"{ends[-1] - left:,}",
                 f"{ends[-1]:,}",
-                f"{len(self._batches):,}",
+                f"{used:,}",
             )
 
     def has_all(self, shard: int) -> bool:
@@ -96,7 +98,7 @@ class Known:
         order = np.argsort(source, kind="stable")
         numbers, firsts = np.unique(source[order], return_index=True)
         pieces = [
-            self._batches[int(number)].take(pa.array(taken[places]))
+            self._batch(int(number)).take(pa.array(taken[places]))
             for number, places in zip(numbers, np.split(order, firsts[1:]), strict=True)
         ]
         batch = pa.concat_batches(pieces).take(pa.array(np.argsort(order)))

@@ -7,7 +7,7 @@ lazily: an object is mapped, checked and compared with its texts when a row of i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,10 @@ from storage.store import Object, Store, made_again
 
 TEXT_KEY_BYTES = 16
 TEXT_KEY = pa.binary(TEXT_KEY_BYTES)
+
+MAPS = 4096
+"""So many mapped objects a column keeps at hand: those asked for last. A student reads four or five
+columns, and Linux allows a process 65,530 maps in all."""
 
 
 class Column:
@@ -36,7 +40,8 @@ class Column:
         self.starts = np.concatenate(
             [[0], np.cumsum([entry.rows for entry in self.objects], dtype=np.int64)]
         ).astype(np.int64)
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._at_hand = lru_cache(MAPS)(self._open)
+        self._compared: set[int] = set()
         if texts is not None and not np.array_equal(self.starts, texts.starts):
             raise DamagedError(
                 self.objects[0].key if self.objects else store.root,
@@ -52,12 +57,15 @@ class Column:
 
     def batch(self, shard: int) -> pa.RecordBatch:
         """The mapped batch of one shard, checked against its texts."""
-        if shard not in self._batches:
-            batch = self.store.open(self.objects[shard])
-            if self.texts_column is not None:
-                self._compare(shard, batch, self.texts_column.batch(shard))
-            self._batches[shard] = batch
-        return self._batches[shard]
+        return self._at_hand(shard)
+
+    def _open(self, shard: int) -> pa.RecordBatch:
+        batch = self.store.open(self.objects[shard])
+        # Once is enough: the manifest's sha256, which `open` looks at each time, covers the keys.
+        if self.texts_column is not None and shard not in self._compared:
+            self._compare(shard, batch, self.texts_column.batch(shard))
+            self._compared.add(shard)
+        return batch
 
     def by_shard(
         self, ids: NDArray[np.integer]
@@ -89,9 +97,17 @@ class Column:
     @cached_property
     def text_keys(self) -> NDArray[np.bytes_]:
         """(rows,) keys of 16 bytes each, as numpy `V16`; 16 bytes of memory a row."""
-        if not self.objects:
-            return np.empty(0, dtype=f"V{TEXT_KEY_BYTES}")
-        return np.concatenate([text_keys_of(self.batch(s)) for s in range(len(self.objects))])
+        return self.text_keys_in(range(len(self.objects)))
+
+    def text_keys_in(self, shards: Sequence[int]) -> NDArray[np.bytes_]:
+        """(n,) V16 keys of the rows of some shards, in this order; a copy, so that none stays mapped."""
+        keys = np.empty(sum(self.objects[shard].rows for shard in shards), f"V{TEXT_KEY_BYTES}")
+        done = 0
+        for shard in shards:
+            some = text_keys_of(self._open(shard))
+            keys[done : done + len(some)] = some
+            done += len(some)
+        return keys
 
     def _compare(self, shard: int, batch: pa.RecordBatch, texts: pa.RecordBatch) -> None:
         ours, theirs = text_keys_of(batch), text_keys_of(texts)
@@ -161,5 +177,8 @@ def fixed_lists(values: NDArray[np.generic]) -> pa.Array:
 def matrix_of(batch: pa.RecordBatch, name: str) -> NDArray[np.generic]:
     """A column of fixed-size lists as a (rows, width) view of the mapped file; nothing is copied."""
     column = batch.column(name)
-    values: NDArray[np.generic] = column.flatten().to_numpy(zero_copy_only=True)
-    return values.reshape(len(column), column.type.list_size)
+    width = column.type.list_size
+    # Not `flatten`, which asks a compute function and takes twice as long.
+    values = column.values.slice(column.offset * width, len(column) * width)
+    matrix: NDArray[np.generic] = values.to_numpy(zero_copy_only=True)
+    return matrix.reshape(len(column), width)

@@ -7,6 +7,7 @@ with a scale of its own for each row (value = int8 x scale). Whoever reads int8 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.column import (
+    MAPS,
     TEXT_KEY,
     TEXT_KEY_BYTES,
     Column,
@@ -269,17 +271,16 @@ class Embeddings(Column):
         check_made_by(manifest, manifest.recipe)
         check_derived(manifest, corpus)
         super().__init__(store, manifest.objects, corpus)
-        self._values_known: dict[int, NDArray[np.generic]] = {}
-        self._scales_known: dict[int, NDArray[np.float32] | None] = {}
+        self._stored = lru_cache(MAPS)(self._read)
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
-        return int(self._values(0).shape[1]) if self.objects else 0
+        return int(self._stored(0)[0].shape[1]) if self.objects else 0
 
     def shard(self, shard: int) -> NDArray[np.floating]:
         """(rows of the shard, dim): a view of the mapped file in its own type, or int8 as float32."""
-        return _floats(self._values(shard), self._scales(shard))
+        return _floats(*self._stored(shard))
 
     def rows_of(self, ids: NDArray[np.integer]) -> NDArray[np.floating]:
         """(n, dim) vectors of `ids`, in their order, in the stored type, or int8 as float32."""
@@ -288,7 +289,7 @@ class Embeddings(Column):
         order = np.empty(len(ids), np.int64)
         done = 0
         for shard, places, rows in self.by_shard(ids):
-            values, of_shard = self._values(shard), self._scales(shard)
+            values, of_shard = self._stored(shard)
             if taken is None:
                 taken = np.empty((len(ids), values.shape[1]), values.dtype)
                 scales = None if of_shard is None else np.empty(len(ids), np.float32)
@@ -308,21 +309,13 @@ class Embeddings(Column):
             )
         return _floats(taken, scales)
 
-    def _values(self, shard: int) -> NDArray[np.generic]:
-        """(rows of the shard, dim) as stored; a view of the mapped file."""
-        if shard not in self._values_known:
-            self._values_known[shard] = matrix_of(self.batch(shard), "vector")
-        return self._values_known[shard]
-
-    def _scales(self, shard: int) -> NDArray[np.float32] | None:
-        """(rows of the shard,); None if its values need none."""
-        if shard not in self._scales_known:
-            batch = self.batch(shard)
-            try:
-                self._scales_known[shard] = scales_of(batch)
-            except ValueError as error:
-                path = self.store.path(self.objects[shard].key)
-                raise DamagedError(
-                    path, str(error), f"rm -f '{path}', then {made_again(self.objects[shard].key)}"
-                ) from error
-        return self._scales_known[shard]
+    def _read(self, shard: int) -> tuple[NDArray[np.generic], NDArray[np.float32] | None]:
+        """(rows of the shard, dim) as stored, a view of the mapped file; (rows,) scales if it needs any."""
+        batch = self._open(shard)
+        try:
+            return matrix_of(batch, "vector"), scales_of(batch)
+        except ValueError as error:
+            path = self.store.path(self.objects[shard].key)
+            raise DamagedError(
+                path, str(error), f"rm -f '{path}', then {made_again(self.objects[shard].key)}"
+            ) from error

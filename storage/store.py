@@ -129,9 +129,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # Identities of files whose payload this process has checked: a published file never changes,
+        # Identity of each file that this process has checked -> its sha256: a published file never changes,
         # so the second map of it needs no second read.
-        self._checked: dict[tuple[int, ...], Header] = {}
+        self._checked: dict[tuple[int, ...], str] = {}
 
     def put(
         self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None
@@ -191,14 +191,14 @@ class Store:
                 f"{named.rows} rows there, {header.rows} in the object",
                 "restore the manifest from Git, or make it again with the stage that left it",
             )
-        self._check_copy(header, named)
+        self._check_copy(header.sha256, named)
         return batch
 
-    def _check_copy(self, header: Header, named: Object) -> None:
-        if header.sha256 != named.sha256:
+    def _check_copy(self, sha256: str, named: Object) -> None:
+        if sha256 != named.sha256:
             raise AnotherCopyError(
                 self.path(named.key),
-                f"another copy than the manifest's (whole, sha256 {header.sha256[:12]}… there, "
+                f"another copy than the manifest's (whole, sha256 {sha256[:12]}… there, "
                 f"{named.sha256[:12]}… in the manifest)",
                 f"{made_again(named.key)} to adopt the copy that is there, then `dvc repro`",
             )
@@ -300,12 +300,11 @@ class Store:
             MissingError, DamagedError, AnotherCopyError: as `open`.
         """
         path = self.path(named.key)
-        header = None
+        checked = None
         with durable.named(path, "looking for it"), suppress(FileNotFoundError):
-            header = self._checked.get(durable.identity(path.lstat()))
-        if header is None or header.key != named.key:
-            header, _ = self.header(named.key)
-        self._check_copy(header, named)
+            checked = self._checked.get(durable.identity(path.lstat()))
+        if checked != named.sha256:  # which covers the key
+            self._check_copy(self.header(named.key)[0].sha256, named)
 
     def has(self, key: str) -> bool:
         """Whether there is a file under `key`, of whatever content."""
@@ -318,10 +317,10 @@ class Store:
         content, status = self._content(key, take_up=take_up)
         seen = durable.identity(status)
         try:
-            batch, header = _prove(key, content, values=seen not in self._checked)
+            batch, header = (_again if seen in self._checked else _prove)(key, content)
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
-        self._checked[seen] = header
+        self._checked[seen] = header.sha256
         return batch, header, status.st_size
 
     def _content(self, key: str, *, take_up: bool = False) -> tuple[pa.Buffer, os.stat_result]:
@@ -346,11 +345,9 @@ class Store:
                 if take_up and time.time() - status.st_mtime > YOUNG_SECONDS:
                     durable.touch(descriptor)
                     status = os.fstat(descriptor)
-                content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+                return _mapped(descriptor), status
             finally:
-                # The map stays: it lives as long as an array points into it.
                 os.close(descriptor)
-        return pa.py_buffer(content), status
 
     def _missing(self, key: str) -> MissingError:
         return MissingError(
@@ -379,6 +376,17 @@ def _opened(path: Path, root: Path) -> int:
         trash.take_back(root, path)
     # Also if nothing was taken back: the gc may have put it back itself.
     return os.open(path, flags)
+
+
+def _mapped(descriptor: int) -> pa.Buffer:
+    """The content of an open file, mapped as long as an array points into it.
+
+    The map holds no descriptor. Python's `mmap` keeps a copy of one for each map (until 3.13), and of those
+    a process may have 1,024 where maps are 65,530.
+    """
+    # Not the path: another file may have it by now.
+    with pa.memory_map(f"/dev/fd/{descriptor}") as file:
+        return file.read_buffer()
 
 
 def made_again(key: str) -> str:
@@ -467,7 +475,7 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
     Args:
         key: The name it must have.
         content: A file.
-        values: False if its values were compared with its sha256 before.
+        values: False if its values need not be compared with its sha256.
 
     Raises:
         ValueError: says in one line what is wrong.
@@ -484,6 +492,15 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
     return batch, header
 
 
+def _again(key: str, content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
+    """The same of a file that `_prove` has proved and nobody has written to since."""
+    try:
+        reader, header = _read(key, content)
+        return reader.get_batch(0), header
+    except UNREADABLE as error:
+        raise ValueError(_one_line(error)) from error
+
+
 def _one_line(error: Exception) -> str:
     return shown((str(error) or type(error).__name__).splitlines()[0])
 
@@ -498,14 +515,20 @@ def _header_in(schema: pa.Schema) -> Header:
         raise ValueError(f"an unreadable header ({error.error_count()} wrong fields)") from error
 
 
-def _open(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
-    """The Arrow file of the object `key`, and its header; no value is read."""
+def _read(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
+    """The Arrow file of the object `key`, and its header."""
     reader = pa.ipc.open_file(content)
     if reader.num_record_batches != 1:
         raise ValueError(f"{reader.num_record_batches} record batches instead of one")
     header = _header_in(reader.schema)
     if header.key != key:
         raise ValueError(f"it is {header.key} under a foreign name")
+    return reader, header
+
+
+def _open(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
+    """The same, checked as far as it goes without its values."""
+    reader, header = _read(key, content)
     _check_columns(key, reader.schema)
     # An Arrow file has its schema twice, and who reads it as a stream believes the other one.
     front = pa.BufferReader(content[FRONT:])

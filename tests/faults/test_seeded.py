@@ -62,7 +62,7 @@ NO_DIGEST = Change(
     "if False:",
 )
 NO_NAME = Change("storage/store.py", "if header.key != key:", "if False:")
-NO_COPY = Change("storage/store.py", "if header.sha256 != named.sha256:", "if False:")
+NO_COPY = Change("storage/store.py", "if sha256 != named.sha256:", "if False:")
 NO_TEXTS = Change(
     "storage/column.py",
     "if len(ours) == len(theirs) and bool((ours == theirs).all()):",
