@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,7 +31,13 @@ MADE_BY = {
 }
 
 
-NOT_TO_BE_WRITTEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+MAX_OBJECTS = 250_000
+"""With the longest keys that is a manifest of 60 MB: one that is written can be read (`MAX_BYTES`)."""
+
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+NOT_TO_BE_WRITTEN = {*READ_ONLY, errno.ENOSPC, errno.EDQUOT}
+
+log = logging.getLogger("teachonce")
 
 
 class Manifest(BaseModel):
@@ -74,8 +82,15 @@ class Manifest(BaseModel):
         """Leave a ref in the store, then write the manifest, if all that it names is there.
 
         Raises:
+            TeachonceError: it names too many objects; it is not written.
             MissingError, AnotherCopyError, DamagedError, StorageError: as `hold`; it is not written.
         """
+        if len(self.objects) > MAX_OBJECTS:
+            raise TeachonceError(
+                path,
+                f"{len(self.objects):,} shards, and a manifest names {MAX_OBJECTS:,} at most",
+                "raise shard.rows_per_shard, then run `teachonce shard`",
+            )
         self.hold(path, store, again=MADE_BY[self.kind])
         durable.replace(path, self.encoded)
 
@@ -85,7 +100,8 @@ class Manifest(BaseModel):
         """Leave a ref in the store, then look whether all that the manifest names is there.
 
         The ref comes first: `gc` reads the refs after it took something away, so what is seen here stays
-        (storage/trash.py has the whole argument).
+        (storage/trash.py has the whole argument). In a store that may only be read no ref can be left: what
+        is all there is served nevertheless, with a warning.
 
         Args:
             path: Where the manifest is, or is to be.
@@ -98,7 +114,20 @@ class Manifest(BaseModel):
             AnotherCopyError, DamagedError: it is not the one that was found or made.
             StorageError: the operating system refused.
         """
-        ref = self.leave_note(path, store, maker=maker)
+        try:
+            ref = self.leave_note(path, store, maker=maker)
+        except StorageError as error:
+            # A single refusal is a fault; where one may not write at all, there is nothing to mend.
+            folders = store.root, store.root / REFS
+            if not _is_refused(error, READ_ONLY) or any(os.access(f, os.W_OK) for f in folders):
+                raise
+            ref = None
+            log.warning(
+                "%s may only be read here, so no ref says that %s needs it: `teachonce gc` of those who "
+                "may write deletes what no manifest of theirs names",
+                store.root,
+                path.name,
+            )
         left = None if ref is None else _inode(ref)
         try:
             for entry in self.objects:
@@ -134,8 +163,7 @@ class Manifest(BaseModel):
             if known or all(store.has(entry.key) for entry in self.objects):
                 self.leave_note(path, store)
         except StorageError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in NOT_TO_BE_WRITTEN:
+            if isinstance(error.__cause__, OSError) and not _is_refused(error, NOT_TO_BE_WRITTEN):
                 raise
 
     def leave_note(
@@ -194,6 +222,11 @@ class Manifest(BaseModel):
         if kind and manifest.kind != kind:
             raise DamagedError(path, f"a manifest of {manifest.kind}, not of {kind}", cure)
         return manifest
+
+
+def _is_refused(error: StorageError, numbers: Collection[int]) -> bool:
+    """Whether the operating system refused something for one of these reasons."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in numbers
 
 
 def _inode(path: Path) -> int | None:

@@ -538,5 +538,30 @@ def test_who_reads_needs_no_ref_but_hears_of_a_failing_disk(works, tmp_path, mon
     assert refs_of(a.store.root).keys() == before
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_store_that_may_only_be_read_serves_what_is_all_there(
+    works, tmp_path, monkeypatch, caplog, whole
+):
+    a, _ = works
+    manifest = next(iter(a.paths().values()))
+    path, before = tmp_path / "c/corpus.json", refs_of(a.store.root).keys()
+    if not whole:
+        a.store.path(manifest.objects[-1].key).unlink()
+    monkeypatch.setattr(os, "link", refused(errno.EROFS))
+    with pytest.raises(StorageError, match="failed: Read-only file system"):
+        manifest.save(path, a.store)  # one refusal in a store that may be written
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    if whole:
+        manifest.save(path, a.store)
+        assert path.read_bytes() == manifest.encoded
+        assert "may only be read here, so no ref says that corpus.json needs it" in caplog.text
+    else:
+        with pytest.raises(MissingError, match="vanished from the store"):
+            manifest.save(path, a.store)
+        assert not path.exists()
+    monkeypatch.undo()
+    assert refs_of(a.store.root).keys() == before
+
+
 def test_a_ref_that_is_gone_has_no_inode(tmp_path):
     assert manifest_module._inode(tmp_path / "gone.json") is None

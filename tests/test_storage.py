@@ -30,8 +30,9 @@ from storage.errors import (
     TeachonceError,
     shown,
 )
+from storage.holders import MAX_BYTES
 from storage.ipc import first_batch, unpacked_bytes
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import MAX_OBJECTS, Manifest, fingerprint
 from storage.negatives import NONE, Negatives, put_negatives
 from storage.regular import IrregularError
 from storage.split import Split
@@ -862,6 +863,31 @@ def test_a_store_reads_a_corpus_another_process_wrote(place):
 
 
 # -------------------------------------------------------------------------------- what seldom happens
+
+
+def test_a_manifest_that_could_not_be_read_again_is_not_written(place, monkeypatch):
+    corpus = place.corpus(sentences(300), rows_per_shard=16)
+    path, named = place.root / "again.json", len(corpus.objects)
+    monkeypatch.setattr("storage.manifest.MAX_OBJECTS", named)
+    corpus.manifest.save(path, place.store)
+    path.unlink()
+    monkeypatch.setattr("storage.manifest.MAX_OBJECTS", named - 1)
+    with pytest.raises(TeachonceError) as caught:
+        corpus.manifest.save(path, place.store)
+    assert str(caught.value) == (
+        f"{path}: {named} shards, and a manifest names {named - 1} at most\n"
+        "  cure: raise shard.rows_per_shard, then run `teachonce shard`"
+    )
+    assert not path.exists()
+
+
+def test_the_largest_manifest_is_one_that_is_read():
+    widest = Object(
+        key=f"vectors/{'f' * 40}/{'f' * 40}.arrow", rows=10**7, bytes=10**11, sha256="f" * 64
+    )
+    one = len(json.dumps(widest.model_dump(mode="json"), separators=(",", ":"))) + 1
+    # Besides: the recipe, and who has it.
+    assert MAX_OBJECTS * one + (1 << 20) < MAX_BYTES
 
 
 def test_a_column_of_other_shards_than_the_texts_is_refused(place):

@@ -155,7 +155,12 @@ def traced(folder, *words, inject=None, names=(*CHANGING, *READING)):
 
 def _calls(log, folder):
     turns = Counter()
+    files = {}
     for line in log.splitlines():
+        if opened := re.search(r" = (\d+)<([^>]+)>$", line):
+            files[opened[1]] = opened[2]
+        # A refused open of /dev/fd/8 does not say which file that is.
+        line = re.sub(r"/dev/fd/(\d+)", lambda found: files.get(found[1], found[0]), line)
         if found := re.match(r"(\w+)\(", line):
             turns[found[1]] += 1
             if f"{folder}/" in line:

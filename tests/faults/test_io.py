@@ -4,6 +4,7 @@ Errors are put in by strace at single system calls; then come real ones: a full 
 of a file, a folder that may not be written.
 """
 
+import json
 import random
 import re
 import subprocess
@@ -166,6 +167,19 @@ def full_disk(folder, kilobytes):
         subprocess.run(["umount", folder], check=True)
 
 
+@contextmanager
+def read_only(folder):
+    """The folder mounted on itself, so that nobody may write in it; skips where that may not be done."""
+    bound = subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False)
+    if bound.returncode:
+        pytest.skip(f"no folder can be mounted here: {bound.stderr.decode().strip()}")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kilobytes", [4, 12, 20])
 def test_a_disk_that_is_full(stage, kilobytes, room, count):
@@ -189,6 +203,30 @@ def test_a_disk_that_is_full(stage, kilobytes, room, count):
     count(
         "runs on a disk that is full", 1, "without path and cure, a scratch file left, not resumed"
     )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_store_that_may_only_be_read(stage, room, count):
+    """It serves a stage when all is there; if an object is missing, the command says so."""
+    _, after = worktree.before_and_after(room / "read", stage, texts=100)
+    work = worktree.copied(after, room / "work")
+    store = work / worktree.STORE
+    for ref in (store / "refs").iterdir():
+        ref.unlink()  # those of others may name all of it; this tree has none yet
+    there = worktree.results(work)
+    with read_only(store):
+        ended = run(work, stage)
+        assert (ended.code, "may only be read here" in ended.said) == (0, True), ended.said
+    assert worktree.results(work) == there
+    manifest = {"shard": "corpus", "embed": "embeddings", "mine": "negatives"}[stage]
+    first = json.loads((work / f"data/{manifest}.json").read_bytes())["objects"][0]
+    (store / first["key"]).unlink()
+    with read_only(store):
+        ended = run(work, stage)
+        assert ended.code == 1, ended
+        assert "Read-only file system\n  cure: mount it writable" in ended.said
+    assert run(work, stage).code == 0
+    count("stores that may only be read", 2, "of no use though all is there, without path and cure")
 
 
 @pytest.mark.parametrize("stage", STAGES)
