@@ -9,6 +9,14 @@ Both write a scratch file beside the target, flush it to the disk, give it its f
 the folder. A failed flush is never retried: Linux reports a lost page once and then calls it clean,
 so the scratch file is thrown away and the caller starts it again.
 
+A file system without hard links (FAT, exFAT, many of FUSE, some network disks) serves as well. There
+`publish` looks whether the name is free and renames, with the folder locked. A rename gives the name to a
+whole file or to none. The kernel takes the lock back from who dies: none is left behind, and nobody has to
+judge by a clock whether one is stale. Between two machines, or where there are no locks either, both may
+find the name free. Then the later file replaces the earlier and is as whole: of an object, that is another
+copy, which is found out; of a ref, one of the same manifest, and the other holder's next command leaves his
+anew.
+
 What was written is taken away by `move`, `rename` and `remove`, which only the upkeep of the store calls;
 `restore` undoes a `rename`.
 """
@@ -16,12 +24,13 @@ What was written is taken away by `move`, `rename` and `remove`, which only the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,6 +51,15 @@ CURES = {
     errno.ESTALE: "mount the network disk again, then run the same command again",
     errno.EIO: "the device reports errors: check it, then run the same command again",
 }
+LACKING = {
+    *(errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY),
+    *(errno.EINVAL, errno.EMLINK, errno.EXDEV),
+}
+"""What file systems say that have no hard links, no modes or no flush of a folder.
+
+EPERM is also said where that is not allowed; then the rename is not, either, and that is told.
+"""
+
 QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust quote an error of the operating system."""
 
@@ -133,7 +151,9 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
-    """Make the immutable file `path` (mode 0444 less the umask) from what `write` puts into it.
+    """Make the immutable file `path` from what `write` puts into it.
+
+    Its mode is 0444 less the umask, where there are modes.
 
     Returns:
         True if this call made it; False if somebody else had made it before, in which case theirs is
@@ -147,14 +167,9 @@ def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
         write(sink)
         sink.flush()
         os.fsync(sink.fileno())
-        os.fchmod(sink.fileno(), os.fstat(sink.fileno()).st_mode & 0o444)
-        try:
-            # link, not rename: it refuses an existing name, so two writers cannot both win.
-            os.link(scratch, path)
-        except FileExistsError:
-            won = False
-        else:
-            won = True
+        with _if_supported():
+            os.fchmod(sink.fileno(), os.fstat(sink.fileno()).st_mode & 0o444)
+        won = _name(scratch, path)
         _flush(path.parent)
     return won
 
@@ -236,20 +251,10 @@ def restore(path: Path, target: Path) -> bool:
     """
     with named(target, "putting back"):
         try:
-            os.link(path, target)
-        except FileExistsError:
-            return True
+            if not _name(path, target):
+                return True
         except FileNotFoundError:
             return False
-        except PermissionError:
-            # Linux links no file that belongs to somebody else and may not be written
-            # (fs.protected_hardlinks), but renames it for all who may write in the folder.
-            if target.exists():
-                return True
-            try:
-                path.rename(target)
-            except FileNotFoundError:
-                return False
         _flush(target.parent)
         return True
 
@@ -296,6 +301,54 @@ def _scratch_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}")
 
 
+def _name(file: Path, target: Path) -> bool:
+    """Give `file` the name `target` in its folder, unless there is something of that name.
+
+    Returns:
+        False if there is. If not, `file` has its old name still, or no more.
+    """
+    with _if_supported():
+        try:
+            # link, not rename: it refuses an existing name, so two writers cannot both win.
+            os.link(file, target)
+        except FileExistsError:
+            return False
+        return True
+    # There are no links (see above), or Linux links no file that belongs to somebody else and may not be
+    # written (fs.protected_hardlinks), but renames it for all who may write in the folder.
+    with _locked(target.parent):
+        try:
+            target.lstat()
+        except FileNotFoundError:
+            file.rename(target)
+            return True
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep all others on this machine that lock `folder` waiting, where there are locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # closing is not enough if a process was forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+@contextmanager
+def _if_supported() -> Iterator[None]:
+    """Go on behind the block where the file system lacks what is tried in it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+
+
 def _make_folder(folder: Path) -> None:
     """Make `folder` and its parents, each flushed into the one above so that none is lost."""
     with named(folder, "looking for the folder"):
@@ -311,6 +364,7 @@ def _flush(path: Path) -> None:
     """Flush a file or a folder to the disk. Never call it again for one that failed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _if_supported() if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -377,6 +378,118 @@ def test_one_of_many_writers_wins_and_all_see_its_file(tmp_path):
         thread.join()
     assert sorted(wins) == [False] * 15 + [True]
     assert [file.name for file in path.parent.iterdir()] == ["object"]
+
+
+@pytest.fixture(
+    params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV], ids=errno.errorcode.get
+)
+def no_links(request, monkeypatch):
+    """A disk without hard links, modes and flushes of folders, as FAT and many of FUSE."""
+    fsync = os.fsync
+
+    def refuse(*_):
+        raise OSError(request.param, os.strerror(request.param))
+
+    def flush(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(file)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(os, "fsync", flush)
+
+
+def test_without_links_one_of_many_writers_wins_and_keeps_its_file(tmp_path, no_links):
+    path, wins = tmp_path / "deep" / "er" / "object", []
+
+    def write(number):
+        if durable.publish(path, lambda sink: sink.write(b"%d" % number) and None):
+            wins.append((number, path.read_bytes()))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ((number, seen),) = wins
+    assert path.read_bytes() == seen == b"%d" % number
+    assert [file.name for file in path.parent.iterdir()] == ["object"]
+
+
+def test_without_links_a_second_writer_waits_while_the_first_looks_and_renames(
+    tmp_path, no_links, monkeypatch
+):
+    """The first finds the name free; before it renames, the second comes."""
+    path, rename, wins = tmp_path / "object", Path.rename, []
+
+    def publish(content):
+        wins.append((content, durable.publish(path, lambda sink: sink.write(content) and None)))
+
+    second = threading.Thread(target=publish, args=(b"second",))
+
+    def slowly(scratch, target):
+        if not second.ident:
+            second.start()
+            second.join(0.3)
+            assert second.is_alive(), "it did not wait"
+        return rename(scratch, target)
+
+    monkeypatch.setattr(Path, "rename", slowly)
+    publish(b"first")
+    second.join()
+    assert sorted(wins) == [(b"first", True), (b"second", False)]
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["object"]
+
+
+def test_without_links_and_locks_the_store_serves_one_at_a_time(tmp_path, no_links, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "object"
+    assert durable.publish(path, lambda sink: sink.write(b"first") and None)
+    assert not durable.publish(path, lambda sink: sink.write(b"second") and None)
+    assert path.read_bytes() == b"first"
+
+
+def test_without_links_what_a_gc_took_away_comes_back(place, no_links):
+    entries = place.corpus(sentences(200)).objects
+    store = place.store
+    gc = trash.begin(store.root)
+    path = store.path(entries[0].key)
+    trash.take_away(path, gc)
+    (aside,) = path.parent.glob(".*.trash")
+    assert store.find(entries[0].key) == entries[0]
+    trash.put_back(aside)
+    assert store.find(entries[0].key) == entries[0]
+    assert [file.name for file in path.parent.glob(".*")] == []
+
+
+@pytest.mark.parametrize("refused", [errno.EPERM, errno.EACCES])
+def test_where_links_and_renames_are_refused_it_is_the_permission(tmp_path, monkeypatch, refused):
+    def refuse(*_):
+        raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="cure: give yourself write permission there"):
+        durable.publish(tmp_path / "object", lambda sink: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flush_that_fails_is_told_of_a_folder_too(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def fail(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="cure: the device reports errors"):
+        durable.publish(tmp_path / "object", lambda sink: None)
 
 
 def test_a_failed_write_leaves_nothing_and_names_the_file(tmp_path):

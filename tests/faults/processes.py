@@ -132,8 +132,11 @@ def run(folder, *words, **options):
     return Child(folder, *words, **options).go().end()
 
 
-def traced(folder, *words, inject=None, names=(*CHANGING, *READING)):
-    """Run one command under strace.
+NO_LINKS = ("link", "linkat")
+
+
+def traced(folder, *words, inject=None, names=(*CHANGING, *READING), links=True):
+    """Run one command under strace, also as on a disk without hard links.
 
     Returns:
         How it ended, and the calls it made on things in `folder`.
@@ -142,6 +145,8 @@ def traced(folder, *words, inject=None, names=(*CHANGING, *READING)):
     # "?": a call that this machine does not have is no mistake.
     kinds = ",".join(f"?{name}" for name in names)
     options = ["-y", "-s", "0", "-e", f"trace={kinds}", *([f"--inject={inject}"] if inject else [])]
+    if not links:
+        options.append(f"--inject={','.join(f'?{name}' for name in NO_LINKS)}:error=EPERM")
     child = Child(folder, *words)
     strace = subprocess.Popen(
         ["strace", "-p", str(child.pid), "-o", log, *options], stderr=subprocess.PIPE, text=True

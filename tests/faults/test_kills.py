@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from tests.faults import worktree
-from tests.faults.processes import CHANGING, needs_strace, run, traced
+from tests.faults.processes import CHANGING, NO_LINKS, needs_strace, run, traced
 
 STAGES = ["shard", "embed", "mine"]
 TEXTS = 200
@@ -47,6 +47,38 @@ def test_killed_at_each_change_on_the_disk(stage, room, count, times):
         killed,
         "lost, other bytes at the end, a finished shard redone, a scratch file left by gc",
     )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_each_change_on_a_disk_without_links(stage, room, count):
+    """FAT, exFAT, many of FUSE: files get their names in another way, which is survived like the first."""
+    needs_strace()
+    before, after = worktree.before_and_after(room / "no-links", stage, texts=60)
+    work = worktree.copied(before, room / "work")
+    ended, calls = traced(work, stage, names=CHANGING, links=False)
+    assert ended.code == 0, ended
+    assert worktree.results(work) == worktree.results(after)
+    assert worktree.scratch(work) == []
+    asked = [call for call in calls if call.name in NO_LINKS]
+    assert asked and all(call.line.endswith("(INJECTED)") for call in asked)
+    # A call takes one injection. Killed at a link that is refused is killed before the rename behind it.
+    for call in (call for call in calls if call.changes and call not in asked):
+        work = worktree.copied(before, room / "work")
+        ended, _ = traced(
+            work, stage, names=CHANGING, links=False, inject=call.inject("signal=KILL")
+        )
+        assert ended.code == -signal.SIGKILL, (call, ended)
+        done = worktree.finished(work)
+        ended, _ = traced(work, stage, names=CHANGING, links=False)
+        assert ended.code == 0, ended.said
+        assert worktree.results(work) == worktree.results(after)
+        assert done.items() <= worktree.finished(work).items(), "a finished shard was made again"
+        assert worktree.swept(work) == []
+        count(
+            "SIGKILL, one at each such call on a disk without hard links",
+            1,
+            "lost, other bytes at the end, a finished shard redone, a scratch file left by gc",
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)
