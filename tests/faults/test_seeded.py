@@ -44,8 +44,8 @@ class Change:
 
 NO_FILE_FLUSH = Change(
     "storage/durable.py",
-    "        os.fsync(sink.fileno())\n        os.fchmod",
-    "        os.fchmod",
+    "        os.fsync(sink.fileno())\n        with _if_supported",
+    "        with _if_supported",
 )
 NO_FOLDER_FLUSH = Change(
     "storage/durable.py", "        _flush(path.parent)\n    return won", "    return won"
@@ -94,16 +94,20 @@ BUGS = {
         f"{STATES}[embed]",
     ),
     "an object is put in place by rename, which overwrites": (
-        [Change("storage/durable.py", "os.link(scratch, path)", "os.rename(scratch, path)")],
+        [Change("storage/durable.py", "os.link(file, target)", "os.rename(file, target)")],
         f"{STORAGE}::test_one_of_many_writers_wins_and_all_see_its_file",
+    ),
+    "nobody waits where a name is looked at and then given by rename": (
+        [Change("storage/durable.py", "fcntl.flock(descriptor, fcntl.LOCK_EX)", "pass")],
+        f"{STORAGE}::test_without_links_a_second_writer_waits_while_the_first_looks_and_renames[EPERM]",
     ),
     "a flush that failed is tried again": (
         [
             Change(
                 "storage/durable.py",
-                "        os.fsync(sink.fileno())\n        os.fchmod",
+                "        os.fsync(sink.fileno())\n        with _if_supported",
                 "        try:\n            os.fsync(sink.fileno())\n        except OSError:\n"
-                "            os.fsync(sink.fileno())\n        os.fchmod",
+                "            os.fsync(sink.fileno())\n        with _if_supported",
             )
         ],
         f"{ERRORS}::test_a_flush_that_failed_is_not_tried_again[shard]",
