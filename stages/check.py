@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,10 @@ from stages.triplets import look_at, triplet_files
 from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, as_utf8, shown
 from storage.manifest import Manifest
+
+COARSE_STEP = 10_000_000
+COARSE_TIME = 3_000_000_000
+"""In ns. A time that is a multiple of the first is of a coarse clock, which moves on within the second."""
 
 VERSIONED = (
     "docs",
@@ -483,7 +488,13 @@ class RememberedHashes:
             return self._hash(path)
 
     def _hash(self, path: Path) -> str:
-        before = [*durable.identity(path.stat())]
+        status = path.stat()
+        before = [*durable.identity(status)]
+        # FAT counts time in steps of up to two seconds: within one, a file may change and keep its time.
+        unsettled = (
+            status.st_ctime_ns % COARSE_STEP == 0
+            and abs(time.time_ns() - status.st_ctime_ns) < COARSE_TIME
+        )
         entry = self.known.get(as_utf8(path), [])
         remembered = isinstance(entry, list) and entry[:-1] == before
         if remembered and not self.read_data:
@@ -492,7 +503,7 @@ class RememberedHashes:
         if remembered and entry[-1] != found:
             log.warning("check: %s: other bytes, though no time of it changed", path)
         # What was written to meanwhile is hashed again next time.
-        if [*durable.identity(path.stat())] == before:
+        if [*durable.identity(path.stat())] == before and not unsettled:
             self.known[as_utf8(path)] = [*before, found]
         return found
 

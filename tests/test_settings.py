@@ -12,6 +12,7 @@ import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -704,6 +705,28 @@ def test_another_file_of_the_same_size_and_time_is_seen(tmp_path):
     hashes(tmp_path / "file")
     (tmp_path / "other").replace(tmp_path / "file")
     assert hashes(tmp_path / "file") == hashlib.sha256(b"two").hexdigest()
+
+
+@pytest.mark.parametrize(("age", "is_remembered"), [(0, False), (4 * 10**9, True), (12_345, True)])
+def test_a_hash_is_not_remembered_while_a_coarse_clock_stands_still(
+    tmp_path, monkeypatch, age, is_remembered
+):
+    """FAT: a file that is written twice within two seconds has one time."""
+    file, plain, now = tmp_path / "file", Path.stat, time.time_ns() // 10**9 * 10**9
+
+    def coarse(path, **options):
+        status = plain(path, **options)
+        words = {word: getattr(status, word) for word in ("st_mode", "st_dev", "st_ino", "st_size")}
+        return SimpleNamespace(**words, st_mtime_ns=now - age, st_ctime_ns=now - age)
+
+    hashes = check.RememberedHashes(tmp_path / "memory.json")
+    monkeypatch.setattr(check.time, "time_ns", lambda: now + 1)
+    monkeypatch.setattr(Path, "stat", coarse)
+    file.write_bytes(b"one")
+    assert hashes(file) == hashlib.sha256(b"one").hexdigest()
+    file.write_bytes(b"two")
+    said = b"one" if is_remembered else b"two"
+    assert hashes(file) == hashlib.sha256(said).hexdigest()
 
 
 def test_read_data_believes_nothing_that_is_remembered(project, caplog):
@@ -1448,6 +1471,7 @@ def test_what_a_processor_can_do_is_read_from_its_flags(tmp_path):
 FIND = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from stages.models import find_model
 from storage.errors import TeachonceError
 asked = {"revision": None, "root": Path(), "address": "embed.teacher"}
