@@ -156,6 +156,7 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
     futures: dict[Future[None], Object] = {
         pool.submit(move, entry, result): entry for entry in objects
     }
+    counted, size = 0, 0
     try:
         for future in as_completed(futures):
             try:
@@ -164,7 +165,8 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
                 raise
             except TeachonceError as error:
                 result.problems.append(error)
-            size = sum(entry.bytes for entry in result.moved)
+            new = result.moved[counted:]  # only these: to add up all of them each time is quadratic
+            counted, size = counted + len(new), size + sum(entry.bytes for entry in new)
             progress.advance(
                 1, f"{size / 1e6:,.1f} MB moved, {size / 1e6 / progress.seconds:,.1f} MB/s"
             )

@@ -1201,3 +1201,18 @@ def test_another_kind_of_url_is_refused_before_anything_is_connected(monkeypatch
         Remote(url)
     with pytest.raises(ValidationError, match=r"is no remote known here|one kind within another"):
         TypeAdapter(RemotePlace).validate_python(url)
+
+
+def test_the_progress_of_a_transfer_asks_the_size_of_each_object_a_bounded_number_of_times():
+    class Counted:
+        asked = 0
+
+        @property
+        def bytes(self):
+            Counted.asked += 1
+            return 1000
+
+    objects = [Counted() for _ in range(500)]
+    result = transfer._each("push", objects, lambda entry, result: result.moved.append(entry))
+    assert len(result.moved) == 500
+    assert Counted.asked == 2 * 500  # once for the number of threads, once for the progress
