@@ -51,8 +51,9 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
     def send(entry: Object, result: Moved) -> None:
         (result.moved if remote.push(entry, store) else result.there).append(entry)
 
-    result = _each("push", _objects(manifests), send)
-    _raise_problems("push", result)
+    objects = _objects(manifests)
+    result = _each("push", objects, send)
+    _raise_problems("push", result, len(objects))
     for manifest in manifests.values():
         if manifest.kind == "embeddings" and (
             record := store.find(probe_key(fingerprint(manifest.recipe)))
@@ -84,7 +85,7 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 
     objects = _objects(manifests)
     result = _each("pull", objects, fetch)
-    _raise_problems("pull", result)
+    _raise_problems("pull", result, len(objects))
     if result.missing:
         first = result.missing[0].key
         raise MissingError(
@@ -152,17 +153,26 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
     """Move objects, several at a time. One that fails does not keep the others; a dead remote does."""
     result = Moved()
     progress = Progress(stage, total=len(objects), unit="objects")
-    pool = ThreadPoolExecutor(threads(objects), thread_name_prefix=stage)
+    workers = threads(objects)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=stage)
     futures: dict[Future[None], Object] = {
         pool.submit(move, entry, result): entry for entry in objects
     }
-    counted, size = 0, 0
+    counted, size, failed_in_a_row = 0, 0, 0
+    # Those that are under way when a remote dies all fail; with one thread, one failure proves no death.
+    most_in_a_row = max(2, workers)
     try:
         for future in as_completed(futures):
             try:
                 future.result()
-            except RemoteError:
-                raise
+                failed_in_a_row = 0
+            except RemoteError as error:
+                if error.is_final:
+                    raise
+                result.problems.append(error)
+                failed_in_a_row += 1
+                if failed_in_a_row == most_in_a_row:
+                    break
             except TeachonceError as error:
                 result.problems.append(error)
             new = result.moved[counted:]  # only these: to add up all of them each time is quadratic
@@ -176,12 +186,16 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
     return result
 
 
-def _raise_problems(stage: str, result: Moved) -> None:
+def _raise_problems(stage: str, result: Moved, total: int) -> None:
     if not result.problems:
         return
     first, *others = result.problems
     for error in others:
         log.warning("%s: %s", stage, error)
+    if isinstance(first, RemoteError):
+        left = total - len(result.moved) - len(result.there) - len(result.missing)
+        problem = f"{first.problem}; {left} of {total} objects were not moved"
+        raise RemoteError(first.where, problem, first.cure) from first
     raise first
 
 

@@ -37,7 +37,10 @@ from storage.store import (
 PROTOCOLS = {"file", "s3", "memory"}
 """Those of which we know that an upload appears whole or not at all."""
 
-ATTEMPTS = 5
+ATTEMPTS = 8
+LONGEST_PAUSE = 8.0
+"""In seconds. A dead server is told after half a minute of pauses."""
+
 CHUNK_BYTES = 8 << 20
 HEAD_BYTES = 64 << 10
 SLACK_BYTES = 1 << 20
@@ -53,7 +56,12 @@ Result = TypeVar("Result")
 
 
 class RemoteError(TeachonceError):
-    """The remote could not be reached, or refused."""
+    """The remote could not be reached, or refused.
+
+    `is_final`: it refused, and would refuse whatever else it is asked.
+    """
+
+    is_final = False
 
 
 class Remote:
@@ -61,7 +69,8 @@ class Remote:
 
     Args:
         url: `s3://bucket/folder`, or an existing folder (also as `file://`).
-        first_pause: Seconds before the second attempt; each further one waits twice as long.
+        first_pause: Seconds before the second attempt; each further one waits twice as long, up to
+            `LONGEST_PAUSE`.
 
     Raises:
         RemoteError: no such folder, or a kind of URL that is not known here.
@@ -87,6 +96,12 @@ class Remote:
             DamagedError: it is cut off, no object, or another one.
             RemoteError: the remote cannot be reached.
         """
+        try:
+            return self._look(key)
+        except DamagedError:
+            return self._look(key)  # an answer may be damaged on its way: only two wrong ones count
+
+    def _look(self, key: str) -> Object | None:
         path = self._path(key)
         try:
             size = self._asked(key, lambda: self._size(path))
@@ -198,7 +213,10 @@ class Remote:
                     ) from None
 
         try:
-            store.receive(key, write, accept)
+            try:
+                store.receive(key, write, accept)
+            except ValueError:
+                store.receive(key, write, accept)  # as in `find`
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
 
@@ -256,7 +274,7 @@ class Remote:
         return self._asked(key, read)
 
     def _asked(self, key: str, call: Callable[[], Result]) -> Result:
-        """What `call` returns at one of five attempts; FileNotFoundError is an answer, not a failure.
+        """What `call` returns at one of `ATTEMPTS` attempts; FileNotFoundError is an answer, not a failure.
 
         Raises:
             RemoteError: none succeeded, or it is of no use to try again.
@@ -271,15 +289,18 @@ class Remote:
                 if not _is_transport(error):
                     raise
                 if _is_final(error) or attempt == ATTEMPTS:
-                    raise RemoteError(
+                    failure = RemoteError(
                         self._shown(key),
                         f"failed{f' {attempt} times' if attempt > 1 else ''}: "
                         f"{shown(error) or type(error).__name__}",
                         "check the network, the credentials and `remote`, then run the same command "
                         "again: what was moved is kept",
-                    ) from error
+                    )
+                    failure.is_final = _is_final(error)
+                    raise failure from error
             # Half of it by chance, so that boxes that failed together do not come back together.
-            time.sleep(self.first_pause * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+            pause = min(self.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE)
+            time.sleep(pause * random.uniform(0.5, 1))
             attempt += 1
 
     def _path(self, key: str) -> str:
