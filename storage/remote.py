@@ -106,6 +106,8 @@ class Remote:
         try:
             size = self._asked(key, lambda: self._size(path))
             if size == 0:
+                if self._folder is None:
+                    return None  # a put that was cut to nothing; `_put` makes it again
                 raise self._damaged(key, "empty")
             head = self._range(key, 0, min(size, HEAD_BYTES))
             tail = self._range(key, max(0, size - len(MAGIC)), size)
@@ -230,30 +232,33 @@ class Remote:
 
             return durable.publish(Path(path), write)
 
-        def put() -> bool:
-            try:
-                self._files.pipe_file(path, content, mode="create")
-            except Exception as error:
-                # A put may have worked though its answer was lost, and not all servers name a taken
-                # name alike: look.
-                if _is_transport(error) and self._is_there(key, path):
-                    return False
-                raise
-            return True
-
         try:
-            return self._asked(key, put)
+            return self._asked(key, lambda: self._put_once(key, path, content))
         except FileNotFoundError as error:
             raise RemoteError(
                 self.url, f"cannot be written: {shown(error)}", "make the bucket, or mend `remote`"
             ) from error
 
+    def _put_once(self, key: str, path: str, content: bytes) -> bool:
+        try:
+            self._files.pipe_file(path, content, mode="create")
+        except Exception as error:
+            # A put may have worked though its answer was lost, and not all servers name a taken
+            # name alike: look.
+            if not _is_transport(error):
+                raise
+            if self._is_there(key, path):
+                return False
+            if not isinstance(error, FileExistsError):
+                raise
+            self._files.pipe_file(path, content, mode="overwrite")  # taken by nothing
+        return True
+
     def _is_there(self, key: str, path: str) -> bool:
         try:
-            self._asked(key, lambda: self._size(path))
+            return self._asked(key, lambda: self._size(path)) > 0
         except FileNotFoundError:
             return False
-        return True
 
     def _size(self, path: str) -> int:
         found = self._files.info(path)

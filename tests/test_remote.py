@@ -465,7 +465,7 @@ def test_a_flip_behind_a_right_header_is_told_with_its_place(shaky, tmp_path):
     assert len(found) == len(manifests[here.root / "embeddings.json"].objects) - 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "swapped", "text", "junk"])
+@pytest.mark.parametrize("damage", ["cut", "swapped", "text", "junk"])
 def test_what_is_not_the_object_is_refused_and_not_taken_for_it(shaky, tmp_path, damage):
     here, manifests = furnished(tmp_path / "here")
     one, other = manifests[here.root / "embeddings.json"].objects[:2]
@@ -473,14 +473,13 @@ def test_what_is_not_the_object_is_refused_and_not_taken_for_it(shaky, tmp_path,
     content = here.store.path(one.key).read_bytes()
     there = {
         "cut": content[:-100],
-        "empty": b"",
         "swapped": here.store.path(other.key).read_bytes(),
         "text": b"<html>404</html>",
         "junk": b"ARROW1\0\0" + b"\xff" * 200,
     }[damage]
     MemoryFileSystem.pipe_file(Shaky(), f"/bucket/store/{one.key}", there)
     Shaky.reset(emptied=False)
-    said = {"empty": "empty", "cut": "its end is missing", "swapped": "under a foreign name"}
+    said = {"cut": "its end is missing", "swapped": "under a foreign name"}
     with pytest.raises(DamagedError, match=f"damaged on the remote: .*{said.get(damage, '')}"):
         remote_at(shaky).pull(one, Store(tmp_path / "there"))
     assert not (tmp_path / "there").exists()
@@ -1264,3 +1263,36 @@ def test_one_flipped_answer_blames_nothing(shaky, tmp_path, part):
     assert remote_at(shaky).pull(entry, there)
     assert flipped
     there.open(entry)
+
+
+def test_a_name_without_content_counts_as_not_there_and_is_made_again(shaky, tmp_path):
+    here, manifests = furnished(tmp_path / "here", sentences(100))
+    transfer.push(manifests, store=here.store, remote=remote_at(shaky))
+    whole = files_of_shaky()
+    for path in list(Shaky.store):
+        MemoryFileSystem.pipe_file(Shaky(), path, b"")
+    assert set(files_of_shaky().values()) == {b""}
+    again = transfer.push(manifests, store=here.store, remote=remote_at(shaky))
+    assert again.facts["objects_moved"] == len(objects_of(manifests))
+    assert files_of_shaky().keys() == whole.keys()
+    assert all(files_of_shaky().values())
+
+
+def test_an_error_that_is_none_of_the_way_is_not_taken_for_a_taken_name(shaky, tmp_path):
+    _, entry = pushed_object(tmp_path / "here")
+    Shaky.store.clear()
+    Shaky.asked.clear()
+    Shaky.fails = staticmethod(
+        lambda number: KeyError("a bug") if Shaky.asked[number - 1][0] == "put" else None
+    )
+    with pytest.raises(KeyError, match="a bug"):
+        remote_at(shaky)._put(entry.key, b"content")
+
+
+def test_an_empty_file_in_a_folder_is_told(tmp_path):
+    _, entry = pushed_object(tmp_path / "here")
+    file = tmp_path / "remote" / entry.key
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(DamagedError, match="damaged on the remote: empty"):
+        remote_at(str(tmp_path / "remote")).find(entry.key)
