@@ -167,7 +167,7 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
                 future.result()
                 failed_in_a_row = 0
             except RemoteError as error:
-                if error.is_final:
+                if error.is_of_all:
                     raise
                 result.problems.append(error)
                 failed_in_a_row += 1

@@ -38,8 +38,10 @@ PROTOCOLS = {"file", "s3", "memory"}
 """Those of which we know that an upload appears whole or not at all."""
 
 ATTEMPTS = 8
+"""Of one request: where 30 % are refused, one in 15,000 fails; a dead server is told in half a minute."""
+
 LONGEST_PAUSE = 8.0
-"""In seconds. A dead server is told after half a minute of pauses."""
+"""Seconds between two attempts, at most."""
 
 CHUNK_BYTES = 8 << 20
 HEAD_BYTES = 64 << 10
@@ -56,12 +58,15 @@ Result = TypeVar("Result")
 
 
 class RemoteError(TeachonceError):
-    """The remote could not be reached, or refused.
+    """The remote could not be reached, or refused."""
 
-    `is_final`: it refused, and would refuse whatever else it is asked.
-    """
-
-    is_final = False
+    @property
+    def is_of_all(self) -> bool:
+        """Whether everything else that is asked of the remote would fail alike."""
+        cause = self.__cause__
+        return isinstance(cause, FileNotFoundError) or (
+            isinstance(cause, Exception) and _is_final(cause)
+        )
 
 
 class Remote:
@@ -69,8 +74,7 @@ class Remote:
 
     Args:
         url: `s3://bucket/folder`, or an existing folder (also as `file://`).
-        first_pause: Seconds before the second attempt; each further one waits twice as long, up to
-            `LONGEST_PAUSE`.
+        first_pause: Seconds before the second attempt; each further one waits twice as long, up to 8.
 
     Raises:
         RemoteError: no such folder, or a kind of URL that is not known here.
@@ -90,25 +94,37 @@ class Remote:
     def find(self, key: str) -> Object | None:
         """What the remote has under `key`, by its first and last bytes; None if there is nothing.
 
-        Enough to see that it is there, complete in length and which copy; not that no bit is flipped.
+        Enough to see that it is there, complete in length and which copy; not that no bit is flipped. A
+        name without content, as an upload that was cut may leave it, is nothing.
 
         Raises:
             DamagedError: it is cut off, no object, or another one.
             RemoteError: the remote cannot be reached.
         """
-        try:
-            return self._look(key)
-        except DamagedError:
-            return self._look(key)  # an answer may be damaged on its way: only two wrong ones count
+        return _sure(lambda: self._find(key))
 
-    def _look(self, key: str) -> Object | None:
+    def _find_copy(self, named: Object, store: Store) -> Object | None:
+        """As `find`, of an object that a manifest names.
+
+        Raises:
+            AnotherCopyError: it is another copy than the manifest's.
+            DamagedError, RemoteError: as `find`.
+        """
+
+        def look() -> Object | None:
+            there = self.find(named.key)
+            if there is not None:
+                self._same(there, named, store)
+            return there
+
+        return _sure(look)
+
+    def _find(self, key: str) -> Object | None:
         path = self._path(key)
         try:
             size = self._asked(key, lambda: self._size(path))
             if size == 0:
-                if self._folder is None:
-                    return None  # a put that was cut to nothing; `_put` makes it again
-                raise self._damaged(key, "empty")
+                return None
             head = self._range(key, 0, min(size, HEAD_BYTES))
             tail = self._range(key, max(0, size - len(MAGIC)), size)
         except FileNotFoundError:
@@ -131,10 +147,9 @@ class Remote:
             DamagedError: what came is not what the manifest names; nothing is left behind.
             RemoteError: the remote cannot be reached.
         """
-        there = self.find(named.key)
+        there = self._find_copy(named, store)
         if there is None:
             return False
-        self._same(there, named, store)
 
         def accept(_: pa.RecordBatch, header: Header) -> None:
             if header.sha256 != named.sha256:
@@ -169,22 +184,19 @@ class Remote:
             MissingError, DamagedError: the store has it not, or not whole; nothing is sent.
             RemoteError: the remote cannot be reached or refuses.
         """
-        there = self.find(named.key)
-        if there is None:
-            if self._put(named.key, store.content(named)):
-                return True
-            there = self.find(named.key)
-        if there is None:
+        if self._find_copy(named, store) is not None:
+            return False
+        if self._put(named.key, store.content(named)):
+            return True
+        if self._find_copy(named, store) is None:
             raise RemoteError(
                 self._shown(named.key), "there and gone again", "run `teachonce push` again"
             )
-        self._same(there, named, store)
         return False
 
     def push_ref(self, ref: str, note: bytes) -> bool:
         """Send the note of a manifest, after its objects; False if it is there already."""
-        path = self._path(ref)
-        return not self._is_there(ref, path) and self._put(ref, note)
+        return not self._length(ref, self._path(ref)) and self._put(ref, note)
 
     def ref(self, ref: str) -> bytes | None:
         """The note of a manifest, of whatever content; None if there is none, or one too large to be one.
@@ -214,51 +226,55 @@ class Remote:
                         self._shown(key), "vanished while it was read", "run the same command again"
                     ) from None
 
-        try:
+        def receive() -> None:
             try:
                 store.receive(key, write, accept)
-            except ValueError:
-                store.receive(key, write, accept)  # as in `find`
-        except ValueError as error:
-            raise self._damaged(key, str(error)) from error
+            except ValueError as error:
+                raise self._damaged(key, str(error)) from error
+
+        _sure(receive)
 
     def _put(self, key: str, content: bytes) -> bool:
-        """Make `key` in one step; False if the name was taken."""
+        """Make `key` in one step; False if the name was taken by something that has content."""
         path = self._path(key)
         if self._folder is not None:
 
             def write(sink: BinaryIO) -> None:
                 sink.write(content)
 
+            if self._length(key, path) == 0:
+                durable.remove(Path(path))
             return durable.publish(Path(path), write)
 
         try:
-            return self._asked(key, lambda: self._put_once(key, path, content))
+            return self._asked(key, lambda: self._upload(key, path, content))
         except FileNotFoundError as error:
             raise RemoteError(
                 self.url, f"cannot be written: {shown(error)}", "make the bucket, or mend `remote`"
             ) from error
 
-    def _put_once(self, key: str, path: str, content: bytes) -> bool:
+    def _upload(self, key: str, path: str, content: bytes) -> bool:
+        """One attempt to put `content` under `path`; False if something is there."""
         try:
             self._files.pipe_file(path, content, mode="create")
         except Exception as error:
-            # A put may have worked though its answer was lost, and not all servers name a taken
-            # name alike: look.
-            if not _is_transport(error):
+            # A put may have worked though its answer was lost, and not all servers name a taken name
+            # alike: look.
+            if not _is_transport(error) or (length := self._length(key, path)) is None:
                 raise
-            if self._is_there(key, path):
+            if length:
                 return False
-            if not isinstance(error, FileExistsError):
-                raise
-            self._files.pipe_file(path, content, mode="overwrite")  # taken by nothing
+            self._files.pipe_file(path, content)
+        if (length := self._size(path)) != len(content):
+            raise OSError(errno.EIO, f"{length} bytes arrived of {len(content)}")
         return True
 
-    def _is_there(self, key: str, path: str) -> bool:
+    def _length(self, key: str, path: str) -> int | None:
+        """Bytes under `key`; None if there is nothing of that name."""
         try:
-            return self._asked(key, lambda: self._size(path)) > 0
+            return self._asked(key, lambda: self._size(path))
         except FileNotFoundError:
-            return False
+            return None
 
     def _size(self, path: str) -> int:
         found = self._files.info(path)
@@ -279,7 +295,7 @@ class Remote:
         return self._asked(key, read)
 
     def _asked(self, key: str, call: Callable[[], Result]) -> Result:
-        """What `call` returns at one of `ATTEMPTS` attempts; FileNotFoundError is an answer, not a failure.
+        """What `call` returns at one of its attempts; FileNotFoundError is an answer, not a failure.
 
         Raises:
             RemoteError: none succeeded, or it is of no use to try again.
@@ -294,15 +310,13 @@ class Remote:
                 if not _is_transport(error):
                     raise
                 if _is_final(error) or attempt == ATTEMPTS:
-                    failure = RemoteError(
+                    raise RemoteError(
                         self._shown(key),
                         f"failed{f' {attempt} times' if attempt > 1 else ''}: "
                         f"{shown(error) or type(error).__name__}",
                         "check the network, the credentials and `remote`, then run the same command "
                         "again: what was moved is kept",
-                    )
-                    failure.is_final = _is_final(error)
-                    raise failure from error
+                    ) from error
             # Half of it by chance, so that boxes that failed together do not come back together.
             pause = min(self.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE)
             time.sleep(pause * random.uniform(0.5, 1))
@@ -341,6 +355,14 @@ class Remote:
             f"damaged on the remote: {problem}",
             "delete it there, then run `teachonce push` where the store has it whole",
         )
+
+
+def _sure(read: Callable[[], Result]) -> Result:
+    """What `read` returns; read again if it was wrong, since a bit may have flipped on the way only."""
+    try:
+        return read()
+    except (DamagedError, AnotherCopyError):
+        return read()
 
 
 def _file_system(url: str) -> tuple[Any, str]:

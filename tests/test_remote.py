@@ -1087,8 +1087,6 @@ print(teacher.texts_seen, outcome.facts["shards_fetched"], outcome.facts["shards
 """
 
 S3_CREATE = """
-import sys
-from storage.errors import DamagedError
 from storage.remote import Remote
 remote = Remote("s3://bucket/create")
 key = "text/" + "0" * 40 + ".arrow"
@@ -1098,11 +1096,10 @@ try:
     remote._files.pipe_file("bucket/create/" + key, b"third", mode="create")
 except OSError as error:
     print(type(error).__name__)
-remote._files.pipe_file("bucket/create/" + key.replace("0", "1"), b"")
-try:
-    remote.find(key.replace("0", "1"))
-except DamagedError as error:
-    print(error.problem.split()[-1])
+empty = key.replace("0", "1")
+remote._files.pipe_file("bucket/create/" + empty, b"")
+print(remote.find(empty), remote._put(empty, b"fourth"))
+print(remote._files.cat_file("bucket/create/" + empty).decode())
 """
 
 
@@ -1136,7 +1133,15 @@ def test_a_taken_name_is_not_overwritten_on_a_real_s3_server(s3):
         cwd=ROOT,
         check=True,
     )
-    assert run.stdout.split() == ["True", "False", "first", "FileExistsError", "empty"]
+    assert run.stdout.split() == [
+        "True",
+        "False",
+        "first",
+        "FileExistsError",
+        "None",
+        "True",
+        "fourth",
+    ]
 
 
 @pytest.mark.slow
@@ -1220,10 +1225,21 @@ def test_the_progress_of_a_transfer_asks_the_size_of_each_object_a_bounded_numbe
 
 def test_a_remote_that_refuses_three_calls_in_ten_gets_all_in_one_run(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here", sentences(1000))
-    chance = random.Random(7)
-    Shaky.fails = staticmethod(lambda _: OSError("503") if chance.random() < 0.3 else None)
+
+    def refused(number):
+        asked = Shaky.asked[number - 1]
+        # Of each request in turn, so that threads change nothing.
+        chance = random.Random(f"{asked} {Shaky.asked[:number].count(asked)}")
+        return OSError("503") if chance.random() < 0.3 else None
+
+    Shaky.fails = staticmethod(refused)
     pushed = transfer.push(manifests, store=here.store, remote=remote_at(shaky))
-    assert pushed.facts["objects_moved"] == len(objects_of(manifests))
+    # One whose put was heard only at the second look counts as there.
+    assert pushed.facts["objects_moved"] + pushed.facts["objects_there"] == len(
+        objects_of(manifests)
+    )
+    assert files_of_shaky().keys() >= {entry.key for entry in objects_of(manifests)}
+    assert names_without_objects(files_of_shaky()) == []
 
 
 def test_one_object_that_fails_does_not_end_the_others(shaky, tmp_path):
@@ -1289,10 +1305,60 @@ def test_an_error_that_is_none_of_the_way_is_not_taken_for_a_taken_name(shaky, t
         remote_at(shaky)._put(entry.key, b"content")
 
 
-def test_an_empty_file_in_a_folder_is_told(tmp_path):
-    _, entry = pushed_object(tmp_path / "here")
-    file = tmp_path / "remote" / entry.key
-    file.parent.mkdir(parents=True)
-    file.touch()
-    with pytest.raises(DamagedError, match="damaged on the remote: empty"):
-        remote_at(str(tmp_path / "remote")).find(entry.key)
+def test_a_name_without_content_is_nothing(url, tmp_path):
+    """As an upload that was cut leaves it: of an object, of the probe texts' record, of a ref."""
+    here, manifests = furnished(tmp_path / "here")
+    assert remote_at(url).ref(here.embeddings.ref) is None
+    transfer.push(manifests, store=here.store, remote=remote_at(url))
+    one = manifests[here.root / "embeddings.json"].objects[0]
+    names = [one.key, probe_of(here.embeddings), here.embeddings.ref]
+    files, root = fsspec.url_to_fs(url)
+    whole = {name: files.cat_file(f"{root}/{name}") for name in names}
+    for name in names:
+        files.rm_file(f"{root}/{name}")
+        files.pipe_file(f"{root}/{name}", b"")
+    there = Store(tmp_path / "there")
+    assert not remote_at(url).pull(one, there)
+    with pytest.raises(MissingError, match=r"1 of .* objects are neither here nor there"):
+        transfer.pull(manifests, store=there, remote=remote_at(url))
+    pushed = transfer.push(manifests, store=here.store, remote=remote_at(url))
+    assert (pushed.facts["objects_moved"], pushed.facts["notes"]) == (1, 1)
+    assert {name: files.cat_file(f"{root}/{name}") for name in names} == whole
+
+
+def test_an_upload_that_arrives_empty_or_cut_is_not_called_done(shaky, tmp_path):
+    here, manifests = furnished(tmp_path / "here", sentences(20))
+    one = manifests[here.root / "embeddings.json"].objects[0]
+    put, cut = MemoryFileSystem.pipe_file, {"times": 2}
+
+    def loses(number):
+        operation, path = Shaky.asked[number - 1]
+        if operation == "put" and cut["times"]:
+            cut["times"] -= 1
+            put(Shaky(), path, b"", mode="overwrite")
+            return TimeoutError("no answer")
+        return None
+
+    Shaky.lost = staticmethod(loses)
+    assert remote_at(shaky).push(one, here.store)
+    assert files_of_shaky() == {one.key: here.store.path(one.key).read_bytes()}
+    # An answer that says done proves nothing, either.
+    Shaky.reset()
+
+    def lies(number):
+        operation, path = Shaky.asked[number - 1]
+        if operation == "put" and Shaky.asked[:number].count((operation, path)) == 1:
+            put(Shaky(), path, b"", mode="overwrite")
+
+    Shaky.lost = staticmethod(lies)
+    assert remote_at(shaky).push(one, here.store)
+    assert files_of_shaky() == {one.key: here.store.path(one.key).read_bytes()}
+
+
+def test_a_remote_that_refuses_all_is_asked_for_little(shaky, tmp_path):
+    here, manifests = furnished(tmp_path / "here", sentences(3000))
+    Shaky.fails = staticmethod(lambda number: PermissionError("no"))
+    with pytest.raises(RemoteError, match="failed: no"):
+        transfer.push(manifests, store=here.store, remote=remote_at(shaky))
+    # One request each of those that threads had begun when the first refusal was heard.
+    assert len(Shaky.asked) < len(objects_of(manifests)) / 2
