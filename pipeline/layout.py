@@ -78,7 +78,7 @@ class Layout:
     @property
     def neighbours(self) -> Path:
         """`neighbours`: for each recipe, which mined negatives it reads."""
-        return self.root / "data/neighbours"
+        return self._folder("data/neighbours")
 
     @property
     def documents(self) -> Path:

@@ -32,6 +32,7 @@ FIXED = (
     "split",
     "embeddings",
     "negatives",
+    "neighbours",
     "documents",
     "export",
     "page",

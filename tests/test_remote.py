@@ -1355,6 +1355,22 @@ def test_an_upload_that_arrives_empty_or_cut_is_not_called_done(shaky, tmp_path)
     assert files_of_shaky() == {one.key: here.store.path(one.key).read_bytes()}
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ImportError("no client"), "no client\n  cure: pip install"), (OSError("no key"), "no key")],
+)
+def test_a_file_system_that_cannot_be_made_is_told(error, said):
+    class Unmade(MemoryFileSystem):
+        protocol = ("unmade", "memory")
+
+        def __init__(self, **options):
+            raise error
+
+    fsspec.register_implementation("unmade", Unmade, clobber=True)
+    with pytest.raises(RemoteError, match=said):
+        Remote("unmade://bucket/store")
+
+
 def test_a_remote_that_refuses_all_is_asked_for_little(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here", sentences(3000))
     Shaky.fails = staticmethod(lambda number: PermissionError("no"))
