@@ -116,10 +116,10 @@ BUGS = {
         [
             Change(
                 "stages/transfer.py",
-                '    result = _each("push", _objects(manifests), send)\n',
+                '    result = _each("push", objects, send)\n',
                 "    for path, manifest in manifests.items():\n"
                 "        remote.push_ref(manifest.ref, manifest.note(path))\n"
-                '    result = _each("push", _objects(manifests), send)\n',
+                '    result = _each("push", objects, send)\n',
             )
         ],
         f"{ORDER}[push]",
