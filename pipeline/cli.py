@@ -264,7 +264,7 @@ def mine(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def neighbours(as_json: Json = False) -> None:
-    """Say for each recipe which mined neighbours it reads; for DVC alone, `distill` needs it not."""
+    """Write which mined neighbours each recipe reads. DVC compares these files; no stage reads them."""
     from stages.neighbours import run
 
     here = workspace()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -190,21 +189,13 @@ def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
         files = ref.manifest.recipe.get("teacher")
         if ref.manifest.kind != "embeddings" or not files or ref.made.get("on") != platform.node():
             continue
-        teacher = read_sources(path).get("teacher") if _is_small_file(path) else None
+        teacher = read_sources(path).get("teacher")
         if isinstance(teacher, dict) and teacher.get("files") == files:
             declared = teacher.get("declared")
             name = declared.get("name") if isinstance(declared, dict) else None
             if isinstance(name, str):
                 found[fingerprint(ref.manifest.recipe)] = name
     return found
-
-
-def _is_small_file(path: Path) -> bool:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size <= holders.MAX_BYTES
 
 
 def _folders_of(ref: Ref, objects: Sequence[File]) -> set[str]:

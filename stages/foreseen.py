@@ -5,13 +5,13 @@ Small sources are read whole, since they alone can have too few rows; of others 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from stages.labels import Labels
+from stages.packages import missing
 from stages.params import (
     DOCS_PAIR,
     DOCS_TEXT,
@@ -38,11 +38,6 @@ TRACKERS = {
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 """What the extra `onnx` installs."""
-
-
-def missing(packages: Sequence[str]) -> list[str]:
-    """Those that are not installed; nothing is imported."""
-    return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def check_onnx(packages: Sequence[str] = ONNX) -> None:

@@ -53,48 +53,12 @@ FOREIGN_FILES = (
     *("readme*", "license*", "licence*", "notice*"),
 )
 # Other forms of the weights, cards, pictures, archives: code of a model's maker may read anything else.
-FOREIGN_ENDINGS = (
-    *(
-        ".bin",
-        ".h5",
-        ".msgpack",
-        ".ot",
-        ".onnx",
-        ".onnx_data",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".tflite",
-    ),
-    *(
-        ".pb",
-        ".mlmodel",
-        ".mlpackage",
-        ".pkl",
-        ".pickle",
-        ".joblib",
-        ".md",
-        ".rst",
-        ".pdf",
-        ".html",
-    ),
-    *(
-        ".ipynb",
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".gif",
-        ".svg",
-        ".webp",
-        ".mp4",
-        ".zip",
-        ".gz",
-        ".tar",
-        ".zst",
-    ),
-    *(".log", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".pyc", ".sh", ".lock", ".tmp"),
-)
+_FOREIGN_ENDINGS = """
+    .bin .h5 .msgpack .ot .onnx .onnx_data .pt .pth .ckpt .gguf .tflite .pb .mlmodel .mlpackage
+    .pkl .pickle .joblib .md .rst .pdf .html .ipynb .png .jpg .jpeg .gif .svg .webp .mp4 .zip
+    .gz .tar .zst .log .csv .tsv .jsonl .parquet .arrow .pyc .sh .lock .tmp
+"""
+FOREIGN_ENDINGS = tuple(_FOREIGN_ENDINGS.split())
 TRAIN_SCRIPT = "train_script.py"
 # transformers reads one folder more than that of a module.
 TEMPLATES = "additional_chat_templates"

@@ -21,6 +21,11 @@ READERS = ("docstring_parser", "sentencex")
 """What `stages.prose` imports, from the extra `demo`."""
 
 
+def missing(packages: Sequence[str]) -> list[str]:
+    """Those that are not installed; nothing is imported."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def package_versions(names: Sequence[str]) -> dict[str, str]:
     """Import name -> version of the distribution that has it; nothing is imported.
 
@@ -32,11 +37,11 @@ def package_versions(names: Sequence[str]) -> dict[str, str]:
     """
     if not names:
         return {}
-    if missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
+    if lacking := missing(READERS):
         raise TeachonceError(
             "docs.packages",
-            f"{' and '.join(missing)} cannot be imported, and documentation is read with "
-            f"{'it' if len(missing) == 1 else 'them'}",
+            f"{' and '.join(lacking)} cannot be imported, and documentation is read with "
+            f"{'it' if len(lacking) == 1 else 'them'}",
             "pip install 'teachonce[demo]', or set docs.packages: [] to have no texts of packages",
         )
     owners = metadata.packages_distributions()

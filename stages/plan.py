@@ -49,9 +49,7 @@ FILTERED_ROWS = 2048
 INDEX_ROWS = (4096, 16_384)  # an approximate index grows with its rows by more than their number
 PARENT = "plan"  # of what a sample's student reads
 CHARACTERS = 4  # of a token, in most languages that are written in letters
-SPEED_READINGS = (
-    8  # of the texts whose speed is measured (learning/speed.py), the fixed workload included
-)
+SPEED_READINGS = 8  # of the texts whose speed is measured, with the fixed workload
 SPEED_SECONDS = 20.0  # but no more than this
 OBJECT_BYTES = 1100  # of an Arrow file beside its rows
 

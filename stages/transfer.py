@@ -175,6 +175,7 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
                     break
             except TeachonceError as error:
                 result.problems.append(error)
+                failed_in_a_row = 0  # the remote answers
             new = result.moved[counted:]  # only these: to add up all of them each time is quadratic
             counted, size = counted + len(new), size + sum(entry.bytes for entry in new)
             progress.advance(

@@ -112,7 +112,7 @@ class Remote:
         """
 
         def look() -> Object | None:
-            there = self.find(named.key)
+            there = self._find(named.key)
             if there is not None:
                 self._same(there, named, store)
             return there
