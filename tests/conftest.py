@@ -11,6 +11,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# It wins over every `store`: without this, the tests would write into that of whoever runs them.
+os.environ.pop("TEACHONCE_STORE", None)
 
 from stages import embed
 from stages.params import EmbedParams
