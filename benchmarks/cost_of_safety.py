@@ -109,7 +109,7 @@ def read_texts(file, rows):
     """The first texts of a corpus file, or of the demo's corpus."""
     from stages.docs import run
     from stages.params import DocsParams
-    from stages.readers import read
+    from stages.reading.corpus_files import read
 
     with tempfile.TemporaryDirectory() as folder:
         if file is None:
@@ -123,8 +123,9 @@ def read_texts(file, rows):
 
 def teacher():
     """The demo's teacher as params.yaml says: its encode function, its settings."""
-    from stages.learning.encoder import Encoder, pick_device
-    from stages.models import find_model
+    from stages.models.devices import pick_device
+    from stages.models.encoder import Encoder
+    from stages.models.folder import find_model
     from stages.params import EmbedParams
 
     params = EmbedParams.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())["embed"])

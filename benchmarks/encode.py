@@ -19,8 +19,10 @@ import torch
 from harness import ROOT, ratio, some_texts
 from transformers import AutoModel, AutoTokenizer
 
-from stages.learning.encoder import Encoder, device_name, load_model, pick_device
-from stages.models import find_model
+from stages.models.devices import device_name, pick_device
+from stages.models.encoder import Encoder
+from stages.models.folder import find_model
+from stages.models.loading import load_model
 
 RESULTS = ROOT / "benchmarks/results"
 MAX_TOKENS = 64

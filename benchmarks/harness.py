@@ -5,7 +5,7 @@ import subprocess
 from itertools import islice
 from pathlib import Path
 
-from stages.readers import read
+from stages.reading.corpus_files import read
 
 ROOT = Path(__file__).parent.parent
 

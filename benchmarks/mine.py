@@ -30,9 +30,10 @@ from harness import ROOT, ratio
 from sentence_transformers.util import mine_hard_negatives, semantic_search
 
 from stages import mine
-from stages.learning.encoder import device_name, pick_device
-from stages.learning.neighbours import found_of
-from stages.learning.self_join import SelfJoin, join_cost, tile_on
+from stages.mining import filters
+from stages.mining.faiss_search import found_of
+from stages.mining.self_join import SelfJoin, join_cost, tile_on
+from stages.models.devices import device_name, pick_device
 from stages.params import MineParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
@@ -208,8 +209,8 @@ def ours(stored, k, device, clock):
     first = 0
     for found, cosines in lists:
         own = rows[first : first + len(found)]
-        rejected = mine.reject(params, found, cosines, own=own, text_keys=keys)
-        mine.keep_first(found, cosines, ~np.logical_or.reduce([*rejected.values()]), 16)
+        rejected = filters.reject(params, found, cosines, own=own, text_keys=keys)
+        filters.keep_first(found, cosines, ~np.logical_or.reduce([*rejected.values()]), 16)
         first += len(found)
     return taken, clock() - started
 

@@ -43,7 +43,7 @@ cli.app(sys.argv[2:], standalone_mode=False)
 print(time.process_time() - started, file=sys.stderr)
 """
 LOADED = {
-    "mine": "faiss,pandas,stages.mine,stages.learning.encoder",
+    "mine": "faiss,pandas,stages.mine,stages.models.encoder",
     "distill": "stages.distill,sentence_transformers.sentence_transformer.modules",
 }
 
@@ -62,7 +62,7 @@ def main():
         for teacher in (MINILM, RANDOM)
         for row in compared(corpus, teacher, args)
     ]
-    from stages.learning.encoder import device_name, pick_device
+    from stages.models.devices import device_name, pick_device
 
     machine = device_name(pick_device("cpu"))
     report = "\n".join(
@@ -113,7 +113,7 @@ def prepare(root, corpus, teacher, args):
     del params["students"]["ckd"]
     if corpus != "docs":
         params["shard"]["sources"] = ["texts.jsonl"]
-        from stages.lines import lines
+        from stages.reading.lines import lines
 
         with (root / "texts.jsonl").open("w") as out:
             for number, line in enumerate(lines(args.texts)):
@@ -132,7 +132,7 @@ def make_random_teacher(folder):
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from stages.models import find_model
+    from stages.models.folder import find_model
 
     tokenizer = AutoTokenizer.from_pretrained(
         find_model(MINILM, revision=None, root=Path(), address="teacher")

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from harness import ROOT, commit
 
-from stages.readers import read
+from stages.reading.corpus_files import read
 
 RESULT = ROOT / "benchmarks/results/quality_sts.md"
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from encode import MAX_TOKENS, RESULTS
 from harness import ratio, some_texts
 
-from pipeline.engine import crewed
-from pipeline.processes import Processes
-from stages.encoding import Task
-from stages.models import find_model
+from pipeline.workers.engine import crewed
+from pipeline.workers.processes import Processes
+from stages.models.folder import find_model
+from stages.teaching.interface import Task
 from storage.errors import TeachonceError
 
 ROWS_PER_SHARD = 64
@@ -53,7 +53,8 @@ def main():
 
 def load(folder):
     """The teacher of the pipeline; runs in each process."""
-    from stages.learning.encoder import Encoder, pick_device
+    from stages.models.devices import pick_device
+    from stages.models.encoder import Encoder
 
     encoder = Encoder(folder, device=pick_device("cpu"), max_tokens=MAX_TOKENS)
     return encoder.as_teacher()

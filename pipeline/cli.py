@@ -115,7 +115,7 @@ def check(
     from pipeline.layout import Layout
     from pipeline.settings import examine
     from stages.check import run
-    from stages.encoding import cpu_flags, may_have_gpu
+    from stages.models.processor import cpu_flags, may_have_gpu
 
     at = Layout(Path.cwd())
     content, problems, sections = examine(at.params)
@@ -243,8 +243,8 @@ def start(name: str, as_json: Json = False) -> None:
 @app.command(rich_help_panel=STAGES)
 def mine(as_json: Json = False) -> None:
     """Find each row's hard negatives among the teacher's vectors."""
-    from stages.learning.encoder import pick_device
     from stages.mine import run
+    from stages.models.devices import pick_device
 
     here = workspace()
     show(
@@ -316,11 +316,11 @@ def finetune(name: str, as_json: Json = False) -> None:
 
     What comes of it is NAME-finetuned.
     """
-    from stages.benchmarks import evaluation_keys
     from stages.finetune import run
     from stages.learning.ranks import is_first, joined
     from stages.learning.trackers import tracking
     from stages.params import FINETUNED
+    from stages.reading.evaluation_sets import evaluation_keys
 
     here = workspace()
     params, finetuned = here.params.finetune, f"{name}{FINETUNED}"
@@ -359,7 +359,7 @@ def evaluate(
     """Measure MODEL: `teacher`, a start, a student, or any folder under models/."""
     here = workspace()
     if tasks:
-        from stages.mteb_tasks import run as run_mteb
+        from stages.measuring.mteb_tasks import run as run_mteb
 
         show(
             run_mteb(
@@ -475,7 +475,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what embed, mine, distill, finetune and evaluate will take here: a sample is measured."""
-    from pipeline.plan import lines, run
+    from pipeline.commands.plan import lines, run
 
     outcome = run(workspace(), seconds=seconds, seed=seed)
     show_lines(outcome, lines(outcome.facts), as_json)
@@ -495,8 +495,8 @@ def search(
     With `-` each line of stdin is answered before the next is read: the texts and an empty line, or, with
     --json, an object on a line. Empty lines are passed over.
     """
+    from stages.measuring.search import run
     from stages.params import TEACHER
-    from stages.search import run
 
     here = workspace()
     folder = here.exported() if model is None else here.model_folder(model)
@@ -535,7 +535,7 @@ def verify(
 
     With --store, what all refs in it name.
     """
-    from pipeline.verify import check_sound, lines, run, run_all
+    from pipeline.commands.verify import check_sound, lines, run, run_all
 
     if seed is not None and sample is None:
         raise typer.BadParameter("--seed chooses nothing without --sample")
@@ -552,7 +552,7 @@ def verify(
 @app.command(rich_help_panel=STORE)
 def repair(as_json: Json = False) -> None:
     """Move what is damaged into quarantine; make exactly that, and what is missing, again."""
-    from pipeline.repair import run
+    from pipeline.commands.repair import run
 
     outcome, failure = run(workspace())
     show(outcome, as_json, failure)
@@ -561,7 +561,7 @@ def repair(as_json: Json = False) -> None:
 @app.command(rich_help_panel=STORE)
 def ls(store: StorePath = None, as_json: Json = False) -> None:
     """List what is in the store, for which teacher, how large, and whose manifests need it."""
-    from pipeline.ls import lines, run
+    from pipeline.commands.ls import lines, run
 
     outcome = run(_store_in_use(store))
     show_lines(outcome, lines(outcome.facts), as_json)
@@ -574,7 +574,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Say in which settings and shards two manifests differ; exit code 1 if they do."""
-    from pipeline.diff import lines, run
+    from pipeline.commands.diff import lines, run
 
     outcome = run(a, b)
     show_lines(outcome, lines(outcome.facts), as_json)
@@ -615,7 +615,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Delete objects that no ref in the store names. A dry run, unless told to."""
-    from pipeline.gc import lines, run
+    from pipeline.commands.gc import lines, run
 
     outcome = run(
         # Nobody should delete what the very folder needs in which he types this.
@@ -632,7 +632,7 @@ def gc(
 @app.command(rich_help_panel=STORE)
 def push(as_json: Json = False) -> None:
     """Send what the manifests name to the remote: objects first, then who names them."""
-    from stages.transfer import push as run
+    from pipeline.commands.transfer import push as run
 
     here = workspace()
     remote = here.needed_remote()
@@ -642,7 +642,7 @@ def push(as_json: Json = False) -> None:
 @app.command(rich_help_panel=STORE)
 def pull(as_json: Json = False) -> None:
     """Bring what the manifests name from the remote into the store; each object is checked."""
-    from stages.transfer import pull as run
+    from pipeline.commands.transfer import pull as run
 
     here = workspace()
     remote = here.needed_remote()
@@ -656,7 +656,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Take vectors you have already instead of a teacher's: embed.teacher: imported:NAME."""
-    from pipeline.importing import run
+    from pipeline.commands.import_vectors import run
 
     show(run(workspace(), vectors, texts), as_json)
 
@@ -669,7 +669,7 @@ def join(
     as_json: Json = False,
 ) -> None:
     """Make one teacher of several: their vectors side by side. embed.teacher: imported:NAME."""
-    from pipeline.importing import join as run
+    from pipeline.commands.import_vectors import join as run
 
     show(run(workspace(), manifests), as_json)
 
@@ -679,7 +679,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")], as_json: Json = False
 ) -> None:
     """Make a folder in which `dvc init && dvc repro` works: settings, stages, a short README."""
-    from pipeline.init import run
+    from pipeline.commands.init import run
 
     show(run(folder.resolve()), as_json)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.files import kind_of
 from stages.params import FINETUNED
+from stages.reading.files import kind_of
 from storage import durable
 from storage.errors import TeachonceError, shown
 

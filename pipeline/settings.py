@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from stages.files import kind_of, located
 from stages.params import (
     NO_STORE_URL,
     Params,
@@ -26,6 +25,7 @@ from stages.params import (
     contradictions,
     path_problem,
 )
+from stages.reading.files import kind_of, located
 from storage import durable, regular
 from storage.errors import TeachonceError, shown
 from storage.regular import IrregularError

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources
-from stages.files import located
-from stages.lineage import left_the_teacher, read_lineage
-from stages.model_config import undecided
-from stages.models import find_model
+from stages.models.config import undecided
+from stages.models.folder import find_model
+from stages.models.lineage import left_the_teacher, read_lineage
 from stages.outcome import log, write_json
 from stages.params import (
     FINETUNED,
@@ -27,6 +26,7 @@ from stages.params import (
     RecipeParams,
     SettingsError,
 )
+from stages.reading.files import located
 from storage import regular
 from storage.caches import Caches
 from storage.corpus import Corpus
@@ -39,8 +39,8 @@ from storage.split import Split
 from storage.store import Store
 
 if TYPE_CHECKING:
-    from stages.encoding import Encode, Engine
-    from stages.learning.encoder import Encoder
+    from stages.models.encoder import Encoder
+    from stages.teaching.interface import Encode, Engine
 
 
 class Workspace:
@@ -142,18 +142,20 @@ class Workspace:
 
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""
-        from stages import benchmarks
+        from stages.reading import evaluation_sets
 
         params, root = self.params.evaluate, self.at.root
         sts = [
-            benchmarks.read_sts(benchmarks.sts_files(pattern, root, f"evaluate.sts.{name}"))
+            evaluation_sets.read_sts(
+                evaluation_sets.sts_files(pattern, root, f"evaluate.sts.{name}")
+            )
             for name, pattern in params.sts.items()
         ]
         retrieval = [
-            benchmarks.read_beir(benchmarks.beir_folder(setting, root, name), name)
+            evaluation_sets.read_beir(evaluation_sets.beir_folder(setting, root, name), name)
             for name, setting in params.retrieval.items()
         ]
-        return benchmarks.evaluation_texts(sts, retrieval)
+        return evaluation_sets.evaluation_texts(sts, retrieval)
 
     def teacher(self) -> tuple[dict[str, str], Callable[[], Encode] | None]:
         """The hashes of the teacher's files, and how to load it; None where it is not on this machine.
@@ -184,7 +186,7 @@ class Workspace:
 
     def engine(self) -> Engine:
         """Where the teacher runs."""
-        from pipeline.engine import engine_of
+        from pipeline.workers.engine import engine_of
 
         return engine_of(self.params)
 
@@ -289,8 +291,9 @@ class Workspace:
         Raises:
             TeachonceError: the teacher leaves something undecided.
         """
-        from stages.encoding import cpu_flags, slow_precision
-        from stages.learning.encoder import Encoder, pick_device
+        from stages.models.devices import pick_device
+        from stages.models.encoder import Encoder
+        from stages.models.processor import cpu_flags, slow_precision
 
         params = self.params.embed
         device = pick_device(self.params.device)

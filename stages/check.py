@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stages import benchmarks, readers
-from stages.abilities import (
+from stages.models.abilities import (
     check_code,
     check_exportable,
     check_layers_of,
@@ -26,14 +25,10 @@ from stages.abilities import (
     token_limit_of,
     width_of,
 )
-from stages.encoding import slow_precision
-from stages.files import located, reading
-from stages.foreseen import absent_packages, check_heldout, check_labels, other_fields
-from stages.lines import check_start
-from stages.model_config import check_one_model, decided_pooling, undecided
-from stages.models import file_hashes, find_model, is_same_model, sha256_of
+from stages.models.config import check_one_model, decided_pooling, undecided
+from stages.models.folder import file_hashes, find_model, is_same_model, sha256_of
+from stages.models.processor import slow_precision
 from stages.outcome import Outcome, log, write_json
-from stages.packages import package_versions
 from stages.params import (
     FINETUNED,
     TEACHER,
@@ -48,7 +43,12 @@ from stages.params import (
     check_recipe_widths,
     larger_queues,
 )
-from stages.triplets import look_at, triplet_files
+from stages.preflight import absent_packages, check_heldout, check_labels, other_fields
+from stages.reading import corpus_files, evaluation_sets
+from stages.reading.files import located, reading
+from stages.reading.lines import check_start
+from stages.reading.packages import package_versions
+from stages.reading.triplets import look_at, triplet_files
 from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, as_utf8, shown
 from storage.manifest import Manifest
@@ -341,7 +341,7 @@ class Survey:
         self.problems += other_fields(self.sections, texts=not all_outside, pairs=False)
 
         def look() -> list[Path]:
-            files = readers.source_files(outside, self.root) if outside else []
+            files = corpus_files.source_files(outside, self.root) if outside else []
             lengths = self._can_read("shard", "min_chars", "max_chars")
             if all_outside and lengths and self._can_read("split", "heldout"):
                 heldout = self.sections["split"].heldout
@@ -357,7 +357,7 @@ class Survey:
         for name, pattern in params.sts.items():
             looks[f"sts.{name}"] = (
                 pattern,
-                partial(benchmarks.sts_files, pattern, self.root, f"evaluate.sts.{name}"),
+                partial(evaluation_sets.sts_files, pattern, self.root, f"evaluate.sts.{name}"),
             )
         for name, setting in params.retrieval.items():
             looks[f"retrieval.{name}"] = setting, partial(self._beir_files, setting, name)
@@ -374,7 +374,9 @@ class Survey:
         }
 
     def _beir_files(self, setting: str, name: str) -> list[Path]:
-        return benchmarks.beir_files(benchmarks.beir_folder(setting, self.root, name), name)
+        return evaluation_sets.beir_files(
+            evaluation_sets.beir_folder(setting, self.root, name), name
+        )
 
     def _finetune(self, params: FinetuneParams) -> Entry:
         # Where nobody is finetuned, nothing is read, so nothing need be there.
@@ -393,7 +395,9 @@ class Survey:
         def look() -> list[Path]:
             address = "finetune.dev"
             judged = (
-                _lines_of(partial(benchmarks.sts_files, dev, self.root, address)) if dev else []
+                _lines_of(partial(evaluation_sets.sts_files, dev, self.root, address))
+                if dev
+                else []
             )
             labelled = triplet_files(triplets, self.root)
             looks = [partial(look_at, path, params.fields) for path in labelled if can_look]

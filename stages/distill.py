@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.abilities import check_length
 from stages.learning import ranks
-from stages.learning.agreement import MOST_ROWS, evenly, rank_agreement
 from stages.learning.batches import epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
-from stages.learning.encoder import limit_of_positions, load_model, pick_precision
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Objectives
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
-from stages.models import file_hashes, sha256_of
+from stages.models.abilities import check_length
+from stages.models.devices import pick_precision
+from stages.models.folder import file_hashes, sha256_of
+from stages.models.loading import limit_of_positions, load_model
 from stages.outcome import Outcome, clock, log, write_csv, write_json
 from stages.params import (
     LEAST_HELDOUT,
@@ -33,6 +33,7 @@ from stages.params import (
     check_recipe_widths,
     larger_queues,
 )
+from stages.vectors import MOST_ROWS, evenly, rank_agreement
 from storage import durable
 from storage.caches import Caches
 from storage.embeddings import Embeddings

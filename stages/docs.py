@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.outcome import Fact, Facts, Outcome, log, write_json
-from stages.packages import docstrings, without_collector
 from stages.params import DOCS_PAIR, DOCS_TEXT, DocsParams
-from stages.prose import paragraphs, reads_well
+from stages.reading.packages import docstrings, without_collector
+from stages.reading.prose import paragraphs, reads_well
 from storage import durable
 
 VERSION = 2  # raise it when a code change gives other texts or pairs for the same packages

@@ -16,13 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.drift import check_teacher
-from stages.encoding import NOTHING, Encode, Encoded, Engine, Results, Task, this_process
 from stages.outcome import Outcome, Progress, log, write_json
 from stages.params import EmbedParams
-from stages.reuse import Known
-from stages.rounding import Rounding, told
-from stages.sharing import WIDEST_ROW_BYTES, Sharing
+from stages.teaching.drift import check_teacher
+from stages.teaching.interface import NOTHING, Encode, Encoded, Engine, Results, Task, this_process
+from stages.teaching.reuse import Known
+from stages.teaching.rounding import Rounding, told
+from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
 from storage.column import text_keys_of
 from storage.corpus import Corpus
 from storage.embeddings import BadVectorsError, check_received, put_vectors

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.benchmarks import (
+from stages.measuring.details import likeness_details, neighbour_details, search_details
+from stages.measuring.documents import read_documents, write_documents
+from stages.models.config import Role
+from stages.outcome import Fact, Outcome, Progress, log, write_json
+from stages.params import TEACHER, EvaluateParams
+from stages.reading.evaluation_sets import (
     RetrievalSet,
     StsSet,
     beir_folder,
@@ -23,9 +28,7 @@ from stages.benchmarks import (
     read_sts,
     sts_files,
 )
-from stages.details import likeness_details, neighbour_details, search_details
-from stages.documents import read_documents, write_documents
-from stages.learning.agreement import (
+from stages.vectors import (
     MOST_ROWS,
     NO_DOCUMENT,
     bootstrap_agreement,
@@ -40,9 +43,6 @@ from stages.learning.agreement import (
     sts_correlation,
     top_overlaps,
 )
-from stages.model_config import Role
-from stages.outcome import Fact, Outcome, Progress, log, write_json
-from stages.params import TEACHER, EvaluateParams
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError, shown
@@ -50,7 +50,7 @@ from storage.manifest import fingerprint
 from storage.split import Split
 
 if TYPE_CHECKING:
-    from stages.learning.speed import Speed
+    from stages.models.speed import Speed
 
 VERSION = 6  # raise it when a code change alters the metrics of the same model
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.foreseen import check_onnx
-from stages.lineage import LINEAGE
-from stages.models import weights_bytes
+from stages.models.folder import weights_bytes
+from stages.models.lineage import LINEAGE
 from stages.outcome import Outcome, write_json
 from stages.params import ExportParams
+from stages.preflight import check_onnx
 from stages.reporting.card import Card, model_card
 from storage import durable
 from storage.errors import DamagedError, TeachonceError
@@ -48,9 +48,9 @@ def run(
         TeachonceError: a copy that does not give the model's vectors, or an extra that is missing.
         DamagedError: `folder` is not what its lineage says.
     """
-    from stages.learning.encoder import load_model
-    from stages.learning.onnx import write_onnx
-    from stages.learning.portable import save_portable
+    from stages.models.loading import load_model
+    from stages.models.onnx import write_onnx
+    from stages.models.portable import save_portable
 
     if params.onnx:
         check_onnx()
@@ -96,8 +96,8 @@ def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
 
 
 def _card(params: ExportParams, model: SentenceTransformer, copy: Path, *, dropped: bool) -> Card:
-    from stages.learning.encoder import ends_in_normalize
-    from stages.learning.portable import limit_of, old_ones_read
+    from stages.models.loading import ends_in_normalize
+    from stages.models.portable import limit_of, old_ones_read
 
     return Card(
         name=params.model,
@@ -127,9 +127,9 @@ def _check_copy(
     model: SentenceTransformer, copy: Path, out: Path, trust_remote_code: bool
 ) -> float:
     """The lowest cosine between a model's vectors and those of its copy in safetensors."""
-    from stages.learning.encoder import load_model
-    from stages.learning.portable import limit_of
-    from stages.learning.probes import encode, likeness, probes
+    from stages.models.likeness import encode, likeness, probes
+    from stages.models.loading import load_model
+    from stages.models.portable import limit_of
 
     cpu = torch.device("cpu")
     loaded = load_model(copy, device=cpu, trust_remote_code=trust_remote_code)
@@ -142,9 +142,9 @@ def _check_copy(
 
 def _check_onnx(model: SentenceTransformer, path: Path, out: Path) -> float:
     """The same for its copy in ONNX, which knows no prompts."""
-    from stages.learning.onnx import run_onnx
-    from stages.learning.portable import limit_of
-    from stages.learning.probes import encode, likeness, probes
+    from stages.models.likeness import encode, likeness, probes
+    from stages.models.onnx import run_onnx
+    from stages.models.portable import limit_of
 
     texts = probes(limit_of(model))
     try:

@@ -15,27 +15,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.abilities import check_length
-from stages.labels import Labels, StsJudge, TripletJudge, rejections, right_answers
 from stages.learning import ranks
 from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.checkpoints import Checkpoints
-from stages.learning.encoder import (
-    ends_in_normalize,
-    limit_of_positions,
-    load_model,
-    pick_precision,
-)
+from stages.learning.judges import Labels, StsJudge, TripletJudge, rejections, right_answers
 from stages.learning.loop import Work, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
-from stages.lineage import read_lineage
-from stages.models import file_hashes, sha256_of
+from stages.models.abilities import check_length
+from stages.models.devices import pick_precision
+from stages.models.folder import file_hashes, sha256_of
+from stages.models.lineage import read_lineage
+from stages.models.loading import ends_in_normalize, limit_of_positions, load_model
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
 from stages.params import FinetuneParams
-from stages.triplets import Triplet
+from stages.reading.triplets import Triplet
 from storage import durable
 from storage.caches import Caches
 from storage.errors import TeachonceError

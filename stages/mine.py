@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.mining.filters import RULES, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import MineParams
 from storage.column import matrix_of, text_keys_of
@@ -34,7 +35,7 @@ from storage.store import Store, digest
 if TYPE_CHECKING:
     import torch
 
-    from stages.learning.neighbours import Search
+    from stages.mining.faiss_search import Search
 
 VERSION = 1
 
@@ -51,8 +52,6 @@ RECALL_ROWS = 1024  # an approximate index is tried on as many rows
 
 SCORE_BINS = 2001  # of 0.001 cosine: bin 0 is -1, bin 2000 is 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-RULES = ("itself", "same_text", "above_max_score", "below_min_score", "before_range_min")
 
 
 def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def resolve(
     Raises:
         TeachonceError: an approximate index that was asked for does not fit into `memory_mb`.
     """
-    from stages.learning.neighbours import index_bytes, index_settings
+    from stages.mining.faiss_search import index_bytes, index_settings
 
     wanted = "hnsw" if params.index == "auto" else params.index
     limit = EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
@@ -125,7 +124,7 @@ def may_join(
     """
     import torch
 
-    from stages.learning.self_join import join_bytes, tile_on
+    from stages.mining.self_join import join_bytes, tile_on
 
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
     return (
@@ -321,7 +320,7 @@ class Miner:
         Raises:
             TeachonceError: FAISS is needed and not installed, or the index misses too much.
         """
-        from stages.learning.neighbours import ApproximateSearch, found_of
+        from stages.mining.faiss_search import ApproximateSearch, found_of
 
         rows = len(self.train)
         if index is None or not asked:
@@ -340,7 +339,7 @@ class Miner:
         """A self-join where it fits and is estimated to be done sooner, else FAISS."""
         import torch
 
-        from stages.learning.self_join import SelfJoin, flat_cost, join_cost, tile_on
+        from stages.mining.self_join import SelfJoin, flat_cost, join_cost, tile_on
 
         if not asked:
             return self.flat(device)
@@ -381,7 +380,7 @@ class Miner:
 
     def flat(self, device: torch.device) -> Search:
         """Exact search by FAISS, block by block."""
-        from stages.learning.neighbours import FlatSearch
+        from stages.mining.faiss_search import FlatSearch
 
         return FlatSearch(
             self.unit_rows, len(self.train), self.k, block_rows=self.block_rows, device=device
@@ -452,75 +451,6 @@ class Miner:
         """Places among the rows that take part of those of one shard."""
         first, last = np.searchsorted(self.train, self.corpus.starts[shard : shard + 2])
         return np.arange(first, last)
-
-
-def reject(
-    params: MineParams,
-    found: NDArray[np.int64],
-    cosines: NDArray[np.float32],
-    *,
-    own: NDArray[np.int64],
-    text_keys: NDArray[np.bytes_],
-) -> dict[str, NDArray[np.bool_]]:
-    """Which of the found neighbours are no negatives, by the first rule that says so.
-
-    The row itself is found by its id, not by being first: of two rows with equal vectors, FAISS gives
-    one of them as the nearest of both.
-
-    Args:
-        params: Filters.
-        found: (n, k) row ids, -1 for none.
-        cosines: (n, k) descending.
-        own: (n,) ids of the rows that were asked for.
-        text_keys: (rows of the corpus,) V16.
-
-    Returns:
-        Rule -> (n, k), disjoint; in the order of RULES.
-    """
-    there = found != NONE
-    same_text = text_keys[np.where(there, found, 0)] == text_keys[own][:, None]
-    tests = {
-        "itself": found == own[:, None],
-        "same_text": same_text,
-        "above_max_score": cosines > params.max_score,
-        "below_min_score": cosines < (-2.0 if params.min_score is None else params.min_score),
-    }
-    rejected = {}
-    left = there
-    for rule, test in tests.items():
-        rejected[rule] = left & test
-        left = left & ~test
-    # range_min counts what is left: the nearest few that no other rule took are skipped.
-    rejected["before_range_min"] = left & (np.cumsum(left, axis=1) <= params.range_min)
-    return rejected
-
-
-def keep_first(
-    found: NDArray[np.int64],
-    cosines: NDArray[np.float32],
-    allowed: NDArray[np.bool_],
-    count: int,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The first `count` allowed entries of each row, in order, padded with -1 and 0.
-
-    Args:
-        found: (n, k) ids.
-        cosines: (n, k).
-        allowed: (n, k).
-        count: Wanted per row, >= 1.
-
-    Returns:
-        (n, count) ids and cosines.
-    """
-    # A stable sort on "not allowed" moves the allowed ones to the front and keeps their order.
-    front = np.argsort(~allowed, axis=1, kind="stable")[:, :count]
-    there = np.take_along_axis(allowed, front, axis=1)
-    ids = np.full((len(found), count), NONE, np.int64)
-    scores = np.zeros((len(found), count), np.float32)
-    width = front.shape[1]
-    ids[:, :width] = np.where(there, np.take_along_axis(found, front, axis=1), NONE)
-    scores[:, :width] = np.where(there, np.take_along_axis(cosines, front, axis=1), 0)
-    return ids, scores
 
 
 def _counts(

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages import embed, mine
-from stages.encoding import Encoded
+from stages.mining import filters
 from stages.outcome import Outcome, clock, log, seconds_of
 from stages.params import FINETUNED, TEACHER, FinetuneParams, MineParams, Params, RecipeParams
-from stages.transfer import TRANSFERS
+from stages.teaching.interface import Encoded
+from stages.teaching.sharing import TRANSFERS
 from storage import embeddings, negatives
 from storage.caches import Caches
 from storage.column import KeyIndex, text_keys_of
@@ -172,7 +173,7 @@ def run(
         of_shards * embeddings.row_bytes(dim, params.embed.storage) + len(lacking) * OBJECT_BYTES
     )
 
-    from stages.learning.encoder import pick_device
+    from stages.models.devices import pick_device
 
     device = pick_device(params.device)
     extrapolated["mine"] = {
@@ -473,7 +474,7 @@ def mining_seconds(
     """
     import torch
 
-    from stages.learning.self_join import enough_for, flat_cost, join_cost
+    from stages.mining.self_join import enough_for, flat_cost, join_cost
 
     if not rows:
         return 0.0
@@ -505,18 +506,18 @@ def _filtering_seconds(params: MineParams, k: int) -> float:
     text_keys = np.random.default_rng(0).bytes(16 * FILTERED_ROWS)
 
     def choose() -> None:
-        rejected = mine.reject(
+        rejected = filters.reject(
             params, found, cosines, own=own, text_keys=np.frombuffer(text_keys, "V16")
         )
         allowed = ~np.logical_or.reduce(list(rejected.values()))
-        mine.keep_first(found, cosines, allowed, params.neighbours)
+        filters.keep_first(found, cosines, allowed, params.neighbours)
 
     return min(seconds_of(choose) for _ in range(3)) / FILTERED_ROWS
 
 
 def _index_seconds(index: Mapping[str, Any], *, rows: int, k: int, dim: int) -> float:
     """Seconds a row to build an approximate index and to ask it: a line through two over log(rows)."""
-    from stages.learning.neighbours import ApproximateSearch
+    from stages.mining.faiss_search import ApproximateSearch
 
     vectors = _unit_vectors(max(INDEX_ROWS), dim)
     per_row = []
@@ -544,7 +545,7 @@ def sampled_caches(
         store: A store for nothing else.
         recipe: Whether there are neighbours.
     """
-    from stages.learning.agreement import MOST_ROWS
+    from stages.vectors import MOST_ROWS
 
     count = len(texts)
     objects = [put_texts(store, [(text, text_key(text)) for text in texts])]
@@ -622,9 +623,10 @@ def training_pace(
     import torch
 
     from stages.distill import prepare
-    from stages.learning.encoder import load_model, pick_precision
     from stages.learning.loop import make_optimizer, take_step
     from stages.learning.token_rows import token_rows
+    from stages.models.devices import pick_precision
+    from stages.models.loading import load_model
 
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
     trusted = trust_remote_code

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from stages.lines import has_control_characters
 from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
 from stages.params import ShardParams
-from stages.readers import Item, Rejected, read, sources
+from stages.reading.corpus_files import Item, Rejected, read, sources
+from stages.reading.lines import has_control_characters
 from storage.column import TEXT_KEY_BYTES
 from storage.corpus import cut, put_texts, text_digest, text_key
 from storage.errors import TeachonceError

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.benchmarks import evaluation_keys
 from stages.outcome import Outcome, write_json
 from stages.params import SplitParams
+from stages.reading.evaluation_sets import evaluation_keys
 from storage.corpus import Corpus
 from storage.errors import TeachonceError
 from storage.split import Split

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stages.model_config import check_one_model, own_prompts
+from stages.models.config import check_one_model, own_prompts
 from stages.outcome import Outcome
 from stages.params import TEACHER, StartParams
 from storage import durable
@@ -37,8 +37,8 @@ def run(
     Raises:
         TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.
     """
-    from stages.learning.encoder import load_model
-    from stages.learning.student import keep_layers, save_model
+    from stages.learning.student import keep_layers
+    from stages.models.loading import load_model, save_model
 
     check_one_model(folder, address=f"starts.{name}.from")
     model = load_model(

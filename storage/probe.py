@@ -5,7 +5,7 @@ like any other: `vectors/<teacher fingerprint>/<digest of the probe texts>.arrow
 is kept as long as any vectors of that teacher are.
 
 Never change a text: the digest would be another one, and every cache would begin its record anew.
-(`stages/learning/probes.py` has texts for another question, whether a copy of a student is the student;
+(`stages/models/likeness.py` has texts for another question, whether a copy of a student is the student;
 these depend on the model's limit and include texts that no corpus has, such as an empty one.)
 """
 

@@ -1,1 +1,4 @@
-"""What runs on tensors: the teacher, students, objectives and the training loop."""
+"""Training: objectives, candidates, batches, the student, the loop, ranks, checkpoints, judges.
+
+May import models, reading, params, outcome, vectors and storage.
+"""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.learning.encoder import pick_device
+from stages.models.devices import pick_device
 from stages.outcome import log
 from storage.errors import TeachonceError
 

@@ -7,7 +7,6 @@ search an index that the teacher built.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.abilities import check_layers
 from stages.learning import ranks
-from stages.learning.encoder import autocast, is_normalize, token_batches
-from stages.learning.packed import NOT_PACKED, Packed
-from stages.learning.probes import likeness
-from stages.lineage import LINEAGE
+from stages.models.abilities import check_layers
+from stages.models.devices import autocast
+from stages.models.encoder import token_batches
+from stages.models.likeness import likeness
+from stages.models.lineage import LINEAGE
+from stages.models.loading import is_normalize, save_model
+from stages.models.packed import NOT_PACKED, Packed
 from stages.outcome import log, write_json
-from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -229,44 +229,6 @@ def encode_ids(
         return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
 
     return ranks.together(lengths, read)
-
-
-def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> None:
-    """Write a start or a student; equal weights give equal files (no card with a date in it).
-
-    What is saved here reads texts as they are and is compared by cosine, so it says nothing else: prompts,
-    another similarity or a cut of the model that it came from would be applied by `encode`.
-
-    Args:
-        model: With finite weights.
-        folder: Where to.
-        address: What to name in an error.
-
-    Raises:
-        TeachonceError: a weight has NaN or Inf in it.
-    """
-    for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise TeachonceError(
-                address,
-                f"its weight {name} has NaN or Inf in it",
-                "make the model that it comes from anew, or name another",
-            )
-    model.to("cpu")
-    model.prompts = {"query": "", "document": ""}
-    model.default_prompt_name = None
-    model.similarity_fn_name = "cosine"
-    model.truncate_dim = None
-    model.save(str(folder), create_model_card=False, safe_serialization=True)
-    # sentence-transformers writes the code of a module into its folder, and looks for it at the top.
-    for code in sorted(folder.glob("*/*.py")):
-        code.replace(folder / code.name)
-    # Students learn without padding, or with padding on the right. On the left it moves the positions of a
-    # model that counts them from the first token of a batch.
-    path = folder / "tokenizer_config.json"
-    said = json.loads(path.read_bytes()) if path.is_file() else {}
-    if said.get("padding_side") == "left":
-        write_json(path, {**said, "padding_side": "right"})
 
 
 def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

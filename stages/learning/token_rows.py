@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from stages.models import sha256_of
+from stages.models.folder import sha256_of
 from stages.outcome import Progress
 from storage.column import text_keys_of
 from storage.corpus import Corpus

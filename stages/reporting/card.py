@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.lineage import left_the_teacher
+from stages.models.lineage import left_the_teacher
 from stages.params import TEACHER
 from stages.reporting.markdown import escaped, fenced, table
 from stages.reporting.measures import ends, of, shift_of_cosines, short, times_as_fast, told

@@ -16,10 +16,10 @@ import numpy.random  # noqa: F401
 import pandas  # noqa: F401 - by Arrow, for its first array of Python objects
 
 import stages.embed
-import stages.learning.encoder
-import stages.learning.neighbours
-import stages.learning.self_join
 import stages.mine
+import stages.mining.faiss_search
+import stages.mining.self_join
+import stages.models.encoder
 import stages.shard
 import stages.split  # noqa: F401
 from pipeline import cli

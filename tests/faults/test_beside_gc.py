@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from storage.inventory import read_refs, take_inventory
 from storage.manifest import Manifest
 from storage.probe import PROBE_DIGEST
 from storage.store import Store
+from storage.upkeep.inventory import read_refs, take_inventory
 from tests.faults import worktree
 from tests.faults.processes import CHANGING, Child, needs_strace, run, traced
 from tests.interleavings import drawn_orders, every_order
-from tests.test_beside_gc import OLD, Scene, played
+from tests.storage.test_beside_gc import OLD, Scene, played
 
 DRAWN = 250
 ROUNDS = 40

@@ -12,9 +12,9 @@ from stages import shard
 from stages.params import ShardParams
 from storage.corpus import Corpus
 from storage.errors import DamagedError, TeachonceError
-from storage.inventory import read_refs
 from storage.manifest import Manifest
 from storage.store import Store
+from storage.upkeep.inventory import read_refs
 from tests.conftest import HashTeacher, Place, sentences
 from tests.faults.samples import FILES, KINDS, finished, sample, values
 

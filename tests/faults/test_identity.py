@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stages import embed, mine
-from stages.models import file_hashes, sha256_of
+from stages.models.folder import file_hashes, sha256_of
 from stages.params import EmbedParams
 from storage.corpus import Corpus, text_key
 from storage.embeddings import Embeddings

@@ -20,7 +20,7 @@ import yaml
 import zstandard
 
 from pipeline.settings import examine
-from stages.readers import Rejected, read
+from stages.reading.corpus_files import Rejected, read
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus
 from storage.errors import TeachonceError

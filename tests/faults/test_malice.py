@@ -20,16 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pipeline import diff, ls
+from pipeline.commands import diff, ls
 from pipeline.settings import load_params
-from stages.models import model_files
-from stages.readers import TOO_LONG, read
+from stages.models.folder import model_files
+from stages.reading.corpus_files import TOO_LONG, read
 from storage.corpus import text_key
 from storage.errors import TeachonceError
-from storage.inventory import plan_sweep, read_refs, take_inventory
 from storage.manifest import Manifest
 from storage.store import HEADER, Object, Store
-from storage.upkeep import examine
+from storage.upkeep.examination import examine
+from storage.upkeep.inventory import plan_sweep, read_refs, take_inventory
 from tests.conftest import make_tiny_model, sentences
 from tests.faults.children import ROOT, watched
 from tests.faults.samples import finished, sample
@@ -512,7 +512,7 @@ def models():
     """Loaded as a teacher would be, by our door; one that is right goes first, so all is imported."""
     import torch
 
-    from stages.learning.encoder import Encoder
+    from stages.models.encoder import Encoder
 
     guard = Guard()
     cpu = torch.device("cpu")

@@ -10,13 +10,14 @@ import shutil
 
 import pytest
 
-from stages import embed, shard, transfer
+from pipeline.commands import transfer
+from stages import embed, shard
 from stages.params import ShardParams
 from storage.corpus import Corpus
-from storage.inventory import read_refs
 from storage.manifest import Manifest
 from storage.remote import Remote
 from storage.store import KEY_PATTERN, Store
+from storage.upkeep.inventory import read_refs
 from tests.conftest import HashTeacher, embed_params, sentences
 from tests.faults import worktree
 from tests.faults.disk import Flushed, Named, Recorder, Told, Written, lay_out, states

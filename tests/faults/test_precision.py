@@ -9,7 +9,7 @@ from stages import mine
 from storage.column import text_keys_of
 from storage.embeddings import Embeddings
 from storage.negatives import NONE, Negatives
-from storage.upkeep import quarantine
+from storage.upkeep.examination import quarantine
 from tests.conftest import HashTeacher, Place, sentences
 from tests.faults.samples import FILES, mine_params, mined, split_of
 

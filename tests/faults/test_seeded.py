@@ -21,12 +21,16 @@ from tests.faults.processes import needs_strace
 ROOT = Path(__file__).parents[2]
 SOURCE = ("pipeline", "stages", "storage", "tests", "params.yaml", "dvc.yaml", "pyproject.toml")
 
-STORAGE, REMOTE, UPKEEP = "tests/test_storage.py", "tests/test_remote.py", "tests/test_upkeep.py"
-BESIDE, HOLDERS = "tests/test_beside_gc.py", "tests/test_holders.py"
+STORAGE, REMOTE, UPKEEP = (
+    "tests/storage/test_storage.py",
+    "tests/pipeline/test_remote.py",
+    "tests/pipeline/test_upkeep.py",
+)
+BESIDE, HOLDERS = "tests/storage/test_beside_gc.py", "tests/storage/test_holders.py"
 EMBED, MINE, SHARD = (
-    "tests/test_stage_embed.py",
-    "tests/test_stage_mine.py",
-    "tests/test_stage_shard.py",
+    "tests/stages/test_embed.py",
+    "tests/stages/test_mine.py",
+    "tests/stages/test_shard.py",
 )
 POWER, ERRORS = "tests/faults/test_power.py", "tests/faults/test_io.py"
 ORDER = f"{POWER}::test_content_then_name_then_folder_then_report"
@@ -115,7 +119,7 @@ BUGS = {
     "push writes names before bytes": (
         [
             Change(
-                "stages/transfer.py",
+                "pipeline/commands/transfer.py",
                 '    result = _each("push", objects, send)\n',
                 "    for path, manifest in manifests.items():\n"
                 "        remote.push_ref(manifest.ref, manifest.note(path))\n"
@@ -127,7 +131,7 @@ BUGS = {
     "pull writes names before bytes": (
         [
             Change(
-                "stages/transfer.py",
+                "pipeline/commands/transfer.py",
                 '    result = _each("pull", objects, fetch)\n',
                 "    for path, manifest in manifests.items():\n"
                 "        manifest.leave_note(path, store)\n"
@@ -200,7 +204,7 @@ BUGS = {
     "gc deletes the scratch file of a living worker": (
         [
             Change(
-                "storage/inventory.py",
+                "storage/upkeep/inventory.py",
                 "inventory.scratch if now - file.written >= DAY",
                 "inventory.scratch if True",
             )
@@ -210,7 +214,7 @@ BUGS = {
     "gc deletes what it took away without reading the refs again": (
         [
             Change(
-                "pipeline/gc.py",
+                "pipeline/commands/gc.py",
                 "        if file.name in orphans and (file.name, file.written) in seen\n",
                 "",
             )
@@ -234,7 +238,7 @@ BUGS = {
     "gc takes any scratch file for its own": (
         [
             Change(
-                "storage/inventory.py",
+                "storage/upkeep/inventory.py",
                 '    if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):\n',
                 "    if scratch:\n",
             )

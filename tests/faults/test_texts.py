@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import shard
-from stages.lines import MAX_LINE_BYTES
 from stages.params import ShardParams
+from stages.reading.lines import MAX_LINE_BYTES
 from storage.corpus import Corpus
 from storage.manifest import Manifest
 from storage.store import Store

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import gc
+from pipeline.commands import gc
 from storage.durable import SCRATCH_SUFFIX
 from tests.conftest import sentences
 from tests.faults.processes import run

@@ -1,0 +1,243 @@
+"""`teachonce gc`: away with what nobody needs.
+
+The store is shared, so this goes by everybody's refs, and not by this work tree's manifests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands.ls import bytes_of, other_lines, sizes_of, some
+from stages.outcome import Facts, Outcome
+from storage import durable, trash
+from storage.errors import DamagedError, shown
+from storage.holders import REFS, told
+from storage.upkeep.inventory import (
+    DAY,
+    File,
+    Inventory,
+    Ref,
+    Sweep,
+    check_store,
+    find_ref,
+    key_aside,
+    plan_sweep,
+    read_refs,
+    take_inventory,
+)
+
+
+def run(
+    root: Path,
+    *,
+    delete: bool,
+    quarantine: bool = False,
+    forget: Sequence[str] = (),
+    forget_gone: bool = False,
+    grace_days: float,
+) -> Outcome:
+    """Delete what no ref keeps; without `delete` only say what that would be.
+
+    A running worker is safe: its objects stay while its folder is younger than `grace_days` (see
+    `plan_sweep`), its scratch file for a day, and what a ref names at the last moment is put back (see
+    storage/trash.py). An interrupted run that nobody resumes for so long is not: its objects are listed
+    before they go. They may be weeks of a GPU, and waiting costs some disk only, so the command waits two
+    weeks.
+
+    Args:
+        root: The store.
+        delete: Do it.
+        quarantine: Also what `repair` moved away.
+        forget: Beginnings of the names of refs to remove first; each is one holder of one manifest.
+        forget_gone: Remove the refs of holders whose folder, on this machine, is gone, too.
+        grace_days: >= 0.
+
+    Raises:
+        DamagedError: a ref cannot be read; nothing is removed, not even a ref.
+        MissingError: there is no store, or it has no refs folder.
+        TeachonceError: `forget` names no ref, or more than one.
+    """
+    check_store(root)  # a wrong path is not a store without refs
+    forgotten = [find_ref(root, prefix) for prefix in forget]
+    if forget_gone:
+        gone = [root / REFS / f"{ref.name}.json" for ref in read_refs(root)[0] if ref.is_gone]
+        forgotten += [path for path in gone if path not in forgotten]
+    names = {path.stem for path in forgotten}
+    needed = _still_needed(names, _all_refs(root, names)) if names else {}
+    if delete:
+        for path in forgotten:
+            durable.remove(path)
+    # What is removed is not forgotten again: its holder may have come back in this moment.
+    inventory, sweep = _look(root, () if delete else names, grace_days)
+    back: tuple[File, ...] = ()
+    if delete:
+        back = _delete(root, inventory, sweep, grace_days=grace_days)
+        for file in inventory.quarantine if quarantine else ():
+            durable.remove(root / file.name)
+    orphans = _without(sweep.orphans, back)
+    scratch = _without(sweep.scratch, back)
+    doomed = [*orphans, *scratch, *(inventory.quarantine if quarantine else ())]
+    return Outcome(
+        stage="gc",
+        made=root,
+        summary=(
+            f"{len(orphans):,} objects that no ref names, {_size(orphans)}, "
+            f"{len(scratch)} scratch files of dead writers"
+            + (f", {len(inventory.quarantine)} files in quarantine" if quarantine else "")
+            + (
+                f": deleted, {_size(doomed)} freed"
+                if delete
+                else f": `--delete` would free {_size(doomed)}; this was a dry run"
+            )
+        ),
+        facts={
+            "deleted": delete,
+            "grace_days": grace_days,
+            "forgotten": sorted(names),
+            "still_needed": needed,
+            "bytes": sum(file.bytes for file in doomed),
+            "orphans": sizes_of(orphans),
+            "put_back": sizes_of(back),
+            "young": sizes_of(sweep.young),
+            "scratch": sizes_of(scratch),
+            "live": sizes_of(sweep.live),
+            "emptied": sizes_of(inventory.quarantine if quarantine else ()),
+            "quarantine": sizes_of(() if quarantine else inventory.quarantine),
+            "foreign": sizes_of(inventory.foreign),
+        },
+    )
+
+
+def _look(root: Path, forgotten: Collection[str], grace_days: float) -> tuple[Inventory, Sweep]:
+    """What is in a store, and what of it can go.
+
+    What a gc has taken away counts as if it lay at its place: one that was killed left it, or another one
+    is at work.
+    """
+    # In this order: see `plan_sweep`.
+    inventory = take_inventory(root)
+    refs = _refs_but(root, forgotten)
+    objects = tuple(
+        {file.name: file for file in [*_at_their_places(inventory), *inventory.objects]}.values()
+    )
+    now = time.time()
+    sweep = plan_sweep(replace(inventory, objects=objects), refs, now=now, grace=grace_days * DAY)
+    return inventory, sweep
+
+
+def _at_their_places(inventory: Inventory) -> Iterator[File]:
+    for file in inventory.aside:
+        key = key_aside(file.name)
+        assert key is not None, file
+        yield replace(file, name=key)
+
+
+def _delete(root: Path, before: Inventory, sweep: Sweep, *, grace_days: float) -> tuple[File, ...]:
+    """Delete what `sweep` says, unless somebody needs it meanwhile; returns what was kept for that.
+
+    See storage/trash.py for the order, and why it is this one.
+    """
+    gc = trash.begin(root)
+    try:
+        for file in sweep.orphans:
+            trash.take_away(root / file.name, gc)
+        now, plan = _look(root, (), grace_days)
+    except BaseException:
+        for file in sweep.orphans:
+            path = root / file.name
+            trash.put_back(path.with_name(trash.name_aside(path.name, gc)))
+        trash.end(root, gc)
+        raise
+    # The time is another one if somebody has found the object since then.
+    seen = {(file.name, file.written) for file in [*_at_their_places(before), *before.objects]}
+    orphans = {file.name for file in plan.orphans}
+    gone = {
+        aside: file
+        for aside, file in zip(now.aside, _at_their_places(now), strict=True)
+        if file.name in orphans and (file.name, file.written) in seen
+    }
+    for aside in now.aside:
+        if aside not in gone:
+            trash.put_back(root / aside.name)
+    scratch = [file for file in sweep.scratch if file.name in {left.name for left in plan.scratch}]
+    # Of gcs that were killed: what they took away has just been decided about.
+    marks = [mark for mark in now.marks if time.time() - mark.written >= DAY]
+    for file in [*gone, *scratch, *marks]:
+        durable.remove(root / file.name)
+    trash.end(root, gc)
+    return _without([*sweep.orphans, *sweep.scratch], [*gone.values(), *scratch])
+
+
+def _without(files: Iterable[File], kept: Iterable[File]) -> tuple[File, ...]:
+    names = {file.name for file in kept}
+    return tuple(file for file in files if file.name not in names)
+
+
+def _still_needed(forgotten: set[str], refs: Sequence[Ref]) -> dict[str, dict[str, Any]]:
+    """For each forgotten ref who else needs objects of it: name of the ref -> holder and how many."""
+    keys = {ref.name: {entry.key for entry in ref.manifest.objects} for ref in refs}
+    return {
+        name: {
+            other.name: {**other.made, "objects": shared, "of": len(keys[name])}
+            for other in refs
+            if other.name not in forgotten and (shared := len(keys[name] & keys[other.name]))
+        }
+        for name in sorted(forgotten & keys.keys())
+    }
+
+
+def lines(facts: Facts) -> Iterator[str]:
+    """For people: by folder, what goes and what is left alone."""
+    word = "deleted" if facts["deleted"] else "would go"
+    yield from (f"{word}: ref {name}" for name in facts["forgotten"])
+    for others in facts["still_needed"].values():
+        yield from (
+            f"  {other['objects']:,} of its {other['of']:,} objects are needed by {told(other)}"
+            f" (ref {other_name})"
+            for other_name, other in others.items()
+        )
+    yield from _by_folder(word, facts["orphans"])
+    yield from some(f"{word}: {name}" for name in facts["scratch"])
+    yield from some(f"{word}: {shown(name)}" for name in facts["emptied"])
+    yield from _by_folder("kept, needed or touched meanwhile", facts["put_back"])
+    yield from _by_folder(
+        f"kept, younger than {facts['grace_days']:g} days (--grace)", facts["young"]
+    )
+    yield from some(f"kept, younger than a day: {name}" for name in facts["live"])
+    yield from other_lines(facts)
+
+
+def _refs_but(root: Path, forgotten: Collection[str]) -> list[Ref]:
+    """All refs but those to be forgotten."""
+    return [ref for ref in _all_refs(root, forgotten) if ref.name not in forgotten]
+
+
+def _all_refs(root: Path, forgotten: Collection[str]) -> list[Ref]:
+    """All refs; one that cannot be read may keep anything, so it stops us, unless it is to be forgotten."""
+    refs, unreadable = read_refs(root)
+    left = [error for error in unreadable if Path(error.where).stem not in forgotten]
+    if left:
+        names = "; ".join(f"{shown(Path(e.where).name)}: {e.problem}" for e in left)
+        raise DamagedError(
+            root / REFS,
+            f"{len(left)} refs cannot be read, so nobody knows what they keep ({names})",
+            left[0].cure,
+        )
+    return refs
+
+
+def _by_folder(word: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    folders: dict[str, list[int]] = defaultdict(list)
+    for name, size in sizes.items():
+        folders[name.rpartition("/")[0]].append(size)
+    for folder, found in folders.items():
+        yield f"{word}: {folder}: {len(found):,} objects, {bytes_of(sum(found))}"
+
+
+def _size(files: Iterable[File]) -> str:
+    return bytes_of(sum(file.bytes for file in files))

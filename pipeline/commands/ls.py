@@ -1,0 +1,238 @@
+"""`teachonce ls`: what is in the store, for which teacher, how large, and whose manifests need it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.check import read_sources
+from stages.outcome import Facts, Outcome
+from storage import holders
+from storage.errors import MissingError, TeachonceError, shown
+from storage.manifest import fingerprint
+from storage.probe import PROBE_DIGEST
+from storage.upkeep.inventory import (
+    SHOWN_DIGITS,
+    File,
+    Inventory,
+    Ref,
+    orphans,
+    read_refs,
+    short_name,
+    take_inventory,
+)
+
+KINDS = ("vectors", "text", "tokens", "negatives")
+"""In the order in which people ask for them."""
+
+LINES = 10  # of a kind; `--json` has all
+
+# What a person knows vectors by, beside the name of their teacher.
+TOLD = ("prompt", "max_tokens", "precision", "storage", "dim", "neighbours", "rows_per_shard")
+
+
+def run(root: Path) -> Outcome:
+    """All objects of a store by kind and fingerprint, with the refs that keep them. No object is opened.
+
+    Raises:
+        MissingError: there is no store.
+    """
+    inventory = take_inventory(root)
+    refs, unreadable = _refs_or_why_not(root)
+    several = Counter(ref.manifest_digest for ref in refs)
+    groups = list(_groups(inventory.objects, refs))
+    size = sum(file.bytes for file in inventory.objects)
+    there = {file.name for file in inventory.objects}
+    unnamed, unnamed_bytes = (
+        sum(g[count] for g in groups) for count in ("orphans", "orphan_bytes")
+    )
+    return Outcome(
+        stage="ls",
+        made=root,
+        summary=(
+            f"{len(inventory.objects):,} objects, {bytes_of(size)}, {len(refs)} refs"
+            + (
+                f"; no ref names {unnamed:,} of them, {bytes_of(unnamed_bytes)}: see `teachonce gc`"
+                if unnamed
+                else "; a ref names each of them"
+            )
+        ),
+        facts={
+            "groups": groups,
+            "refs": {
+                ref.name: {
+                    **ref.made,
+                    "maker": holders.maker_in(ref.made),
+                    "seen": time.strftime("%Y-%m-%d", time.gmtime(ref.seen)),
+                    "gone": ref.is_gone,
+                    "forget": short_name(ref.full_name, alone=several[ref.manifest_digest] == 1),
+                    "kind": ref.manifest.kind,
+                    "rows": ref.manifest.rows,
+                    "bytes": ref.manifest.size,
+                    "missing": sum(entry.key not in there for entry in ref.manifest.objects),
+                }
+                for ref in refs
+            },
+            "unreadable": [
+                {"where": e.where, "said": e.problem, "cure": e.cure} for e in unreadable
+            ],
+            **_others(inventory),
+        },
+    )
+
+
+def lines(facts: Facts) -> Iterator[str]:
+    """A table: a line for each kind and fingerprint, below it who uses it."""
+    for group in facts["groups"]:
+        name = f"{group['kind']} {group['fingerprint'][:SHOWN_DIGITS]}"
+        rows = f"{group['rows']:,}" if group["rows"] is not None else "?"
+        yield (
+            f"{name:<19}{group['objects']:>8,} objects{rows:>14} rows{bytes_of(group['bytes']):>14}"
+            + (f"  {shown(group['teacher'])}" if group["teacher"] else "")
+        )
+        if group["recipe"]:
+            yield f"    {_told(group['recipe'])}"
+        for name in group["refs"]:
+            yield f"    {_ref_line(facts['refs'][name])}"
+        if group["orphans"]:
+            yield f"    {group['orphans']:,} named by no ref, {bytes_of(group['orphan_bytes'])}"
+    used = {name for group in facts["groups"] for name in group["refs"]}
+    yield from (_ref_line(ref) for name, ref in facts["refs"].items() if name not in used)
+    for error in facts["unreadable"]:
+        yield f"unreadable: {error['where']}: {error['said']}"
+        yield f"  cure: {error['cure']}"
+    yield from some(
+        f"taken away by a gc that runs or was killed: {name}" for name in facts["aside"]
+    )
+    yield from other_lines(facts)
+
+
+def bytes_of(size: int) -> str:
+    """A size for people, always in the same unit; the least that is told is 0.01 MB."""
+    return f"{max(size, 10_000 if size else 0) / 1e6:,.2f} MB"
+
+
+def other_lines(facts: Facts) -> Iterator[str]:
+    """Files that nothing deletes unasked."""
+    yield from some(f"in quarantine: {shown(name)}" for name in facts["quarantine"])
+    yield from some(f"foreign, never deleted: {shown(name)}" for name in facts["foreign"])
+
+
+def some(lines: Iterable[str]) -> Iterator[str]:
+    """The first few lines, and how many more there are."""
+    found = list(lines)
+    yield from found[:LINES]
+    if len(found) > LINES:
+        yield f"... and {len(found) - LINES:,} more like that (--json lists all)"
+
+
+def sizes_of(files: Iterable[File]) -> dict[str, int]:
+    """Name -> bytes."""
+    return {file.name: file.bytes for file in files}
+
+
+def _refs_or_why_not(root: Path) -> tuple[list[Ref], Sequence[TeachonceError]]:
+    try:
+        return read_refs(root)
+    except MissingError as error:
+        return [], [error]
+
+
+def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, Any]]:
+    """The objects of each folder together, with the refs that keep any of them."""
+    rows = {entry.key: entry.rows for ref in refs for entry in ref.manifest.objects}
+    of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith("text/")}
+    of_texts[f"{PROBE_DIGEST}.arrow"] = 0  # they are no texts of anybody's corpus
+    unnamed = set(orphans(objects, refs))
+    used = {ref.name: _folders_of(ref, objects) for ref in refs}
+    folders: dict[str, list[File]] = defaultdict(list)
+    for file in objects:
+        folders[file.folder].append(file)
+    names = _teachers(refs)
+    for folder, files in sorted(folders.items(), key=lambda item: _order(item[0])):
+        kind, _, name = folder.partition("/")
+        users = [ref for ref in refs if folder in used[ref.name]]
+        counts = [rows.get(file.name, of_texts.get(file.name.rpartition("/")[2])) for file in files]
+        yield {
+            "kind": kind,
+            "fingerprint": name,
+            "teacher": names.get(name),
+            "objects": len(files),
+            "bytes": sum(file.bytes for file in files),
+            "rows": None if None in counts else sum(n for n in counts if n is not None),
+            "orphans": sum(file in unnamed for file in files),
+            "orphan_bytes": sum(file.bytes for file in files if file in unnamed),
+            "recipe": users[0].manifest.recipe if users and kind != "tokens" else None,
+            "refs": [ref.name for ref in users],
+        }
+
+
+def _order(folder: str) -> tuple[int, str]:
+    kind = folder.partition("/")[0]
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS)), folder
+
+
+def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
+    """Fingerprint of vectors -> what params.yaml calls their teacher, where a holder's folder is at hand.
+
+    No manifest has that name, since a mirror is the same teacher; `check` notes it beside the manifest,
+    with the hashes of the files that it belongs to.
+    """
+    found: dict[str, str] = {}
+    for ref in refs:
+        path = Path(os.fsdecode(ref.made.get("in", "").encode())) / "sources.json"
+        files = ref.manifest.recipe.get("teacher")
+        if ref.manifest.kind != "embeddings" or not files or ref.made.get("on") != platform.node():
+            continue
+        teacher = read_sources(path).get("teacher")
+        if isinstance(teacher, dict) and teacher.get("files") == files:
+            declared = teacher.get("declared")
+            name = declared.get("name") if isinstance(declared, dict) else None
+            if isinstance(name, str):
+                found[fingerprint(ref.manifest.recipe)] = name
+    return found
+
+
+def _folders_of(ref: Ref, objects: Sequence[File]) -> set[str]:
+    """The folders in which a ref keeps something."""
+    others = set(orphans(objects, [ref]))
+    return {file.folder for file in objects if file not in others}
+
+
+def _told(recipe: Mapping[str, Any]) -> str:
+    told = [f"{name} {shown(repr(recipe[name]))}" for name in TOLD if name in recipe]
+    files = recipe.get("teacher")
+    if isinstance(files, Mapping):
+        # Its weights tell teachers apart; the hashes of all its files are for `--json` and `diff`.
+        told += [
+            f"{shown(name)} {str(sha)[:SHOWN_DIGITS]}"
+            for name, sha in files.items()
+            if name.endswith(".safetensors")
+        ]
+        if "imported" in files:
+            told.append(f"imported as {shown(repr(files['imported']))}")
+    return ", ".join(told) or "made with no settings"
+
+
+def _ref_line(ref: Mapping[str, Any]) -> str:
+    missing = f", {ref['missing']:,} of its objects MISSING" if ref["missing"] else ""
+    gone = " (GONE)" if ref["gone"] else ""
+    maker = "" if holders.is_same(ref["maker"], ref) else f"; made by {holders.told(ref['maker'])}"
+    return (
+        f"ref {ref['forget']} {ref['kind']}: {holders.told(ref)}{gone}, last used {ref['seen']}"
+        f"{missing}{maker}"
+    )
+
+
+def _others(inventory: Inventory) -> dict[str, dict[str, int]]:
+    return {
+        "scratch": sizes_of(inventory.scratch),
+        "aside": sizes_of(inventory.aside),
+        "quarantine": sizes_of(inventory.quarantine),
+        "foreign": sizes_of(inventory.foreign),
+    }

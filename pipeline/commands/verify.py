@@ -1,0 +1,196 @@
+"""`teachonce verify`: whether the store still has what this work tree's manifests name.
+
+Missing or damaged is what exit code 3 is for. Another copy is neither: it is whole, was made elsewhere
+from the same things, and differs in last bits; the stage that made the manifest adopts it when it runs.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.layout import Layout
+from pipeline.workspace import Workspace
+from stages.outcome import Facts, Outcome, Progress
+from storage.errors import DamagedError, MissingError, TeachonceError
+from storage.manifest import Kind, Manifest, fingerprint
+from storage.probe import probe_key
+from storage.store import Object, Store, made_again
+from storage.upkeep.examination import Finding, examine, tokens_of
+from storage.upkeep.inventory import check_store, read_refs
+
+Manifests = Mapping[Kind, Manifest]
+
+STATES = {
+    "manifest": "damaged manifests",
+    "missing": "missing",
+    "damaged": "damaged",
+    "unreadable": "unreadable",
+    "another copy": "other copies",
+}
+"""State of a problem -> how a count of them is told, worst first."""
+
+REPAIR = "run `teachonce repair`"
+
+
+def run(
+    here: Workspace, *, read_data: bool, sample: int | None = None, seed: int | None = None
+) -> Outcome:
+    """Check every object that this work tree's manifests name, and the token ids of its texts.
+
+    Args:
+        here: Whose manifests.
+        read_data: Read every value and compare the sha256. Otherwise headers and sizes are compared,
+            which takes a fraction of a millisecond an object, whatever its size.
+        sample: Read only so many, chosen at random, and the headers of all.
+        seed: Of the choice; None draws one. It is in the facts, so that a choice can be made again.
+
+    Raises:
+        MissingError: there is no manifest, or no store.
+    """
+    here.renew()
+    manifests, broken = manifests_of(here.at)
+    return _examined(here.store, list(manifests.values()), broken, read_data, sample, seed)
+
+
+def run_all(
+    root: Path, *, read_data: bool, sample: int | None = None, seed: int | None = None
+) -> Outcome:
+    """The same of every object that a ref of the store `root` names, whosever it is.
+
+    Raises:
+        MissingError: there is no store, or none with refs.
+    """
+    check_store(root)
+    refs, broken = read_refs(root)
+    manifests = {ref.manifest_digest: ref.manifest for ref in refs}
+    return _examined(Store(root), list(manifests.values()), broken, read_data, sample, seed)
+
+
+def _examined(
+    store: Store,
+    manifests: Sequence[Manifest],
+    broken: Sequence[TeachonceError],
+    read_data: bool,
+    sample: int | None,
+    seed: int | None,
+) -> Outcome:
+    entries = entries_of(store, manifests)
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    chosen = set(entries) if read_data else set()
+    if sample is not None:
+        chosen = set(random.Random(seed).sample(list(entries), min(sample, len(entries))))
+    progress = Progress("verify", total=len(entries), unit="objects")
+    findings: list[Finding] = []
+    for key, named in entries.items():
+        if found := examine(store, key, named, read=key in chosen):
+            findings.append(found)
+        progress.advance(1)
+    problems = [
+        {"where": error.where, "state": "manifest", "said": error.problem, "cure": error.cure}
+        for error in broken
+    ] + [_problem(store, finding) for finding in findings]
+    counts = Counter(str(problem["state"]) for problem in problems)
+    return Outcome(
+        stage="verify",
+        made=store.root,
+        summary=(
+            f"{len(entries):,} objects of {len(manifests)} manifests: {_counted(counts)}; "
+            f"{_extent(len(chosen), len(entries))}"
+            + (f" (seed {seed} chose them)" if sample is not None else "")
+        ),
+        facts={
+            "objects": len(entries),
+            "read": sorted(chosen),
+            "seed": None if sample is None else seed,
+            "sound": all(problem["state"] == "another copy" for problem in problems),
+            "problems": problems,
+        },
+    )
+
+
+def lines(facts: Facts) -> Iterator[str]:
+    """All problems; the cure of each below it, but for the one that `check_sound` names for all."""
+    for problem in facts["problems"]:
+        mark = "warning: another copy" if problem["state"] == "another copy" else problem["state"]
+        yield f"{mark}: {problem['where']}: {problem['said']}"
+        if problem["cure"] != REPAIR:
+            yield f"  cure: {problem['cure']}"
+
+
+def check_sound(outcome: Outcome) -> None:
+    """Raise if `verify` found a fault.
+
+    Raises:
+        DamagedError: says how many, and the command that cures most.
+    """
+    if outcome.facts["sound"]:
+        return
+    faults = [p for p in outcome.facts["problems"] if p["state"] != "another copy"]
+    cures = [fault["cure"] for fault in faults]
+    counts = Counter(fault["state"] for fault in faults)
+    raise DamagedError(outcome.made, _counted(counts), REPAIR if REPAIR in cures else cures[0])
+
+
+def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]]:
+    """Those manifests of a work tree that exist, and what is wrong with those that cannot be read."""
+    manifests: dict[Kind, Manifest] = {}
+    broken: list[TeachonceError] = []
+    for kind, path in at.manifests.items():
+        try:
+            manifests[kind] = Manifest.load(path, kind)
+        except MissingError:
+            continue
+        except TeachonceError as error:
+            broken.append(error)
+    if not manifests and not broken:
+        raise MissingError(
+            at.corpus.parent, "no manifest there, so nothing to look for", "run `teachonce shard`"
+        )
+    return manifests, broken
+
+
+def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Object | None]:
+    """Every object to look at by its key; None for those that no manifest names.
+
+    These are token ids and the teacher's vectors of the probe texts, as far as they are there.
+    """
+    if not store.root.is_dir():
+        # Not "everything is missing": a disk that is not mounted must not start a teacher pass.
+        raise MissingError(
+            store.root, "no store there", "mount it, or point `store` (or $TEACHONCE_STORE) to it"
+        )
+    entries: dict[str, Object | None] = {
+        entry.key: entry for manifest in manifests for entry in manifest.objects
+    }
+    for manifest in manifests:
+        if manifest.kind == "corpus":
+            entries |= dict.fromkeys(tokens_of(store, manifest.objects))
+        if manifest.kind == "embeddings":
+            probe = probe_key(fingerprint(manifest.recipe))
+            entries |= {probe: None} if store.path(probe).exists() else {}
+    return entries
+
+
+def _problem(store: Store, finding: Finding) -> dict[str, str]:
+    cure = REPAIR
+    if finding.state == "another copy":
+        cure = f"{made_again(finding.key)} to adopt the copy that is there, then `dvc repro`"
+    if finding.state == "unreadable":
+        cure = "give yourself permission to read it, or mend the disk, then verify again"
+    return {**asdict(finding), "where": str(store.path(finding.key)), "cure": cure}
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    found = [f"{counts[state]} {word}" for state, word in STATES.items() if counts.get(state)]
+    return ", ".join(found) or "all well"
+
+
+def _extent(read: int, objects: int) -> str:
+    if not read:
+        return "headers only, `--read-data` reads the values too"
+    return "every value read" if read == objects else f"{read:,} read, of the others the headers"

@@ -1,0 +1,185 @@
+"""The labelled rows of a finetuning: what is learned from, and who judges how good it has become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.outcome import log
+from stages.params import FinetuneParams
+from stages.reading.evaluation_sets import StsSet, read_sts, sts_files
+from stages.reading.triplets import Triplet, read_triplets, triplet_files
+from stages.vectors import sts_correlation
+from storage.corpus import text_key
+from storage.errors import TeachonceError
+from storage.store import digest
+
+LEAST_ROWS = 2
+ROWS_AT_ONCE = 256
+
+MOST_TEXTS = 16_384
+"""Distinct texts that a judge of triplets has. Each is encoded at every evaluation and compared with the
+anchor of every judged row, so twice as many take up to four times as long."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled rows of a run.
+
+    Args:
+        learned: Rows to learn from.
+        judge: Says how good weights are, by rows held out or by an STS set.
+        heldout: Rows held out; 0 where an STS set judges.
+        judged: Those of them that judge: all, or as many as `MOST_TEXTS` allows.
+        rejected: Rows that are none, by rule.
+        digest: Names all of it.
+    """
+
+    learned: list[Triplet]
+    judge: TripletJudge | StsJudge
+    heldout: int
+    judged: int
+    rejected: Mapping[str, int]
+    digest: str
+
+    @classmethod
+    def read(cls, params: FinetuneParams, root: Path, evaluation: Collection[bytes]) -> Labels:
+        """Read what the settings name.
+
+        Raises:
+            TeachonceError: a damaged file, or too few right rows.
+        """
+        files = triplet_files(params.triplets, root)
+        rows, rejected = read_triplets(files, params.fields, evaluation)
+        judge: TripletJudge | StsJudge
+        if params.dev is None:
+            learned, heldout = _divided(rows, params.heldout)
+            sample = judging(heldout)
+            judge, scores = TripletJudge(sample), b""
+        else:
+            dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
+            learned, heldout, sample = rows, [], []
+            judge, scores = StsJudge(dev), dev.scores.tobytes()
+        if len(learned) < LEAST_ROWS or (params.dev is None and len(heldout) < LEAST_ROWS):
+            raise TeachonceError(
+                "finetune.triplets",
+                f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
+                f"{rejections(rejected)}",
+                "name files with more rows, change finetune.heldout, or name a finetune.dev",
+            )
+        if len(sample) < len(heldout):
+            log.info(
+                "finetune: judged by %s of %s rows held out, which have at most %s texts",
+                f"{len(sample):,}",
+                f"{len(heldout):,}",
+                f"{MOST_TEXTS:,}",
+            )
+        # Rows differ in their number of texts, so each ends with an empty one.
+        texts = (text.encode() for row in rows for text in (*row.texts, ""))
+        named = digest(scores, *(text.encode() for text in judge.texts), b"", *texts)
+        return cls(learned, judge, len(heldout), len(sample), rejected, named)
+
+
+class TripletJudge:
+    """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all texts.
+
+    Args:
+        rows: Two or more.
+    """
+
+    def __init__(self, rows: Sequence[Triplet]) -> None:
+        keys = dict.fromkeys(text for row in rows for text in row.texts[1:])
+        self.texts = list(keys | dict.fromkeys(row.anchor for row in rows))
+        self.keys = len(keys)
+        place = {text: number for number, text in enumerate(self.texts)}
+        self.anchors = np.array([place[row.anchor] for row in rows])
+        self.positives = np.array([place[row.positive] for row in rows])
+        right = right_answers(self.anchors, self.positives)
+        self.no_rivals = [
+            np.append(right[anchor], [anchor] if anchor < self.keys else []).astype(np.int64)
+            for anchor in self.anchors
+        ]
+
+    def __call__(self, vectors: NDArray[np.float32]) -> float:
+        """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
+
+        The other positives and all negatives stand beside it, each text once, less those that are the
+        anchor itself or other positives of it. NaN if a vector has NaN or Inf in it: nothing is nearer
+        than that.
+        """
+        if not np.isfinite(vectors).all():
+            return math.nan
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        ranks = np.empty(len(self.anchors))
+        for first in range(0, len(ranks), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            cosines = unit[self.anchors[some]] @ unit[: self.keys].T
+            for place, row in enumerate(cosines, first):
+                as_near = row >= row[self.positives[place]]
+                ranks[place] = 1 + as_near.sum() - as_near[self.no_rivals[place]].sum()
+        return float((1 / ranks).mean())
+
+
+class StsJudge:
+    """Dev score from an STS set: Spearman's correlation x 100.
+
+    Args:
+        pairs: Sentences with a score.
+    """
+
+    def __init__(self, pairs: StsSet) -> None:
+        self.pairs = pairs
+        self.texts = pairs.texts
+
+    def __call__(self, vectors: NDArray[np.float32]) -> float:
+        """-100 to 100, from the vectors of `texts`."""
+        first, second = np.split(vectors, 2)
+        return sts_correlation(first, second, self.pairs.scores)
+
+
+def right_answers(
+    anchors: NDArray[np.int64], positives: NDArray[np.int64]
+) -> dict[int, NDArray[np.int64]]:
+    """Anchor -> all its positives, from (n,) ids of the texts of n rows."""
+    found: dict[int, set[int]] = {}
+    for anchor, positive in zip(anchors.tolist(), positives.tolist(), strict=True):
+        found.setdefault(anchor, set()).add(positive)
+    return {anchor: np.array(sorted(right), np.int64) for anchor, right in found.items()}
+
+
+def judging(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Sequence[Triplet]:
+    """The held-out rows that judge: all of them, if they have at most `most_texts` distinct texts.
+
+    Else those that come first in the order of a hash of their texts and have together no more than that,
+    at least `LEAST_ROWS`. A row is chosen by its own texts, so most of the choice stays as files grow.
+    """
+    if len({text for row in heldout for text in row.texts}) <= most_texts:
+        return heldout
+    order = sorted(heldout, key=lambda row: digest(*(text.encode() for text in row.texts)))
+    seen: set[str] = set()
+    for count, row in enumerate(order):
+        seen.update(row.texts)
+        if count >= LEAST_ROWS and len(seen) > most_texts:
+            return order[:count]
+    return order
+
+
+def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:
+    """Learned and held out: by the key of the anchor, so that a row stays where it is as files grow."""
+    limit = int(heldout * 2.0**64)
+    chosen = [int.from_bytes(text_key(row.anchor)[8:], "little") < limit for row in triplets]
+    return (
+        [row for row, out in zip(triplets, chosen, strict=True) if not out],
+        [row for row, out in zip(triplets, chosen, strict=True) if out],
+    )
+
+
+def rejections(rejected: Mapping[str, int]) -> str:
+    """How many rows each rule rejected, to stand behind a number of rows; empty if none did."""
+    named = [f"{count:,} {rule}" for rule, count in rejected.items() if count]
+    return f" (rejected: {', '.join(named)})" if named else ""

@@ -1,0 +1,233 @@
+"""What a model can be asked for: tokens that it reads, layers that can be taken, whether it can be trained.
+
+Told from its configuration and the heads of its weights, without torch, so that `check` says before
+anything is computed what the stages would find out an hour later. They ask the same functions again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.models.config import POOLING_FLAGS, read_object, transformers_of
+from stages.models.folder import MODULES, TRANSFORMER, modules_of, read_header
+from stages.models.portable import STOCK
+from storage import regular
+from storage.errors import TeachonceError, shown
+
+LAYER = re.compile(r"(^|\.)encoder\.layer\.(\d+)\.")
+"""A weight of a layer that can be taken: BERT, RoBERTa, XLM-R, MPNet, ELECTRA and their kin."""
+
+NOT_TRAINED = {"StaticEmbedding", "WordEmbeddings", "BoW", "CLIPModel"}
+"""Modules that read texts and are no transformers."""
+
+Shapes = Mapping[str, Sequence[int]]
+"""Weight -> its shape."""
+
+POSITIONS = re.compile(
+    r"(^|\.)((char_)?position_embeddings?|positions_embed|embed_positions|pos_emb|wpe)\.weight$"
+)
+"""The table of learned positions, as models of transformers name it. Rotary and relative ones have none."""
+
+AFTER_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm"),
+    *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Models whose first token has the position after that of padding, so it has fewer than there are rows."""
+
+PADDING = 1
+"""The id of padding in `AFTER_PADDING`, where a configuration does not say it."""
+
+
+def first_position(config: Mapping[str, Any]) -> int:
+    """The position of a text's first token: its row in the table of positions."""
+    kind = config.get("model_type")
+    if kind not in AFTER_PADDING:
+        return 0
+    padding = PADDING if kind == "mpnet" else config.get("pad_token_id")
+    return int(PADDING if padding is None else padding) + 1
+
+
+def token_limit(
+    config: Mapping[str, Any], shapes: Shapes, *, first: int | None = None
+) -> int | None:
+    """How many tokens of a text a transformer reads at most; None for any number.
+
+    Args:
+        config: Its config.json.
+        shapes: Of its weights.
+        first: The position of a text's first token, if it is known better than from `config`.
+    """
+    rows = min((shape[0] for name, shape in shapes.items() if POSITIONS.search(name)), default=None)
+    if rows is None:
+        return None
+    # Some tables begin with rows that no token takes; then the configuration has the number of the others.
+    declared = int(config.get("max_position_embeddings") or rows)
+    return min(declared, rows - (first_position(config) if first is None else first))
+
+
+def token_limit_of(folder: Path, address: str) -> int | None:
+    """The same of the model in a folder, of any of its transformers; None also for a static one."""
+    limits = (token_limit(config, shapes) for config, shapes in _transformers(folder, address))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_length(wanted: int | None, limit: int | None, *, address: str, who: str) -> None:
+    """Raise if more tokens of a text are wanted than a model reads.
+
+    Args:
+        wanted: The setting; None: what the model reads.
+        limit: Of the model; None: it has none.
+        address: The setting, to name in an error.
+        who: The model, to name in an error.
+    """
+    if wanted is not None and limit is not None and wanted > limit:
+        raise TeachonceError(
+            address,
+            f"{wanted}, but {who} reads {limit} tokens at most",
+            f"set it to {limit} or less",
+        )
+
+
+def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address: str) -> None:
+    """Raise if layers cannot be taken out of a transformer.
+
+    Args:
+        layers: Wanted; 0-based.
+        count: How many it has in a list `encoder.layer`; None: no such list.
+        kind: Of the model, to name in an error.
+        address: The setting, to name in an error.
+    """
+    if count is None:
+        raise TeachonceError(
+            address,
+            f"layers can be taken from BERT-like models (a list `encoder.layer`), not from {shown(kind)}",
+            "set layers: null to start from the whole model, or name a small model in `from`",
+        )
+    if max(layers) >= count:
+        raise TeachonceError(address, f"layer {max(layers)} of {count}", f"use 0 to {count - 1}")
+
+
+def check_layers_of(folder: Path, layers: Sequence[int], *, address: str) -> None:
+    """The same of the model in a folder, if it says what it is."""
+    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+        check_layers(layers, None, kind=kind, address=address)
+    for config, shapes in _transformers(folder, address)[:1]:
+        if "model_type" in config:
+            found = [int(match[2]) for name in shapes if (match := LAYER.search(name))]
+            # A configuration may use fewer layers than there are weights for.
+            there = max(found) + 1 if found else 0
+            count = min(there, int(config.get("num_hidden_layers") or there)) or None
+            check_layers(layers, count, kind=str(config["model_type"]), address=address)
+
+
+def check_trainable(folder: Path, *, address: str) -> None:
+    """Raise for a model that no student can be made of: one without a transformer."""
+    kind = _first_kind(folder, address)
+    if kind in NOT_TRAINED:
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a {kind}, and students of teachonce are transformers",
+            "name a transformer to start from; a static model can be the teacher",
+        )
+
+
+def check_exportable(folder: Path, *, address: str) -> None:
+    """Raise for a model with a module that has no form which all versions of sentence-transformers read."""
+    own = {name.rpartition(".")[2] for name in _custom_modules(folder)}
+    for kind, _ in modules_of(folder, address):
+        if kind not in STOCK or kind in own:
+            raise TeachonceError(
+                address,
+                f"its start in {folder} has the module {shown(kind)}, which cannot be exported",
+                f"export a student of a start whose modules are {', '.join(sorted(STOCK))}",
+            )
+
+
+def check_code(folder: Path, *, trusted: bool, address: str) -> None:
+    """Raise for a model that cannot be loaded without code of its maker, where that may not run."""
+    if trusted:
+        return
+    for path in transformers_of(folder, address):
+        config = path / "config.json"
+        kind = read_object(config, address).get("model_type") if config.is_file() else None
+        if kind is not None and not _is_known(str(kind)):
+            has_code = any(folder.glob("*.py")) or "auto_map" in read_object(config, address)
+            raise TeachonceError(
+                address,
+                f"{folder} is a model of the kind {shown(kind)}, which transformers does not know"
+                + (" without the code in that folder" if has_code else ""),
+                "look at the code, then set embed.trust_remote_code: true, or name another model"
+                if has_code
+                else "install a newer transformers, or name another model",
+            )
+    for name in _custom_modules(folder):
+        raise TeachonceError(
+            address,
+            f"{folder} has a module of its maker's own code, {shown(name)}",
+            "look at the code, then set embed.trust_remote_code: true, or name another model",
+        )
+
+
+def width_of(folder: Path, address: str) -> int | None:
+    """How many values a model's vectors have; None where its small files do not say it."""
+    width = None
+    for kind, path in modules_of(folder, address):
+        file = folder / path / "config.json"
+        config = read_object(file, address) if file.is_file() else {}
+        if kind == "Dense":
+            width = config.get("out_features")
+        elif kind == "Pooling":
+            width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+            modes = config.get("pooling_mode")
+            flags = [config.get(flag) for flag in POOLING_FLAGS]
+            times = len(modes) if isinstance(modes, list) else max(flags.count(True), 1)
+            width = None if width is None else int(width) * times
+        elif kind == "StaticEmbedding":
+            shapes = read_header(folder / path / "model.safetensors", address)
+            width = next((shape[1] for shape in shapes.values() if len(shape) == 2), None)
+    return None if width is None else int(width)
+
+
+def _first_kind(folder: Path, address: str) -> str:
+    """The kind of the module that reads texts."""
+    modules = modules_of(folder, address)
+    return modules[0][0] if modules else TRANSFORMER
+
+
+def _is_known(kind: str) -> bool:
+    """Whether the installed transformers has this kind of model."""
+    # Its lists are read as texts: importing them takes torch along.
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return True
+    lists = Path(spec.origin).parent.glob("models/auto/*_auto.py")
+    mappings = [*lists, *Path(spec.origin).parent.glob("models/auto/auto_mappings.py")]
+    quoted = f'"{kind}"'.encode()
+    return not mappings or any(quoted in path.read_bytes() for path in mappings)
+
+
+def _custom_modules(folder: Path) -> list[str]:
+    """The modules whose code lies in the folder, as modules.json names them."""
+    if not (folder / MODULES).is_file():
+        return []
+    types = [
+        str(module.get("type", "")) for module in json.loads(regular.content(folder / MODULES))
+    ]
+    return [name for name in types if (folder / f"{name.split('.')[0]}.py").is_file()]
+
+
+def _transformers(folder: Path, address: str) -> list[tuple[Mapping[str, Any], Shapes]]:
+    """The configuration and the shapes of the weights of each transformer of a model."""
+    found: list[tuple[Mapping[str, Any], Shapes]] = []
+    for path in transformers_of(folder, address):
+        if (path / "config.json").is_file():
+            shapes: dict[str, tuple[int, ...]] = {}
+            for weights in sorted(path.glob("*.safetensors")):
+                shapes |= read_header(weights, address)
+            found.append((read_object(path / "config.json", address), shapes))
+    return found

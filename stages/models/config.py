@@ -1,0 +1,375 @@
+"""What a model says of itself in its small files, and what it leaves for a person to decide.
+
+No torch here: `check` asks before anything is computed. The loader asks the same functions again, since a
+stage can run without `check`; so nothing is guessed by either.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stages.models.folder import MAX_JSON_BYTES, MODULES, ROUTERS, TRANSFORMER, modules_of
+from stages.params import EmbedParams
+from storage import regular
+from storage.errors import TeachonceError, shown
+
+DENSE = "SentenceTransformer"
+"""What a model of one vector a text calls itself."""
+
+TEXTS = "text"
+"""What a router calls texts among images and others."""
+
+Role = Literal["text", "query", "document"]
+NAMED: dict[Role, str] = {
+    "text": "texts of a corpus",
+    "query": "queries",
+    "document": "documents",
+}
+
+LEAST_ROOM = 4
+"""Tokens of a text that must be read behind a prompt, as embed.max_tokens must be 4 at least."""
+
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Key of an older pooling configuration -> the mode it stands for."""
+
+
+def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str | None:
+    """The pooling that a transformer without modules.json gets; None where that file decides.
+
+    Args:
+        folder: The model.
+        setting: What a person says: a mode, or None.
+        address: The setting, to name in an error.
+
+    Raises:
+        TeachonceError: neither the model nor the setting says it, or they say different things.
+    """
+    kind = model_config(folder, address).get("model_type") or DENSE
+    if kind != DENSE:
+        # sentence-transformers would turn it into one, with a pooling that it guesses.
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a {shown(kind)}, which makes no one vector of a text",
+            f"name a {DENSE}",
+        )
+    if not (folder / MODULES).is_file():
+        if setting is None:
+            raise TeachonceError(
+                address,
+                f"null, and {folder} has no {MODULES}, so nothing says how the vectors of tokens become "
+                "that of a text",
+                "set it to what the model's authors say (mean, cls, lasttoken, …), or name a folder with "
+                f"{MODULES}",
+            )
+        return setting
+    if setting is not None:
+        own = _pooling_modes(folder, address)
+        if own != [setting]:
+            said = " and ".join(own) if own else "no pooling"
+            raise TeachonceError(
+                address,
+                f"{setting}, but {folder / MODULES} says {said}",
+                "set it to null: the model knows its own pooling",
+            )
+    return None
+
+
+def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
+    """What a teacher leaves open and the settings of `embed` do not say, or say otherwise."""
+    questions: Sequence[tuple[str, Callable[[str], object]]] = (
+        ("pooling", lambda at: decided_pooling(folder, params.pooling, address=at)),
+        ("prompt", lambda at: decided_prompt(folder, params.prompt, address=at)),
+        ("similarity", lambda at: check_similarity(folder, params.similarity, address=at)),
+        ("dim", lambda at: check_width(folder, params.dim, address=at)),
+        ("teacher", lambda at: decided_routes(folder, address=at)),
+        ("max_tokens", lambda at: _check_room(folder, params, at)),
+    )
+    for setting, ask in questions:
+        # A setting that is wrong in params.yaml is no attribute, and is told already.
+        if hasattr(params, setting):
+            try:
+                ask(f"embed.{setting}")
+            except TeachonceError as error:
+                yield error
+
+
+def own_prompts(folder: Path, address: str) -> dict[str, str]:
+    """The prompts that a model's configuration has, by name, without empty ones."""
+    found = model_config(folder, address).get("prompts")
+    prompts = found.items() if isinstance(found, dict) else ()
+    return {str(name): str(prompt) for name, prompt in prompts if prompt}
+
+
+def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
+    """What the teacher reads before every text.
+
+    Args:
+        folder: The model.
+        setting: What a person says; None: the model has no prompt of its own.
+        address: The setting, to name in an error.
+
+    Raises:
+        TeachonceError: nobody said it, and the model has prompts.
+    """
+    own = own_prompts(folder, address) if setting is None else {}
+    if own:
+        default = model_config(folder, address).get("default_prompt_name")
+        names = ", ".join(
+            f"{shown(name)}{' (its default)' if name == default else ''}: {shown(repr(prompt))}"
+            for name, prompt in own.items()
+        )
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} has prompts of its own ({names})",
+            'write the one that is to stand before every text, whatever it is, or "" for none',
+        )
+    return setting or ""
+
+
+def check_similarity(folder: Path, setting: str | None, *, address: str) -> None:
+    """Raise if a model compares its vectors by what ranks them otherwise than cosine, and nobody knows.
+
+    Dot products and distances of vectors of length 1 rank as their cosines do.
+    """
+    own = model_config(folder, address).get("similarity_fn_name") or "cosine"
+    same = own == "cosine" or (
+        own in {"dot", "euclidean"} and _last_kinds(folder, address) == {"Normalize"}
+    )
+    if setting is None and not same:
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} compares its vectors by {shown(own)}, while mining, training "
+            "and evaluation compare by cosine",
+            "set it to cosine if that is what you want all the same; students are made for cosine",
+        )
+
+
+def check_width(folder: Path, setting: int | None, *, address: str) -> None:
+    """Raise if a model itself keeps only the first so many values of each vector, and nobody decided."""
+    own = model_config(folder, address).get("truncate_dim")
+    if own is not None and setting is None:
+        raise TeachonceError(
+            address,
+            f"null, but the model in {folder} keeps {shown(own)} values of each vector (its truncate_dim)",
+            f"set it to {shown(own)}, or to the number of all values",
+        )
+
+
+def room_for_texts(max_tokens: int, *, around: int, has_prompt: bool) -> int:
+    """How many tokens are left for a text of those that are read at once.
+
+    Args:
+        max_tokens: Read at once.
+        around: Of these, special tokens and the prompt's.
+        has_prompt: Without one, the person who set `max_tokens` has decided all of it.
+
+    Raises:
+        TeachonceError: so few that texts would become alike.
+    """
+    room = max_tokens - around
+    least = LEAST_ROOM if has_prompt else 1
+    if room < least:
+        raise TeachonceError(
+            "embed.max_tokens",
+            f"{max_tokens}, but special tokens and the prompt take {around} of them: {max(room, 0)} are "
+            f"left for a text, and it takes at least {least}",
+            f"set it to {around + least} or more, or shorten embed.prompt",
+        )
+    return room
+
+
+def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
+    """Raise if the prompt leaves no room for a text, in any transformer of a model."""
+    prompt = getattr(params, "prompt", None)
+    if not prompt:
+        return
+    from tokenizers import Tokenizer
+
+    for path in transformers_of(folder, address):
+        file = path / "tokenizer.json"
+        if file.is_file():  # others are tokenised in Python; the loader asks those
+            try:
+                tokenizer = Tokenizer.from_file(str(file))
+            except Exception as error:  # its own class is none but Exception
+                raise TeachonceError(
+                    address, f"{file} cannot be read ({shown(error)})", "fetch the file again"
+                ) from None
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            around = tokenizer.num_special_tokens_to_add(False) + len(
+                tokenizer.encode(prompt, add_special_tokens=False).ids
+            )
+            room_for_texts(params.max_tokens, around=around, has_prompt=True)
+
+
+def transformers_of(folder: Path, address: str) -> list[Path]:
+    """The folders of a model's transformers, those behind a router included."""
+    if not (folder / MODULES).is_file():
+        return [folder]
+    found = []
+    for kind, path in modules_of(folder, address):
+        if kind == TRANSFORMER:
+            found.append(folder / path)
+        elif kind in ROUTERS:
+            router = _read_router(folder / path, address)
+            found += [
+                folder / path / name for name, kind in router.kinds.items() if kind == TRANSFORMER
+            ]
+    return found
+
+
+def decided_routes(folder: Path, *, address: str) -> dict[Role, str] | None:
+    """Which route of a router texts of each role take; None for a model without one.
+
+    As sentence-transformers routes them: queries by `encode_query`, documents by `encode_document`, the
+    texts of a corpus by `encode`.
+
+    Raises:
+        TeachonceError: texts of a role have no route, or it has several routers.
+    """
+    routers = [path for kind, path in modules_of(folder, address) if kind in ROUTERS]
+    if not routers:
+        return None
+    router = _read_router(folder / routers[0], address)
+    if len(routers) > 1 or ROUTERS & set(router.kinds.values()):
+        raise TeachonceError(
+            address,
+            f"the model in {folder} has several routers",
+            "name a model that has one router or none",
+        )
+    tasks: dict[Role, str | None] = {"text": None, "query": "query", "document": "document"}
+    routes = {role: router.route(task) for role, task in tasks.items()}
+    lost = [NAMED[role] for role, route in routes.items() if route is None]
+    if lost:
+        raise TeachonceError(
+            address,
+            f"the router of the model in {folder} says no route for {' and '.join(lost)}; its routes are "
+            f"{', '.join(map(shown, router.routes))}",
+            "save the model with routes named query and document and a default_route, or name a model "
+            "without a router",
+        )
+    return {role: route for role, route in routes.items() if route is not None}
+
+
+def check_one_model(folder: Path, *, address: str) -> None:
+    """Raise for a model that a start cannot be made of: a router has a model for each of its routes."""
+    if any(kind in ROUTERS for kind, _ in modules_of(folder, address)):
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a router of several models",
+            "name a model without a router to start from",
+        )
+
+
+@dataclass(frozen=True)
+class _Router:
+    """A router's configuration.
+
+    Args:
+        routes: Name -> the modules that a text passes, by name.
+        kinds: Module -> its kind.
+        default: The route of texts that no rule is about.
+        rules: (task, modality) -> route; None stands for any.
+    """
+
+    routes: Mapping[str, Sequence[str]]
+    kinds: Mapping[str, str]
+    default: str | None
+    rules: Mapping[Any, str]
+
+    def route(self, task: str | None) -> str | None:
+        """The route of texts with this task, as sentence-transformers finds it; None for none."""
+        for rule in ((task, TEXTS), (task, None), (None, TEXTS), (None, None)):
+            if rule in self.rules:
+                return self.rules[rule]
+        for name in (task, TEXTS):
+            if name in self.routes:
+                return name
+        return self.default if task is None else None
+
+
+def _read_router(folder: Path, address: str) -> _Router:
+    path = folder / "router_config.json"
+    found = read_object(path if path.is_file() else folder / "config.json", address)
+    try:
+        routes = {str(name): list(modules) for name, modules in found["structure"].items()}
+        settings = found.get("parameters", {})
+        default = settings.get("default_route")
+        if default is None and settings.get("allow_empty_key", True):
+            default = next(iter(routes), None)
+        return _Router(
+            routes,
+            {str(name): str(kind).rpartition(".")[2] for name, kind in found["types"].items()},
+            default,
+            {
+                ast.literal_eval(rule): route
+                for rule, route in (settings.get("route_mappings") or {}).items()
+            },
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, SyntaxError) as error:
+        raise TeachonceError(
+            address, f"{folder} is no router ({shown(error)})", "fetch the folder again"
+        ) from None
+
+
+def _last_kinds(folder: Path, address: str) -> set[str]:
+    """The kinds of the last module that a text passes: one, or one for each route."""
+    modules = modules_of(folder, address)
+    if not modules:
+        return set()
+    kind, path = modules[-1]
+    if kind not in ROUTERS:
+        return {kind}
+    router = _read_router(folder / path, address)
+    return {router.kinds.get(route[-1], "") if route else "" for route in router.routes.values()}
+
+
+def model_config(folder: Path, address: str) -> Mapping[str, Any]:
+    """config_sentence_transformers.json, or nothing: older models have none."""
+    path = folder / "config_sentence_transformers.json"
+    return read_object(path, address) if path.is_file() else {}
+
+
+def _pooling_modes(folder: Path, address: str) -> list[str]:
+    """The modes of all pooling modules of a model."""
+    modes: list[str] = []
+    for kind, path in modules_of(folder, address):
+        if kind == "Pooling":
+            config = read_object(folder / path / "config.json", address)
+            mode = config.get("pooling_mode")
+            if mode is None:
+                modes += [name for flag, name in POOLING_FLAGS.items() if config.get(flag)] or [
+                    "mean"
+                ]
+            else:
+                modes += [mode] if isinstance(mode, str) else [str(one) for one in mode]
+    return modes
+
+
+def read_object(path: Path, address: str) -> Mapping[str, Any]:
+    """A JSON object of a model.
+
+    Raises:
+        TeachonceError: it is none.
+    """
+    try:
+        found = json.loads(regular.content(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TeachonceError(
+            address, f"{path} cannot be read ({shown(error)})", "fetch the file again"
+        ) from None
+    if not isinstance(found, dict):
+        raise TeachonceError(address, f"{path} is no JSON object", "fetch the file again")
+    return found

@@ -1,0 +1,221 @@
+"""Model folders: loaded and saved by sentence-transformers, with the checks that it leaves out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stages.models.abilities import token_limit
+from stages.models.config import Role, decided_pooling
+from stages.models.folder import model_files
+from stages.models.packed import first_position
+from stages.outcome import write_json
+from storage.errors import TeachonceError, shown
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def load_model(
+    folder: Path,
+    *,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    pooling: str | None = None,
+    setting: str = "embed.pooling",
+) -> SentenceTransformer:
+    """A sentence-transformers model in float32.
+
+    The dtype is always given: transformers 5 would take the checkpoint's own.
+
+    Args:
+        folder: The model.
+        device: Where it goes.
+        trust_remote_code: Whether code in its folder may run.
+        pooling: Of a transformers folder, which has no modules.json; None where that file says it.
+        setting: The setting that says `pooling`, to name in an error.
+
+    Raises:
+        TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker, or
+            nothing says how it pools.
+    """
+    model_files(folder, address=str(folder), trust_remote_code=trust_remote_code)
+    pooling = decided_pooling(folder, pooling, address=setting)
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging as transformers_logging
+
+    # A bar for 0.1 s of loading would stand between our own lines.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=str(device),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+        )
+    # Its loaders believe the files of a model, and raise whatever comes of what is wrong there.
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TeachonceError(
+            folder,
+            f"sentence-transformers cannot load it: {shown(first_line)}",
+            "check that `SentenceTransformer(folder)` works; a model with code of its own needs "
+            "embed.trust_remote_code: true",
+        ) from error
+    _check_vocabulary(model, folder)
+    _pad_with_some_token(model)
+    _read_no_more_than_there_are_positions(model)
+    return model if pooling is None else _pooled(model, pooling, folder, setting)
+
+
+def _pad_with_some_token(model: SentenceTransformer) -> None:
+    """Give a token of padding to tokenizers that have none that the model knows; the mask hides which.
+
+    GPT-2 and Llama have none. Others were given one after their model was made.
+    """
+    for module in model.modules():
+        body: Any = getattr(module, "auto_model", None)
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if body is None or not hasattr(tokenizer, "pad_token_id"):
+            continue
+        words = sys.maxsize
+        with contextlib.suppress(NotImplementedError, AttributeError):  # code of its maker's own
+            words = body.get_input_embeddings().num_embeddings
+        own = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
+        known = next(number for number in own if number is not None and number < words)
+        if known != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+
+
+def limit_of_positions(model: SentenceTransformer) -> int | None:
+    """How many tokens of a text a model can read, whatever it reads by itself; None for any number."""
+    limits = (_positions(module) for module in model.modules())
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _positions(module: nn.Module) -> int | None:
+    """The same of one module, if it is a transformer."""
+    body: Any = getattr(module, "auto_model", None)
+    if body is None:
+        return None
+    shapes = {name: weight.shape for name, weight in body.named_parameters()}
+    return token_limit(body.config.to_dict(), shapes, first=first_position(body))
+
+
+def _read_no_more_than_there_are_positions(model: SentenceTransformer) -> None:
+    """sentence-transformers takes all rows of a table of positions for those of tokens (RoBERTa)."""
+    module: Any
+    for module in model.modules():
+        limit, own = _positions(module), getattr(module, "max_seq_length", None)
+        if limit is not None and (own is None or own > limit):
+            module.max_seq_length = limit
+
+
+def _check_vocabulary(model: SentenceTransformer, folder: Path) -> None:
+    """Raise for a tokenizer of special tokens alone: transformers makes one where the file is missing."""
+    for module in model.modules():
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        special = getattr(tokenizer, "all_special_ids", None)
+        if special is not None and len(tokenizer) <= len(special):
+            raise TeachonceError(
+                folder,
+                "its tokenizer knows no word: the file with its vocabulary is missing",
+                "copy or fetch the whole folder again",
+            )
+
+
+def _pooled(
+    model: SentenceTransformer, pooling: str, folder: Path, setting: str
+) -> SentenceTransformer:
+    """A transformer with this pooling instead of the one that sentence-transformers guessed."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if not (len(model) == 2 and isinstance(model[1], Pooling)):
+        raise TeachonceError(
+            setting,
+            f"{pooling}, but the model in {folder} makes one vector of a text by itself",
+            "load it with sentence-transformers, save it, and name that folder",
+        )
+    model[1] = Pooling(model[1].embedding_dimension, pooling)
+    return model
+
+
+def models_by_role(
+    model: SentenceTransformer, routes: Mapping[Role, str] | None
+) -> dict[Role, SentenceTransformer]:
+    """Role -> a model without a router that reads texts of this role; those share their weights.
+
+    Args:
+        model: As it was loaded.
+        routes: Role -> the route of the model's router; None if it has none.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if routes is None:
+        return {"text": model}
+
+    def through(route: str) -> SentenceTransformer:
+        modules: list[nn.Module] = []
+        for module in model:
+            behind = getattr(module, "sub_modules", None)
+            modules += [module] if behind is None else list(behind[route])
+        return SentenceTransformer(modules=modules, device=str(model.device)).eval()
+
+    made = {route: through(route) for route in set(routes.values())}
+    return {role: made[route] for role, route in routes.items()}
+
+
+def ends_in_normalize(model: SentenceTransformer) -> bool:
+    """Whether a model's vectors have length 1."""
+    return is_normalize(model[-1])
+
+
+def is_normalize(module: nn.Module) -> bool:
+    """Whether a module scales vectors to length 1."""
+    return type(module).__name__ == "Normalize"
+
+
+def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> None:
+    """Write a start or a student; equal weights give equal files (no card with a date in it).
+
+    What is saved here reads texts as they are and is compared by cosine, so it says nothing else: prompts,
+    another similarity or a cut of the model that it came from would be applied by `encode`.
+
+    Args:
+        model: With finite weights.
+        folder: Where to.
+        address: What to name in an error.
+
+    Raises:
+        TeachonceError: a weight has NaN or Inf in it.
+    """
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise TeachonceError(
+                address,
+                f"its weight {name} has NaN or Inf in it",
+                "make the model that it comes from anew, or name another",
+            )
+    model.to("cpu")
+    model.prompts = {"query": "", "document": ""}
+    model.default_prompt_name = None
+    model.similarity_fn_name = "cosine"
+    model.truncate_dim = None
+    model.save(str(folder), create_model_card=False, safe_serialization=True)
+    # sentence-transformers writes the code of a module into its folder, and looks for it at the top.
+    for code in sorted(folder.glob("*/*.py")):
+        code.replace(folder / code.name)
+    # Students learn without padding, or with padding on the right. On the left it moves the positions of a
+    # model that counts them from the first token of a batch.
+    path = folder / "tokenizer_config.json"
+    said = json.loads(path.read_bytes()) if path.is_file() else {}
+    if said.get("padding_side") == "left":
+        write_json(path, {**said, "padding_side": "right"})

@@ -1,0 +1,193 @@
+"""How fast a model encodes texts, told so that models measured at different times can be compared.
+
+On a busy machine less is done in a second of CPU time, too: caches and memory are shared, and the clock may
+fall. So a fixed workload takes turns with the model, a twentieth of a second each. How many texts a model
+reads in the time of one pass of that workload (`texts_per_reference`) stays when the machine slows both.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from stages.models.devices import device_name
+
+CPU_PIECES, CPU_ROUNDS = 16, 3
+"""A piece of 256 short texts takes a 12-layer model of 384 dimensions a tenth of a second."""
+
+GPU_ROUNDS = 16
+"""A GPU takes all texts in one turn: it reads them in one batch."""
+
+MOST_SECONDS = 20.0
+"""After so many no further round begins, so that a model a hundred times as slow is read once or twice."""
+
+TOKENS, WIDTH, HEADS, LENGTH, LAYERS = 256, 384, 12, 16, 4
+"""Of the reference. Changed, it makes all `texts_per_reference` measured before incomparable."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a model is.
+
+    Args:
+        texts_per_second: Texts per CPU second of one thread; on other devices, per second of the wall.
+        texts_per_reference: Texts in the time of one pass of `Reference`, measured in turns with it.
+        device: Where; speeds are compared within one device only.
+    """
+
+    texts_per_second: float
+    texts_per_reference: float
+    device: str
+
+
+class Reference:
+    """The fixed workload: four layers of a transformer's arithmetic, float32, on 256 tokens.
+
+    Its weights are drawn from a fixed seed and have the size of MiniLM's (28 MB): like a model's, they do
+    not fit into a core's own cache.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) * 0.05).to(device)
+
+        self.states = drawn(TOKENS, WIDTH)
+        self.layers = [
+            (
+                drawn(WIDTH, 3 * WIDTH),
+                drawn(WIDTH, WIDTH),
+                drawn(WIDTH, 4 * WIDTH),
+                drawn(4 * WIDTH, WIDTH),
+            )
+            for _ in range(LAYERS)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor:
+        """One pass.
+
+        Returns:
+            (256, 384).
+        """
+        states = self.states
+        for inward, outward, up, down in self.layers:
+            parts = (states @ inward).view(-1, LENGTH, 3, HEADS, WIDTH // HEADS)
+            query, key, value = parts.permute(2, 0, 3, 1, 4)
+            seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            states = F.layer_norm(states + seen.reshape(states.shape) @ outward, (WIDTH,))
+            states = F.layer_norm(states + F.gelu(states @ up) @ down, (WIDTH,))
+        return states
+
+
+def measure(
+    encode: Callable[[Sequence[str]], object], texts: Sequence[str], device: torch.device
+) -> Speed:
+    """How fast `encode` reads `texts` on a device.
+
+    On a CPU torch has one thread meanwhile, and so have Rust's tokenizers; what is counted is the CPU time
+    of the process. A few seconds for a model of MiniLM's size.
+
+    Args:
+        encode: Turns texts into vectors, and waits for them.
+        texts: At least one.
+        device: Where `encode` runs.
+    """
+    with _one_thread():
+        reference = Reference(device)
+        encode(texts)
+        reference()
+        is_cpu = device.type == "cpu"
+        found = in_turns(
+            encode,
+            texts,
+            reference,
+            clock=time.process_time if is_cpu else lambda: _wall(device),
+            pieces=CPU_PIECES if is_cpu else 1,
+            rounds=CPU_ROUNDS if is_cpu else GPU_ROUNDS,
+            most_seconds=MOST_SECONDS,
+        )
+        return Speed(*found, device=device_name(device))
+
+
+def in_turns(
+    encode: Callable[[Sequence[str]], object],
+    texts: Sequence[str],
+    reference: Callable[[], object],
+    *,
+    clock: Callable[[], float],
+    pieces: int,
+    rounds: int,
+    most_seconds: float,
+) -> tuple[float, float]:
+    """Texts per second, and texts per pass of the reference.
+
+    Each piece of the texts takes its turn after a pass of the reference. Of its rounds the median counts,
+    for the time and for the quotient of the two times; for all texts, the sum over the pieces.
+
+    Args:
+        encode: What is measured.
+        texts: Cut into pieces of like texts: every so many-th.
+        reference: What it is compared with.
+        clock: Seconds.
+        pieces: How many; at most one for each text.
+        rounds: How often each piece is read.
+        most_seconds: By the clock; no further round begins after them.
+    """
+    parts = [texts[first::pieces] for first in range(min(pieces, len(texts)))]
+    turns: list[list[tuple[float, float]]] = []
+    started = clock()
+    while len(turns) < rounds and (not turns or clock() - started < most_seconds):
+        turns.append([_turn(encode, part, reference, clock) for part in parts])
+    # A clock that did not move must not end an evaluation.
+    seconds, references = np.maximum(turns, 1e-9).transpose(2, 0, 1)
+    in_seconds = np.median(seconds, axis=0).sum()
+    in_references = np.median(seconds / references, axis=0).sum()
+    return len(texts) / float(in_seconds), len(texts) / float(in_references)
+
+
+def _turn(
+    encode: Callable[[Sequence[str]], object],
+    texts: Sequence[str],
+    reference: Callable[[], object],
+    clock: Callable[[], float],
+) -> tuple[float, float]:
+    """Seconds of `encode`, and of the reference just before it."""
+    begin = clock()
+    reference()
+    middle = clock()
+    encode(texts)
+    return clock() - middle, middle - begin
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch and Rust's tokenizers compute in the thread that calls them."""
+    threads, rust = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if rust is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = rust
+
+
+def _wall(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()

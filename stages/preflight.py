@@ -1,0 +1,145 @@
+"""What a later stage would refuse and settings and sources tell already: `check` says it an hour before.
+
+Small sources are read whole, since they alone can have too few rows; of others nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stages.learning.judges import Labels
+from stages.params import (
+    DOCS_PAIR,
+    DOCS_TEXT,
+    LEAST_HELDOUT,
+    FinetuneParams,
+    Problem,
+    Sections,
+    ShardParams,
+)
+from stages.reading.corpus_files import DatasetName, Rejected, read, sources
+from stages.reading.packages import missing
+from storage.corpus import text_key
+from storage.errors import TeachonceError
+from storage.split import Split
+
+SMALL_BYTES = 1 << 20
+"""Of all files together: some 10,000 sentences, of which the smallest share held out is enough."""
+
+TRACKERS = {
+    "tensorboard": ("accelerate", "tensorboard"),
+    "wandb": ("accelerate", "wandb"),
+    "mlflow": ("accelerate", "mlflow"),
+}
+"""`tracker` -> the packages it needs."""
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+"""What the extra `onnx` installs."""
+
+
+def check_onnx(packages: Sequence[str] = ONNX) -> None:
+    """Raise unless the extra `onnx` is installed.
+
+    Args:
+        packages: Of that extra.
+    """
+    if lacking := missing(packages):
+        raise TeachonceError(
+            "export.onnx",
+            f"true, but {' and '.join(lacking)} cannot be imported",
+            'run `pip install "teachonce[onnx]"`, or set it to false',
+        )
+
+
+def absent_packages(sections: Sections) -> Iterator[TeachonceError]:
+    """What the settings ask for and is not installed."""
+    tracker = sections.get("tracker", "none")
+    if lacking := missing(TRACKERS.get(tracker, ())):
+        yield TeachonceError(
+            "tracker",
+            f"{tracker}, but {' and '.join(lacking)} cannot be imported",
+            f"pip install 'teachonce[train]' {tracker}, or set it to none",
+        )
+    if sections.get("engine") == "ray" and missing(["ray"]):
+        yield TeachonceError(
+            "engine",
+            "ray, which cannot be imported",
+            "pip install 'teachonce[ray]', or set another",
+        )
+    if getattr(sections.get("export"), "onnx", False):
+        try:
+            check_onnx()
+        except TeachonceError as error:
+            yield error
+
+
+def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:
+    """Raise if so few texts of a small corpus are held out that no student can be judged.
+
+    Args:
+        params: Which texts.
+        heldout: Share of them.
+        root: The work tree.
+    """
+    named = sources(params.sources, root)
+    if any(isinstance(one, DatasetName) for one in named):
+        return
+    if not _are_small([one for one in named if isinstance(one, Path)]):
+        return
+    keys = {
+        text_key(text)
+        for source in named
+        for item in read(source, params.field)
+        if not isinstance(item, Rejected)
+        and params.min_chars <= len(text := item.strip()) <= params.max_chars
+    }
+    if not keys:
+        return  # `shard` says by which rule each is lost
+    split = Split(corpus="", heldout=heldout, evaluation=())
+    found = int(split.is_heldout(np.array(sorted(keys), "V16")).sum())
+    if found < LEAST_HELDOUT:
+        raise TeachonceError(
+            "split.heldout",
+            f"{heldout:g}, which holds out {found} of the {len(keys):,} texts of shard.sources; training "
+            f"is judged by {LEAST_HELDOUT} at least",
+            "raise it, or give shard.sources more texts",
+        )
+
+
+def check_labels(params: FinetuneParams, files: Sequence[Path], root: Path) -> None:
+    """Raise if so few labelled rows are in small files that nothing can be learned and judged."""
+    if _are_small(files):
+        Labels.read(params, root, ())
+
+
+def other_fields(sections: Sections, *, texts: bool, pairs: bool) -> list[Problem]:
+    """Names of fields that are not those in the files that the stage `docs` writes.
+
+    Args:
+        sections: Of params.yaml.
+        texts: Whether these files are the corpus.
+        pairs: Whether they are what is finetuned on.
+    """
+    wrong = []
+    field = getattr(sections.get("shard"), "field", DOCS_TEXT)
+    if texts and field != DOCS_TEXT:
+        wrong.append(("shard.field", f"{field}, but the texts of docs stand under {DOCS_TEXT}"))
+    fields = tuple(getattr(sections.get("finetune"), "fields", DOCS_PAIR))[:2]
+    if pairs and fields != DOCS_PAIR:
+        said, wanted = ", ".join(fields), ", ".join(DOCS_PAIR)
+        wrong.append(
+            (
+                "finetune.fields",
+                f"{said}, but the pairs of docs stand under {wanted}, in this order",
+            )
+        )
+    return wrong
+
+
+def _are_small(files: Sequence[Path]) -> bool:
+    # Compressed ones may be large inside.
+    plain = not any(path.suffix.lower() in {".gz", ".zst"} for path in files)
+    return bool(files) and plain and sum(path.stat().st_size for path in files) <= SMALL_BYTES

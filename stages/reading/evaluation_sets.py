@@ -1,0 +1,336 @@
+"""Evaluation files: pairs of sentences with a score (STS), and retrieval sets in BEIR form.
+
+Read by `check` (which files), `split` (which texts must stay out of training) and `evaluate`. Files are
+split into lines at the byte 0A alone, since sentences may hold any other line separator of Unicode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.reading.files import ANY_ENDING, is_regular, located, matching, reading, with_compressed
+from stages.reading.lines import lines
+from stages.vectors import NO_DOCUMENT
+from storage.corpus import text_key
+from storage.errors import MissingError, TeachonceError, shown
+
+STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
+JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+
+QRELS_CURE = "write a header line, then each line as query id, tab, document id, tab, whole number"
+
+
+@dataclass(frozen=True)
+class StsSet:
+    """Pairs of sentences and how alike people found them.
+
+    Args:
+        scores: (n,) on any scale, higher is more alike; at least two different ones.
+        first: n sentences.
+        second: n sentences.
+    """
+
+    scores: NDArray[np.float64]
+    first: list[str]
+    second: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The first sentences of all pairs, then the second."""
+        return [*self.first, *self.second]
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Documents, and queries that have at least one relevant document among them.
+
+    Args:
+        document_ids: Distinct, in the order of the file.
+        documents: Title and text of each.
+        query_ids: Distinct, in the order of the file.
+        queries: The text of each.
+        relevant: Query id -> document id -> score of at least 1; no query's is empty.
+    """
+
+    document_ids: list[str]
+    documents: list[str]
+    query_ids: list[str]
+    queries: list[str]
+    relevant: dict[str, dict[str, int]]
+
+    @property
+    def identical_ids(self) -> NDArray[np.int64]:
+        """(queries,) place of the document that has the query's id and is not judged relevant to it.
+
+        NO_DOCUMENT where there is none: a query may have the id of its answer.
+        """
+        places = {document: place for place, document in enumerate(self.document_ids)}
+        return np.array(
+            [
+                NO_DOCUMENT if query in self.relevant[query] else places.get(query, NO_DOCUMENT)
+                for query in self.query_ids
+            ],
+            np.int64,
+        )
+
+
+def sts_files(pattern: str, root: Path, address: str) -> list[Path]:
+    """The files of an STS set, sorted.
+
+    Args:
+        pattern: A glob, relative to `root` unless it is absolute or begins with `~`.
+        root: The folder that has params.yaml.
+        address: The setting to name in an error, such as `evaluate.sts.STSB`.
+
+    Raises:
+        TeachonceError: no file matches, or something that is no file does.
+    """
+    return matching(pattern, root, address=address, endings=ANY_ENDING)
+
+
+def read_sts(files: Sequence[Path]) -> StsSet:
+    """One set from all `files` together: a single correlation is taken over all their lines.
+
+    Lines are `score<tab>sentence<tab>sentence`, without quoting; further columns are ignored.
+
+    Raises:
+        TeachonceError: names the first wrong line, or the set if no two scores in it differ.
+    """
+    scores: list[float] = []
+    first: list[str] = []
+    second: list[str] = []
+    for where, line in (pair for path in files for pair in _lines(path)):
+        fields = line.split("\t")
+        if len(fields) < 3:
+            raise TeachonceError(where, f"{len(fields)} of 3 columns", STS_CURE)
+        scores.append(_finite(fields[0], where))
+        first.append(fields[1])
+        second.append(fields[2])
+    if len(set(scores)) < 2:
+        raise TeachonceError(
+            ", ".join(map(str, files)),
+            f"{len(scores)} pairs without two different scores, so nothing can correlate with them",
+            "name files with scored pairs",
+        )
+    return StsSet(np.array(scores), first, second)
+
+
+def beir_folder(setting: str, root: Path, name: str) -> Path:
+    """The folder that `setting` names: relative to `root`, absolute, or beginning with `~`."""
+    return located(setting, root, f"evaluate.retrieval.{name}")
+
+
+def beir_files(folder: Path, name: str) -> list[Path]:
+    """The three files read for the retrieval set `name`: documents, queries, judgements.
+
+    Judgements are in qrels/test.tsv, as BEIR has them, or else in qrels.tsv.
+
+    Raises:
+        MissingError: one of them is not there.
+        TeachonceError: something that is no file has its name.
+    """
+    address = f"evaluate.retrieval.{name}"
+    wanted = (("corpus.jsonl",), ("queries.jsonl",), ("qrels/test.tsv", "qrels.tsv"))
+    files = []
+    for choices in wanted:
+        paths = (folder / file for choice in choices for file in with_compressed(choice))
+        found = next((path for path in paths if is_regular(path, address)), None)
+        if found is None:
+            raise MissingError(
+                address,
+                f"no {' or '.join(choices)} in {shown(folder)}",
+                _lacking_cure(folder, choices),
+            )
+        files.append(found)
+    return files
+
+
+def _lacking_cure(folder: Path, choices: Sequence[str]) -> str:
+    """What to do where none of the names `choices` is in a folder in BEIR form."""
+    others = sorted((folder / "qrels").glob("*.tsv*")) if "qrels.tsv" in choices else []
+    if others:
+        ending = "".join(others[0].suffixes)
+        target = shlex.quote(str(folder / f"qrels{ending}"))
+        return f"to measure on {shown(others[0].name)}, run `cp {shlex.quote(str(others[0]))} {target}`"
+    return "correct the folder in params.yaml, or remove the entry"
+
+
+def read_beir(folder: Path, name: str) -> RetrievalSet:
+    """The retrieval set `name`. Queries without a relevant document are left out.
+
+    Raises:
+        TeachonceError: names the first wrong line: not as the format wants it, an id or a judgement
+            that was there before, a judgement of an unknown query or document; or the file of
+            judgements, if no query has a relevant document.
+    """
+    corpus, asked, judged = beir_files(folder, name)
+    documents = _by_id(corpus, _titled)
+    queries = _by_id(asked, lambda record, where: _string(record, "text", where))
+    relevant = _relevant(judged, queries, documents)
+    kept = [query for query in queries if query in relevant]
+    return RetrievalSet(
+        document_ids=list(documents),
+        documents=list(documents.values()),
+        query_ids=kept,
+        queries=[queries[query] for query in kept],
+        relevant=relevant,
+    )
+
+
+def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -> Iterator[str]:
+    """What training must not see: all STS sentences and all retrieval queries.
+
+    Documents are left out: a retrieval set is searched, and nobody's corpus is free of them.
+    """
+    for pairs in sts:
+        yield from pairs.texts
+    for asked in retrieval:
+        yield from asked.queries
+
+
+def evaluation_keys(text: str) -> set[bytes]:
+    """Keys of a text as `shard` would clean it, and of each of its sentences."""
+    sentences = SENTENCE_END.split(text)
+    return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(file:line, text) of each line, without its LF or CR LF."""
+    with reading(path, "give yourself permission to read it, or fetch it again"):
+        for number, line in _without_last_blanks(lines(path)):
+            where = f"{path}:{number}"
+            if line is None:
+                raise TeachonceError(where, "a line of more than 16 MiB", "take it out")
+            if b"\r" in line:
+                problem = "a carriage return within the line, and only a line feed ends a line here"
+                raise TeachonceError(where, problem, "take it out, or put a line feed in its place")
+            yield where, _decoded(line, where)
+
+
+def _without_last_blanks(found: Iterable[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers, from 1; blank ones only where another line follows."""
+    blanks: list[tuple[int, bytes | None]] = []
+    for numbered in enumerate(found, 1):
+        if numbered[1] is not None and not numbered[1].strip():
+            blanks.append(numbered)
+            continue
+        yield from blanks
+        blanks.clear()
+        yield numbered
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start + 1} of the line is no UTF-8"
+        raise TeachonceError(where, problem, "save the file as UTF-8") from None
+
+
+def _finite(field: str, where: str) -> float:
+    try:
+        score = float(field)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise TeachonceError(where, f"the score is no number: {shown(repr(field))}", STS_CURE)
+    return score
+
+
+def _by_id(path: Path, text_of: Callable[[dict[str, Any], str], str]) -> dict[str, str]:
+    """Id -> text of each line of a JSONL file, in its order."""
+    texts: dict[str, str] = {}
+    for where, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = f"no JSON: {shown(repr(line))}" if line else "an empty line"
+            raise TeachonceError(where, problem, JSON_CURE) from error
+        if not isinstance(record, dict):
+            raise TeachonceError(where, f"no JSON object: {shown(repr(line))}", JSON_CURE)
+        identifier = _string(record, "_id", where)
+        if identifier in texts:
+            raise TeachonceError(
+                where,
+                f"the id {shown(repr(identifier))} was there before",
+                "give each its own id",
+            )
+        texts[identifier] = text_of(record, where)
+    return texts
+
+
+def _string(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise TeachonceError(where, f"no string under {key}", JSON_CURE)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair; no tokenizer takes it.
+        problem = f"half a surrogate pair under {key}"
+        raise TeachonceError(where, problem, "mend the text") from None
+    return value
+
+
+def _titled(record: dict[str, Any], where: str) -> str:
+    """A document's text, after its title if it has one."""
+    text = _string(record, "text", where)
+    title = _string(record, "title", where) if record.get("title") else ""
+    return f"{title} {text}" if title else text
+
+
+def _relevant(
+    path: Path, queries: Container[str], documents: Container[str]
+) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> score, of the judgements above 0."""
+    relevant: dict[str, dict[str, int]] = {}
+    seen: set[tuple[str, str]] = set()
+    for line_number, (where, line) in enumerate(_lines(path)):
+        if line_number == 0:
+            _check_header(line, where)
+            continue
+        query, document, score = _judgement(line, where)
+        for known, what, value in ((queries, "query", query), (documents, "document", document)):
+            if value not in known:
+                problem = f"no {what} has the id {shown(repr(value))}"
+                raise TeachonceError(where, problem, "remove the line, or add what it names")
+        if (query, document) in seen:
+            raise TeachonceError(
+                where, "this pair was judged before", "remove one of the two lines"
+            )
+        seen.add((query, document))
+        if score > 0:
+            relevant.setdefault(query, {})[document] = score
+    if not relevant:
+        raise TeachonceError(path, "no query has a relevant document", QRELS_CURE)
+    return relevant
+
+
+def _check_header(line: str, where: str) -> None:
+    try:
+        _judgement(line, where)
+    except TeachonceError:
+        return
+    # Skipping it would lose a judgement without a word.
+    raise TeachonceError(where, "a judgement where the header line should be", QRELS_CURE)
+
+
+def _judgement(line: str, where: str) -> tuple[str, str, int]:
+    """Query id, document id and score of one line."""
+    fields = line.split("\t")
+    try:
+        query, document, score = fields
+        return query, document, int(score)
+    except ValueError:
+        raise TeachonceError(where, f"no judgement: {shown(repr(line))}", QRELS_CURE) from None

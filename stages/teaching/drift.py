@@ -1,0 +1,148 @@
+"""Whether a loaded teacher still gives the vectors of its cache.
+
+A fingerprint sees settings and files, not drivers, kernels and versions of libraries. So whoever loads the
+teacher embeds a handful of probe texts first: the first one records their vectors, all others compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stages.outcome import log
+from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
+from stages.vectors import row_cosines, row_stretches
+from storage.embeddings import (
+    BadVectorsError,
+    as_read,
+    check_received,
+    check_vectors,
+    put_vectors,
+    vectors_of,
+)
+from storage.errors import DamagedError, TeachonceError, shown
+from storage.probe import PROBE_TEXTS, probe_key, probe_text_keys
+from storage.store import Header, Object, Store, made_again
+
+LEAST_COSINE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999}
+"""Precision -> how alike a probe text's vector must be to the recorded one.
+
+Measured (EXPERIMENTS.md), as 1 - cosine of the worst text: float32 with other threads, batches and
+instruction sets 1e-12, bf16 with other batches 7e-5; one token fewer read of a long text 9e-4. What must be
+found is farther away: another pooling, a lost prompt, a wrong mask.
+"""
+
+MOST_STRETCH: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.01}
+"""Precision -> by what share its length may differ: a cosine does not see a lost normalisation."""
+
+SHOWN_CHARACTERS = 40
+
+
+class DriftedTeacherError(TeachonceError):
+    """A teacher gives other vectors than those of its cache."""
+
+
+def check_teacher(
+    encode: Callable[[Sequence[str]], NDArray[np.float32]],
+    *,
+    teacher: str,
+    precision: str,
+    storage: str,
+    store: Store,
+    shared: Sharing,
+) -> None:
+    """Compare the teacher's vectors of the probe texts with the recorded ones, or record them.
+
+    A record is looked for in the store, then on the remote, and a new one is handed over at once, so that
+    boxes without a common disk are compared with each other.
+
+    Args:
+        encode: The teacher: n texts -> (n, dim) float32.
+        teacher: Its fingerprint.
+        precision: "fp32", "bf16" or "fp16": sets the tolerance.
+        storage: How vectors are stored; they are compared as they are read again.
+        store: Where the record is, or goes.
+        shared: The remote, if there is one.
+
+    Raises:
+        DriftedTeacherError: a probe text's vector is out of tolerance.
+        DamagedError: the record is not what it should be.
+    """
+    key = probe_key(teacher)
+
+    def accept(batch: pa.RecordBatch, _: Header | None) -> None:
+        check_received(batch, text_keys=probe_text_keys(), storage=storage)
+
+    if store.find(key) is None:
+        shared.ask(key, accept, most=len(PROBE_TEXTS) * WIDEST_ROW_BYTES)
+    found = encode(PROBE_TEXTS)
+    entry = store.find(key) or _recorded(found, key, storage=storage, store=store)
+    if entry is None:
+        return
+    shared.offer(entry)
+    path, batch = store.path(key), store.open(entry)
+    try:
+        accept(batch, None)
+    except ValueError as error:
+        raise DamagedError(path, str(error), f"rm -f '{path}', then {made_again(key)}") from error
+    try:
+        check_vectors(found, rows=np.arange(len(found)), key=key, storage=storage)
+        departure = departed(vectors_of(batch), as_read(found, storage), precision=precision)
+    except BadVectorsError as error:
+        departure = error.problem
+    if departure is not None:
+        raise DriftedTeacherError(
+            path,
+            "the teacher gives other vectors than those recorded there when its cache was begun: "
+            f"{departure}; nothing was stored",
+            "likely another version of torch or transformers, another driver, kernel or device: run it as "
+            "the cache was made (`teachonce ls` says by whom and where), or point `store` and `remote` "
+            "elsewhere to begin a new cache",
+        )
+
+
+def departed(
+    recorded: NDArray[np.floating], found: NDArray[np.floating], *, precision: str
+) -> str | None:
+    """How vectors of the probe texts differ from those that they should be; None within tolerance.
+
+    Args:
+        recorded: (16, dim) as they should be: of this cache, or of plain transformers in float32.
+        found: (16, dim) as they are.
+        precision: Of the two, the lower one.
+    """
+    if recorded.shape != found.shape:
+        return f"they have {found.shape[1]} values, not {recorded.shape[1]}"
+    cosines, stretches = row_cosines(recorded, found), row_stretches(recorded, found)
+    least, most = LEAST_COSINE[precision], MOST_STRETCH[precision]
+    # Not `cosines < least`: a vector with NaN in it is like nothing.
+    outside = ~((cosines >= least) & (stretches <= most))
+    if not outside.any():
+        return None
+    worst = int(np.argmin(np.where(outside, np.nan_to_num(cosines, nan=-1.0), np.inf)))
+    text = shown(repr(PROBE_TEXTS[worst][:SHOWN_CHARACTERS]))
+    return (
+        f"{outside.sum()} of {len(PROBE_TEXTS)} probe texts are out of tolerance, the worst is number "
+        f"{worst + 1} ({text}): cosine {cosines[worst]:.6f} ({precision} allows {least:g}), length off by "
+        f"{100 * stretches[worst]:.2f} % (it allows {100 * most:g} %)"
+    )
+
+
+def _recorded(found: NDArray[np.float32], key: str, *, storage: str, store: Store) -> Object | None:
+    """Record the probe texts' vectors; None if the teacher has none for some of them."""
+    try:
+        return put_vectors(
+            store,
+            key,
+            vectors=found,
+            text_keys=probe_text_keys(),
+            storage=storage,
+            facts={},
+        )
+    except BadVectorsError as error:
+        # A list of English words has nothing to say of Hindi, and is still somebody's teacher.
+        log.warning("embed: no guard against another driver or version: %s", error.problem)
+        return None

@@ -1,0 +1,255 @@
+"""Pairs of files that must agree, and the commands as a person sees them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.layout import Layout
+from pipeline.settings import load_params
+from stages import check, docs, embed, mine, shard, split
+from stages.learning.objectives import Objectives
+from stages.params import Objective, Params, RecipeParams
+from tests.conftest import embed_params
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    "check",
+    "docs",
+    "shard",
+    "split",
+    "embed",
+    "start",
+    "mine",
+    "neighbours",
+    "distill",
+    "finetune",
+    "evaluate",
+    "export",
+    "report",
+    "plan",
+    "search",
+    "verify",
+    "repair",
+    "ls",
+    "diff",
+    "gc",
+    "push",
+    "pull",
+    "import",
+    "join",
+    "init",
+]
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """dvc.yaml with the templates flattened: name -> stage."""
+    found = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    return {name: stage.get("do", stage) for name, stage in found.items()}
+
+
+def paths(entries):
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def params_of(stage):
+    """Setting names of a stage, and its keys in data/sources.json and data/versions.yaml."""
+    own, outside = [], {}
+    for entry in stage.get("params", []):
+        if isinstance(entry, dict):
+            outside |= entry
+        else:
+            own.append(entry)
+    return own, outside
+
+
+def test_each_stage_of_dvc_says_what_it_does_and_runs_one_command(stages):
+    for name, stage in stages.items():
+        assert stage["desc"], name
+        assert re.fullmatch(
+            r"teachonce \w+( (teacher|\$\{key\}|\$\{item\}(-finetuned)?))?", stage["cmd"]
+        ), name
+        assert stage["cmd"].split()[1] in COMMANDS
+
+
+def test_dvc_and_the_layout_name_the_same_files(stages):
+    at = Layout(Path())
+    expected = {
+        "check": [at.sources, at.versions],
+        "docs": [at.raw, at.stage_facts("docs")],
+        "shard": [at.corpus, at.stage_facts("shard")],
+        "split": [at.split, at.stage_facts("split")],
+        "embed": [at.embeddings, at.stage_facts("embed")],
+        "start": [at.start("${key}")],
+        "mine": [at.negatives, at.stage_facts("mine")],
+        "neighbours": [at.neighbours],
+        "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],
+        "finetune": [
+            at.finetuned("${item}"),
+            at.training("${item}-finetuned"),
+            at.curve("${item}-finetuned"),
+        ],
+        "evaluate_teacher": [at.documents, at.details("teacher"), at.metrics("teacher")],
+        "evaluate_start": [at.details("${key}"), at.metrics("${key}")],
+        "evaluate": [at.details("${key}"), at.metrics("${key}")],
+        "evaluate_finetuned": [at.details("${item}-finetuned"), at.metrics("${item}-finetuned")],
+        "export": [at.export],
+        "report": [at.report, at.page],
+    }
+    for name, stage in stages.items():
+        made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
+        assert paths(made) == [str(path) for path in expected[name]], name
+
+
+def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
+    """A setting that changes the result must re-run the stage; one that only sets the speed must not."""
+    params = load_params(ROOT / "params.yaml")
+    # Of last bits as of speed: `reuse` re-runs nothing. Whom to finetune is the loop over the stage itself.
+    # `similarity` is a word that check asks for; all compare by cosine.
+    speed_only = {
+        "embed": {"batch_tokens", "reuse", "similarity"},
+        "mine": {"memory_mb"},
+        "finetune": {"students", "evaluate.sts", "evaluate.retrieval"},
+    }
+    for section in ("embed", "mine", "finetune"):
+        model = getattr(params, section)
+        named = {key.removeprefix(f"{section}.") for key in params_of(stages[section])[0]}
+        assert named - speed_only[section] == set(type(model).model_fields) - speed_only[section]
+        assert not named & {"batch_tokens", "reuse", "memory_mb", "students"}
+    for name, stage in stages.items():
+        if name.startswith("evaluate"):
+            assert "evaluate" in params_of(stage)[0], name
+        if name == "start":
+            assert "starts.${key}" in params_of(stage)[0]
+    # Settings that a recipe leaves out (the field of a source) stand in data/sources.json.
+    for name, recipe in [
+        ("docs", docs.recipe(params.docs)),
+        ("shard", shard.recipe(params.shard)),
+        ("split", split.recipe(params.split)),
+        ("mine", mine.recipe(params.mine)),
+        ("embed", embed.recipe(embed_params(), {})),
+    ]:
+        settings = set(recipe) - {"version", "teacher"}
+        assert settings <= set(type(getattr(params, name)).model_fields), name
+
+
+def test_each_stage_names_its_version(stages):
+    for name, stage in stages.items():
+        if name == "check":
+            continue
+        _, outside = params_of(stage)
+        version = "evaluate" if name.startswith("evaluate") else name
+        assert outside["data/versions.yaml"] == [version], name
+        assert check.version_of(version) >= 1
+
+
+def test_every_objective_of_the_settings_is_implemented():
+    union = get_args(get_args(Objective)[0])
+    names = {get_args(kind.model_fields["name"].annotation)[0] for kind in union}
+    recipes = load_params(ROOT / "params.yaml").recipes.values()
+    shipped = {objective.name for recipe in recipes for objective in recipe.objectives}
+    assert names == shipped
+    assert names <= set(load_params(ROOT / "params.yaml").recipes)
+    for recipe in recipes:
+        assert len(Objectives(recipe.objectives).names) == len(recipe.objectives)
+
+
+def test_the_readme_shows_the_tree_as_it_is():
+    """Each folder has its line, and no line is about a folder that is gone."""
+    tree = (ROOT / "README.md").read_text().rpartition("```\npipeline/")[2].partition("```")[0]
+    shown, inside = {"pipeline"}, "pipeline"
+    for indent, name in re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE):
+        inside = inside if indent else name
+        shown.add(f"{inside}/{name}" if indent else name)
+    rooms = {
+        str(init.parent.relative_to(ROOT))
+        for top in ("pipeline", "stages", "storage")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    assert shown == rooms | {"tests", "benchmarks"}
+
+
+def test_each_room_says_what_lives_there():
+    for top in ("pipeline", "stages", "storage"):
+        for init in (ROOT / top).rglob("__init__.py"):
+            assert init.read_text().startswith('"""'), init
+
+
+def test_help_lists_the_commands_in_the_order_of_the_pipeline():
+    result = CliRunner().invoke(app, ["--help"])
+    found = [word for word in re.findall(r"│ (\w+) ", result.output) if word in COMMANDS]
+    assert found == COMMANDS
+    for command in COMMANDS:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_help_waits_for_nothing_heavy():
+    code = "import sys, pipeline.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"pipeline", "typer"} <= set(run.stdout.split())
+    heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow", "pydantic", "yaml", "faiss"}
+    assert not heavy & set(run.stdout.split())
+
+
+def teachonce(folder, *words):
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *words], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_a_persons_mistake_ends_without_a_traceback(tmp_path):
+    run = teachonce(tmp_path, "embed")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr == (
+        f"error: {tmp_path / 'params.yaml'}: not there\n"
+        "  cure: run this in a folder that has a params.yaml\n"
+    )
+    assert teachonce(tmp_path, "embedd").returncode == 2
+
+
+def test_a_stage_before_its_input_names_the_command_to_run(tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    run = teachonce(tmp_path, "split")
+    assert run.returncode == 3
+    assert run.stderr.endswith("data/corpus.json: not there\n  cure: run `teachonce shard`\n")
+    run = teachonce(tmp_path, "distill", "kdd")
+    assert run.returncode == 1
+    assert "students.kdd: not in params.yaml" in run.stderr
+    for name, said in (("../kd", "no name of a model"), ("half", "the name is taken")):
+        run = teachonce(tmp_path, "distill", name, "--recipe", "kd", "--start", "half")
+        assert (run.returncode, run.stderr.startswith(f"error: {name}: {said}")) == (1, True)
+    run = teachonce(tmp_path, "evaluate", "kd")
+    assert run.returncode == 3
+    assert "no such model\n  cure: run `teachonce distill kd`" in run.stderr
+
+
+def test_results_can_be_had_as_json(tmp_path):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content |= {"store": "store"}
+    content["docs"]["packages"] = []
+    content["shard"]["sources"] = ["a.txt"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "a.txt").write_text("This is a text.\nAnother text is here.\n\n")
+    run = teachonce(tmp_path, "shard", "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["made"] == "data/corpus.json"
+    assert (found["facts"]["read"], found["facts"]["kept"]) == (3, 2)
+
+
+def test_every_setting_has_one_place():
+    """No default hides in code: what params.yaml lacks is an error, not a guess."""
+    for section in (Params, RecipeParams, *Params.__base__.__subclasses__()):
+        for name, field in section.model_fields.items():
+            # A key of entries that users write, which came later: their entries still load.
+            optional = (section.__name__, name) in {("StartParams", "pooling")}
+            assert field.is_required() != optional, f"{section.__name__}.{name} has a default"
