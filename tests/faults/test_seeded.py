@@ -194,7 +194,7 @@ BUGS = {
     "the first neighbour is dropped as the row itself": (
         [
             Change(
-                "stages/mine.py",
+                "stages/mining/filters.py",
                 '"itself": found == own[:, None],',
                 '"itself": np.arange(found.shape[1])[None, :] == 0,',
             )

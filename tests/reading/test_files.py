@@ -20,8 +20,8 @@ from pipeline.commands import diff
 from pipeline.settings import load_params
 from stages.check import RememberedHashes
 from stages.measuring.documents import read_documents
-from stages.models.config import read_object
 from stages.models import folder
+from stages.models.config import read_object
 from stages.models.lineage import read_lineage
 from stages.reading.corpus_files import read, source_files
 from stages.reading.evaluation_sets import beir_files, read_sts, sts_files
