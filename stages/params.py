@@ -54,7 +54,9 @@ def path_problem(value: str, no_url: str) -> str | None:
         value = value.removeprefix(prefix)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
         return f"a URL, where a path on this machine is wanted: {no_url}"
-    if variable := re.search(r"\$(\w+|\{.*?\})", value):
+    if re.match(r"[A-Za-z]:\\", value):
+        return "a path of Windows, where a path on this machine is wanted"
+    if variable := re.search(r"\$(\w+|\{.*?\})|%\w+%", value):
         return f"{variable[0]} is not filled in here: write the path itself, or begin it with ~"
     if value != value.strip() or re.search(r"[\x00-\x1f\x7f]", value):
         return "a path with a blank at an end, or a control character in it"

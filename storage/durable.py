@@ -111,9 +111,13 @@ def _named_in_libraries(path: Path, scratch: Path) -> Iterator[None]:
             raise
         number, where = refusal
         cause = os.strerror(number) if number else str(error).partition("\n")[0]
-        place = path if where is None or where.is_relative_to(scratch) else where
-        problem = f"writing failed: {cause}"
-        raise StorageError(place, problem, CURES.get(number, OTHER_CURE)) from error
+        if where is None or where.is_relative_to(scratch):
+            place, doing = path, "writing"
+        else:
+            place, doing = where, "opening"
+        raise StorageError(
+            place, f"{doing} failed: {cause}", CURES.get(number, OTHER_CURE)
+        ) from error
 
 
 def _refusal_in(error: BaseException) -> tuple[int, Path | None] | None:

@@ -12,6 +12,7 @@ same thing: same key, same origin.
 from __future__ import annotations
 
 import errno
+import json
 import random
 import re
 import time
@@ -195,8 +196,14 @@ class Remote:
         return False
 
     def push_ref(self, ref: str, note: bytes) -> bool:
-        """Send the note of a manifest, after its objects; False if it is there already."""
-        return not self._length(ref, self._path(ref)) and self._put(ref, note)
+        """Send the note of a manifest, after its objects; False if it is there already.
+
+        What is there and is no JSON, as an upload that was cut may leave it, is replaced.
+        """
+        there = self.ref(ref)
+        if there is not None and _is_json(there):
+            return False
+        return self._put(ref, note, replace=there is not None)
 
     def ref(self, ref: str) -> bytes | None:
         """The note of a manifest, of whatever content; None if there is none, or one too large to be one.
@@ -234,29 +241,35 @@ class Remote:
 
         _sure(receive)
 
-    def _put(self, key: str, content: bytes) -> bool:
-        """Make `key` in one step; False if the name was taken by something that has content."""
+    def _put(self, key: str, content: bytes, *, replace: bool = False) -> bool:
+        """Make `key` in one step; False if the name was taken by something that has content.
+
+        Args:
+            key: Its name.
+            content: Its bytes.
+            replace: What has the name now is known to be damaged and gives way.
+        """
         path = self._path(key)
         if self._folder is not None:
 
             def write(sink: BinaryIO) -> None:
                 sink.write(content)
 
-            if self._length(key, path) == 0:
+            if replace or self._length(key, path) == 0:
                 durable.remove(Path(path))
             return durable.publish(Path(path), write)
 
         try:
-            return self._asked(key, lambda: self._upload(key, path, content))
+            return self._asked(key, lambda: self._upload(key, path, content, replace))
         except FileNotFoundError as error:
             raise RemoteError(
                 self.url, f"cannot be written: {shown(error)}", "make the bucket, or mend `remote`"
             ) from error
 
-    def _upload(self, key: str, path: str, content: bytes) -> bool:
-        """One attempt to put `content` under `path`; False if something is there."""
+    def _upload(self, key: str, path: str, content: bytes, replace: bool) -> bool:
+        """One attempt to put `content` under `path`; False if something is there that must stay."""
         try:
-            self._files.pipe_file(path, content, mode="create")
+            self._files.pipe_file(path, content, mode="overwrite" if replace else "create")
         except Exception as error:
             # A put may have worked though its answer was lost, and not all servers name a taken name
             # alike: look.
@@ -405,6 +418,14 @@ def _is_transport(error: Exception) -> bool:
     Not all errors of S3 clients are `OSError`s, and those clients are not installed everywhere.
     """
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_final(error: Exception) -> bool:

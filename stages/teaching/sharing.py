@@ -21,6 +21,9 @@ from storage.errors import AnotherCopyError, DamagedError, TeachonceError
 from storage.remote import Remote, RemoteError
 from storage.store import Accept, Object, Store
 
+TRANSFERS = 8
+"""Objects that are moved at a time."""
+
 REST_SECONDS = 60.0
 """A remote that failed is left alone this long, so that nothing waits for it again and again."""
 
@@ -62,20 +65,32 @@ class Sharing:
             self._settle()
 
     def fetch(self, wanted: Mapping[str, Accept], *, most: Mapping[str, int]) -> None:
-        """Ask for many shards, several at a time.
+        """Ask for many shards, several at a time. One that does not come is embedded here.
 
         Raises:
-            RemoteError: better now than after a night in which all boxes made the same.
+            RemoteError: the remote does not answer: no request succeeded, or `TRANSFERS` failed one after
+                the other. Better now than after a night in which all boxes made the same.
         """
         if self.remote is None:
             return
         futures = [self._pool.submit(self._ask, key, wanted[key], most[key]) for key in wanted]
+        errors: list[RemoteError] = []
+        failed_in_a_row = 0
         try:
             for future in futures:
-                future.result()
+                try:
+                    future.result()
+                    failed_in_a_row = 0
+                except RemoteError as error:
+                    errors.append(error)
+                    failed_in_a_row += 1
+                    if error.is_of_all or failed_in_a_row in {TRANSFERS, len(futures)}:
+                        raise
         finally:
             for future in futures:
                 future.cancel()
+        for failure in errors:
+            log.warning("embed: %s; this shard is embedded here", failure)
 
     def ask(self, key: str, accept: Accept, *, most: int) -> bool:
         """Whether another box has handed over `key` meanwhile; it is in the store then."""
@@ -149,9 +164,6 @@ class Sharing:
                 len(self.problems),
                 self.problems[0],
             )
-
-
-TRANSFERS = 8
 
 
 def offer(entry: Object, store: Store, remote: Remote) -> None:

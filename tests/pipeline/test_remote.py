@@ -787,6 +787,25 @@ def test_a_remote_that_cannot_be_reached_is_told_before_the_teacher_is_loaded(sh
     assert teacher.texts_seen == 0
 
 
+def test_one_shard_that_does_not_come_is_embedded_here(shaky, tmp_path, caplog):
+    one = Place(tmp_path / "one")
+    corpus = one.corpus(sentences(3000))
+    one.embed(corpus, HashTeacher(), remote=remote_at(shaky))
+    bad = one.embeddings.objects[0]
+    Shaky.fails = staticmethod(
+        lambda number: (
+            OSError(errno.EIO, "down") if Shaky.asked[number - 1][1].endswith(bad.key) else None
+        )
+    )
+    two, teacher = Place(tmp_path / "two"), HashTeacher()
+    outcome = two.embed(two.corpus(sentences(3000)), teacher, remote=remote_at(shaky))
+    assert outcome.facts["shards_fetched"] == len(corpus.objects) - 1 > 1
+    assert teacher.texts_seen == bad.rows
+    assert two.embeddings.objects == one.embeddings.objects
+    assert f"{bad.key}: failed 8 times" in caplog.text
+    assert "this shard is embedded here" in caplog.text
+
+
 def test_a_remote_that_fails_meanwhile_costs_no_work(shaky, tmp_path):
     place = Place(tmp_path)
     corpus = place.corpus(sentences(3000))
@@ -1329,6 +1348,22 @@ def test_a_name_without_content_is_nothing(url, tmp_path):
     refs = [json.loads(each.pop(here.embeddings.ref))["manifest"] for each in (whole, again)]
     assert refs[0] == refs[1]
     assert again == whole
+
+
+def test_a_ref_that_was_cut_is_replaced_and_a_whole_one_stays(url, tmp_path):
+    here, manifests = furnished(tmp_path / "here", sentences(20))
+    transfer.push(manifests, store=here.store, remote=remote_at(url))
+    files, root = fsspec.url_to_fs(url)
+    name = f"{root}/{here.embeddings.ref}"
+    whole = files.cat_file(name)
+    files.rm_file(name)
+    files.pipe_file(name, whole[:-40])
+    pushed = transfer.push(manifests, store=here.store, remote=remote_at(url))
+    assert (pushed.facts["objects_moved"], pushed.facts["notes"]) == (0, 1)
+    written = files.cat_file(name)
+    assert json.loads(written)["manifest"] == json.loads(whole)["manifest"]
+    pushed = transfer.push(manifests, store=here.store, remote=remote_at(url))
+    assert (pushed.facts["notes"], files.cat_file(name)) == (0, written)
 
 
 def test_an_upload_that_arrives_empty_or_cut_is_not_called_done(shaky, tmp_path):

@@ -255,6 +255,8 @@ PATHS = {
         ("file://folder", ""),
         ("$HOME/folder", "$HOME is not filled in here: write the path itself, or begin it with ~"),
         ("/data/${USER}/folder", "${USER} is not filled in here"),
+        ("%USERPROFILE%/folder", "%USERPROFILE% is not filled in here"),
+        ("C:\\folder", "a path of Windows, where a path on this machine is wanted"),
         (" /folder", "a path with a blank at an end, or a control character in it"),
         ("/folder\n", "a path with a blank at an end, or a control character in it"),
     ],
