@@ -14,7 +14,7 @@ SIDE_BY_SIDE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_OPT_LEVEL=avx2
 QUICK := "not slow and not gpu and not faults"
 
-.PHONY: demo test test-avx2 faults coverage slow check rules fix install
+.PHONY: demo test test-avx2 faults coverage slow check rules fix docs install
 
 demo: install ## everything from texts to an exported student, the table, and a search by that student
 	@echo "4 minutes on two quiet cores that multiply bfloat16, 10 on two that do not, longer beside other work"
@@ -52,6 +52,9 @@ fix: install ## what can be repaired by machine
 	ruff check --fix .
 	ruff format .
 
+docs: $(VENV)/docs ## the pages as a site, site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
 install: $(VENV)/installed
 
 # torch comes first, alone and pinned: whichever build of that version pip is set up to find (CPU or CUDA)
@@ -65,4 +68,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # What only the slow tests need of the extras.
 $(VENV)/extras: $(VENV)/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx,ray,s3]" accelerate "moto[server,s3]" polars tensorboard
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	touch $@

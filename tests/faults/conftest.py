@@ -1,4 +1,4 @@
-"""Counted faults: each test says how many it injected, and the run ends with the table of the README.
+"""Counted faults: each test says how many it injected, and the run ends with the table of docs/store.md.
 
 `make faults` runs these. `--times 10` injects ten times as many, `--table FILE` also writes the table.
 Every draw is seeded, so a fault that was not survived can be had again.

@@ -1,4 +1,4 @@
-"""A cache as others read it: README's own lines, run one after another, with what each of them gives."""
+"""A cache as others read it: the lines of docs/python.md, run one after another, with what each of them gives."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ DIM = 32
 
 def snippets():
     """The Python of that section, in order."""
-    section = (ROOT / "README.md").read_text().partition(TITLE)[2].partition("\n## ")[0]
+    section = (ROOT / "docs/python.md").read_text().partition(TITLE)[2].partition("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
 
 
@@ -98,7 +98,7 @@ def maps():
 
 
 def test_pyarrows_own_join_still_refuses_lists(names):
-    """Once it takes them, README can be shorter."""
+    """Once it takes them, the page can be shorter."""
     with pytest.raises(pa.ArrowInvalid, match="not supported in join"):
         names["texts"].join(names["vectors"], "text_key")
 
@@ -127,7 +127,7 @@ def test_datasets(names, expected):
     assert dataset[:]["text"] == sentences(TEXTS)
     as_numpy = dataset.with_format("numpy")[:]
     assert np.array_equal(as_numpy["vector"], expected)
-    # What README says that bites.
+    # What the page says that bites.
     assert (as_numpy["vector"].dtype, as_numpy["text_key"].dtype) == (np.float32, "S16")
 
 
