@@ -1,4 +1,4 @@
-"""A cache as others read it: the lines of docs/python.md, run one after another, with what each of them gives."""
+"""A cache as others read it: the lines of docs/python.md, one after another, with what each gives."""
 
 import re
 from pathlib import Path
