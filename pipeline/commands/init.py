@@ -12,7 +12,7 @@ from stages.outcome import Outcome
 from storage import durable
 from storage.errors import MissingError, TeachonceError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # pipeline/
 
 # Manifests, metrics and curves are committed: they are what lets a clone skip the teacher pass.
 # A killed writer leaves its scratch file (`.name.….tmp`) beside what it was writing. DVC ignores its
