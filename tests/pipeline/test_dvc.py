@@ -249,7 +249,7 @@ def test_comments_and_speed_settings_compute_nothing(project):
     path.write_text(f"# a remark\n{path.read_text()}")
     assert project.repro().ran == {"check"}
     vectors, manifest = project.vectors(), project.manifest
-    project.set(embed__batch_tokens=512, mine__memory_mb=256, device="auto", tracker="mlflow")
+    project.set(embed__batch_tokens=512, mine__memory_mb=256, device="auto", tracker="tensorboard")
     ended = project.repro()
     print(f"\nspeed settings changed: {sorted(ended.ran)} ran")
     assert ended.ran == {"check"}
