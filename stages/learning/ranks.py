@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from stages.models.devices import pick_device
 from stages.outcome import log
@@ -107,26 +108,11 @@ def together(sizes: NDArray[np.int64], work: Callable[[NDArray[np.int64]], Tenso
     # As many for each rank: where that does not come out even, the first rows are made twice.
     dealt = np.resize(order, math.ceil(len(order) / count()) * count())
     own = work(dealt[rank() :: count()])
-    rows: Tensor = _Gather.apply(own)  # type: ignore[no-untyped-call]
-    rows = rows.transpose(0, 1).flatten(0, 1)[: len(order)]
+    # Every rank computes the one loss from all vectors. Backward adds up the gradients of all ranks, which
+    # are equal, and `average_gradients` takes the mean: the sum of the parts that the ranks' own rows have.
+    gathered = all_gather(own.contiguous())  # type: ignore[no-untyped-call]
+    rows = torch.stack(gathered, dim=1).flatten(0, 1)[: len(order)]
     return rows[torch.from_numpy(np.argsort(order)).to(rows.device)]
-
-
-class _Gather(torch.autograd.Function):
-    """(n, D) on each rank -> (ranks, n, D) on all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:  # noqa: ANN401 - autograd's
-        rows = [torch.empty_like(own) for _ in range(count())]
-        dist.all_gather(rows, own.contiguous())
-        return torch.stack(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401 - autograd's
-        # Every rank computes the one loss from all vectors, so what the others know is here already.
-        # Through its own vectors a rank has a part of a weight's gradient, and the mean over the ranks
-        # shall be the sum of the parts. What all have whole, such as a temperature's, is its own mean.
-        return count() * gradient[rank()]
 
 
 def average_gradients(model: nn.Module) -> None:
