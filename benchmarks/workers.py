@@ -19,8 +19,8 @@ from pathlib import Path
 from encode import MAX_TOKENS, RESULTS
 from harness import ratio, some_texts
 
-from pipeline.workers.engine import crewed
-from pipeline.workers.processes import Processes
+from pipeline.workers.engine import pool_engine
+from pipeline.workers.processes import ProcessPool
 from stages.models.folder import find_model
 from stages.teaching.interface import Task
 from storage.errors import TeachonceError
@@ -63,7 +63,7 @@ def load(folder):
 def rate(folder, texts, workers):
     """Texts per second of so many processes together."""
     loaded = []
-    engine = crewed(lambda one: Processes(one, workers=workers, device="cpu"))
+    engine = pool_engine(lambda one: ProcessPool(one, workers=workers, device="cpu"))
     tasks = (
         Task(first, texts[first : first + ROWS_PER_SHARD])
         for first in range(0, len(texts), ROWS_PER_SHARD)

@@ -34,7 +34,7 @@ from storage.errors import DamagedError, TeachonceError, harmless, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
-    from stages.embed import Share
+    from stages.embed import ShardSlice
     from stages.outcome import Outcome
 
 app = typer.Typer(
@@ -709,16 +709,16 @@ def _store_in_use(store: Path | None) -> Path:
     return found.root
 
 
-def _share(text: str) -> Share:
+def _share(text: str) -> ShardSlice:
     """The share that I/N means."""
-    from stages.embed import Share
+    from stages.embed import ShardSlice
 
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise typer.BadParameter(
             f"{shown(text)}: I/N is wanted, with I from 1 to N, such as 1/8", param_hint="--shards"
         )
-    return Share(int(found[1]), int(found[2]))
+    return ShardSlice(int(found[1]), int(found[2]))
 
 
 def show(outcome: Outcome, as_json: bool, failure: TeachonceError | None = None) -> None:

@@ -1,8 +1,8 @@
-"""Corpus -> the teacher's vectors. The one expensive stage, so the one that never does a thing twice.
+"""Run the teacher over the corpus and cache its vectors. The one expensive stage, so nothing is done twice.
 
-Each shard is published when it is done and named by the teacher's fingerprint and its own texts. What
-is there is not made again, by whoever and whenever it was made, and a text that stands in an older shard
-of the same teacher is copied from there. If all is known, no teacher is loaded.
+Each shard is published when it is finished, under the teacher's fingerprint and the digest of its texts. A
+shard that is in the store is a cache hit, whoever made it, and a text in an older shard of the same teacher
+has its vector copied from there. If no text is missing, no teacher is loaded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ import pyarrow as pa
 from stages.outcome import Outcome, Progress, log, write_json
 from stages.params import EmbedParams
 from stages.teaching.drift import check_teacher
-from stages.teaching.interface import NOTHING, Encode, Encoded, Engine, Results, Task, this_process
-from stages.teaching.reuse import Known
-from stages.teaching.rounding import Rounding, told
+from stages.teaching.interface import (
+    NO_OUTPUT,
+    Encode,
+    Engine,
+    Results,
+    Task,
+    TeacherOutput,
+    this_process,
+)
+from stages.teaching.reuse import ReusableVectors
+from stages.teaching.rounding import Rounding, rounding_summary
 from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
 from storage.column import text_keys_of
 from storage.corpus import Corpus
@@ -32,27 +40,26 @@ from storage.probe import PROBE_TEXTS
 from storage.remote import Remote
 from storage.store import Accept, Header, Object, Store
 
-# Raise it when a change of code moves the vectors of the probe texts out of tolerance (drift.py), and only
-# then: every cache in the world is made again.
+# Raise it only if a change of code moves the vectors of the probe texts out of tolerance (drift.py): a new
+# version makes every existing cache stale.
 VERSION = 1
 
+MAX_CONSECUTIVE_FAILURES = 8
+"""Stop after this many consecutive failures: the cause is then the machine or the model, not some texts."""
 
-MOST_FAILURES = 8
-"""So many failed shards one after the other, and it is not for their texts that they fail: embed stops."""
-
-SPARE = 1.1
-"""What is left free of a disk is not all ours: others write, and so do manifests and models."""
+DISK_MARGIN = 1.1
+"""Free space demanded, as a multiple of the vectors' size: other programs and stages write there, too."""
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardSlice:
     """The part of a corpus that one of `count` workers embeds: every count-th shard.
 
-    Not a block of shards: a corpus grows at one end, and nobody should get all of that.
+    Not a block of shards: a corpus grows at one end, and no worker should get all of the growth.
 
     Args:
-        number: Which, from 1 to `count`.
-        count: Of how many.
+        number: Number of this part, 1 to `count`.
+        count: Number of parts.
     """
 
     number: int
@@ -62,23 +69,22 @@ class Share:
         return f"{self.number}/{self.count}"
 
     def of(self, shards: int) -> range:
-        """Its shard numbers, of so many shards."""
+        """Returns the numbers of this part's shards, out of `shards`."""
         return range(self.number - 1, shards, self.count)
 
 
 class FailedShardsError(TeachonceError):
-    """Some shards could not be embedded; all others are kept."""
+    """Some shards could not be embedded; the others are published."""
 
 
 def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that change the vectors.
+    """Returns the settings that change the vectors.
 
-    The teacher stands here by the hashes of its files (weights, tokenizer, pooling, normalisation),
-    not by its name: a mirror or a moved folder is the same teacher. `batch_tokens` only changes how
-    fast the vectors come, `reuse` their last bits.
+    The teacher is identified by the hashes of its files (weights, tokenizer, pooling, normalisation),
+    not by its name: a mirror or a moved folder is the same teacher. `batch_tokens` changes only the speed,
+    `reuse` only last bits, so both are left out.
 
-    Imported vectors stand here by the name they were given; all else about them is not known, and the
-    settings say nothing about it.
+    Imported vectors are identified by the name that the user gave them; every other setting is "unknown".
     """
     if params.is_imported:
         unknown = ("model", "prompt", "pooling", "max_tokens", "precision")
@@ -96,7 +102,7 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
         "precision": params.precision,
         "storage": params.storage,
         "trust_remote_code": params.trust_remote_code,
-        # Only when they are set: caches that were made before there were such settings keep their names.
+        # Only if set, so that caches older than these settings keep their fingerprints.
         **({} if params.pooling is None else {"pooling": params.pooling}),
         **({} if params.dim is None else {"dim": params.dim}),
         **({} if params.long_texts == "cut" else {"long_texts": params.long_texts}),
@@ -104,7 +110,7 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 def keys_of(teacher: str, corpus: Corpus) -> list[str]:
-    """The keys of the vectors of each shard, by the fingerprint of a teacher."""
+    """Returns the key of each shard's vectors, for the fingerprint of a teacher."""
     shards = range(len(corpus.objects))
     return [f"vectors/{teacher}/{corpus.shard_digest(shard)}.arrow" for shard in shards]
 
@@ -120,53 +126,55 @@ def run(
     out: Path,
     facts: Path,
     engine: Engine = this_process,
-    share: Share | None = None,
+    share: ShardSlice | None = None,
 ) -> Outcome:
-    """Embed the shards that the store and the remote lack, then write the manifest of all of them.
+    """Embed the shards that neither the store nor the remote has, then write the manifest of all shards.
 
-    With a remote, missing shards are asked for first, and all shards are handed over in the background.
-    A shard that could not be handed over is told, but the run has done its work: `teachonce push` sends
-    what is missing there.
+    With a remote, missing shards are fetched first, and all shards are uploaded in the background. A failed
+    upload is reported but does not fail the run: `teachonce push` uploads it later.
 
     Args:
-        params: Settings.
-        files: Name -> sha256 of the teacher's files.
+        params: The settings `embed`.
+        files: File name -> sha256 of the teacher's files.
         corpus: The texts.
-        store: Where vectors go.
-        remote: Shared with other boxes; None if there is none.
-        load_teacher: Called once by each worker, and only if a text is not known; None if the teacher is
-            not here.
-        out: The manifest.
-        facts: Counts for `dvc metrics`.
-        engine: Where the teacher runs.
+        store: The store for the vectors.
+        remote: The remote shared with other machines; None if there is none.
+        load_teacher: Called once by each worker, and only if a text has no vector; None if the teacher is
+            not on this machine.
+        out: Path of the manifest to write.
+        facts: Path of the counts to write, for `dvc metrics`.
+        engine: Runs the teacher: in this process, in a pool of processes, or on Ray.
         share: Embed only these shards, and write neither manifest nor counts; None for all.
 
     Raises:
-        MissingError: texts are not known and there is no teacher.
-        FailedShardsError: the teacher returned poison for a shard, or failed at it; told after all others
-            are made, and these are kept.
-        RemoteError: shards are missing and the remote cannot be asked for them.
-        StorageError: they do not fit on the disk; said before the teacher is loaded if the store has one
-            of its shards, else after the first.
+        MissingError: texts have no vectors and there is no teacher.
+        FailedShardsError: the teacher failed at a shard or returned unusable vectors; raised after all
+            other shards are published.
+        RemoteError: shards are missing and the remote cannot be reached.
+        StorageError: the vectors do not fit on the disk; raised before the teacher is loaded if the store
+            has one of its shards, else after the first.
     """
-    made_of = recipe(params, files)
-    teacher = fingerprint(made_of)
+    teacher_recipe = recipe(params, files)
+    teacher = fingerprint(teacher_recipe)
     with Sharing(remote, store) as shared:
-        work = _Pass(params, corpus, store, shared, teacher, share or Share(1, 1))
-        work.take_what_is_there()
-        if work.todo:
-            work.make(load_teacher, engine)
+        embed_run = _EmbedRun(params, corpus, store, shared, teacher, share or ShardSlice(1, 1))
+        embed_run.fetch_from_remote()
+        if embed_run.todo:
+            embed_run.embed_missing(load_teacher, engine)
     if share is not None:
         return Outcome(
             stage=f"embed --shards {share}",
             made=store.root / "vectors" / teacher,
-            summary=f"{work.told()}; no manifest yet: `teachonce embed` writes it when all {share.count} "
-            "shares are done",
-            facts={**work.facts(), "share": str(share), "fingerprint": teacher},
+            summary=f"{embed_run.summary()}; no manifest yet: `teachonce embed` writes it when all "
+            f"{share.count} shares are done",
+            facts={**embed_run.facts(), "share": str(share), "fingerprint": teacher},
         )
-    objects = [_found(store, key) for key in work.keys]
+    objects = [_published(store, key) for key in embed_run.keys]
     manifest = Manifest(
-        kind="embeddings", recipe=made_of, parent=corpus.manifest.content, objects=tuple(objects)
+        kind="embeddings",
+        recipe=teacher_recipe,
+        parent=corpus.manifest.content,
+        objects=tuple(objects),
     )
     counts = _counts(store, manifest)
     write_json(facts, counts)
@@ -174,22 +182,22 @@ def run(
     return Outcome(
         stage="embed",
         made=out,
-        summary=f"{work.told()}; {_longer(counts, params)}; {manifest.size / 1e6:,.1f} MB"
-        f"{told(work.rounding.measured())}",
-        facts={**counts, **work.facts(), "bytes": manifest.size, "fingerprint": teacher},
+        summary=f"{embed_run.summary()}; {_truncation_note(counts, params)}; {manifest.size / 1e6:,.1f} MB"
+        f"{rounding_summary(embed_run.rounding.measure())}",
+        facts={**counts, **embed_run.facts(), "bytes": manifest.size, "fingerprint": teacher},
     )
 
 
-class _Pass:
+class _EmbedRun:
     """One run over a corpus, or over a share of it.
 
     Args:
-        params: Settings.
+        params: The settings `embed`.
         corpus: The texts.
-        store: Where vectors go.
-        shared: The remote, if there is one.
-        teacher: The fingerprint.
-        share: Which shards.
+        store: The store for the vectors.
+        shared: The connection to the remote.
+        teacher: The teacher's fingerprint.
+        share: The shards of this run.
     """
 
     def __init__(
@@ -199,121 +207,127 @@ class _Pass:
         store: Store,
         shared: Sharing,
         teacher: str,
-        share: Share,
+        share: ShardSlice,
     ) -> None:
         self.params, self.corpus, self.store, self.shared = params, corpus, store, shared
         self.teacher = teacher
         self.keys = keys_of(teacher, corpus)
-        # Listed before anything is made: what is written meanwhile must not change the bytes of this run.
-        older = store.keys(f"vectors/{teacher}") if params.reuse else []
-        self.older = sorted(set(older) - set(self.keys))
-        self.mine = share.of(len(self.keys))
-        found = {shard: store.find(self.keys[shard]) for shard in self.mine}
-        self.found = [entry for entry in found.values() if entry is not None]
-        self.todo = [shard for shard, entry in found.items() if entry is None]
-        # Shards that nobody else had made meanwhile -> how many of their texts the teacher read.
-        self.made: dict[int, int] = {}
+        # Listed at the start: shards that others write meanwhile must not change the bytes of this run.
+        stored_keys = store.keys(f"vectors/{teacher}") if params.reuse else []
+        self.older_keys = sorted(set(stored_keys) - set(self.keys))
+        self.shards = share.of(len(self.keys))
+        cached = {shard: store.find(self.keys[shard]) for shard in self.shards}
+        self.cached = [entry for entry in cached.values() if entry is not None]
+        self.todo = [shard for shard, entry in cached.items() if entry is None]
+        # Shard published by this run -> number of its texts that the teacher encoded.
+        self.embedded: dict[int, int] = {}
         self.failed: dict[int, TeachonceError] = {}
         self.tokens = 0
-        log.info("embed: %d of %d shards are in the store", len(self.found), len(self.mine))
+        log.info("embed: %d of %d shards are in the store", len(self.cached), len(self.shards))
 
-    def take_what_is_there(self) -> None:
-        """Fetch what the remote has, hand over what the store has."""
+    def fetch_from_remote(self) -> None:
+        """Fetch missing shards from the remote, and upload those that the store has."""
         self.shared.fetch(
-            {self.keys[shard]: self._wanted(shard) for shard in self.todo},
-            most={self.keys[shard]: self._most_bytes(shard) for shard in self.todo},
+            {self.keys[shard]: self._acceptance_check(shard) for shard in self.todo},
+            max_bytes={self.keys[shard]: self._max_bytes(shard) for shard in self.todo},
         )
         if self.shared.fetched:
             log.info("embed: %d shards came from the remote", len(self.shared.fetched))
-        left = [shard for shard in self.todo if self.keys[shard] not in self.shared.fetched]
-        self.todo = self.shared.order(left)
-        self.rounding = Rounding(self.params.storage, texts=self._texts(self.todo))
-        for entry in self.found:  # the run that made it may have been killed before it was sent
-            self.shared.hand_over(entry)
+        missing = [shard for shard in self.todo if self.keys[shard] not in self.shared.fetched]
+        self.todo = self.shared.shuffled(missing)
+        self.rounding = Rounding(self.params.storage, texts=self._count_texts(self.todo))
+        for (
+            entry
+        ) in self.cached:  # a run killed before its upload leaves shards that the remote lacks
+            self.shared.upload(entry)
 
-    def make(self, load_teacher: Callable[[], Encode] | None, engine: Engine) -> None:
-        """Embed and publish the shards of `todo`; rows that older shards have are copied."""
-        if self.found:
-            _check_space(self.store, self.found[0], self._texts(self.todo))
-        known = Known(
+    def embed_missing(self, load_teacher: Callable[[], Encode] | None, engine: Engine) -> None:
+        """Embed and publish the shards `todo`; vectors that older shards have are copied."""
+        if self.cached:
+            _check_space(self.store, self.cached[0], self._count_texts(self.todo))
+        reusable = ReusableVectors(
             self.store,
-            self.older,
+            self.older_keys,
             {shard: self.corpus.text_keys_in([shard]) for shard in self.todo},
             storage=self.params.storage,
         )
-        unknown = [shard for shard in self.todo if not known.has_all(shard)]
-        if unknown and load_teacher is None:
-            raise self._no_teacher_for(unknown)
-        progress = Progress("embed", total=self._texts(self.todo), unit="texts")
-        for shard in self._not_there(sorted(set(self.todo) - set(unknown)), progress):
-            self._publish(shard, NOTHING, known, progress)
-        if unknown and load_teacher is not None:
-            tasks = (self._task(shard, known) for shard in self._not_there(unknown, progress))
-            # Closed at once when this is left, by Ctrl-C too: no worker outlives the pass.
+        with_new_texts = [shard for shard in self.todo if not reusable.covers(shard)]
+        if with_new_texts and load_teacher is None:
+            raise self._no_teacher_for(with_new_texts)
+        progress = Progress("embed", total=self._count_texts(self.todo), unit="texts")
+        for shard in self._still_missing(sorted(set(self.todo) - set(with_new_texts)), progress):
+            self._publish(shard, NO_OUTPUT, reusable, progress)
+        if with_new_texts and load_teacher is not None:
+            tasks = (
+                self._task(shard, reusable)
+                for shard in self._still_missing(with_new_texts, progress)
+            )
+            # Closed on every way out, Ctrl-C included, so that no worker outlives the run.
             with closing(engine(load_teacher, tasks, self._admit)) as results:
-                self._publish_all(results, known, progress)
+                self._publish_all(results, reusable, progress)
         log.info(
             "embed: %s texts in %.0f s, %.0f texts/s, %.0f tokens/s",
-            f"{sum(self.made.values()):,}",
+            f"{sum(self.embedded.values()):,}",
             progress.seconds,
             progress.rate,
             self.tokens / progress.seconds,
         )
         if self.failed:
-            raise self._failed()
+            raise self._failure()
 
-    def told(self) -> str:
-        """What was done, in numbers."""
-        made, encoded = len(self.made), sum(self.made.values())
-        reused = self._texts(list(self.made)) - encoded
+    def summary(self) -> str:
+        """Returns a sentence with the numbers of shards and texts."""
+        embedded, encoded = len(self.embedded), sum(self.embedded.values())
+        reused = self._count_texts(list(self.embedded)) - encoded
         return (
-            f"{self._texts(self.mine):,} vectors in {len(self.mine)} shards: {made} embedded ({encoded:,} "
-            f"texts){_taken(reused)}, {len(self.mine) - made} found in the store{_shared(self.shared)}"
+            f"{self._count_texts(self.shards):,} vectors in {len(self.shards)} shards: {embedded} embedded "
+            f"({encoded:,} texts){_reuse_note(reused)}, {len(self.shards) - embedded} found in the store"
+            f"{_remote_note(self.shared)}"
         )
 
     def facts(self) -> dict[str, Any]:
-        """The same for a program."""
-        made, encoded = len(self.made), sum(self.made.values())
+        """Returns the numbers of shards and texts, for `--json`."""
+        embedded, encoded = len(self.embedded), sum(self.embedded.values())
         return {
-            "shards_embedded": made,
-            "shards_found": len(self.mine) - made,
+            "shards_embedded": embedded,
+            "shards_found": len(self.shards) - embedded,
             "shards_fetched": len(self.shared.fetched.intersection(self.keys)),
-            "shards_handed_over": self.shared.sent,
+            "shards_handed_over": self.shared.uploaded,
             "shards_not_handed_over": len(self.shared.problems),
             "texts_embedded": encoded,
-            "texts_reused": self._texts(list(self.made)) - encoded,
-            # Of this run's texts, so not in the file of counts: that one is equal for equal inputs.
-            "rounding": self.rounding.measured(),
+            "texts_reused": self._count_texts(list(self.embedded)) - encoded,
+            # Depends on which texts this run embedded, so not in the file of counts, which must not.
+            "rounding": self.rounding.measure(),
         }
 
-    def _not_there(self, shards: Sequence[int], progress: Progress) -> Iterator[int]:
-        """The shards that nobody else has made meanwhile; each is looked for when it is drawn.
+    def _still_missing(self, shards: Sequence[int], progress: Progress) -> Iterator[int]:
+        """Yield the shards that no other run has published; each is looked up just before it is yielded.
 
-        Another worker may be faster, such as one that outlived the `dvc repro` that started it.
+        Another run may be at work, such as one that outlived the `dvc repro` that started it.
         """
         for shard in shards:
-            if self._is_there(shard):
+            if self._made_elsewhere(shard):
                 progress.skip(self.corpus.objects[shard].rows)
             else:
                 yield shard
 
-    def _task(self, shard: int, known: Known) -> Task:
-        """The texts of a shard that are not known."""
+    def _task(self, shard: int, reusable: ReusableVectors) -> Task:
+        """Returns the texts of a shard that have no vector yet."""
         texts = self.corpus.texts(shard)
-        return Task(shard, [texts[row] for row in known.unknown_rows(shard)])
+        return Task(shard, [texts[row] for row in reusable.missing_rows(shard)])
 
-    def _publish_all(self, results: Results, known: Known, progress: Progress) -> None:
-        """Publish what comes back; a shard that failed is noted, and told of when all others are done.
+    def _publish_all(self, results: Results, reusable: ReusableVectors, progress: Progress) -> None:
+        """Publish the outputs; errors of failed shards are collected.
 
         Raises:
-            FailedShardsError: many failed one after the other.
+            FailedShardsError: MAX_CONSECUTIVE_FAILURES shards failed in a row.
         """
         in_a_row = 0
-        for shard, made in results:
-            error = made if isinstance(made, TeachonceError) else None
-            if not isinstance(made, TeachonceError):
+        for shard, output in results:
+            error = output if isinstance(output, TeachonceError) else None
+            if not isinstance(output, TeachonceError):
                 try:
-                    self._publish(shard, made, known, progress)
+                    self._publish(shard, output, reusable, progress)
                 except BadVectorsError as poison:
                     error = poison
             if error is None:
@@ -322,36 +336,38 @@ class _Pass:
             self.failed[shard] = error
             in_a_row += 1
             log.warning("embed: shard %d failed: %s", shard, error.problem)
-            if in_a_row == MOST_FAILURES:
-                raise self._failed()
+            if in_a_row == MAX_CONSECUTIVE_FAILURES:
+                raise self._failure()
 
-    def _publish(self, shard: int, made: Encoded, known: Known, progress: Progress) -> None:
-        """Put one shard into the store, of what the teacher made of its unknown texts."""
-        encoded, there = len(known.unknown_rows(shard)), known.rows_of(shard)
-        copied = 0 if there is None else len(there.rows)
-        _check_contract(made, encoded)
+    def _publish(
+        self, shard: int, output: TeacherOutput, reusable: ReusableVectors, progress: Progress
+    ) -> None:
+        """Publish one shard from the teacher's output for its new texts and the copied vectors."""
+        encoded, reused = len(reusable.missing_rows(shard)), reusable.reused_rows(shard)
+        copied = 0 if reused is None else len(reused.rows)
+        _check_contract(output, encoded)
         if encoded:
-            self.rounding.look_at(made.vectors, made.whole)
+            self.rounding.sample(output.vectors, output.whole)
         entry = put_vectors(
             self.store,
             self.keys[shard],
-            vectors=made.vectors,
+            vectors=output.vectors,
             text_keys=text_keys_of(self.corpus.batch(shard)),
             storage=self.params.storage,
-            # Nobody counted the tokens of copied rows again, so the header says how many rows that are.
-            facts={"tokens": made.tokens, "truncated": made.truncated}
+            # Tokens of copied rows are not counted again; `uncounted` is the number of such rows.
+            facts={"tokens": output.tokens, "truncated": output.truncated}
             | ({"uncounted": copied} if copied else {}),
-            known=there,
+            reused=reused,
         )
-        self.shared.hand_over(entry)
-        self.made[shard] = encoded
+        self.shared.upload(entry)
+        self.embedded[shard] = encoded
         self.tokens += self.store.facts(entry.key)["tokens"]
         progress.skip(copied)
         progress.advance(encoded, f"{self.tokens / progress.seconds:,.0f} tokens/s")
-        if len(self.made) == 1:
+        if len(self.embedded) == 1:
             _check_space(self.store, entry, progress.total - progress.done)
 
-    def _failed(self) -> FailedShardsError:
+    def _failure(self) -> FailedShardsError:
         failed = sorted(self.failed.items())
         lines = "".join(
             f"\n  shard {shard} ({self.corpus.objects[shard].key}): {error.problem}"
@@ -360,19 +376,19 @@ class _Pass:
         cures = list(dict.fromkeys(error.cure for _, error in failed))
         return FailedShardsError(
             "embed.teacher",
-            f"failed at {len(failed)} of {len(self.mine)} shards; the others are kept{lines}",
+            f"failed at {len(failed)} of {len(self.shards)} shards; the others are kept{lines}",
             f"{'; '.join(cures)}; `teachonce embed` tries these shards again",
         )
 
-    def _is_there(self, shard: int) -> bool:
-        """Whether somebody else has made a shard meanwhile."""
+    def _made_elsewhere(self, shard: int) -> bool:
+        """Whether another run has published a shard, in the store or on the remote."""
         key = self.keys[shard]
-        return self.store.find(key) is not None or self.shared.ask(
-            key, self._wanted(shard), most=self._most_bytes(shard)
+        return self.store.find(key) is not None or self.shared.try_fetch(
+            key, self._acceptance_check(shard), max_bytes=self._max_bytes(shard)
         )
 
-    def _wanted(self, shard: int) -> Accept:
-        """What vectors of a shard must be like if another box made them."""
+    def _acceptance_check(self, shard: int) -> Accept:
+        """Returns the check that a shard's vectors from another machine must pass."""
 
         def accept(batch: pa.RecordBatch, _: Header) -> None:
             text_keys = text_keys_of(self.corpus.batch(shard))
@@ -380,21 +396,21 @@ class _Pass:
 
         return accept
 
-    def _most_bytes(self, shard: int) -> int:
+    def _max_bytes(self, shard: int) -> int:
         return self.corpus.objects[shard].rows * WIDEST_ROW_BYTES
 
-    def _texts(self, shards: Sequence[int]) -> int:
+    def _count_texts(self, shards: Sequence[int]) -> int:
         return sum(self.corpus.objects[shard].rows for shard in shards)
 
-    def _admit(self, said: Encoded) -> None:
-        """Hold a loaded teacher to its contract and to what it said before, by its probe texts.
+    def _admit(self, probe_output: TeacherOutput) -> None:
+        """Check a loaded teacher by its output for the probe texts.
 
         Raises:
-            DriftedTeacherError: it says something else of them than when the cache was begun.
+            DriftedTeacherError: its vectors differ from those recorded when the cache was begun.
         """
-        _check_contract(said, len(PROBE_TEXTS))
+        _check_contract(probe_output, len(PROBE_TEXTS))
         check_teacher(
-            lambda _: said.vectors,
+            lambda _: probe_output.vectors,
             teacher=self.teacher,
             precision=self.params.precision,
             storage=self.params.storage,
@@ -423,19 +439,19 @@ class _Pass:
         )
 
 
-def _check_contract(made: Encoded, texts: int) -> None:
+def _check_contract(output: TeacherOutput, texts: int) -> None:
     """Raise unless there is a vector for each text."""
-    if made.vectors.shape[0] != texts:
+    if output.vectors.shape[0] != texts:
         raise TeachonceError(
             "embed.teacher",
-            f"returned {made.vectors.shape[0]} vectors for {texts} texts",
+            f"returned {output.vectors.shape[0]} vectors for {texts} texts",
             "report this: the encode function breaks its contract",
         )
 
 
 def _check_space(store: Store, like: Object, rows: int) -> None:
-    """Raise unless the vectors of `rows` more texts, each as large as in `like`, fit on the disk."""
-    need = SPARE * rows * like.bytes / max(like.rows, 1)
+    """Raise if the disk has no room for `rows` more vectors, each as large as those of `like`."""
+    need = DISK_MARGIN * rows * like.bytes / max(like.rows, 1)
     free = shutil.disk_usage(store.root).free
     if need > free:
         raise StorageError(
@@ -447,7 +463,7 @@ def _check_space(store: Store, like: Object, rows: int) -> None:
         )
 
 
-def _found(store: Store, key: str) -> Object:
+def _published(store: Store, key: str) -> Object:
     entry = store.find(key)
     if entry is None:
         raise MissingError(
@@ -457,9 +473,9 @@ def _found(store: Store, key: str) -> Object:
 
 
 def _counts(store: Store, manifest: Manifest) -> dict[str, int]:
-    """Counts of all shards, from their headers, so that a resumed run reports the same as a whole one.
+    """Returns counts over all shards, from their headers, so that a resumed run reports the same numbers.
 
-    `tokens` and `truncated` are those of all texts but the `uncounted` ones.
+    `tokens` and `truncated` cover all texts but the `uncounted` ones.
     """
     per_shard = [store.facts(entry.key) for entry in manifest.objects]
     return {
@@ -470,24 +486,24 @@ def _counts(store: Store, manifest: Manifest) -> dict[str, int]:
     }
 
 
-def _shared(shared: Sharing) -> str:
+def _remote_note(shared: Sharing) -> str:
     if shared.remote is None:
         return ""
     late = len(shared.problems)
-    return f", {len(shared.fetched)} of them from the remote; {shared.sent} handed over" + (
+    return f", {len(shared.fetched)} of them from the remote; {shared.uploaded} handed over" + (
         f", {late} NOT: run `teachonce push` later" if late else ""
     )
 
 
-def _taken(reused: int) -> str:
+def _reuse_note(reused: int) -> str:
     return f", {reused:,} texts taken from older shards" if reused else ""
 
 
-def _longer(counts: Mapping[str, int], params: EmbedParams) -> str:
+def _truncation_note(counts: Mapping[str, int], params: EmbedParams) -> str:
     counted = counts["texts"] - counts["uncounted"]
-    what = "read in windows of" if params.long_texts == "windows" else "cut at"
+    truncation = "read in windows of" if params.long_texts == "windows" else "cut at"
     if not counted:
-        return f"how many texts were {what.split(' ')[0]} is not known"
-    whose = f"{counted:,} texts that were counted" if counts["uncounted"] else "texts"
+        return f"how many texts were {truncation.split(' ')[0]} is not known"
+    of_texts = f"{counted:,} texts that were counted" if counts["uncounted"] else "texts"
     share = 100 * counts["truncated"] / counted
-    return f"{share:.1f} % of the {whose} were {what} {params.max_tokens} tokens"
+    return f"{share:.1f} % of the {of_texts} were {truncation} {params.max_tokens} tokens"

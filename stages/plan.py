@@ -24,7 +24,7 @@ from stages import embed, mine
 from stages.mining import filters
 from stages.outcome import Outcome, clock, log, seconds_of
 from stages.params import FINETUNED, TEACHER, FinetuneParams, MineParams, Params, RecipeParams
-from stages.teaching.interface import Encoded
+from stages.teaching.interface import TeacherOutput
 from stages.teaching.sharing import TRANSFERS
 from storage import embeddings, negatives
 from storage.caches import Caches
@@ -99,7 +99,7 @@ class Teacher(Protocol):
     def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """(n,) tokens of n texts before cutting."""
 
-    def encode_counted(self, texts: Sequence[str]) -> Encoded:
+    def encode_counted(self, texts: Sequence[str]) -> TeacherOutput:
         """Vectors of n texts, with counts."""
 
 

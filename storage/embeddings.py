@@ -47,7 +47,7 @@ EXTREMES = {
 
 
 @dataclass(frozen=True)
-class KnownRows:
+class ReusedRows:
     """Rows of a shard to be made whose vectors are in older shards.
 
     Args:
@@ -71,29 +71,29 @@ def put_vectors(
     text_keys: NDArray[np.bytes_],
     storage: str,
     facts: dict[str, int],
-    known: KnownRows | None = None,
+    reused: ReusedRows | None = None,
 ) -> Object:
     """Publish the vectors of one text shard.
 
     Args:
         store: Where to.
         key: `vectors/<teacher fingerprint>/<text digest>.arrow`.
-        vectors: (rows, dim) float32; of those rows that are not `known`.
+        vectors: (rows, dim) float32; of those rows that are not `reused`.
         text_keys: (rows,) V16.
         storage: "float16", "float32" or "int8".
         facts: Counts for the header.
-        known: Rows that are copied as they are.
+        reused: Rows that are copied as they are.
 
     Raises:
         BadVectorsError: NaN, Inf, zero, or too large or small for `storage`; names the rows. Nothing is
             stored.
-        TeachonceError: `vectors` and those of `known` are not of one kind.
+        TeachonceError: `vectors` and those of `reused` are not of one kind.
     """
-    if known is not None and len(known.rows) == len(text_keys):
-        return store.put(key, known.batch, facts)
+    if reused is not None and len(reused.rows) == len(text_keys):
+        return store.put(key, reused.batch, facts)
     rows = np.arange(len(text_keys))
-    if known is not None:
-        rows = np.delete(rows, known.rows)
+    if reused is not None:
+        rows = np.delete(rows, reused.rows)
     check_vectors(vectors, rows=rows, key=key, storage=storage)
     columns = {"text_key": text_key_array(text_keys[rows])}
     if storage == "int8":
@@ -102,7 +102,7 @@ def put_vectors(
     else:
         columns["vector"] = fixed_lists(vectors.astype(DTYPES[storage]))
     batch = pa.record_batch(columns)
-    return store.put(key, batch if known is None else _merged(key, rows, batch, known), facts)
+    return store.put(key, batch if reused is None else _merged(key, rows, batch, reused), facts)
 
 
 def row_bytes(dim: int, storage: str) -> int:
@@ -179,7 +179,7 @@ def scales_of(batch: pa.RecordBatch) -> NDArray[np.float32] | None:
 
 
 def _merged(
-    key: str, rows: NDArray[np.int64], batch: pa.RecordBatch, known: KnownRows
+    key: str, rows: NDArray[np.int64], batch: pa.RecordBatch, known: ReusedRows
 ) -> pa.RecordBatch:
     """A whole shard: `batch` has its rows `rows`, `known` all others."""
     if batch.schema != known.batch.schema:

@@ -159,14 +159,14 @@ class Remote:
         self._fetch(there, store, accept, most=named.bytes)
         return True
 
-    def ask(self, key: str, store: Store, accept: Accept, *, most: int) -> bool:
+    def ask(self, key: str, store: Store, accept: Accept, *, max_bytes: int) -> bool:
         """Bring an object that no manifest names yet; False if the remote has none.
 
         Args:
             key: Its name.
             store: Where to.
             accept: Raises ValueError if a whole object of this name is still not the one wanted.
-            most: Size in bytes beyond which it is refused unread.
+            max_bytes: Size in bytes beyond which it is refused unread.
 
         Raises:
             DamagedError, RemoteError: as `pull`.
@@ -174,7 +174,7 @@ class Remote:
         there = self.find(key)
         if there is None:
             return False
-        self._fetch(there, store, accept, most=most)
+        self._fetch(there, store, accept, most=max_bytes)
         return True
 
     def push(self, named: Object, store: Store) -> bool:

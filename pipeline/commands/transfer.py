@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.outcome import Outcome, Progress, log
-from stages.teaching.sharing import TRANSFERS, offer
+from stages.teaching.sharing import TRANSFERS, push_probe_record
 from storage import holders
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
@@ -58,7 +58,7 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
         if manifest.kind == "embeddings" and (
             record := store.find(probe_key(fingerprint(manifest.recipe)))
         ):
-            offer(record, store, remote)
+            push_probe_record(record, store, remote)
     notes = sum(_push_ref(manifest, path, store, remote) for path, manifest in manifests.items())
     return _outcome("push", result, to=remote.url, manifests=manifests, notes=notes)
 

@@ -1,4 +1,4 @@
-"""Where the teacher runs when one process is not enough: processes of this machine, or actors of Ray.
+"""Worker pools for the teacher: processes of this machine, or actors of a Ray cluster.
 
 `messages` stands at the bottom; `processes` and `actors` import it, `engine` imports all three.
 """

@@ -1,4 +1,4 @@
-"""Workers that are actors of a Ray cluster, on this machine or on many. Needs no common disk."""
+"""A worker pool of Ray actors, on this machine or on many. The machines need no common disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.workers.messages import Done, Loaded, Lost, Word, introduced
-from stages.teaching.interface import Encode, Task, Teacher
+from pipeline.workers.messages import (
+    ShardDone,
+    WorkerLost,
+    WorkerMessage,
+    WorkerReady,
+    ready_or_error,
+)
+from stages.teaching.interface import Encode, LoadedTeacher, Task
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
@@ -18,13 +24,16 @@ if TYPE_CHECKING:
 SECONDS_TO_CONNECT = 10.0
 
 
-class Actors:
-    """Workers that are actors of a Ray cluster, wherever it has room.
+class RayPool:
+    """A `WorkerPool` of Ray actors, placed wherever the cluster has room.
 
     Args:
         load_teacher: Picklable; called on the actor's machine, which has teachonce and the teacher.
-        workers: How many at once; auto: as many as there is room for.
-        params: Where, and how many GPUs each takes.
+        workers: Number of actors at once; auto: as many as the cluster has room for.
+        params: Address of the cluster, and number of GPUs for each actor.
+
+    Raises:
+        TeachonceError: Ray is not installed, the cluster cannot be reached, or it has too few GPUs.
     """
 
     def __init__(
@@ -44,7 +53,7 @@ class Actors:
         address = params.address or "local"
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            _check_there(address)
+            _check_listening(address)
             ray.init(address=address, include_dashboard=False if address == "local" else None)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise TeachonceError(
@@ -54,23 +63,23 @@ class Actors:
                 "machine alone",
             ) from error
         finally:
-            # Ray puts one in its place that ends a command without a word.
+            # Ray installs a handler that ends the command without a message.
             signal.signal(signal.SIGTERM, handler)
         # A cluster elsewhere may grow when it is asked for more; one of this machine alone cannot.
-        room = self._room(params) if workers == "auto" or not params.address else 0
-        self.size = room if workers == "auto" else workers
-        of_ray = ray.remote(num_cpus=1, num_gpus=params.num_gpus, max_restarts=0)(_Actor)
-        self._actor = of_ray.options(max_concurrency=2)
+        limit = self._workers_that_fit(params) if workers == "auto" or not params.address else 0
+        self.size = limit if workers == "auto" else workers
+        worker_class = ray.remote(num_cpus=1, num_gpus=params.num_gpus, max_restarts=0)(_RayWorker)
+        self._actor = worker_class.options(max_concurrency=2)
         self._started = 0
         self._workers: dict[int, Any] = {}
-        self._waited_for: dict[Any, int] = {}
+        self._worker_of_call: dict[Any, int] = {}
 
-    def _room(self, params: RayParams) -> int:
-        """How many workers the cluster has room for now; at least one."""
-        there = self.ray.cluster_resources()
+    def _workers_that_fit(self, params: RayParams) -> int:
+        """Returns the number of workers that the cluster has room for now; at least one."""
+        resources = self.ray.cluster_resources()
         if not params.num_gpus:
-            return max(1, int(there.get("CPU", 1)))
-        gpus = there.get("GPU", 0)
+            return max(1, int(resources.get("CPU", 1)))
+        gpus = resources.get("GPU", 0)
         if gpus < params.num_gpus:
             self.ray.shutdown()
             raise TeachonceError(
@@ -81,64 +90,66 @@ class Actors:
         return int(gpus // params.num_gpus)
 
     def start(self) -> int:
-        """An actor; it waits until the cluster has room for it."""
+        """Create an actor, which waits until the cluster has room for it; returns its number."""
         self._started += 1
         worker = self._started
         self._workers[worker] = self._actor.remote(self.load_teacher)
-        self._waited_for[self._workers[worker].load.remote()] = worker
+        self._worker_of_call[self._workers[worker].load.remote()] = worker
         return worker
 
-    def give(self, worker: int, task: Task) -> None:
+    def submit(self, worker: int, task: Task) -> None:
         """Send a task."""
-        self._waited_for[self._workers[worker].do.remote(task)] = worker
+        self._worker_of_call[self._workers[worker].do.remote(task)] = worker
 
-    def next_word(self) -> tuple[int, Word]:
-        """Wait for an answer or an end."""
-        done, _ = self.ray.wait(list(self._waited_for), num_returns=1)
-        worker = self._waited_for.pop(done[0])
+    def next_message(self) -> tuple[int, WorkerMessage]:
+        """Wait for the next result, error or lost actor."""
+        done, _ = self.ray.wait(list(self._worker_of_call), num_returns=1)
+        worker = self._worker_of_call.pop(done[0])
         try:
-            word: Word = self.ray.get(done[0])
+            message: WorkerMessage = self.ray.get(done[0])
         except self.ray.exceptions.RayError as error:
-            # Also an error of the teacher that is not a person's: its device may be of no use any more.
-            self.dismiss(worker)
-            return worker, Lost(str(error).strip().splitlines()[-1])
-        return worker, word
+            # Also any error of the teacher but a TeachonceError: its device may have become unusable.
+            self.stop(worker)
+            return worker, WorkerLost(str(error).strip().splitlines()[-1])
+        return worker, message
 
-    def dismiss(self, worker: int) -> None:
+    def stop(self, worker: int) -> None:
         """End an actor."""
         self.ray.kill(self._workers.pop(worker))
-        self._waited_for = {of: who for of, who in self._waited_for.items() if who != worker}
+        self._worker_of_call = {
+            of: who for of, who in self._worker_of_call.items() if who != worker
+        }
 
     def close(self) -> None:
         """End all actors, and the cluster if it was started here."""
         for worker in list(self._workers):
-            self.dismiss(worker)
+            self.stop(worker)
         self.ray.shutdown()
 
 
-class _Actor:
-    """A worker of `Actors`. Two tasks may be in hand: one is read while the other is encoded."""
+class _RayWorker:
+    """The actor behind a worker of `RayPool`. It tokenises one task's texts while it encodes another's."""
 
     def __init__(self, load_teacher: Callable[[], Encode]) -> None:
         self.load_teacher = load_teacher
         self._encoding = threading.Lock()
 
-    def load(self) -> Loaded | TeachonceError:
+    def load(self) -> WorkerReady | TeachonceError:
         """Load the teacher."""
         try:
-            self._teacher = Teacher(self.load_teacher())
+            self._teacher = LoadedTeacher(self.load_teacher())
         except TeachonceError as error:
             return error
-        return introduced(self._teacher)
+        return ready_or_error(self._teacher)
 
-    def do(self, task: Task) -> Done:
+    def do(self, task: Task) -> ShardDone:
         """Encode a task's texts."""
         finish = self._teacher.begin(task.texts)
         with self._encoding:
-            return Done(task.shard, finish())
+            return ShardDone(task.shard, finish())
 
 
-def _check_there(address: str) -> None:
+def _check_listening(address: str) -> None:
     """Raise OSError if nobody listens at HOST:PORT: Ray tries that for many minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in address:

@@ -1,8 +1,12 @@
-"""Where the teacher runs when one process is not enough: in several here, or on a Ray cluster.
+"""Distribute shards over a pool of workers: processes of this machine, or actors of a Ray cluster.
 
-A worker is a process with one loaded teacher. Each gets one shard's texts after the other, as it finishes;
-the next one's before that if its teacher can read them meanwhile. One that is lost is replaced, and what it
-had in hand is done again. What a worker does not do stands in `stages/teaching/interface.py`.
+A worker is a process with one loaded teacher. It receives the texts of one shard at a time; one more if its
+teacher can tokenise them while it encodes. A lost worker is replaced, and its tasks are requeued. The
+division of work between workers and `embed` is described in `stages/teaching/interface.py`.
+
+`concurrent.futures` breaks the whole pool when one worker dies, and Ray's ActorPool does not say which
+task a lost actor had. Neither can replace a worker, requeue its tasks and find the shard that kills its
+workers.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pipeline.workers.messages import Crew, Done, Loaded, Lost
+from pipeline.workers.messages import ShardDone, WorkerLost, WorkerPool, WorkerReady
 from stages.teaching.interface import (
     Encode,
-    Encoded,
     Engine,
     Results,
     Task,
+    TeacherOutput,
     this_process,
 )
 from storage.errors import TeachonceError
@@ -30,134 +34,144 @@ if TYPE_CHECKING:
 log = logging.getLogger("teachonce")
 
 ATTEMPTS = 3
-"""A shard at which so many workers were lost has failed; and if so many are lost one after
-the other before they have loaded a teacher, none ever will."""
+"""A shard fails after it has cost this many workers. The run fails after this many consecutive workers were
+lost while loading the teacher."""
 
 
 def engine_of(params: Params) -> Engine:
-    """The engine that the settings name."""
+    """Returns the engine that the settings name."""
     if params.engine == "local":
-        from pipeline.workers.processes import Processes
+        from pipeline.workers.processes import ProcessPool
 
-        return crewed(lambda load: Processes(load, workers=params.workers, device=params.device))
+        return pool_engine(
+            lambda load: ProcessPool(load, workers=params.workers, device=params.device)
+        )
     if params.engine == "ray":
-        from pipeline.workers.actors import Actors
+        from pipeline.workers.actors import RayPool
 
-        return crewed(lambda load: Actors(load, workers=params.workers, params=params.ray))
+        return pool_engine(lambda load: RayPool(load, workers=params.workers, params=params.ray))
     return this_process
 
 
-def crewed(crew_for: Callable[[Callable[[], Encode]], Crew]) -> Engine:
-    """The engine whose workers are a crew, given the teacher that each loads."""
-    return partial(_hand_out, crew_for)
+def pool_engine(pool_for: Callable[[Callable[[], Encode]], WorkerPool]) -> Engine:
+    """Returns an engine that distributes tasks over the pool that `pool_for(load_teacher)` makes."""
+    return partial(_dispatch, pool_for)
 
 
-def _hand_out(
-    crew_for: Callable[[Callable[[], Encode]], Crew],
+def _dispatch(
+    pool_for: Callable[[Callable[[], Encode]], WorkerPool],
     load_teacher: Callable[[], Encode],
     tasks: Iterator[Task],
-    admit: Callable[[Encoded], None],
+    admit: Callable[[TeacherOutput], None],
 ) -> Results:
-    """An `Engine` over a crew: tasks are handed out as they finish, those of lost workers again."""
-    crew = crew_for(load_teacher)
+    """An `Engine` over a worker pool; tasks of lost workers are requeued."""
+    pool = pool_for(load_teacher)
     try:
-        yield from _Foreman(crew, tasks, admit).results()
+        yield from _Dispatcher(pool, tasks, admit).results()
     finally:
-        crew.close()
+        pool.close()
 
 
-class _Foreman:
-    """Who has which tasks in hand, and which are to be done again."""
+class _Dispatcher:
+    """Keeps account of the tasks in flight with each worker and of the tasks to be requeued."""
 
-    def __init__(self, crew: Crew, tasks: Iterator[Task], admit: Callable[[Encoded], None]) -> None:
-        self.crew, self.tasks, self.admit = crew, tasks, admit
-        # In the order in which they were given.
-        self.in_hand: dict[int, list[Task]] = {}
-        # Of workers that have a teacher.
-        self.ahead: dict[int, int] = {}
-        self.again: deque[Task] = deque()
-        # Shards that were in hand when a worker was lost. They are given singly: one of them did it.
+    def __init__(
+        self, pool: WorkerPool, tasks: Iterator[Task], admit: Callable[[TeacherOutput], None]
+    ) -> None:
+        self.pool, self.tasks, self.admit = pool, tasks, admit
+        # Worker -> its tasks, in the order in which they were submitted.
+        self.in_flight: dict[int, list[Task]] = {}
+        # Worker that has loaded its teacher -> number of tasks that it accepts while it encodes another.
+        self.prefetch: dict[int, int] = {}
+        self.requeued: deque[Task] = deque()
+        # Shards that were in flight when a worker was lost. Each runs alone, to find the one that kills.
         self.suspects: set[int] = set()
-        self.losses: Counter[int] = Counter()
-        self.stillborn = 0
+        self.losses_of_shard: Counter[int] = Counter()
+        self.failed_starts = 0
 
     def results(self) -> Results:
-        """Shard -> what came of it, until all tasks are done."""
-        for _ in range(self.crew.size):
-            self._start_one()
-        while self.in_hand:
-            worker, word = self.crew.next_word()
-            if isinstance(word, Lost):
-                failed = self._lost(worker, word.why)
-                # Before anything is published: its teacher is loaded meanwhile.
-                self._start_one()
+        """Yield each shard with its output or error, until all tasks are done."""
+        for _ in range(self.pool.size):
+            self._start_worker()
+        while self.in_flight:
+            worker, message = self.pool.next_message()
+            if isinstance(message, WorkerLost):
+                failed = self._requeue_tasks_of(worker, message.reason)
+                # Before the caller publishes anything: the new worker loads its teacher meanwhile.
+                self._start_worker()
                 if failed is not None:
                     yield failed
-            elif isinstance(word, Done):
-                hand = [task for task in self.in_hand[worker] if task.shard != word.shard]
-                self.in_hand[worker] = hand
-                # So is this: the worker is at the next task while what it made is published.
-                self._fill(worker)
-                yield word.shard, word.made
-            elif isinstance(word, Loaded):
-                self.admit(word.said)
-                self.ahead[worker] = word.ahead
-                self.stillborn = 0
-                self.crew.give(worker, self.in_hand[worker][0])
-                self._fill(worker)
+            elif isinstance(message, ShardDone):
+                in_flight = [task for task in self.in_flight[worker] if task.shard != message.shard]
+                self.in_flight[worker] = in_flight
+                # Before the caller publishes this shard: the worker encodes the next one meanwhile.
+                self._refill(worker)
+                yield message.shard, message.result
+            elif isinstance(message, WorkerReady):
+                self.admit(message.probe_output)
+                self.prefetch[worker] = message.prefetch
+                self.failed_starts = 0
+                self.pool.submit(worker, self.in_flight[worker][0])
+                self._refill(worker)
             else:
-                raise word
+                raise message
 
-    def _start_one(self) -> None:
-        """A worker for the next task; none if there is none."""
-        if (task := self._draw()) is not None:
-            self.in_hand[self.crew.start()] = [task]
+    def _start_worker(self) -> None:
+        """Start a worker for the next task; do nothing if no task is left."""
+        if (task := self._next_task()) is not None:
+            self.in_flight[self.pool.start()] = [task]
 
-    def _draw(self) -> Task | None:
-        # Those to be done again come first: a shard that kills its workers is known for it soon.
-        return self.again.popleft() if self.again else next(self.tasks, None)
+    def _next_task(self) -> Task | None:
+        # Requeued tasks come first, so that a shard that kills its workers is found early.
+        return self.requeued.popleft() if self.requeued else next(self.tasks, None)
 
-    def _fill(self, worker: int) -> None:
-        """Give a worker as many tasks as it may have; dismiss it if there is none."""
-        hand = self.in_hand[worker]
-        while len(hand) <= self.ahead[worker] and not (hand and self._singly(hand[-1])):
-            if (task := self._draw()) is None:
+    def _refill(self, worker: int) -> None:
+        """Submit as many tasks as the worker accepts; stop it if no task is left."""
+        in_flight = self.in_flight[worker]
+        while len(in_flight) <= self.prefetch[worker] and not (
+            in_flight and self._runs_alone(in_flight[-1])
+        ):
+            if (task := self._next_task()) is None:
                 break
-            hand.append(task)
-            self.crew.give(worker, task)
-        if not hand:
-            del self.in_hand[worker]
-            self.crew.dismiss(worker)
+            in_flight.append(task)
+            self.pool.submit(worker, task)
+        if not in_flight:
+            del self.in_flight[worker]
+            self.pool.stop(worker)
 
-    def _singly(self, task: Task) -> bool:
-        """Whether it is to be done alone: it, or the one that would follow, may kill its worker."""
-        return task.shard in self.suspects or bool(self.again)
+    def _runs_alone(self, task: Task) -> bool:
+        """Whether no other task may be in flight beside it: it, or the next one, may kill its worker."""
+        return task.shard in self.suspects or bool(self.requeued)
 
-    def _lost(self, worker: int, why: str) -> tuple[int, TeachonceError] | None:
-        """Keep account of a lost worker; a shard, and its error if it is not to be tried again."""
-        tasks = self.in_hand.pop(worker)
-        if worker not in self.ahead:
-            self.stillborn += 1
-            if self.stillborn == ATTEMPTS:
+    def _requeue_tasks_of(self, worker: int, reason: str) -> tuple[int, TeachonceError] | None:
+        """Requeue a lost worker's tasks; returns the shard that failed for good with its error, or None.
+
+        Raises:
+            TeachonceError: ATTEMPTS consecutive workers were lost while loading the teacher.
+        """
+        tasks = self.in_flight.pop(worker)
+        if worker not in self.prefetch:
+            self.failed_starts += 1
+            if self.failed_starts == ATTEMPTS:
                 raise TeachonceError(
                     "engine",
-                    f"{ATTEMPTS} workers were lost before they had loaded the teacher: {why}",
+                    f"{ATTEMPTS} workers were lost before they had loaded the teacher: {reason}",
                     "set `workers` lower, or engine: this_process, which shows more",
                 )
-            log.warning("embed: a worker was lost before it had loaded the teacher: %s", why)
-            self.again.extend(tasks)
+            log.warning("embed: a worker was lost before it had loaded the teacher: %s", reason)
+            self.requeued.extend(tasks)
             return None
         self.suspects.update(task.shard for task in tasks)
         shard = tasks[0].shard
-        self.losses[shard] += 1
-        if self.losses[shard] == ATTEMPTS:
-            self.again.extend(tasks[1:])
+        self.losses_of_shard[shard] += 1
+        if self.losses_of_shard[shard] == ATTEMPTS:
+            self.requeued.extend(tasks[1:])
             return shard, TeachonceError(
                 f"shard {shard}",
-                f"{ATTEMPTS} workers were lost at it: {why}",
+                f"{ATTEMPTS} workers were lost at it: {reason}",
                 "look at the texts of these shards; if memory ran out, set embed.batch_tokens or "
                 "`workers` lower",
             )
-        log.warning("embed: a worker was lost at shard %d, which is done again: %s", shard, why)
-        self.again.extend(tasks)
+        log.warning("embed: a worker was lost at shard %d, which is requeued: %s", shard, reason)
+        self.requeued.extend(tasks)
         return None

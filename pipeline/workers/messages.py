@@ -1,69 +1,73 @@
-"""What a worker and who hands out tell each other, and what both kinds of workers have in common."""
+"""Messages from a worker to the dispatcher, and the protocol that both kinds of worker pool follow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from stages.teaching.interface import Encoded, Task, Teacher, encoded
+from stages.teaching.interface import LoadedTeacher, Task, TeacherOutput, output_or_error
 from storage.errors import TeachonceError
 from storage.probe import PROBE_TEXTS
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A worker is no more."""
+class WorkerLost:
+    """The worker process exited or was lost."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A worker has a teacher.
+class WorkerReady:
+    """The worker has loaded its teacher.
 
     Args:
-        said: Of the probe texts.
-        ahead: How many more tasks it may have in hand than the one that it encodes.
+        probe_output: What the teacher returned for the probe texts.
+        prefetch: Number of tasks that the worker accepts while it encodes another one.
     """
 
-    said: Encoded
-    ahead: int
+    probe_output: TeacherOutput
+    prefetch: int
 
 
 @dataclass(frozen=True)
-class Done:
-    """What came of a shard."""
+class ShardDone:
+    """The worker has encoded a shard, or failed at it."""
 
     shard: int
-    made: Encoded | TeachonceError
+    result: TeacherOutput | TeachonceError
 
 
-Word = Loaded | TeachonceError | Done | Lost
-"""What comes from a worker: first that it has a teacher or why it has none, then what it did."""
+WorkerMessage = WorkerReady | TeachonceError | ShardDone | WorkerLost
+"""A worker first sends `WorkerReady`, or the error that loading raised; then one `ShardDone` a task."""
 
 
-def introduced(teacher: Teacher) -> Loaded | TeachonceError:
-    """A worker's first word."""
-    said = encoded(teacher.encode, PROBE_TEXTS)
-    return said if isinstance(said, TeachonceError) else Loaded(said, teacher.ahead)
+def ready_or_error(teacher: LoadedTeacher) -> WorkerReady | TeachonceError:
+    """Encode the probe texts and return the worker's first message."""
+    probe_output = output_or_error(teacher.encode, PROBE_TEXTS)
+    return (
+        probe_output
+        if isinstance(probe_output, TeachonceError)
+        else WorkerReady(probe_output, teacher.prefetch)
+    )
 
 
-class Crew(Protocol):
-    """Workers, by number."""
+class WorkerPool(Protocol):
+    """Worker processes, each known by a number."""
 
     size: int
 
     def start(self) -> int:
-        """A new worker; it loads the teacher."""
+        """Start a worker, which loads the teacher; returns its number."""
 
-    def give(self, worker: int, task: Task) -> None:
-        """A task for a worker that has a teacher."""
+    def submit(self, worker: int, task: Task) -> None:
+        """Send a task to a worker that has loaded its teacher."""
 
-    def next_word(self) -> tuple[int, Word]:
-        """Wait for any worker; one that is lost is not heard of again."""
+    def next_message(self) -> tuple[int, WorkerMessage]:
+        """Wait for any worker's message; `WorkerLost` is a worker's last one."""
 
-    def dismiss(self, worker: int) -> None:
-        """End a worker that has nothing in hand."""
+    def stop(self, worker: int) -> None:
+        """End a worker that has no task in flight."""
 
     def close(self) -> None:
-        """End all, whatever they are at."""
+        """End all workers at once, busy or not."""

@@ -1,4 +1,4 @@
-"""Workers that are processes of this machine: one for each GPU, or several that share its cores."""
+"""A worker pool of processes on this machine: one for each GPU, or several that share its cores."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Literal
 
-from pipeline.workers.messages import Done, Lost, Word, introduced
-from stages.teaching.interface import Encode, Finish, Task, Teacher
+from pipeline.workers.messages import ShardDone, WorkerLost, WorkerMessage, ready_or_error
+from stages.teaching.interface import Encode, Finish, LoadedTeacher, Task
 from storage.errors import TeachonceError
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
-class Processes:
-    """Workers that are processes of this machine.
+class ProcessPool:
+    """A `WorkerPool` of processes on this machine.
 
-    They are started anew, not forked: nothing that this process has loaded or locked is in them. They end
-    when this one does, however it ends.
+    They are spawned, not forked, so they inherit nothing that this process has loaded or locked. They end
+    when this process ends, however it ends.
 
     Args:
         load_teacher: Picklable; called in each process.
-        workers: How many at once; auto: one for each GPU that `device` means, else one.
-        device: As in the settings.
+        workers: Number of processes at once; auto: one for each GPU that `device` means, else one.
+        device: The setting `device`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Processes:
         self.size = (len(gpus) or 1) if workers == "auto" else workers
         threads = str(max(1, _cores() // self.size))
         # The environment of each worker that is not running.
-        self._free: deque[Mapping[str, str]] = deque(
+        self._free_environments: deque[Mapping[str, str]] = deque(
             dict.fromkeys(THREAD_VARIABLES, threads)
             | ({GPU_VARIABLE: gpus[number % len(gpus)]} if gpus else {})
             for number in range(self.size)
@@ -54,108 +54,108 @@ class Processes:
         self._workers: dict[int, tuple[SpawnProcess, Connection, Mapping[str, str]]] = {}
 
     def start(self) -> int:
-        """A process on the place that is free."""
+        """Start a process with a free environment; returns its number."""
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        place = self._free.popleft()
-        process = context.Process(target=_work, args=(theirs, place), daemon=True)
+        channel, workers_end = context.Pipe()
+        environment = self._free_environments.popleft()
+        process = context.Process(target=_run_worker, args=(workers_end, environment), daemon=True)
         process.start()
-        # Only the worker has it now, so that its end is heard.
-        theirs.close()
+        # Now only the worker holds its end, so this process reads EOF when the worker exits.
+        workers_end.close()
         self._started += 1
-        self._workers[self._started] = process, ours, place
-        self._send(ours, self.load_teacher)
+        self._workers[self._started] = process, channel, environment
+        self._send(channel, self.load_teacher)
         return self._started
 
-    def give(self, worker: int, task: Task) -> None:
+    def submit(self, worker: int, task: Task) -> None:
         """Send a task."""
         self._send(self._workers[worker][1], task)
 
-    def next_word(self) -> tuple[int, Word]:
-        """Wait for a message or an end."""
-        readable = connection.wait([ours for _, ours, _ in self._workers.values()])
-        worker = next(w for w, (_, ours, _) in self._workers.items() if ours in readable)
-        process, ours, _ = self._workers[worker]
+    def next_message(self) -> tuple[int, WorkerMessage]:
+        """Wait for the next message or exit of a worker."""
+        readable = connection.wait([channel for _, channel, _ in self._workers.values()])
+        worker = next(w for w, (_, channel, _) in self._workers.items() if channel in readable)
+        process, channel, _ = self._workers[worker]
         try:
-            word: Word = ours.recv()
+            message: WorkerMessage = channel.recv()
         except (EOFError, OSError):  # also in the middle of a message
             process.join()
-            why = _end(process.exitcode)
-            self._forget(worker)
-            return worker, Lost(why)
-        # To the end, so that the next who has something to say is another one.
+            reason = _how_it_ended(process.exitcode)
+            self._release(worker)
+            return worker, WorkerLost(reason)
+        # To the end of the line, so that no worker's messages wait behind another's.
         self._workers[worker] = self._workers.pop(worker)
-        return worker, word
+        return worker, message
 
-    def dismiss(self, worker: int) -> None:
-        """End a worker; its place is free."""
+    def stop(self, worker: int) -> None:
+        """Kill a worker and free its environment."""
         process = self._workers[worker][0]
         process.kill()
         process.join()
-        self._forget(worker)
+        self._release(worker)
 
     def close(self) -> None:
-        """Kill all: a worker has nothing that could be lost."""
+        """Kill all workers; a worker holds nothing that could be lost."""
         for process, _, _ in self._workers.values():
             process.kill()
         for worker in list(self._workers):
-            self.dismiss(worker)
+            self.stop(worker)
 
-    def _forget(self, worker: int) -> None:
-        process, ours, place = self._workers.pop(worker)
-        ours.close()
+    def _release(self, worker: int) -> None:
+        process, channel, environment = self._workers.pop(worker)
+        channel.close()
         process.close()
-        self._free.append(place)
+        self._free_environments.append(environment)
 
     @staticmethod
     def _send(to: Connection, what: object) -> None:
         try:
             to.send(what)
         except OSError:
-            # It is gone, and the next word that is waited for says so.
+            # The worker is gone; `next_message` will report it.
             return
 
 
-def _work(link: Connection, environment: Mapping[str, str]) -> None:
-    """What a worker process does: load the teacher, say what it says of the probe texts, do tasks."""
-    # Ctrl-C goes to all processes of a terminal; whoever started this one ends it.
+def _run_worker(channel: Connection, environment: Mapping[str, str]) -> None:
+    """Main function of a worker process: load the teacher, encode the probe texts, then do tasks."""
+    # Ctrl-C goes to all processes of a terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    # Before torch is loaded, which reads it once; what a person has set for all stays.
+    # Before torch is imported, which reads these once. Values that the user has set are kept.
     for name, value in environment.items():
         if name == GPU_VARIABLE:
             os.environ[name] = value
         else:
             os.environ.setdefault(name, value)
     try:
-        teacher = Teacher(link.recv()())
+        teacher = LoadedTeacher(channel.recv()())
     except TeachonceError as error:
-        link.send(error)
+        channel.send(error)
         return
-    # Nobody is left to hear of it if the other end of the link is gone.
+    # If the other end of the channel is gone, nobody is left to be told.
     with suppress(ConnectionError):
-        link.send(introduced(teacher))
-        begun: SimpleQueue[tuple[int, Finish] | None] = SimpleQueue()
-        threading.Thread(target=_begin_all, args=(link, teacher, begun), daemon=True).start()
-        for shard, finish in iter(begun.get, None):
-            # Any other error ends this process with its traceback: its device may be of no use any more.
-            link.send(Done(shard, finish()))
+        channel.send(ready_or_error(teacher))
+        started: SimpleQueue[tuple[int, Finish] | None] = SimpleQueue()
+        threading.Thread(target=_begin_tasks, args=(channel, teacher, started), daemon=True).start()
+        for shard, finish in iter(started.get, None):
+            # Any other error ends this process with its traceback: its device may have become unusable.
+            channel.send(ShardDone(shard, finish()))
 
 
-def _begin_all(
-    link: Connection, teacher: Teacher, begun: SimpleQueue[tuple[int, Finish] | None]
+def _begin_tasks(
+    channel: Connection, teacher: LoadedTeacher, started: SimpleQueue[tuple[int, Finish] | None]
 ) -> None:
-    """Begin each task when it comes, also while another is encoded."""
+    """Begin each task as it arrives, also while another one is encoded."""
     try:
         while True:
-            task: Task = link.recv()
-            begun.put((task.shard, teacher.begin(task.texts)))
+            task: Task = channel.recv()
+            started.put((task.shard, teacher.begin(task.texts)))
     except (EOFError, ConnectionError):
         return
     finally:
-        begun.put(None)
+        started.put(None)
 
 
 def _end_with_parent() -> None:
@@ -165,22 +165,22 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _end(code: int | None) -> str:
-    """How a process ended, in words."""
+def _how_it_ended(code: int | None) -> str:
+    """Describe the exit code of a process."""
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
     return f"ended with code {code}, see what it printed"
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _gpus(device: str) -> Sequence[str]:
-    """What `CUDA_VISIBLE_DEVICES` can be for one worker each; none where `device` means something else."""
+    """Returns a value of `CUDA_VISIBLE_DEVICES` for each GPU; empty if `device` means no GPU."""
     if device not in {"auto", "cuda"}:
         return []
     import torch

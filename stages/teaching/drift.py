@@ -1,7 +1,8 @@
-"""Whether a loaded teacher still gives the vectors of its cache.
+"""Check that a loaded teacher still returns the vectors of its cache.
 
-A fingerprint sees settings and files, not drivers, kernels and versions of libraries. So whoever loads the
-teacher embeds a handful of probe texts first: the first one records their vectors, all others compare.
+A fingerprint covers settings and files, not drivers, kernels and library versions. So each process that
+loads the teacher embeds a few probe texts first: the first process records their vectors, all others
+compare.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from storage.probe import PROBE_TEXTS, probe_key, probe_text_keys
 from storage.store import Header, Object, Store, made_again
 
 LEAST_COSINE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999}
-"""Precision -> how alike a probe text's vector must be to the recorded one.
+"""Precision -> lowest cosine of a probe text's vector with the recorded one.
 
 Measured (EXPERIMENTS.md), as 1 - cosine of the worst text: float32 with other threads, batches and
-instruction sets 1e-12, bf16 with other batches 7e-5; one token fewer read of a long text 9e-4. What must be
-found is farther away: another pooling, a lost prompt, a wrong mask.
+instruction sets 1e-12, bf16 with other batches 7e-5; one token fewer read of a long text 9e-4. The faults
+to be detected move vectors farther: another pooling, a lost prompt, a wrong mask.
 """
 
 MOST_STRETCH: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.01}
-"""Precision -> by what share its length may differ: a cosine does not see a lost normalisation."""
+"""Precision -> largest relative difference in length: a cosine does not show a lost normalisation."""
 
 SHOWN_CHARACTERS = 40
 
 
 class DriftedTeacherError(TeachonceError):
-    """A teacher gives other vectors than those of its cache."""
+    """The teacher returns other vectors than those of its cache."""
 
 
 def check_teacher(
@@ -56,20 +57,20 @@ def check_teacher(
 ) -> None:
     """Compare the teacher's vectors of the probe texts with the recorded ones, or record them.
 
-    A record is looked for in the store, then on the remote, and a new one is handed over at once, so that
-    boxes without a common disk are compared with each other.
+    A record is looked for in the store, then on the remote, and a new one is uploaded at once, so that
+    machines without a common disk are compared with each other.
 
     Args:
         encode: The teacher: n texts -> (n, dim) float32.
-        teacher: Its fingerprint.
+        teacher: The teacher's fingerprint.
         precision: "fp32", "bf16" or "fp16": sets the tolerance.
-        storage: How vectors are stored; they are compared as they are read again.
-        store: Where the record is, or goes.
-        shared: The remote, if there is one.
+        storage: The setting `embed.storage`; vectors are compared after this rounding.
+        store: The store of the record.
+        shared: The connection to the remote.
 
     Raises:
         DriftedTeacherError: a probe text's vector is out of tolerance.
-        DamagedError: the record is not what it should be.
+        DamagedError: the record has the wrong columns, text keys or width.
     """
     key = probe_key(teacher)
 
@@ -77,48 +78,48 @@ def check_teacher(
         check_received(batch, text_keys=probe_text_keys(), storage=storage)
 
     if store.find(key) is None:
-        shared.ask(key, accept, most=len(PROBE_TEXTS) * WIDEST_ROW_BYTES)
-    found = encode(PROBE_TEXTS)
-    entry = store.find(key) or _recorded(found, key, storage=storage, store=store)
+        shared.try_fetch(key, accept, max_bytes=len(PROBE_TEXTS) * WIDEST_ROW_BYTES)
+    vectors = encode(PROBE_TEXTS)
+    entry = store.find(key) or _record(vectors, key, storage=storage, store=store)
     if entry is None:
         return
-    shared.offer(entry)
+    shared.push_probe_record(entry)
     path, batch = store.path(key), store.open(entry)
     try:
         accept(batch, None)
     except ValueError as error:
         raise DamagedError(path, str(error), f"rm -f '{path}', then {made_again(key)}") from error
     try:
-        check_vectors(found, rows=np.arange(len(found)), key=key, storage=storage)
-        departure = departed(vectors_of(batch), as_read(found, storage), precision=precision)
+        check_vectors(vectors, rows=np.arange(len(vectors)), key=key, storage=storage)
+        drift = describe_drift(vectors_of(batch), as_read(vectors, storage), precision=precision)
     except BadVectorsError as error:
-        departure = error.problem
-    if departure is not None:
+        drift = error.problem
+    if drift is not None:
         raise DriftedTeacherError(
             path,
             "the teacher gives other vectors than those recorded there when its cache was begun: "
-            f"{departure}; nothing was stored",
+            f"{drift}; nothing was stored",
             "likely another version of torch or transformers, another driver, kernel or device: run it as "
             "the cache was made (`teachonce ls` says by whom and where), or point `store` and `remote` "
             "elsewhere to begin a new cache",
         )
 
 
-def departed(
-    recorded: NDArray[np.floating], found: NDArray[np.floating], *, precision: str
+def describe_drift(
+    recorded: NDArray[np.floating], vectors: NDArray[np.floating], *, precision: str
 ) -> str | None:
-    """How vectors of the probe texts differ from those that they should be; None within tolerance.
+    """Describe how the probe texts' vectors differ from the expected ones; None within tolerance.
 
     Args:
-        recorded: (16, dim) as they should be: of this cache, or of plain transformers in float32.
-        found: (16, dim) as they are.
-        precision: Of the two, the lower one.
+        recorded: (16, dim) expected vectors: of this cache, or of plain transformers in float32.
+        vectors: (16, dim) actual vectors.
+        precision: The lower of the two precisions.
     """
-    if recorded.shape != found.shape:
-        return f"they have {found.shape[1]} values, not {recorded.shape[1]}"
-    cosines, stretches = row_cosines(recorded, found), row_stretches(recorded, found)
+    if recorded.shape != vectors.shape:
+        return f"they have {vectors.shape[1]} values, not {recorded.shape[1]}"
+    cosines, stretches = row_cosines(recorded, vectors), row_stretches(recorded, vectors)
     least, most = LEAST_COSINE[precision], MOST_STRETCH[precision]
-    # Not `cosines < least`: a vector with NaN in it is like nothing.
+    # Not `cosines < least`, which is False for NaN.
     outside = ~((cosines >= least) & (stretches <= most))
     if not outside.any():
         return None
@@ -131,18 +132,18 @@ def departed(
     )
 
 
-def _recorded(found: NDArray[np.float32], key: str, *, storage: str, store: Store) -> Object | None:
+def _record(vectors: NDArray[np.float32], key: str, *, storage: str, store: Store) -> Object | None:
     """Record the probe texts' vectors; None if the teacher has none for some of them."""
     try:
         return put_vectors(
             store,
             key,
-            vectors=found,
+            vectors=vectors,
             text_keys=probe_text_keys(),
             storage=storage,
             facts={},
         )
     except BadVectorsError as error:
-        # A list of English words has nothing to say of Hindi, and is still somebody's teacher.
+        # A static model of English words has no vector for the Hindi probe text, and is a valid teacher.
         log.warning("embed: no guard against another driver or version: %s", error.problem)
         return None

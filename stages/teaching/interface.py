@@ -1,8 +1,8 @@
-"""What `embed` knows of a teacher and of where it runs: texts go there, vectors come back.
+"""The interface between `embed` and a teacher, and between `embed` and the engine that runs the teacher.
 
-Only encoding is done elsewhere. Reading texts, copying known vectors, checking, publishing and handing over
-stay in the one process that `embed` is, whatever the engine: so a worker needs the teacher and nothing
-else, no store and no common disk, and losing one loses nothing.
+A worker only encodes. The process of `embed` reads texts, copies reused vectors, checks, publishes and
+uploads, whatever the engine. So a worker needs the teacher and nothing else, no store and no common disk,
+and losing one loses nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from storage.errors import TeachonceError
 from storage.probe import PROBE_TEXTS
 
 
-class Encoded(Protocol):
-    """What a teacher returns for n texts: vectors (n, dim) float32, tokens read, texts cut.
+class TeacherOutput(Protocol):
+    """What a teacher returns for n texts.
 
-    `whole` (n, width) float32 are the vectors before `embed.dim` took values off.
+    `vectors`: (n, dim) float32. `tokens`: number of tokens read. `truncated`: number of texts that were
+    longer than the limit. `whole`: (n, width) float32, the vectors before they were cut to `embed.dim`.
     """
 
     @property
@@ -38,30 +39,30 @@ class Encoded(Protocol):
     def whole(self) -> NDArray[np.float32]: ...  # noqa: D102
 
 
-Encode = Callable[[Sequence[str]], Encoded]
-"""The whole interface to a teacher: texts -> vectors in the same order, with counts."""
+Encode = Callable[[Sequence[str]], TeacherOutput]
+"""The whole interface to a teacher: texts -> vectors in the same order, with counts of tokens."""
 
 
-Given = TypeVar("Given")
+Input = TypeVar("Input")
 
 
 @runtime_checkable
 class ReadsAhead(Protocol):
-    """An `Encode` in two steps; the first can be taken while the second is busy with other texts."""
+    """An `Encode` in two steps, so that one batch can be tokenised while another is encoded."""
 
-    def __call__(self, texts: Sequence[str], /) -> Encoded:
-        """Both steps."""
+    def __call__(self, texts: Sequence[str], /) -> TeacherOutput:
+        """Tokenise and encode."""
 
     def read(self, texts: Sequence[str], /) -> Any:  # noqa: ANN401 - for `encode_read` alone
-        """Tokenise; in a thread of its own."""
+        """Tokenise texts; called in a separate thread."""
 
-    def encode_read(self, read: Any, /) -> Encoded:  # noqa: ANN401
-        """What was read -> vectors."""
+    def encode_read(self, read: Any, /) -> TeacherOutput:  # noqa: ANN401
+        """Encode what `read` returned."""
 
 
 @dataclass(frozen=True)
-class Plain:
-    """`Encoded` that can be sent to a process that has no torch."""
+class PlainOutput:
+    """`TeacherOutput` that can be sent to a process that has no torch."""
 
     vectors: NDArray[np.float32]
     whole: NDArray[np.float32]
@@ -69,20 +70,20 @@ class Plain:
     truncated: int = 0
 
 
-NOTHING = Plain(*2 * (np.empty((0, 0), np.float32),))
-"""What is encoded of no texts."""
+NO_OUTPUT = PlainOutput(*2 * (np.empty((0, 0), np.float32),))
+"""The output for no texts."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Texts of one shard that a teacher is to read."""
+    """The texts of one shard that the teacher has to encode."""
 
     shard: int
     texts: Sequence[str]
 
 
-Results = Generator[tuple[int, Encoded | TeachonceError], None, None]
-"""Shard -> what came of it, in the order in which they are done; an error is of that shard alone."""
+Results = Generator[tuple[int, TeacherOutput | TeachonceError], None, None]
+"""Pairs of a shard and its output, in the order of completion; an error concerns that shard alone."""
 
 
 class Engine(Protocol):
@@ -92,15 +93,15 @@ class Engine(Protocol):
         self,
         load_teacher: Callable[[], Encode],
         tasks: Iterator[Task],
-        admit: Callable[[Encoded], None],
+        admit: Callable[[TeacherOutput], None],
     ) -> Results:
-        """Encode all tasks; a task is drawn when there is a teacher for it.
+        """Encode all tasks; the next task is drawn when a loaded teacher can take it.
 
         Args:
             load_teacher: Called once by each worker; picklable if workers are other processes.
-            tasks: What is to be encoded.
-            admit: Called with what each loaded teacher says of the probe texts, before it is given a task;
-                raises if that teacher must not be used, which ends the pass.
+            tasks: The texts to encode, by shard.
+            admit: Called with each loaded teacher's output for the probe texts, before its first task;
+                raises if that teacher must not be used, which ends the run.
 
         Raises:
             TeachonceError: no teacher can be loaded.
@@ -110,30 +111,30 @@ class Engine(Protocol):
 def this_process(
     load_teacher: Callable[[], Encode],
     tasks: Iterator[Task],
-    admit: Callable[[Encoded], None],
+    admit: Callable[[TeacherOutput], None],
 ) -> Results:
-    """One teacher, here; one task after the other. The next one's texts are read meanwhile, if it can."""
-    with closing(Teacher(load_teacher())) as teacher:
+    """An `Engine` with one teacher in this process; a teacher that `ReadsAhead` tokenises meanwhile."""
+    with closing(LoadedTeacher(load_teacher())) as teacher:
         admit(teacher.encode(PROBE_TEXTS))
-        begun: deque[tuple[int, Finish]] = deque()
+        started: deque[tuple[int, Finish]] = deque()
         for task in tasks:
-            begun.append((task.shard, teacher.begin(task.texts)))
-            if len(begun) > teacher.ahead:
-                shard, finish = begun.popleft()
+            started.append((task.shard, teacher.begin(task.texts)))
+            if len(started) > teacher.prefetch:
+                shard, finish = started.popleft()
                 yield shard, finish()
-        for shard, finish in begun:
+        for shard, finish in started:
             yield shard, finish()
 
 
-Finish = Callable[[], Plain | TeachonceError]
-"""Encode texts that were begun."""
+Finish = Callable[[], PlainOutput | TeachonceError]
+"""Wait until the texts of a begun task are tokenised, and encode them."""
 
 
-class Teacher:
-    """A loaded teacher. The next texts can be read while it encodes, if it does that in two steps.
+class LoadedTeacher:
+    """A loaded teacher, which tokenises the next texts while it encodes if it `ReadsAhead`.
 
     Args:
-        encode: What was loaded.
+        encode: The teacher.
     """
 
     def __init__(self, encode: Encode) -> None:
@@ -141,27 +142,29 @@ class Teacher:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     @property
-    def ahead(self) -> int:
-        """So many lists of texts may be begun before the one that is encoded is finished."""
+    def prefetch(self) -> int:
+        """Number of tasks that may be begun while another is encoded: 0 or 1."""
         return int(isinstance(self.encode, ReadsAhead))
 
     def begin(self, texts: Sequence[str]) -> Finish:
-        """Begin to read texts; what is returned waits until they are read, and encodes them."""
+        """Begin to tokenise texts; returns a call that waits until that is done and encodes them."""
         if not isinstance(self.encode, ReadsAhead):
-            return partial(encoded, self.encode, texts)
+            return partial(output_or_error, self.encode, texts)
         reading = self._reader.submit(self.encode.read, texts)
         encode_read = self.encode.encode_read
-        return partial(encoded, lambda reading: encode_read(reading.result()), reading)
+        return partial(output_or_error, lambda reading: encode_read(reading.result()), reading)
 
     def close(self) -> None:
-        """Wait until what was begun is read."""
+        """Wait until all begun texts are tokenised."""
         self._reader.shutdown()
 
 
-def encoded(encode: Callable[[Given], Encoded], given: Given) -> Plain | TeachonceError:
-    """What a teacher makes of texts, or what a person can mend about them; any other error is a bug."""
+def output_or_error(
+    encode: Callable[[Input], TeacherOutput], batch: Input
+) -> PlainOutput | TeachonceError:
+    """Encode a batch; returns the output, or the `TeachonceError` that was raised. Others are raised."""
     try:
-        made = encode(given)
+        output = encode(batch)
     except TeachonceError as error:
         return error
-    return Plain(made.vectors, made.whole, made.tokens, made.truncated)
+    return PlainOutput(output.vectors, output.whole, output.tokens, output.truncated)

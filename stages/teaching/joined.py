@@ -1,7 +1,7 @@
-"""The vectors of several teachers, side by side in one: concatenated unit vectors.
+"""Concatenate the unit vectors of several teachers into the vectors of one joined teacher.
 
-The cosine of two joined vectors is the mean of the teachers' cosines, which is what an ensemble of them
-says (DistillCSE's mean over teachers). Learning and mining then know one teacher.
+The cosine of two joined vectors is the mean of the teachers' cosines, as in an ensemble of them
+(DistillCSE's mean over teachers). Learning and mining then see one teacher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from storage.store import Store
 
 
 def files_of(teachers: Sequence[Embeddings]) -> dict[str, str]:
-    """What stands for the joined teacher in the recipe: each one's fingerprint, in order."""
+    """Returns the joined teacher's entry in the recipe: the teachers' fingerprints, in order."""
     return {
         f"teacher {place}": fingerprint(teacher.manifest.recipe)
         for place, teacher in enumerate(teachers, start=1)
@@ -36,9 +36,9 @@ def put(
     Args:
         teachers: Two or more caches of this corpus, of any widths.
         corpus: The texts.
-        store: Where to.
-        teacher: The fingerprint of the joined one.
-        storage: As `embed.storage` says.
+        store: The destination.
+        teacher: The fingerprint of the joined teacher.
+        storage: The setting `embed.storage`.
     """
     progress = Progress("join", total=corpus.rows, unit="vectors")
     for shard in range(len(corpus.objects)):
@@ -54,7 +54,7 @@ def put(
 
 
 def joined(vectors: Sequence[NDArray[np.floating]]) -> NDArray[np.float32]:
-    """(n, d1), (n, d2), ... -> (n, d1 + d2 + ...) of unit length, each part scaled to the same length."""
+    """Returns (n, d1 + d2 + ...) unit vectors of (n, d1), (n, d2), ...; all parts have the same length."""
     parts = np.concatenate([unit(part) for part in vectors], axis=1)
     scaled: NDArray[np.float32] = parts * np.float32(len(vectors) ** -0.5)
     return scaled

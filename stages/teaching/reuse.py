@@ -1,8 +1,8 @@
-"""Texts that were embedded before: their vectors are copied from older shards of the same teacher.
+"""Copy vectors of texts that were embedded before from older shards of the same teacher.
 
-A corpus that was filtered, reordered or merged is cut into other shards, but most of its texts are known.
-They are found by text key, and their vectors copied bit by bit. A shard made in this way may differ in
-last bits from one that the teacher made in one go: it is *another copy*.
+A corpus that was filtered, reordered or merged is cut into other shards, but most of its texts have vectors
+already. They are matched by text key, and their vectors are copied bit by bit. Such a shard may differ in
+last bits from one that the teacher encoded in one go: it is *another copy*.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from numpy.typing import NDArray
 
 from stages.outcome import log
 from storage.column import MAPS, KeyIndex, text_keys_of
-from storage.embeddings import KnownRows, check_received
+from storage.embeddings import ReusedRows, check_received
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.store import Store
 
 
-class Known:
-    """Which rows of the shards to be made stand in older shards, and where.
+class ReusableVectors:
+    """For each row of the missing shards, the older shard and row that hold its vector, if any.
 
-    The older shards are looked through in their order, and the first that has a text gives its vector. So
-    a run that goes on after a kill copies what the whole run would have: within a corpus a text is
-    unique, so shards that the killed run finished have none of the texts that are still to do.
+    Older shards are searched in the given order, and the first one with a text provides its vector. So a
+    run that continues after a kill copies the same rows as an uninterrupted one: within a corpus a text is
+    unique, so shards that the killed run finished have none of the texts that are still missing.
 
-    Held in memory, for each row to be made: 8 bytes, and up to 40 more while older shards are looked
-    through. Of these only text keys are read, one shard at a time; those that give a row are read whole
-    and compared with their sha256 first. One that fails is told and gives nothing.
+    Memory: 8 bytes for each missing row, and up to 40 more during the search. The search reads text keys
+    only, one shard at a time. A shard that provides a row is read whole and compared with its sha256 first;
+    if that fails, a warning is logged and the shard provides nothing.
 
     Args:
-        store: Where the older shards are.
-        older: Keys of vectors of one teacher, sorted; none of a shard to be made.
-        todo: Shard -> its (rows,) V16 text keys.
-        storage: How vectors are stored, as `embed.storage` says.
+        store: The store with the older shards.
+        older: Sorted keys of vectors of one teacher, without the keys of the missing shards.
+        todo: Missing shard -> its (rows,) V16 text keys.
+        storage: The setting `embed.storage`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Known:
         self._parts = {s: slice(a, b) for s, a, b in zip(todo, starts, ends, strict=True)}
         self._source = np.full(ends[-1], -1, np.int32)
         self._row = np.empty(ends[-1], np.int32)
-        self._batch = lru_cache(MAPS)(lambda number: _whole(store, older[number], storage))
+        self._batch = lru_cache(MAPS)(lambda number: _open_checked(store, older[number], storage))
         used = 0
         left = ends[-1]
         index = KeyIndex(np.concatenate(list(todo.values()))) if older else None
@@ -60,7 +60,7 @@ class Known:
             if not left or index is None:
                 break
             try:
-                if not len(self._unseen(index, store.glance(key))[0]):
+                if not len(self._new_matches(index, store.glance(key))[0]):
                     continue
                 batch = self._batch(number)
             except TeachonceError as error:
@@ -68,7 +68,7 @@ class Known:
                     "embed: nothing is taken from a shard that cannot be trusted: %s", error
                 )
                 continue
-            rows, places = self._unseen(index, batch)
+            rows, places = self._new_matches(index, batch)
             self._source[places], self._row[places] = number, rows
             used += 1
             left -= len(np.unique(places))
@@ -80,16 +80,16 @@ class Known:
                 f"{used:,}",
             )
 
-    def has_all(self, shard: int) -> bool:
-        """Whether every row of a shard is known."""
-        return not len(self.unknown_rows(shard))
+    def covers(self, shard: int) -> bool:
+        """Whether every row of a shard can be copied."""
+        return not len(self.missing_rows(shard))
 
-    def unknown_rows(self, shard: int) -> NDArray[np.int64]:
-        """The rows of a shard that no older shard has, in order."""
+    def missing_rows(self, shard: int) -> NDArray[np.int64]:
+        """Returns the row numbers of a shard that no older shard has, ascending."""
         return np.flatnonzero(self._source[self._parts[shard]] < 0)
 
-    def rows_of(self, shard: int) -> KnownRows | None:
-        """The known rows of a shard; None if there are none."""
+    def reused_rows(self, shard: int) -> ReusedRows | None:
+        """Returns the copied rows of a shard; None if there are none."""
         source = self._source[self._parts[shard]]
         rows = np.flatnonzero(source >= 0)
         if not len(rows):
@@ -102,28 +102,28 @@ class Known:
             for number, places in zip(numbers, np.split(order, firsts[1:]), strict=True)
         ]
         batch = pa.concat_batches(pieces).take(pa.array(np.argsort(order)))
-        return KnownRows(rows.astype(np.int64), batch)
+        return ReusedRows(rows.astype(np.int64), batch)
 
-    def _unseen(
+    def _new_matches(
         self, index: KeyIndex, batch: pa.RecordBatch
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows of an older shard that are to do and were not found before, and their places in `index`."""
+        """Returns an older shard's rows that are the first to match a missing row; their places."""
         places = index.places(text_keys_of(batch))
         rows = np.flatnonzero(places >= 0)
         rows = rows[self._source[places[rows]] < 0]
         return rows, places[rows]
 
 
-def _whole(store: Store, key: str, storage: str) -> pa.RecordBatch:
-    """An older shard, compared with its sha256, that has what a shard of ours would have.
+def _open_checked(store: Store, key: str, storage: str) -> pa.RecordBatch:
+    """Returns the batch of an older shard after its sha256 and its columns were checked.
 
     Raises:
-        TeachonceError: it is damaged, gone, or foreign.
+        TeachonceError: the shard is damaged, gone, or not made by teachonce.
     """
-    found = store.find(key)
-    if found is None:
+    cached = store.find(key)
+    if cached is None:
         raise MissingError(store.path(key), "vanished from the store", "none is needed")
-    batch = store.open(found).replace_schema_metadata(None)
+    batch = store.open(cached).replace_schema_metadata(None)
     try:
         check_received(batch, text_keys=text_keys_of(batch), storage=storage)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What the storage of vectors costs: measured where the vectors are still whole, on a sample of a run."""
+"""The error that storing vectors adds, measured during `embed` on a sample of its unrounded vectors."""
 
 from __future__ import annotations
 
@@ -14,75 +14,75 @@ OVERLAP = 10
 
 
 class Rounding:
-    """Collects vectors of a run as the teacher returned them, evenly from its texts.
+    """Samples a run's vectors as the teacher returned them, at equal steps over its texts.
 
     Args:
-        storage: How vectors are stored.
-        texts: How many the run embeds, at most; from 1,000 on, about 1,000 of them are looked at.
+        storage: The setting `embed.storage`.
+        texts: The largest number of texts that the run embeds; at most 1,000 of them are sampled.
     """
 
     def __init__(self, storage: str, *, texts: int) -> None:
         self.storage = storage
         count = min(MOST_ROWS, texts)
         self.wanted = np.arange(count) * texts // max(count, 1)
-        self.seen = 0
+        self.rows_seen = 0
         self.vectors: list[NDArray[np.float32]] = []
         self.whole: list[NDArray[np.float32]] = []
 
-    def look_at(self, vectors: NDArray[np.float32], whole: NDArray[np.float32]) -> None:
-        """Keep some of the next n vectors.
+    def sample(self, vectors: NDArray[np.float32], whole: NDArray[np.float32]) -> None:
+        """Keep the sampled ones of the next n vectors.
 
         Args:
-            vectors: (n, dim), to be stored.
-            whole: (n, width), before `embed.dim` took values off.
+            vectors: (n, dim) float32 as they will be stored.
+            whole: (n, width) float32 before they were cut to `embed.dim`.
         """
-        first, last = np.searchsorted(self.wanted, [self.seen, self.seen + len(vectors)])
-        rows = self.wanted[first:last] - self.seen
+        first, last = np.searchsorted(self.wanted, [self.rows_seen, self.rows_seen + len(vectors)])
+        rows = self.wanted[first:last] - self.rows_seen
         self.vectors.append(vectors[rows])
         self.whole.append(whole[rows])
-        self.seen += len(vectors)
+        self.rows_seen += len(vectors)
 
-    def measured(self) -> dict[str, Any] | None:
-        """Texts looked at; mean and worst 1 - cosine of vectors as returned and as read again; overlap.
-
-        The overlap is that of the 10 nearest among these texts, by what is read again and by the teacher's
-        whole vectors: so it has the cost of `embed.dim`, too. It is left out below 12 texts: of 11,
-        everybody is among everybody's 10 nearest.
+    def measure(self) -> dict[str, Any] | None:
+        """Compare the sampled vectors with what the store returns for them.
 
         Returns:
-            None where nothing was embedded, or where what is read again is what was returned.
+            `texts`: sample size; `mean` and `worst`: 1 - cosine of returned and stored vectors;
+            `top10_overlap`: share of each text's 10 nearest texts in the sample that are the same by stored
+            and by whole vectors, so it includes the cost of `embed.dim`. It is left out below 12 texts,
+            where every text is among the 10 nearest of every other. None if nothing was embedded or
+            nothing was rounded.
         """
         vectors = np.concatenate(self.vectors) if self.vectors else np.empty((0, 0), np.float32)
         if not len(vectors):
             return None
-        whole, again = np.concatenate(self.whole), as_read(vectors, self.storage)
-        if np.array_equal(again, whole):
+        whole, as_stored = np.concatenate(self.whole), as_read(vectors, self.storage)
+        if np.array_equal(as_stored, whole):
             return None
-        kept = (again == vectors).all(axis=1)
-        lost = np.where(kept, 0, np.maximum(1 - row_cosines(vectors, again), 0))
-        found: dict[str, Any] = {
+        exact = (as_stored == vectors).all(axis=1)
+        losses = np.where(exact, 0, np.maximum(1 - row_cosines(vectors, as_stored), 0))
+        facts: dict[str, Any] = {
             "storage": self.storage,
             "texts": len(vectors),
-            "mean": float(f"{lost.mean():.3g}"),
-            "worst": float(f"{lost.max():.3g}"),
+            "mean": float(f"{losses.mean():.3g}"),
+            "worst": float(f"{losses.max():.3g}"),
         }
         if len(vectors) >= OVERLAP + 2:
-            found[f"top{OVERLAP}_overlap"] = round(top_overlap(again, whole, OVERLAP), 4)
-        return found
+            facts[f"top{OVERLAP}_overlap"] = round(top_overlap(as_stored, whole, OVERLAP), 4)
+        return facts
 
 
-def told(found: dict[str, Any] | None) -> str:
-    """What `Rounding.measured` found, as the end of a sentence; empty if it found nothing."""
-    if found is None:
+def rounding_summary(facts: dict[str, Any] | None) -> str:
+    """Returns the result of `Rounding.measure` as the end of a sentence; empty for None."""
+    if facts is None:
         return ""
-    overlap = found.get(f"top{OVERLAP}_overlap")
+    overlap = facts.get(f"top{OVERLAP}_overlap")
     return (
-        f"; 1 - cosine with what {found['storage']} keeps: {found['mean']:.1e} on average, "
-        f"{found['worst']:.1e} at worst"
+        f"; 1 - cosine with what {facts['storage']} keeps: {facts['mean']:.1e} on average, "
+        f"{facts['worst']:.1e} at worst"
         + (
             ""
             if overlap is None
             else f", top-{OVERLAP} overlap with all of it {100 * overlap:.2f} %"
         )
-        + f" (on {found['texts']:,} texts)"
+        + f" (on {facts['texts']:,} texts)"
     )

@@ -1,10 +1,10 @@
-"""One pass of the teacher, shared through a remote by boxes that have no common disk.
+"""One pass of the teacher, shared through a remote by machines that have no common disk.
 
-Nobody hands out work. Each box asks for a shard before it makes it and hands over what it made, in the
-background; boxes take their shards in orders of their own, so they seldom make the same one at the same
-time, and if they do the first to hand it over is kept.
+No coordinator distributes the work. Each machine looks on the remote before it embeds a shard, and uploads
+finished shards in the background. Each takes its shards in a random order, so two seldom embed the same one
+at the same time; if they do, the first upload is kept.
 
-The remote is a convenience: once a run has begun, its failures cost no work. They are told at the end.
+Once a run has begun, a failing remote costs no work: failures are reported at the end.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from storage.remote import Remote, RemoteError
 from storage.store import Accept, Object, Store
 
 TRANSFERS = 8
-"""Objects that are moved at a time."""
+"""Number of simultaneous requests to a remote."""
 
-REST_SECONDS = 60.0
-"""A remote that failed is left alone this long, so that nothing waits for it again and again."""
+BACKOFF_SECONDS = 60.0
+"""Pause after a request to the remote failed, so that not every shard waits for its timeout."""
 
 WIDEST_ROW_BYTES = 4 << 16
 """A vector of 65,536 float32 values; an object of the remote with more a row is refused unread."""
 
 
 class Sharing:
-    """Asks and hands over; without a remote it does neither.
+    """Fetches objects from a remote and uploads finished ones; without a remote it does nothing.
 
     Args:
-        remote: Where to; None where nothing is shared.
-        store: Where objects come from and go to.
+        remote: The remote; None if nothing is shared.
+        store: The local store.
     """
 
     def __init__(self, remote: Remote | None, store: Store) -> None:
         self.remote, self.store = remote, store
         self.fetched: set[str] = set()
-        self.sent = 0
+        self.uploaded = 0
         self.problems: list[TeachonceError] = []
-        self._sending: list[Future[bool]] = []
-        self._rests_until = 0.0
+        self._uploads: list[Future[bool]] = []
+        self._backoff_ends = 0.0
         self._failed: RemoteError | None = None
 
     def __enter__(self) -> Self:
@@ -54,26 +54,32 @@ class Sharing:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Whoever interrupts wants to leave; whoever failed at one shard keeps the others.
-        interrupted = kind is not None and not issubclass(kind, Exception)
+        # Ctrl-C should end at once; after an error at one shard the others are still uploaded.
+        interrupted = error_type is not None and not issubclass(error_type, Exception)
         self._pool.shutdown(cancel_futures=interrupted)
         if not interrupted:
-            self._settle()
+            self._collect_uploads()
 
-    def fetch(self, wanted: Mapping[str, Accept], *, most: Mapping[str, int]) -> None:
-        """Ask for many shards, several at a time. One that does not come is embedded here.
+    def fetch(self, wanted: Mapping[str, Accept], *, max_bytes: Mapping[str, int]) -> None:
+        """Fetch those objects that the remote has, several at a time. Failed ones are embedded here.
+
+        Args:
+            wanted: Key -> check that a fetched object must pass.
+            max_bytes: Key -> size in bytes above which an object is refused unread.
 
         Raises:
-            RemoteError: the remote does not answer: no request succeeded, or `TRANSFERS` failed one after
-                the other. Better now than after a night in which all boxes made the same.
+            RemoteError: the remote is unreachable: no request succeeded, or `TRANSFERS` consecutive ones
+                failed. That ends the run, so that machines do not spend a night on the same shards.
         """
         if self.remote is None:
             return
-        futures = [self._pool.submit(self._ask, key, wanted[key], most[key]) for key in wanted]
+        futures = [
+            self._pool.submit(self._fetch_one, key, wanted[key], max_bytes[key]) for key in wanted
+        ]
         errors: list[RemoteError] = []
         failed_in_a_row = 0
         try:
@@ -92,72 +98,72 @@ class Sharing:
         for failure in errors:
             log.warning("embed: %s; this shard is embedded here", failure)
 
-    def ask(self, key: str, accept: Accept, *, most: int) -> bool:
-        """Whether another box has handed over `key` meanwhile; it is in the store then."""
-        if self.remote is None or self._is_resting():
+    def try_fetch(self, key: str, accept: Accept, *, max_bytes: int) -> bool:
+        """Fetch one object; returns whether the remote had it. A failing remote is logged, not raised."""
+        if self.remote is None or self._is_backing_off():
             return False
         try:
-            return self._ask(key, accept, most)
+            return self._fetch_one(key, accept, max_bytes)
         except RemoteError as error:
             log.warning("embed: %s; going on alone", error)
-            self._rest(error)
+            self._back_off(error)
             return False
 
-    def hand_over(self, entry: Object) -> None:
-        """Send an object in the background."""
+    def upload(self, entry: Object) -> None:
+        """Upload an object in the background."""
         if self.remote is not None:
-            self._sending.append(self._pool.submit(self._send, self.remote, entry))
+            self._uploads.append(self._pool.submit(self._upload, self.remote, entry))
 
-    def offer(self, entry: Object) -> None:
-        """Send, now, an object that all boxes compare themselves with; another box's copy stays."""
-        if self.remote is None or self._is_resting():
+    def push_probe_record(self, entry: Object) -> None:
+        """Upload the record of the probe texts and wait for it; a record that is there already stays."""
+        if self.remote is None or self._is_backing_off():
             return
         try:
-            offer(entry, self.store, self.remote)
+            push_probe_record(entry, self.store, self.remote)
         except RemoteError as error:
             log.warning("embed: %s; going on alone", error)
-            self._rest(error)
+            self._back_off(error)
 
-    def order(self, todo: list[int]) -> list[int]:
-        """The shards `todo` in an order of this worker's own: others may be at work on the same store."""
-        # No result depends on it, so it needs no seed; two workers must not have the same.
+    def shuffled(self, todo: list[int]) -> list[int]:
+        """Returns the shards `todo` in random order, since others may be working on the same store."""
+        # No result depends on the order, so it has no seed; two workers must not have the same.
         return random.SystemRandom().sample(todo, len(todo))
 
-    def _ask(self, key: str, accept: Accept, most: int) -> bool:
+    def _fetch_one(self, key: str, accept: Accept, max_bytes: int) -> bool:
         assert self.remote is not None
         try:
-            found = self.remote.ask(key, self.store, accept, most=most)
+            fetched = self.remote.ask(key, self.store, accept, max_bytes=max_bytes)
         except DamagedError as error:
-            # It is made here, as if nothing were there.
-            log.warning("embed: not taken: %s", error)
+            # The shard is embedded here, as if the remote did not have it.
+            log.warning("embed: refused from the remote: %s", error)
             return False
-        if found:
+        if fetched:
             self.fetched.add(key)
-        return found
+        return fetched
 
-    def _send(self, remote: Remote, entry: Object) -> bool:
-        # A long queue must not wait for each of its entries to fail by itself.
-        if self._is_resting() and self._failed is not None:
+    def _upload(self, remote: Remote, entry: Object) -> bool:
+        # A long queue of uploads must not wait for a timeout each.
+        if self._is_backing_off() and self._failed is not None:
             raise self._failed
         try:
             return remote.push(entry, self.store)
         except RemoteError as error:
-            self._rest(error)
+            self._back_off(error)
             raise
 
-    def _is_resting(self) -> bool:
-        return time.monotonic() < self._rests_until
+    def _is_backing_off(self) -> bool:
+        return time.monotonic() < self._backoff_ends
 
-    def _rest(self, error: RemoteError) -> None:
-        self._failed, self._rests_until = error, time.monotonic() + REST_SECONDS
+    def _back_off(self, error: RemoteError) -> None:
+        self._failed, self._backoff_ends = error, time.monotonic() + BACKOFF_SECONDS
 
-    def _settle(self) -> None:
-        for future in self._sending:
+    def _collect_uploads(self) -> None:
+        for future in self._uploads:
             try:
-                self.sent += future.result()
+                self.uploaded += future.result()
             except TeachonceError as error:
                 self.problems.append(error)
-        self._sending = []
+        self._uploads = []
         if self.problems:
             log.warning(
                 "embed: %d shards could not be handed over: `teachonce push` does it later. The first: %s",
@@ -166,11 +172,11 @@ class Sharing:
             )
 
 
-def offer(entry: Object, store: Store, remote: Remote) -> None:
-    """Send the record of a teacher's probe texts, if the remote has none: the first one stays.
+def push_probe_record(entry: Object, store: Store, remote: Remote) -> None:
+    """Upload the record of a teacher's probe texts unless the remote has one: the first one stays.
 
-    Another copy there is left alone, since other hardware gives other last bits. Boxes that fetch it are
-    compared with it; a box that has a record of its own already goes by that one.
+    Another copy there is kept, since other hardware gives other last bits. Machines that fetch it are
+    compared with it; a machine with a record of its own goes on using that one.
 
     Raises:
         RemoteError: the remote cannot be reached or refuses.

@@ -335,8 +335,8 @@ def test_about_a_thousand_texts_are_looked_at_evenly():
     vectors = draw.normal(size=(2500, 4)).astype(np.float32)
     sample = Rounding("int8", texts=2500)
     for first in range(0, 2500, 71):
-        sample.look_at(vectors[first : first + 71], vectors[first : first + 71])
-    assert sample.measured()["texts"] == 1000
+        sample.sample(vectors[first : first + 71], vectors[first : first + 71])
+    assert sample.measure()["texts"] == 1000
     rows = np.arange(1000) * 2500 // 1000
     assert np.array_equal(np.concatenate(sample.vectors), vectors[rows])
 

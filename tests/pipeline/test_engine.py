@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.workers.engine import ATTEMPTS, crewed
-from pipeline.workers.processes import Processes
-from stages.embed import MOST_FAILURES, FailedShardsError, Share
+from pipeline.workers.engine import ATTEMPTS, pool_engine
+from pipeline.workers.processes import ProcessPool
+from stages.embed import MAX_CONSECUTIVE_FAILURES, FailedShardsError, ShardSlice
 from stages.teaching.drift import DriftedTeacherError
 from storage.errors import MissingError, TeachonceError
 from storage.upkeep.inventory import take_inventory
@@ -102,7 +102,7 @@ class Load:
 
 
 def local(workers):
-    return crewed(lambda load: Processes(load, workers=workers, device="cpu"))
+    return pool_engine(lambda load: ProcessPool(load, workers=workers, device="cpu"))
 
 
 def notes(folder, what):
@@ -133,9 +133,9 @@ def results(place):
 
 def test_shares_are_all_shards_once_and_each_spread_over_the_corpus():
     for count in (1, 2, 3, 7, 20):
-        shares = [list(Share(number + 1, count).of(13)) for number in range(count)]
+        shares = [list(ShardSlice(number + 1, count).of(13)) for number in range(count)]
         assert sorted(shard for share in shares for shard in share) == list(range(13))
-    assert list(Share(2, 3).of(8)) == [1, 4, 7]
+    assert list(ShardSlice(2, 3).of(8)) == [1, 4, 7]
 
 
 def test_shares_in_any_order_and_a_last_embed_end_like_one_run(place, whole):
@@ -143,8 +143,8 @@ def test_shares_in_any_order_and_a_last_embed_end_like_one_run(place, whole):
     corpus = place.corpus(texts, rows_per_shard=32)
     teachers = [HashTeacher() for _ in range(3)]
     for number in (3, 1, 2):
-        outcome = place.embed(corpus, teachers[number - 1], share=Share(number, 3))
-        mine = Share(number, 3).of(len(corpus.objects))
+        outcome = place.embed(corpus, teachers[number - 1], share=ShardSlice(number, 3))
+        mine = ShardSlice(number, 3).of(len(corpus.objects))
         rows = sum(corpus.objects[shard].rows for shard in mine)
         assert teachers[number - 1].texts_seen == rows == outcome.facts["texts_embedded"]
         assert outcome.facts["share"] == f"{number}/3"
@@ -152,7 +152,7 @@ def test_shares_in_any_order_and_a_last_embed_end_like_one_run(place, whole):
         assert "`teachonce embed` writes it when all 3 shares are done" in outcome.summary
         assert not (place.root / "embeddings.json").exists()
         assert not (place.root / "embed-facts.json").exists()
-    again = place.embed(corpus, None, share=Share(2, 3))
+    again = place.embed(corpus, None, share=ShardSlice(2, 3))
     assert again.facts["shards_embedded"] == 0
     place.embed(corpus, None)
     assert results(place) == alone
@@ -166,7 +166,7 @@ def test_a_share_of_a_grown_corpus_takes_from_older_shards_what_a_whole_run_woul
         corpus = root.corpus([*texts[500:], *texts[:500]], rows_per_shard=32)
         if root is place:
             for number in (2, 1):
-                root.embed(corpus, HashTeacher(), share=Share(number, 2))
+                root.embed(corpus, HashTeacher(), share=ShardSlice(number, 2))
         root.embed(corpus, None if root is place else HashTeacher())
     assert results(place) == results(root)
 
@@ -394,7 +394,7 @@ def test_a_killed_worker_is_replaced_and_its_shard_done_again(place, seen, times
     lines = [line for line in caplog.messages if "a worker was lost at shard" in line]
     assert len(lines) == times
     last = len(corpus.objects) - 1
-    assert f"at shard {last}, which is done again: killed by SIGKILL" in lines[0]
+    assert f"at shard {last}, which is requeued: killed by SIGKILL" in lines[0]
     manifest = (place.root / "embeddings.json").read_bytes()
     (place.root / "embeddings.json").unlink()
     alone = type(place)(place.root / "alone")
@@ -440,9 +440,9 @@ def test_a_teacher_that_fails_at_everything_is_stopped(place):
             return made
 
     corpus = place.corpus(sentences(2000), rows_per_shard=16)
-    assert len(corpus.objects) > 2 * MOST_FAILURES
+    assert len(corpus.objects) > 2 * MAX_CONSECUTIVE_FAILURES
     teacher = Broken()
-    with pytest.raises(FailedShardsError, match=f"failed at {MOST_FAILURES} of"):
+    with pytest.raises(FailedShardsError, match=f"failed at {MAX_CONSECUTIVE_FAILURES} of"):
         place.embed(corpus, teacher)
     assert teacher.texts_seen < 1000
 
@@ -463,7 +463,7 @@ def test_many_failed_shards_among_others_are_all_named(place):
         place.embed(corpus, teacher)
     assert teacher.texts_seen == 1000
     failed = (len(corpus.objects) + 1) // 3  # the probe texts were the first call
-    assert failed > MOST_FAILURES
+    assert failed > MAX_CONSECUTIVE_FAILURES
     assert f"failed at {failed} of {len(corpus.objects)} shards" in caught.value.problem
     assert caught.value.problem.count("\n  shard ") == failed
 
@@ -487,7 +487,7 @@ def test_workers_that_die_while_they_load_end_the_pass(place):
 
 def test_each_worker_is_compared_with_what_the_cache_was_begun_with(place):
     corpus = place.corpus(sentences(300))
-    place.embed(corpus, HashTeacher(), share=Share(1, 8))
+    place.embed(corpus, HashTeacher(), share=ShardSlice(1, 8))
     before = len(take_inventory(place.root / "store").objects)
     with pytest.raises(DriftedTeacherError):
         place.embed(corpus, Load(Other, ()), engine=local(2))

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.workers.engine import ATTEMPTS, crewed
+from pipeline.workers.engine import ATTEMPTS, pool_engine
 from stages.embed import FailedShardsError
 from stages.params import RayParams
 from storage.embeddings import Embeddings
@@ -38,10 +38,10 @@ pytestmark = [
 
 
 def on_ray(workers=2, address=None):
-    from pipeline.workers.actors import Actors
+    from pipeline.workers.actors import RayPool
 
     params = RayParams(address=address, num_gpus=0)
-    return crewed(lambda load: Actors(load, workers=workers, params=params))
+    return pool_engine(lambda load: RayPool(load, workers=workers, params=params))
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def test_with_a_remote_what_actors_made_is_there_too(place, seen, cluster, tmp_p
 
 
 def test_workers_that_no_machine_has_room_for_are_not_waited_for(place):
-    from pipeline.workers.actors import Actors
+    from pipeline.workers.actors import RayPool
 
     params = RayParams(address=None, num_gpus=1)
-    engine = crewed(lambda load: Actors(load, workers=1, params=params))
+    engine = pool_engine(lambda load: RayPool(load, workers=1, params=params))
     with pytest.raises(TeachonceError, match="1 for each worker, but the cluster has 0 GPUs"):
         place.embed(place.corpus(sentences(50)), Load(HashTeacher, ()), engine=engine)
     assert not ray.is_initialized()

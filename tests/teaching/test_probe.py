@@ -11,7 +11,7 @@ import torch
 from pipeline.commands import gc, ls, repair, transfer, verify
 from stages.models.encoder import Encoder
 from stages.models.folder import find_model
-from stages.teaching.drift import LEAST_COSINE, MOST_STRETCH, DriftedTeacherError, departed
+from stages.teaching.drift import LEAST_COSINE, MOST_STRETCH, DriftedTeacherError, describe_drift
 from stages.vectors import row_cosines
 from storage.embeddings import vectors_of
 from storage.errors import DamagedError
@@ -194,12 +194,14 @@ def test_a_record_of_something_else_is_damage(place):
 def test_definition_of_departed():
     draw = np.random.default_rng(0)
     recorded = draw.normal(size=(16, 8))
-    assert departed(recorded, recorded.copy(), precision="fp32") is None
-    assert departed(recorded, recorded[:, :4], precision="fp32") == "they have 4 values, not 8"
+    assert describe_drift(recorded, recorded.copy(), precision="fp32") is None
+    assert (
+        describe_drift(recorded, recorded[:, :4], precision="fp32") == "they have 4 values, not 8"
+    )
     found = recorded.copy()
     found[[2, 9]] = -found[[2, 9]]
     found[9, 0] = np.nan
-    said = departed(recorded, found, precision="fp16")
+    said = describe_drift(recorded, found, precision="fp16")
     assert said.startswith("2 of 16 probe texts are out of tolerance, the worst is number 3 ")
     assert set(LEAST_COSINE) == set(MOST_STRETCH) == {"fp32", "fp16", "bf16"}
 
@@ -335,10 +337,10 @@ def test_our_way_of_encoding_gives_what_plain_transformers_give(precision, batch
     )
     plain = plain_transformers(folder, PROBE_TEXTS, max_tokens=64)
     found = encoder.encode(PROBE_TEXTS)
-    assert departed(plain, found, precision=precision) is None
+    assert describe_drift(plain, found, precision=precision) is None
     # What the tolerance is there to find is far outside.
     short = plain_transformers(folder, PROBE_TEXTS, max_tokens=48)
-    assert departed(short, found, precision=precision) is not None
+    assert describe_drift(short, found, precision=precision) is not None
     prompted = encoder.encode([f"query: {text}" for text in PROBE_TEXTS])
     assert row_cosines(plain, prompted).min() < 0.95
 

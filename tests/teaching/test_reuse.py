@@ -9,7 +9,7 @@ import pytest
 from stages.embed import FailedShardsError
 from storage.column import KeyIndex, fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import text_key
-from storage.embeddings import Embeddings, KnownRows, put_vectors
+from storage.embeddings import Embeddings, ReusedRows, put_vectors
 from storage.errors import MissingError, TeachonceError
 from storage.remote import Remote
 from tests.conftest import HashTeacher, Place, embed_params, put_foreign, sentences
@@ -357,7 +357,7 @@ def test_vectors_of_another_width_are_not_mixed_with_old_ones(place):
             text_keys=keys,
             storage="float32",
             facts={},
-            known=KnownRows(np.array([1]), old),
+            reused=ReusedRows(np.array([1]), old),
         )
 
 
