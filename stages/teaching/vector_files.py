@@ -37,7 +37,7 @@ ARCHIVE = b"PK"
 """First bytes of a zip file; a .npz is one."""
 
 SAME_COSINE = 0.9998
-"""Lowest cosine of two vectors of one text. Measured 1 - cosine: bf16 in other batches 7e-5, int8 as much."""
+"""Lowest cosine of two vectors of one text; measured 1 - cosine: bf16 in other batches 7e-5, int8 alike."""
 SAME_LENGTH = 0.005
 """Largest relative difference in length of two vectors of one text; int8 gives up to 0.004."""
 
