@@ -45,9 +45,9 @@ for ids in (np.arange(corpus.rows)[::-1], np.random.default_rng(0).permutation(c
 shards = range(len(corpus.objects))
 todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
 older = [entry.key for entry in manifests["embeddings"].objects]
-known = reuse.Known(store, older, todo, storage="float32")
+known = reuse.ReusableVectors(store, older, todo, storage="float32")
 for shard in shards:
-    there = np.stack(known.rows_of(shard).batch.column("vector").to_numpy(zero_copy_only=False))
+    there = np.stack(known.reused_rows(shard).batch.column("vector").to_numpy(zero_copy_only=False))
     assert (there == vectors.shard(shard)).all()
 maps = Path("/proc/self/maps")
 print(maps.read_text().count(str(root)) if maps.exists() else 0)
