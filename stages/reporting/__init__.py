@@ -1,6 +1,6 @@
 """What people read: a table in the terminal, a page in the browser, the card of an exported model.
 
-`results` reads what the stages left, `measures` compares, `table` and `page` say it; `sections` and
-`examples` are the parts of the page, `charts` its pictures, drawn with `svg`, dressed by
-`style`. `card` is the model card, in `markdown`.
+`results` reads what the stages left, `measures` compares. `table`, `page` (with its `sections`) and `card`
+choose what to show; templates/, which `templating` fills in, has the words and the markup. `charts` are the
+page's drawings, made with `svg`.
 """

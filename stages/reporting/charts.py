@@ -1,4 +1,4 @@
-"""Numbers of models -> pictures: pure functions that give an SVG as a string.
+"""Numbers of models -> pictures: pure functions that give an SVG, its texts escaped.
 
 Each is drawn at about the size in which it is shown, so that its text can be read on a phone.
 """
@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from markupsafe import Markup
+
 from stages.reporting.results import Points, Similarities
 from stages.reporting.svg import (
     CHARACTER,
     Axis,
     Box,
     cut,
-    esc,
     grid,
     label_boxes,
     line,
@@ -88,7 +89,7 @@ class Line:
     best: int | None = None
 
 
-def bars(title: str, rows: Sequence[Bar]) -> str:
+def bars(title: str, rows: Sequence[Bar]) -> Markup:
     """A bar for each model from 0, with its number; a thin line stands at 100 %, the teacher.
 
     Args:
@@ -113,7 +114,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
 
 
-def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> str:
+def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
     """All models by cost and quality, each with its name and note beside it.
 
     Args:
@@ -151,7 +152,7 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> str:
     return picture(width, height, f"{y_title} against {x_title}: {said}", parts)
 
 
-def lines(rows: Sequence[Line], *, title: str) -> str:
+def lines(rows: Sequence[Line], *, title: str) -> Markup:
     """A line for each model by step, its name at its end, a ring at the weights that were kept.
 
     Args:
@@ -184,7 +185,7 @@ def lines(rows: Sequence[Line], *, title: str) -> str:
     return picture(width, height, f"{title} by step: {said}", parts)
 
 
-def small_line(row: Line, *, title: str) -> str:
+def small_line(row: Line, *, title: str) -> Markup:
     """One line in a small picture: lowest and highest value, last step.
 
     Args:
@@ -207,7 +208,7 @@ def small_line(row: Line, *, title: str) -> str:
     return picture(width, height, said, parts)
 
 
-def histogram(found: Similarities, name: str, tone: str) -> str:
+def histogram(found: Similarities, name: str, tone: str) -> Markup:
     """How the cosines of all pairs are spread: the teacher's as an area, the model's as a line.
 
     Args:
@@ -239,7 +240,7 @@ def histogram(found: Similarities, name: str, tone: str) -> str:
     return picture(width, height, said, parts)
 
 
-def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -> str:
+def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -> Markup:
     """A dot for each pair of texts: the teacher's cosine, and upward the model's; equal on the diagonal.
 
     Args:
@@ -263,7 +264,7 @@ def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -
     return picture(width, height, said, parts)
 
 
-def gauge(values: Mapping[str, tuple[str, float]]) -> str:
+def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
     """Cosines of one pair on a line from -0.2 (or lower) to 1.
 
     Args:
@@ -283,14 +284,6 @@ def gauge(values: Mapping[str, tuple[str, float]]) -> str:
     ]
     said = ", ".join(f"{name} {value:.2f}" for name, (_, value) in values.items())
     return picture(width, height, f"cosine: {said}", parts)
-
-
-def swatch(tone: str) -> str:
-    """A dot in a model's colour, to stand before its name; it says nothing of its own."""
-    return (
-        f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">'
-        f'<circle class="dot {esc(tone)}" cx="7" cy="7" r="5"/></svg>'
-    )
 
 
 def _leader(place: tuple[float, float], box: Box) -> str:

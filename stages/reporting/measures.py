@@ -32,14 +32,14 @@ class Kept:
         ours: The student's.
         theirs: The teacher's, not 0.
         ends: Of the confidence intervals of both, where they are known.
-        is_level: Whether the two cannot be told apart.
+        is_tied: Whether the two cannot be told apart.
     """
 
     title: str
     ours: float
     theirs: float
     ends: tuple[Ends | None, Ends | None] = (None, None)
-    is_level: bool = False
+    is_tied: bool = False
 
     @property
     def percent(self) -> float:
@@ -64,8 +64,8 @@ def verdict(
         return ""
     rivals = [student for student in students if _has(models, student, found[1])]
     title = f"{name}, the best student," if len(rivals) > 1 else name
-    if same := equals(models, students, rank_by):
-        title = f"{name}, the first student but level with {listed(same)},"
+    if same := ties(models, students, rank_by):
+        title = f"{name}, tied with {listed(same)} for the best student,"
     return f"{title} {listed(_comparisons(models[name], models[TEACHER]))}."
 
 
@@ -99,7 +99,7 @@ def yardstick(
 def best(
     models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> str | None:
-    """The student that is first by the `yardstick`; the earlier one of two that are level."""
+    """The student that is first by the `yardstick`; the earlier one of two that are tied."""
     found = yardstick(models, students, rank_by)
     if found is None:
         return None
@@ -107,7 +107,7 @@ def best(
     return max(scores, key=lambda name: scores[name])
 
 
-def equals(
+def ties(
     models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> list[str]:
     """The students that cannot be told apart from the first one."""
@@ -115,7 +115,7 @@ def equals(
     if name is None or found is None:
         return []
     others = [student for student in students if student in models and student != name]
-    return [other for other in others if level(models[other], models[name], found[1])]
+    return [other for other in others if tied(models[other], models[name], found[1])]
 
 
 def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
@@ -127,7 +127,7 @@ def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
         alike = _sets(student, kind) == _sets(teacher, kind)
         if alike and ours is not None and theirs:
             both = ends(student, measure), ends(teacher, measure)
-            found.append(Kept(title, ours, theirs, both, level(student, teacher, measure)))
+            found.append(Kept(title, ours, theirs, both, tied(student, teacher, measure)))
     return found
 
 
@@ -172,7 +172,7 @@ def ends(metrics: Metrics, measure: Measure) -> Ends | None:
     return None if low is None or high is None else (low, high)
 
 
-def level(ours: Metrics, theirs: Metrics, measure: Measure) -> bool:
+def tied(ours: Metrics, theirs: Metrics, measure: Measure) -> bool:
     """Whether one's number lies inside the interval of the other: so many queries tell no difference."""
     a, b = measure(ours), measure(theirs)
     if a is None or b is None:
@@ -281,20 +281,20 @@ def _comparisons(student: Metrics, teacher: Metrics) -> list[str]:
     whose = ("the teacher's", "its")
     phrases = [
         f"{part.percent_told} % of {owner} {part.title}"
-        f"{' (level: inside the interval)' if part.is_level else ''}"
+        f"{' (tied: inside the confidence interval)' if part.is_tied else ''}"
         for part, owner in zip(kept(student, teacher), whose, strict=False)
     ]
     said = [f"keeps {listed(phrases)}"] if phrases else []
     agreement = likeness(student)
     if not said and agreement is not None:
         shown = told(agreement, ends(student, likeness), 3)
-        said.append(f"orders pairs as the teacher does (Spearman {shown})")
+        said.append(f"agrees with the teacher on the order of pairs (Spearman {shown})")
     times = times_as_fast(student, teacher)
     if times is not None:
         said.append(f"is {short(times)} times as fast")
     space = share_of_space(student, teacher)
     if space is not None:
-        said.append(f"takes {short(space)} % of its space")
+        said.append(f"has {short(space)} % of its size")
     return said or ["cannot be compared with the teacher"]
 
 

@@ -1,44 +1,32 @@
-"""Sections of the report page that are numbers: the table, what is kept, at what cost, how it was trained.
+"""Sections of the report page that show models side by side: which drawings and texts stand in them.
 
-Each gives the HTML below its heading, or nothing where nothing was measured.
+Each is empty where nothing was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from stages.params import TEACHER
+from markupsafe import Markup
+
+from stages.params import FINETUNED, TEACHER
 from stages.reporting import charts, measures
-from stages.reporting.results import Metrics, Model
-from stages.reporting.svg import cut, esc
-from stages.reporting.table import (
-    NOTHING,
-    columns,
-    cut_note,
-    ignored_note,
-    part_of,
-    qualities,
-    rows,
-    rule_note,
-    speed_note,
-)
+from stages.reporting.results import Disagreement, Metrics, Model, Result
+from stages.reporting.svg import cut
+from stages.reporting.table import qualities
 
-ANY_NUMBER = 1_000  # of sets: a page has room for all columns
+HUES = 6  # classes hue0 ... hue5 of style.css
+MOST_DISAGREEMENTS = 8  # of a student
+MOST_SEARCHES = 6
+MOST_RESULTS = 5
 SCORES = {
     "agreement": "Agreement with the teacher on held-out texts",
     "dev": "Score on the development set while finetuning",
 }
-LOSS_NOTE = '<p class="note">Loss by step, each on a scale of its own.</p>'
-GLOSSARY = {
-    "STS": "STS: rank correlation with people's scores of sentence pairs, times 100.",
-    "nDCG": "nDCG@10: how well the first ten results of a search are chosen, 0 to 1.",
-    "fidelity": "fidelity: rank correlation of all pairs' cosines with the teacher's.",
-    "top-10": "top-10 overlap: share of a text's ten nearest that the teacher has too.",
-}
-WIDTHS_NOTE = (
-    "first so many: what the first values of the vectors of the model above are worth alone."
-)
+
+Figure = tuple[str, Markup]
+"""A heading and the drawing below it."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +36,12 @@ class Subject:
     Args:
         models: By name, in the order of the page: teacher, starts, students.
         students: Those of them that were trained, in their order.
-        tones: CSS classes of each model's colour.
-        facts: How all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
-        made_of: Start or student -> what it was made of, in a few words.
     """
 
     models: Mapping[str, Model]
     students: Sequence[str]
-    tones: Mapping[str, str]
-    facts: Mapping[str, str]
     rank_by: str | None = None
-    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, Metrics]:
@@ -71,191 +53,156 @@ class Subject:
         """The student to serve, if quality is all."""
         return measures.best(self.metrics, self.students, self.rank_by)
 
+    @property
+    def starts(self) -> list[str]:
+        """The models that are neither the teacher nor trained."""
+        return [name for name in self.models if name not in (TEACHER, *self.students)]
 
-def labelled(subject: Subject, name: str) -> str:
-    """A model's name with its colour before it."""
-    return charts.swatch(subject.tones[name]) + esc(name)
-
-
-def table_of_models(subject: Subject) -> str:
-    """All columns of all models; wider than a phone, it scrolls in its own box."""
-    shown = rows(subject.metrics)
-    found = columns(shown, subject.students, most_sets=ANY_NUMBER)
-    titles = "".join(f'<th scope="col">{_lines(column.title)}</th>' for column in found)
-    contest = len(subject.students) > 1
-    equals = measures.equals(subject.metrics, subject.students, subject.rank_by)
-    leaders, word = {subject.best, *equals}, "level" if equals else "best"
-    body = []
-    for row in shown:
-        cells = []
-        for column in found:
-            cell = esc(column.cells.get(row, NOTHING))
-            cells.append(f"<td>{f'<strong>{cell}</strong>' if row in column.bold else cell}</td>")
-        if row in subject.models:
-            tag = f'<span class="tag">{word}</span>' if contest and row in leaders else ""
-            of = subject.made_of.get(row)
-            head = (
-                labelled(subject, row) + tag + (f'<span class="of">{esc(of)}</span>' if of else "")
-            )
-            kind = ""
-        else:
-            head, kind = esc(part_of(row)), ' class="part"'
-        body.append(f'<tr{kind}><th scope="row">{head}</th>{"".join(cells)}</tr>')
-    names = " ".join(column.name for column in found)
-    notes = [said for word, said in GLOSSARY.items() if word in names]
-    notes += [WIDTHS_NOTE] if len(shown) > len(subject.models) else []
-    notes += filter(None, (note(subject.metrics) for note in (cut_note, ignored_note, speed_note)))
-    notes += filter(None, [rule_note(subject.metrics, subject.students, subject.rank_by)])
-    bold = ["Shaded: best among students."] if any(column.bold for column in found) else []
-    return (
-        '<div class="scroll after" tabindex="0" role="region" aria-label="Table of all models"><table>'
-        f'<thead><tr><th scope="col">model</th>{titles}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-        f'<p class="note after">{esc(" ".join([*bold, *notes]))}</p>'
-    )
+    @property
+    def tones(self) -> dict[str, str]:
+        """Model -> CSS classes of its colour. A finetuned student has the hue of what it was made from."""
+        families = list(dict.fromkeys(name.removesuffix(FINETUNED) for name in self.students))
+        tones = {name: "teacher" if name == TEACHER else "start" for name in self.models}
+        for name in self.students:
+            hue = f"hue{families.index(name.removesuffix(FINETUNED)) % HUES}"
+            tones[name] = f"{hue} second" if name.endswith(FINETUNED) else hue
+        return tones
 
 
-def _lines(title: str) -> str:
-    return "<br>".join(esc(line) for line in title.split("\n"))
-
-
-def kept(subject: Subject) -> str:
+def quality(subject: Subject) -> list[Figure]:
     """Bars: each measure of each student, in percent of the teacher."""
-    metrics = subject.metrics
-    order = [*subject.students, *(n for n in metrics if n not in (TEACHER, *subject.students))]
-    panels = []
-    for quality in qualities(metrics):
-        values = measures.measured(metrics, quality.measure)
+    metrics, tones = subject.metrics, subject.tones
+    figures = []
+    for measure in qualities(metrics):
+        values = measures.measured(metrics, measure.measure)
         theirs = values.get(TEACHER)
         if theirs is None or theirs <= 0 or not set(values) & set(subject.students):
             continue
-        rows = [
+        bars = [
             charts.Bar(
                 name,
-                subject.tones[name],
+                tones[name],
                 100 * values[name] / theirs,
-                measures.decimals_of_share(metrics[name], metrics[TEACHER], quality.measure),
+                measures.decimals_of_share(metrics[name], metrics[TEACHER], measure.measure),
             )
-            for name in order
+            for name in [*subject.students, *subject.starts]
             if name in values
         ]
-        drawn = charts.bars(quality.name, rows)
-        panels.append(f"<figure><h3>{esc(quality.name)}</h3>{drawn}</figure>")
-    if not panels:
-        return ""
-    note = "In percent of the teacher, whose level is the line at the end of each bar's track."
-    starts = ", ".join(n for n in order if n not in subject.students)
-    grey = f" Grey: {starts}, before training." if starts else ""
-    return f'<p class="note">{esc(note + grey)}</p><div class="panels">{"".join(panels)}</div>'
+        figures.append((measure.name, charts.bars(measure.name, bars)))
+    return figures
 
 
-def trade_off(subject: Subject) -> str:
+def trade_off(subject: Subject) -> list[Figure]:
     """All models by quality and speed, and by quality and size."""
-    found = measures.yardstick(subject.metrics, subject.students, subject.rank_by)
-    if found is None:
-        return ""
-    title, measure = found
-    quality = measures.measured(subject.metrics, measure)
-    panels = []
-    speeds, speed_title = _speeds(subject)
+    yardstick = measures.yardstick(subject.metrics, subject.students, subject.rank_by)
+    if yardstick is None:
+        return []
+    title, measure = yardstick
+    values = measures.measured(subject.metrics, measure)
+    speeds, speed_title = speeds_of(subject.metrics)
+    sizes = measures.measured(subject.metrics, measures.of("megabytes"))
+    figures = []
     for heading, costs, x_title in (
         ("Against speed: up and right is better", speeds, speed_title),
-        ("Against size: up and left is better", _sizes(subject), "MB"),
+        ("Against size: up and left is better", sizes, "MB"),
     ):
         marks = [
-            charts.Mark(
-                name, subject.tones[name], costs[name], quality[name], _minutes(subject, name)
-            )
-            for name in subject.models
-            if name in costs and name in quality
+            charts.Mark(name, tone, costs[name], values[name], _minutes(subject.models[name]))
+            for name, tone in subject.tones.items()
+            if name in costs and name in values
         ]
         if len(marks) > 1:
-            drawn = charts.plane(marks, x_title=x_title, y_title=title)
-            panels.append(f"<figure><h3>{esc(heading)}</h3>{drawn}</figure>")
-    if not panels:
-        return ""
-    timed = measures.measured(subject.metrics, measures.of("sentences_per_second"))
-    away = sorted(set(timed) - set(speeds))
-    note = (
-        "The axes show only the range that is in use; they do not begin at 0. "
-        "Minutes are those of training."
-    )
-    absent = f" Measured on another device, so not compared: {', '.join(away)}." if away else ""
-    return f'<p class="note">{esc(note + absent)}</p><div class="pair">{"".join(panels)}</div>'
+            figures.append((heading, charts.plane(marks, x_title=x_title, y_title=title)))
+    return figures
 
 
-def _minutes(subject: Subject, name: str) -> str:
-    run = subject.models[name].training
-    return f"{measures.short(run.minutes)} min" if run else ""
+def speeds_of(metrics: Mapping[str, Metrics]) -> tuple[dict[str, float], str]:
+    """Speeds as multiples of the teacher's (of the first model's, if it has none), and what they are.
+
+    Models of another device are left out.
+    """
+    timed = measures.measured(metrics, measures.of(measures.SPEED))
+    first = TEACHER if TEACHER in timed else next(iter(timed), TEACHER)
+    times = {name: measures.times_as_fast(metrics[name], metrics[first]) for name in timed}
+    known = {name: value for name, value in times.items() if value is not None}
+    return known, f"times as fast as {'the teacher' if first == TEACHER else first}"
 
 
-def _speeds(subject: Subject) -> tuple[dict[str, float], str]:
-    """Speeds as multiples of the teacher's (of the first model's, if it has none), and what they are."""
-    known = measures.measured(subject.metrics, measures.of(measures.SPEED))
-    first = TEACHER if TEACHER in known else next(iter(known), TEACHER)
-    times = (
-        {n: measures.times_as_fast(m, subject.metrics[first]) for n, m in subject.metrics.items()}
-        if known
-        else {}
-    )
-    found = {name: value for name, value in times.items() if value is not None}
-    return found, f"times as fast as {'the teacher' if first == TEACHER else first}"
+def _minutes(model: Model) -> str:
+    return f"{measures.short(model.training.minutes)} min" if model.training else ""
 
 
-def _sizes(subject: Subject) -> dict[str, float]:
-    return measures.measured(subject.metrics, measures.of("megabytes"))
-
-
-def training(subject: Subject) -> str:
-    """Score and loss by step, and how long each run took."""
-    trained = [subject.models[name] for name in subject.students]
-    panels, losses = [], []
+def curves(subject: Subject) -> list[Figure]:
+    """Score by step, one drawing a kind of score."""
+    figures = []
     for score, heading in SCORES.items():
-        rows = [
+        lines = [
             charts.Line(
-                model.name,
-                subject.tones[model.name],
+                name,
+                subject.tones[name],
                 model.curve.scores,
                 model.training.best_step if model.training else None,
             )
-            for model in trained
-            if model.curve and model.curve.score == score and model.curve.scores
+            for name in subject.students
+            if (model := subject.models[name]).curve
+            and model.curve.score == score
+            and model.curve.scores
         ]
-        if rows:
-            drawn = charts.lines(rows, title=score)
-            panels.append(f"<figure><h3>{esc(heading)}</h3>{drawn}</figure>")
-    for model in trained:
-        for part, points in model.curve.losses.items() if model.curve else ():
+        if lines:
+            figures.append((heading, charts.lines(lines, title=score)))
+    return figures
+
+
+def losses(subject: Subject) -> list[tuple[str, str, Markup]]:
+    """Student, part of its loss, and that by step."""
+    found = []
+    for name in subject.students:
+        curve = subject.models[name].curve
+        for part, points in curve.losses.items() if curve else ():
             if points:
-                row = charts.Line(model.name, subject.tones[model.name], points)
-                losses.append(
-                    f"<figure><h3>{esc(cut(model.name, 24))} <small>{esc(part)} loss</small></h3>"
-                    f"{charts.small_line(row, title=f'{part} loss')}</figure>"
-                )
-    runs = _runs(subject)
-    if not panels and not losses and not runs:
-        return ""
-    note = "A ring marks the step whose weights were kept."
-    scores = (
-        f'<p class="note">{note}</p><div class="pair">{"".join(panels)}</div>' if panels else ""
-    )
-    small = f'{LOSS_NOTE}<div class="tiny">{"".join(losses)}</div>' if losses else ""
-    return scores + runs + small
+                line = charts.Line(name, subject.tones[name], points)
+                drawing = charts.small_line(line, title=f"{part} loss")
+                found.append((cut(name, 24), part, drawing))
+    return found
 
 
-def _runs(subject: Subject) -> str:
-    """A table of how long each run took."""
-    rows = [
-        f'<tr><th scope="row">{labelled(subject, name)}</th><td>{run.minutes:,.1f}</td>'
-        f"<td>{run.steps:,}</td><td>{run.best_step:,}</td></tr>"
+def similarities(subject: Subject) -> list[tuple[str, list[Markup], str | None]]:
+    """Student, its cosines beside the teacher's (all, then pair by pair), what became of their scale."""
+    seen = {name: subject.models[name].details for name in subject.students}
+    cosines = [c for details in seen.values() for pair in details.scatter for c in pair]
+    span = (min(cosines, default=0), max(cosines, default=1))
+    found = []
+    for name, details in seen.items():
+        tone, drawings = subject.tones[name], []
+        if details.similarities:
+            drawings.append(charts.histogram(details.similarities, name, tone))
+        if details.scatter:
+            drawings.append(charts.scatter(details.scatter, name, tone, span=span))
+        if drawings:
+            shift = measures.shift_of_cosines(subject.models[name].metrics)
+            found.append((name, drawings, shift))
+    return found
+
+
+def disagreements(subject: Subject) -> dict[str, list[tuple[Disagreement, Markup]]]:
+    """Student -> the pairs of texts that it sees least as the teacher does, each with a drawing."""
+    return {
+        name: [(pair, _gauge(name, pair, subject.tones[name])) for pair in pairs]
         for name in subject.students
-        if (run := subject.models[name].training)
-    ]
-    if not rows:
-        return ""
-    head = "".join(f'<th scope="col">{word}</th>' for word in ("minutes", "steps", "best step"))
-    return (
-        '<div class="scroll runs" tabindex="0" role="region" aria-label="Training runs"><table>'
-        f'<thead><tr><th scope="col">run</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        if (pairs := subject.models[name].details.disagreements[:MOST_DISAGREEMENTS])
+    }
+
+
+def _gauge(name: str, pair: Disagreement, tone: str) -> Markup:
+    return charts.gauge({TEACHER: ("teacher", pair.teacher), name: (tone, pair.model)})
+
+
+def searches(subject: Subject) -> list[tuple[str, str, dict[str, Sequence[Result]]]]:
+    """Evaluation set, query, and what the teacher and each student find for it."""
+    found: dict[tuple[str, str], dict[str, Sequence[Result]]] = {}
+    for name in subject.models:
+        if name not in subject.starts:
+            for search in subject.models[name].details.searches:
+                answers = found.setdefault((search.set, search.query), {})
+                answers[name] = search.results[:MOST_RESULTS]
+    return [(*asked, answers) for asked, answers in found.items()][:MOST_SEARCHES]

@@ -5,34 +5,15 @@ Colours are CSS classes: a chart says whose mark it is (`tone`), the page's styl
 
 from __future__ import annotations
 
-import html
 import math
-import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup, escape
+
+from stages.reporting.templating import clean
+
 CHARACTER = 0.68  # width of a character as a share of the font size: a wide bold font's
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Marks that change in which direction the text around them is read."""
-
-
-def esc(text: object, most: int | None = None) -> str:
-    """Text of a stranger as it may stand in HTML, cut to `most` characters.
-
-    Control characters and lone surrogates, which HTML and UTF-8 cannot hold, and marks that turn the
-    direction of reading are replaced; blanks and line ends become one blank.
-    """
-    # Not str.isprintable: it refuses the joiners that emoji and Persian are made with.
-    clean = "".join(
-        REPLACEMENT if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c
-        for c in str(text)
-    )
-    clean = " ".join(TURNS.sub(REPLACEMENT, clean).split())
-    if most is not None and len(clean) > most:
-        clean = clean[: most - 1].rstrip() + "…"
-    return html.escape(clean)
 
 
 def cut(name: str, most: int) -> str:
@@ -109,10 +90,10 @@ def _nice(step: float) -> float:
     return next(digit * size for digit in (1, 2, 5, 10) if digit * size >= step * (1 - 1e-9))
 
 
-def picture(width: float, height: float, says: str, body: Sequence[str]) -> str:
-    """An SVG of so many pixels; `says` is what it shows, for who cannot see it."""
-    return (
-        f'<svg viewBox="0 0 {px(width)} {px(height)}" role="img" aria-label="{esc(says)}">'
+def picture(width: float, height: float, says: str, body: Sequence[str]) -> Markup:
+    """An SVG of `width` x `height` pixels; `says` describes it to people who cannot see it."""
+    return Markup(
+        f'<svg viewBox="0 0 {px(width)} {px(height)}" role="img" aria-label="{escape(clean(says))}">'
         f"{''.join(body)}</svg>"
     )
 
@@ -121,7 +102,7 @@ def text(x: float, y: float, words: str, kind: str = "", *, anchor: str = "start
     """Words on a base line at (x, y); `kind` is their CSS class."""
     where = "" if anchor == "start" else f' text-anchor="{anchor}"'
     klass = f' class="{kind}"' if kind else ""
-    return f'<text x="{px(x)}" y="{px(y)}"{where}{klass}>{esc(words)}</text>'
+    return f'<text x="{px(x)}" y="{px(y)}"{where}{klass}>{escape(clean(words))}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:

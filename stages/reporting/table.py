@@ -15,7 +15,6 @@ from stages.reporting.measures import (
     decimals_of,
     devices,
     ends,
-    level,
     likeness,
     listed,
     measured,
@@ -24,6 +23,7 @@ from stages.reporting.measures import (
     of,
     short,
     sts,
+    tied,
     times_as_fast,
     told,
     verdict,
@@ -119,7 +119,10 @@ def table(
     kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
-    drawn.caption = Text(harmless("\n".join(["", *_notes(models, students, found, kept, rank_by)])))
+    said = [verdict(models, students, rank_by), *notes(models, students, rank_by)]
+    if missing := [column.name for column in found if column not in kept]:
+        said.append(f"No room for: {', '.join(missing)}.")
+    drawn.caption = Text(harmless("\n".join(["", *filter(None, said)])))
     drawn.caption_justify, drawn.caption_style = "left", "none"
     drawn.add_column("model", vertical="bottom", no_wrap=True)
     for column in kept:
@@ -207,33 +210,28 @@ def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list
     return found
 
 
-def speed_note(models: Mapping[str, Metrics]) -> str:
-    """Where speeds were measured; empty if none was."""
-    found = devices(models)
-    if not found:
-        return ""
-    within = "; speed-up is within one device only" if len(found) > 1 else ""
-    compared = (
-        " Speed-up compares speeds beside a fixed workload." if measured(models, of(SPEED)) else ""
-    )
-    return f"Speeds on {listed(found)}{within}.{compared}"
+def notes(
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None
+) -> list[str]:
+    """Sentences without which the table cannot be read: which student is best, how things were measured."""
+    said = [_rule(models, students, rank_by), _cut(models), _ignored(models), _speed(models)]
+    return [note for note in said if note]
 
 
-def rule_note(models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None) -> str:
-    """Which student is called the best, and what ± is; empty where nothing is compared."""
+def _rule(models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None) -> str:
     found = yardstick(models, students, rank_by)
     ranked = [name for name in students if found and name in models]
-    said = f"Best: highest {found[0]}." if found and len(ranked) > 1 else ""
+    said = f"Best: highest {found[0]}. " if found and len(ranked) > 1 else ""
     if any(key.endswith(".low") for metrics in models.values() for key in metrics):
         said += (
-            " ±: half of a 95 % interval, from resampled queries, pairs or texts; what lies inside the "
-            "interval of the other is level."
+            "±: half of a 95 % confidence interval (bootstrap over queries, pairs or texts). Models are "
+            "tied if the number of one lies in the interval of the other."
         )
     return said.strip()
 
 
-def cut_note(models: Mapping[str, Metrics]) -> str:
-    """Of which sets texts were longer than models read; empty if of none."""
+def _cut(models: Mapping[str, Metrics]) -> str:
+    """Of which sets texts were longer than models read."""
     said = []
     for kind in ("sts.", "retrieval."):
         for name in _names(models, kind, CUT):
@@ -242,13 +240,26 @@ def cut_note(models: Mapping[str, Metrics]) -> str:
             if max(shares) > 0:
                 share = highest if lowest == highest else f"{lowest} to {highest}"
                 said.append(f"{share} % of {name}")
-    return f"Texts longer than a model reads were cut: {listed(said)}." if said else ""
+    return f"Texts longer than a model reads were truncated: {listed(said)}." if said else ""
 
 
-def ignored_note(models: Mapping[str, Metrics]) -> str:
-    """In which searches a document with the query's own id was no result; empty if in none."""
+def _ignored(models: Mapping[str, Metrics]) -> str:
+    """In which searches a document with the query's own id was no result."""
     names = _names(models, "retrieval.", ".identical_ids_ignored")
     return f"A document with the query's own id is no result in {listed(names)}." if names else ""
+
+
+def _speed(models: Mapping[str, Metrics]) -> str:
+    found = devices(models)
+    if not found:
+        return ""
+    within = " Models on different devices are not compared." if len(found) > 1 else ""
+    compared = (
+        " Speed-up: each model was timed in turns with a fixed workload."
+        if measured(models, of(SPEED))
+        else ""
+    )
+    return f"Speeds were measured on {listed(found)}.{compared}{within}"
 
 
 def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
@@ -262,7 +273,7 @@ def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collecti
         name: told(value, intervals[name], decimals, joint="±") for name, value in values.items()
     }
     ranked = [name for name in students if name in values]
-    # One student alone is no contest; students that read the same, or are level, share the place.
+    # One student alone is no contest; students that read the same, or are tied, share the place.
     best = max(ranked, key=lambda name: values[name], default="")
     bold = {
         name
@@ -270,7 +281,7 @@ def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collecti
         if len(ranked) > 1
         and (
             f"{values[name]:.{decimals}f}" == f"{values[best]:.{decimals}f}"
-            or level(models[name], models[best], quality.measure)
+            or tied(models[name], models[best], quality.measure)
         )
     }
     return Column(quality.title, cells, quality.keep, frozenset(bold))
@@ -297,22 +308,6 @@ def _fitting(found: Sequence[Column], width: int) -> list[Column]:
         # Of columns that matter equally, the last goes first.
         kept.remove(min(reversed(kept), key=lambda column: column.keep))
     return kept
-
-
-def _notes(
-    models: Mapping[str, Metrics],
-    students: Collection[str],
-    found: Sequence[Column],
-    kept: Sequence[Column],
-    rank_by: str | None,
-) -> list[str]:
-    """The lines below the table."""
-    notes = [verdict(models, students, rank_by), rule_note(models, students, rank_by)]
-    notes += [cut_note(models), ignored_note(models), speed_note(models)]
-    missing = [column.name for column in found if column not in kept]
-    if missing:
-        notes.append(f"No room for: {', '.join(missing)}.")
-    return [note for note in notes if note]
 
 
 def _names(models: Mapping[str, Metrics], prefix: str, suffix: str) -> list[str]:

@@ -78,8 +78,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
     }
-    template = {"pipeline/template/params.yaml", "pipeline/template/dvc.yaml"}
-    assert names == modules | template | {f"{package}/py.typed" for package in PACKAGES}
+    data = {"pipeline/template/params.yaml", "pipeline/template/dvc.yaml"}
+    data |= {f"{package}/py.typed" for package in PACKAGES}
+    data |= {f"stages/reporting/templates/{name}" for name in ("card.md", "page.html", "style.css")}
+    assert names == modules | data
 
 
 def test_help_needs_nothing_heavy(installed, tmp_path):

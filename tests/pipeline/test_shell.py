@@ -11,8 +11,8 @@ import yaml
 
 from pipeline import cli
 from stages.outcome import Outcome
-from stages.reporting.markdown import fenced
 from stages.reporting.table import table
+from stages.reporting.templating import fenced
 from storage.corpus import put_texts, text_key
 from storage.errors import DamagedError
 from storage.store import Store

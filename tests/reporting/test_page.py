@@ -8,17 +8,19 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib import resources
 from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import pytest
+from jinja2 import UndefinedError
 
 from stages.reporting import charts
-from stages.reporting.examples import MOST_SEARCHES
-from stages.reporting.page import POLICY, tones
 from stages.reporting.page import page as drawn
 from stages.reporting.results import Details, Model, Similarities
-from stages.reporting.svg import Axis, Box, cut, esc, label_boxes, px, spread
+from stages.reporting.sections import HUES, MOST_SEARCHES, Subject
+from stages.reporting.svg import Axis, Box, cut, label_boxes, picture, px, spread, text
+from stages.reporting.templating import html as filled
 from tests.stages.test_report import DETAILS, Folder, at_width, metrics_of, with_ends
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
@@ -33,6 +35,7 @@ SECTIONS = [
     "searches",
     "origin",
 ]
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 SCRIPT = "<script>document.title = 'taken'</script><img src=x onerror=alert(1)>"
 TEXTS = [
     SCRIPT,
@@ -160,24 +163,36 @@ def words(svg):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("words", "shown"),
     [
-        ("<b>&\"'", "&lt;b&gt;&amp;&quot;&#x27;"),
+        ("<b>&\"'", "&lt;b&gt;&amp;&#34;&#39;"),
         ("a\n\tb\x00\x1b[31m\ud800", "a b��[31m�"),
         ("👩‍👧 שלום", "👩‍👧 שלום"),  # joiners stay
         ("a\u202eb\u2066c\u200fd\u2028e", "a�b�c�d e"),
+        (" 104\N{NO-BREAK SPACE}% \n of", "104\N{NO-BREAK SPACE}% of"),
+        ("{{ 7 * 7 }}{% raw %}", "{{ 7 * 7 }}{% raw %}"),
     ],
 )
-def test_texts_of_strangers_are_made_harmless(text, shown):
-    assert esc(text) == shown
-    esc(text).encode()
+def test_texts_of_strangers_are_made_harmless(words, shown):
+    assert text(1, 2, words) == f'<text x="1" y="2">{shown}</text>'
+    assert f' aria-label="{shown}">' in picture(1, 2, words, [])
+    page = drawn([], students=[], facts={"project": words})
+    assert f"<title>{shown}: which student to serve</title>" in page
+    assert f"<dd>{shown}</dd>" in page
+    page.encode()
 
 
-def test_long_texts_are_cut():
-    assert esc("abcdef", 6) == "abcdef"
-    assert esc("abcdefg", 6) == "abcde…"
-    assert esc("abcd efg", 6) == "abcd…"
-    assert esc("<<<<", 3) == "&lt;&lt;…"  # cut before it is escaped
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(UndefinedError, match="'project' is undefined"):
+        filled("page.html")
+
+
+def test_the_style_has_a_class_for_each_hue():
+    sheet = (resources.files("stages.reporting") / "templates" / "style.css").read_text()
+    assert sorted(set(re.findall(r"\.(hue\d+) ", sheet))) == [f"hue{n}" for n in range(HUES)]
+
+
+def test_long_names_are_cut():
     assert cut("kd-finetuned", 12) == "kd-finetuned"
     assert cut("kd-finetuned", 9) == "kd-f…uned"
     assert cut("kd-finetuned", 2) == "k…"
@@ -356,11 +371,13 @@ def test_every_section_is_there_and_linked(full):
         "kd, the best student, keeps 99.5 % of the teacher's STS average and 100.0 % of its nDCG@10"
     ) in outline.text
     assert (
-        "<b>99.5<small>&nbsp;%</small></b><span>of the teacher&#x27;s STS average</span>"
+        "<b>99.5<small>&nbsp;%</small></b><span>of the teacher&#39;s STS average</span>"
         "<i>72.50, teacher 72.90</i>"
     ) in full
-    assert "Shaded: best among students. STS: rank correlation" in outline.text
-    assert "Speeds on AMD EPYC, 1 thread." in outline.text
+    assert re.findall(r"<dt>([^<]*)</dt><dd>(?:rank|how|share)", full) == [
+        *("STS", "nDCG@10", "fidelity", "top-10 overlap")
+    ]
+    assert "Speeds were measured on AMD EPYC, 1 thread." in outline.text
     assert "24,310 texts" in outline.text
 
 
@@ -374,10 +391,10 @@ def test_what_the_page_is_about_stands_on_top_and_what_a_student_is_made_of_besi
         prompts="none",
     )
     head = page[page.index("<h1>") : page.index('<p class="verdict">')]
-    assert head == (
-        "<h1>Which student to serve</h1>"
-        '<p class="about">project sen&lt;tences · teacher all-MiniLM · corpus 24 texts</p>'
-    )
+    assert head.splitlines() == [
+        "<h1>Which student to serve</h1>",
+        '<p class="about">project sen&lt;tences · teacher all-MiniLM · corpus 24 texts</p>',
+    ]
     assert "<title>sen&lt;tences: which student to serve</title>" in page
     rows = page[page.index("<tbody>") : page.index("</tbody>")].split("<tr>")[1:]
     found = [re.findall('<span class="of">(.*?)</span>', row) for row in rows]
@@ -400,7 +417,7 @@ def test_the_points_of_a_short_curve_are_marked():
 def test_the_table_marks_the_best_student(full):
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', full)[:5]
     names = [re.sub("<svg.*?</svg>", "", head) for head, _ in rows]
-    best = '<span class="tag">best</span>'
+    best = ' <span class="tag">best</span>'
     assert names == ["teacher", "half", f"kd{best}", "ckd", "kd-finetuned"]
     cells = [re.findall("<td>(.*?)</td>", row) for _, row in rows]
     assert cells[0][:3] == ["72.90", "72.40", "73.40"]
@@ -408,28 +425,28 @@ def test_the_table_marks_the_best_student(full):
     assert cells[3][:3] == ["72.30", "71.80", "72.80"]
 
 
-def test_students_inside_the_interval_are_level_on_the_page(site):
+def test_students_inside_the_interval_are_tied_on_the_page(site):
     site.fill()
     for name in MODELS:
         metrics = {name: json.loads((site.root / f"{name}.json").read_text())}
         site.evaluated(name, with_ends(metrics, 0.9, "sts.")[name], details_of(name))
     page = site.drawn()
-    assert re.findall('</svg>([a-z-]+)<span class="tag">(.*?)</span>', page) == [
-        ("kd", "level"), ("ckd", "level"), ("kd-finetuned", "level"),
+    assert re.findall('</svg>([a-z-]+) <span class="tag">(.*?)</span>', page) == [
+        ("kd", "tied"), ("ckd", "tied"), ("kd-finetuned", "tied"),
     ]  # fmt: skip
     assert "<i>72.5 ± 0.9, teacher 72.9 ± 0.9</i>" in page
     # 0.9 of 72.9 is more than a percent: no digit behind the point is known.
     assert (
         "STS average, in % of the teacher: kd 99 %, ckd 99 %, kd-finetuned 99 %, half 100 %" in page
     )
-    assert "what lies inside the interval of the other is level." in page
+    assert "Models are tied if the number of one lies in the interval of the other." in page
 
 
 def test_a_students_widths_stand_below_it_on_the_page(site, full):
     kd = json.loads((site.root / "kd.json").read_text())
     site.evaluated("kd", kd | at_width(128, 71.5, 0.83, 0.93, 0.7), details_of("kd"))
     page = site.drawn(Teacher="all-MiniLM-L6-v2", Corpus="24,310 texts")
-    (part,) = re.findall(r'<tr class="part"><th scope="row">first 128</th>.*?</tr>', page)
+    (part,) = re.findall(r'<tr class="part"><th scope="row">first 128</th>.*?</tr>\n', page)
     assert re.findall("<td>(.*?)</td>", part) == [
         *("71.50", "71.00", "72.00", "0.830", "0.930", "0.700", "-", "-", "-", "-")
     ]
@@ -437,7 +454,8 @@ def test_a_students_widths_stand_below_it_on_the_page(site, full):
     assert re.findall('<th scope="row">(?:<svg.*?</svg>)?([a-z-]+)', before)[-1] == "kd"
     # A sentence below the table explains it; all else is the page without it.
     note = (
-        "first so many: what the first values of the vectors of the model above are worth alone. "
+        "<dt>first N</dt>"
+        "<dd>the model of the row above, with nothing but the first N values of its vectors</dd>"
     )
     assert after.count(note) == 1
     assert before + after.replace(note, "") == full
@@ -456,7 +474,7 @@ def test_a_set_whose_queries_are_documents_too_is_named(site, full):
 def test_a_student_with_another_scale_of_cosines_is_told_beside_them(site, full, shift, said):
     kd = json.loads((site.root / "kd.json").read_text()) | {"fidelity.cosine_shift": shift}
     site.evaluated("kd", kd, details_of("kd"))
-    note = "On average its cosines are 0.21 higher than the teacher's: make thresholds anew."
+    note = "On average, its cosines are 0.21 higher than the teacher's: choose thresholds anew."
     assert note not in Outline(full).text
     assert Outline(site.drawn()).text.count(note) == said
 
@@ -540,7 +558,7 @@ def test_texts_from_files_cannot_become_markup(site):
     metrics = metrics_of(70, 0.8, 0.9, 0.7, 300)
     named = [Model(name, metrics, Details(**DETAILS)) for name in ("teacher", "<i>")]
     assert "&lt;i&gt; keeps" in drawn(named, students=["<i>"], facts={})
-    assert page.count("&lt;script&gt;document.title = &#x27;taken&#x27;&lt;/script&gt;") > 10
+    assert page.count("&lt;script&gt;document.title = &#39;taken&#39;&lt;/script&gt;") > 10
 
 
 def test_the_same_files_give_the_same_page_and_a_small_one(site):
@@ -566,11 +584,11 @@ def test_searches_stand_side_by_side_with_their_right_answers(site):
         site.evaluated(name, metrics_of(70, 0.8, 0.9, 0.7, 300), DETAILS | {"searches": [search]})
     page = site.drawn(["teacher", "kd", "ckd"], ["kd", "ckd"])
     section = page[page.index('<section id="searches">') :]
-    answers = re.findall(r"<h4><svg.*?</svg>(.*?)</h4><ol>(.*?)</ol>", section)
+    answers = re.findall(r"<h4><svg.*?</svg>(.*?)</h4><ol>\n(.*?)</ol>", section, re.DOTALL)
     assert [name for name, _ in answers] == ["teacher", "kd", "ckd"]
     assert answers[0][1] == (
         '<li class="hit"><bdi dir="auto">found by teacher</bdi>'
-        '<span><b>✓</b> 0.71<b class="hidden">right answer</b></span></li>'
+        '<span><b>✓</b> 0.71<b class="hidden">relevant</b></span></li>\n'
     )
     assert [items.count("hit") for _, items in answers] == [1, 0, 0]
     assert section.count("<details") == 1
@@ -627,7 +645,8 @@ def test_speeds_of_another_device_are_not_drawn(site):
 
 def test_a_finetuned_student_has_the_hue_of_its_first_stage():
     names = ["teacher", "half", "a", "b", "b-finetuned", "c", "d", "e", "f", "g"]
-    assert tones(names, names[2:]) == {
+    models = {name: Model(name, {}, Details(**DETAILS)) for name in names}
+    assert Subject(models, names[2:]).tones == {
         "teacher": "teacher", "half": "start", "a": "hue0", "b": "hue1", "b-finetuned": "hue1 second",
         "c": "hue2", "d": "hue3", "e": "hue4", "f": "hue5", "g": "hue0",
     }  # fmt: skip

@@ -25,7 +25,7 @@ from stages.models.loading import load_model
 from stages.params import ExportParams
 from stages.preflight import ONNX, check_onnx
 from stages.reporting.card import Card, model_card
-from stages.reporting.markdown import escaped, fenced
+from stages.reporting.templating import escaped, fenced
 from storage.errors import DamagedError, TeachonceError
 from tests.conftest import make_tiny_model
 
@@ -553,8 +553,8 @@ license:  # FILL IN: what the licences of the teacher's weights and of the corpu
 
 # kd
 
-Turns texts into vectors of 48 numbers of length 1; distilled by teachonce from a teacher's cached \
-vectors, in the teacher's space, so they can search an index that the teacher built.
+Turns a text into a vector of 48 numbers (length 1). Distilled by teachonce from a teacher's cached vectors.
+The vectors lie in the teacher's space, so they can search an index that the teacher built.
 
 ## Use
 
@@ -564,10 +564,10 @@ model = SentenceTransformer("path/to/this/folder")
 vectors = model.encode(["One text.", "And another one."])
 ```
 
-It reads texts as they are, queries and documents alike: there is no prompt, and `encode_query` is `encode`.
-Vectors are compared by their cosine.
+The model reads queries and documents alike, without a prompt: `encode_query` is `encode`.
+Compare vectors by their cosine.
 
-sentence-transformers 3.4 or newer.
+Needs sentence-transformers 3.4 or newer.
 
 ## Results
 
@@ -576,8 +576,8 @@ sentence-transformers 3.4 or newer.
 | STS, average (Spearman x 100) | 80.00 | 78.12 |
 | STS, b (Spearman x 100) | 80.00 | 78.12 |
 | Retrieval, docs (nDCG@10) | {0.5555:.3f} | 0.500 |
-| Retrieval, docs (share of texts cut) | 0.250 | 0.990 |
-| Order of pairs as the teacher has it (Spearman) | - | {0.8515:.3f} |
+| Retrieval, docs (share of texts truncated) | 0.250 | 0.990 |
+| Fidelity to the teacher's order of pairs (Spearman) | - | {0.8515:.3f} |
 | Texts per second | 203 | 367 |
 | Parameters | 22,713,216 | 17,389,824 |
 | Megabytes of weights | 90.9 | 69.6 |
@@ -610,13 +610,14 @@ objectives:
 
 ## Limits
 
-It reads the first 64 tokens of a text and ignores the rest. In training, texts were cut at 32 tokens. \
-It does badly what the teacher does badly, and what the corpus had no texts of.
+The model reads the first 64 tokens of a text and ignores the rest.
+In training, texts were truncated to 32 tokens.
+Expect weak results where the teacher's are weak, and on kinds of texts that the corpus does not have.
 
 ## FILL IN before you publish this
 
-- [ ] Licence: of the teacher's weights, and what it says about models trained on its output.
-- [ ] Licence: of the corpus.
+- [ ] The licence of the teacher's weights, and what it says about models trained on its output.
+- [ ] The licence of the corpus.
 - [ ] `license:` at the top of this file.
 - [ ] What the model is meant for, and what it must not be used for.
 """
@@ -631,11 +632,14 @@ def test_the_front_matter_is_yaml_with_a_license_to_fill_in():
 
 def test_a_dropped_projection_is_told_where_it_matters():
     text = card(dropped=True, dim=32, unit_length=False)
-    assert "vectors of 32 numbers; distilled" in text
-    assert "in a space of its own, not comparable with the teacher's." in text
+    assert "a vector of 32 numbers. Distilled" in text
     assert (
-        "Measured with the projection into the teacher's space, which this folder leaves out."
-    ) in text
+        "The vectors lie in a space of their own: do not compare them with the teacher's." in text
+    )
+    said = (
+        "The numbers were measured with the projection into the teacher's space, which this folder"
+    )
+    assert f"{said} leaves out." in text
 
 
 @pytest.mark.parametrize(
@@ -645,7 +649,7 @@ def test_cosines_that_are_not_the_teachers_are_told_with_what_follows(shift, sai
     metrics = {"kd": {} if shift is None else {"fidelity.cosine_shift": shift}}
     sentence = (
         f"Over pairs of held-out texts, its cosines are {said} than the teacher's on average: a threshold "
-        "that was made for the teacher must be made anew."
+        "that was chosen for the teacher must be chosen anew."
     )
     assert (sentence in card(metrics=metrics)) == (said is not None)
     assert "threshold" not in card(metrics=metrics, dropped=True)
@@ -656,12 +660,14 @@ def test_a_finetuned_model_says_what_it_was_before():
     finetuned = {"recipe": {"distill_weight": 0.0}, "rows": 9}
     lineage = lineage_of(projection=True) | {"finetuned": finetuned}
     text = card(lineage=lineage)
-    assert "but not held near the teacher's: do not mix the two in one index." in text
+    assert "The vectors may lie far from the teacher's: do not mix the two in one index." in text
     said = "recipe:\n  distill_weight: 0.0\nrows: 9\n"
     assert f"Then finetuned on labelled pairs or triplets:\n\n```yaml\n{said}```" in text
     # With a term that kept it near, it may still be used beside the teacher.
     finetuned["recipe"]["distill_weight"] = 400.0
-    assert "in the teacher's space, so they can search an index" in card(lineage=lineage)
+    assert "The vectors lie in the teacher's space, so they can search an index" in card(
+        lineage=lineage
+    )
 
 
 def test_speeds_of_two_devices_are_not_compared():
@@ -675,14 +681,24 @@ def test_nothing_measured_is_said():
 
 def test_other_forms_of_a_model_are_told():
     assert "`onnx/model.onnx` is the same model for ONNX Runtime" in card(onnx=True)
-    assert "It reads texts of any length." in card(max_tokens=None)
+    assert "The model reads texts of any length." in card(max_tokens=None)
     assert "sentence-transformers 6 with transformers 5 or newer" in card(old_ones_read=False)
 
 
 def test_text_from_outside_stays_text():
-    wild = "<script>|`x`* [a](b) #\n# h\x1b[31m &amp;"
-    assert escaped(wild) == (r"\<script\>\|\`x\`\* \[a\]\(b\) \#\\n\# h\\x1b\[31m \&amp;")
-    text = card(facts={"A|b": wild}, metrics={"kd": {"sts.x|y": 1.0, "device": "<b>"}})
+    wild = "<script>|`x`* [a](b) #\n# h\x1b[31m &amp;{{ 7 * 7 }}"
+    tame = r"\<script\>\|\`x\`\* \[a\]\(b\) \#\\n\# h\\x1b\[31m \&amp;\{\{ 7 \* 7 \}\}"
+    assert escaped(wild) == tame
+    text = card(
+        name=wild,
+        facts={"A|b": wild},
+        metrics={wild: {"sts.x|y": 1.0, f"sts.{wild}": 2.0, "device": wild}},
+    )
+    assert f"\n# {tame}\n" in text
+    assert f"|  | {tame} |\n" in text
+    assert f"| STS, {tame} (Spearman x 100) | 2.00 |" in text
+    assert f"Speed on {tame}." in text
+    assert f"- A\\|b: {tame}\n" in text
     assert "<script>" not in text and "<b>" not in text and "\x1b" not in text
     assert r"- A\|b: \<script\>" in text
     assert r"| STS, x\|y (Spearman x 100) | 1.00 |" in text

@@ -105,7 +105,7 @@ def test_what_is_known_of_the_named_models_is_gathered(folder, models):
     assert list(outcome.facts["models"]) == list(models)
     assert outcome.summary == (
         "5 models: kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and "
-        "96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 % of its space."
+        "96.6 % of its nDCG@10, is 1.9 times as fast and has 77 % of its size."
     )
     assert outcome.made == folder.page
     assert folder.page.read_text().startswith("<!doctype html>")
@@ -229,9 +229,10 @@ def test_the_table_at_100_columns(models):
         "kd-finetuned    72.55  72.05  73.05      0.842     0.941    0.712    402    1.9x     17.4  69.6",
         "",
         "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and 96.6 % of its",
-        "nDCG@10, is 1.9 times as fast and takes 77 % of its space.",
+        "nDCG@10, is 1.9 times as fast and has 77 % of its size.",
         "Best: highest STS average.",
-        "Speeds on AMD EPYC, 1 thread. Speed-up compares speeds beside a fixed workload.",
+        "Speeds were measured on AMD EPYC, 1 thread. Speed-up: each model was timed in turns with a",
+        "fixed workload.",
     ]
 
 
@@ -248,11 +249,11 @@ def test_the_table_at_80_columns_names_what_has_no_room(models):
         "kd-finetuned    72.55      0.842     0.941    0.712    402    1.9x  69.6",
         "",
         "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS",
-        "average and 96.6 % of its nDCG@10, is 1.9 times as fast and takes 77 %",
-        "of its space.",
+        "average and 96.6 % of its nDCG@10, is 1.9 times as fast and has 77 % of",
+        "its size.",
         "Best: highest STS average.",
-        "Speeds on AMD EPYC, 1 thread. Speed-up compares speeds beside a fixed",
-        "workload.",
+        "Speeds were measured on AMD EPYC, 1 thread. Speed-up: each model was",
+        "timed in turns with a fixed workload.",
         "No room for: STS12, STSB, million weights.",
     ]
 
@@ -312,16 +313,15 @@ def test_one_sts_set_needs_no_average_and_many_sets_nothing_else(models):
     assert drawn(many)[3].split()[:3] == ["teacher", "72.87", "0.174"]
 
 
-def test_texts_that_were_cut_are_told_below_the_table(models):
+def test_texts_that_were_truncated_are_told_below_the_table(models):
     for name, found in models.items():
         found |= {"sts.STSB.truncated": 0.0, "sts.STS12.truncated": 0.021}
         found["retrieval.xquad_en_wiki10k.truncated"] = 0.99 if name == "ckd" else 0.125
     lines = drawn(models, width=120)
     assert lines[1].split()[:4] == ["STS", "xquad_en_", "top-10", "texts"]
     assert (
-        "Texts longer than a model reads were cut: 2.1 % of STS12 and 12 to 99 % of xquad_en_wiki10k."
-        in lines
-    )
+        "Texts longer than a model reads were truncated: 2.1 % of STS12 and 12 to 99 % of xquad_en_wiki10k."
+    ) in " ".join(lines)
 
 
 def test_speeds_are_compared_within_one_device(models):
@@ -332,12 +332,12 @@ def test_speeds_are_compared_within_one_device(models):
         ["214", "1.0x"], ["402", "1.9x"], ["-", "-"], ["18,312", "-"], ["402", "1.9x"],
     ]  # fmt: skip
     assert lines[-2:] == [
-        "Speeds on AMD EPYC, 1 thread and NVIDIA H200; speed-up is within one device only. Speed-up",
-        "compares speeds beside a fixed workload.",
+        "Speeds were measured on AMD EPYC, 1 thread and NVIDIA H200. Speed-up: each model was timed in",
+        "turns with a fixed workload. Models on different devices are not compared.",
     ]
     assert verdict(models, ["ckd"]) == (
-        "ckd keeps 99.3 % of the teacher's STS average and 97.6 % of its nDCG@10 and takes 77 % of "
-        "its space."
+        "ckd keeps 99.3 % of the teacher's STS average and 97.6 % of its nDCG@10 and has 77 % of "
+        "its size."
     )
 
 
@@ -347,12 +347,12 @@ def test_speeds_are_compared_within_one_device(models):
         (
             ("sts.",),
             "ckd, the best student, keeps 97.6 % of the teacher's nDCG@10, is 1.9 times as fast and "
-            "takes 77 % of its space.",
+            "has 77 % of its size.",
         ),
         (
             ("sts.", "retrieval.", "megabytes"),
-            "ckd, the best student, orders pairs as the teacher does (Spearman 0.953) and is 1.9 times "
-            "as fast.",
+            "ckd, the best student, agrees with the teacher on the order of pairs (Spearman 0.953) and is "
+            "1.9 times as fast.",
         ),
         (("sts.", "retrieval.", "fidelity."), ""),
     ],
@@ -390,11 +390,11 @@ def test_a_setting_ranks_students_and_the_rule_is_told(models):
     )
 
 
-def test_what_lies_inside_an_interval_is_level_and_not_better(models):
+def test_what_lies_inside_an_interval_is_tied_and_not_better(models):
     wide = with_ends(models, 0.4, "sts.")
     assert verdict(wide, STUDENTS).startswith(
-        "kd-finetuned, the first student but level with ckd, keeps 99.6 % of the teacher's STS average "
-        "(level: inside the interval) and 96.6 % of its nDCG@10"
+        "kd-finetuned, tied with ckd for the best student, keeps 99.6 % of the teacher's STS average "
+        "(tied: inside the confidence interval) and 96.6 % of its nDCG@10"
     )
     narrow = with_ends(models, 0.02, "sts.")
     assert verdict(narrow, STUDENTS).startswith("kd-finetuned, the best student, keeps 99.6 % of")
@@ -404,7 +404,7 @@ def test_figures_have_as_many_digits_as_are_known_and_their_interval(models):
     lines = drawn(with_ends(models, 0.4, "sts."), width=140)
     assert lines[4].split()[:4] == ["teacher", "72.9±0.4", "72.4±0.4", "73.4±0.4"]
     text = " ".join(lines)
-    assert "±: half of a 95 % interval, from resampled queries, pairs or texts" in text
+    assert "±: half of a 95 % confidence interval (bootstrap over queries, pairs or texts)" in text
     assert [decimals_of((0, 2 * half), 3) for half in (0.0004, 0.02, 0.013, 0.2, 1.3, 0)] == [
         *(3, 2, 2, 1, 0, 3)
     ]
@@ -424,7 +424,7 @@ def test_averages_over_other_sets_are_not_compared(models):
     del models["teacher"]["sts.STSB"]
     models["teacher"] |= {"megabytes": 14_222.4, "texts_per_reference": 3.1 / 20}
     assert verdict(models, ["kd"]) == (
-        "kd keeps 96.8 % of the teacher's nDCG@10, is 131 times as fast and takes 0.49 % of its space."
+        "kd keeps 96.8 % of the teacher's nDCG@10, is 131 times as fast and has 0.49 % of its size."
     )
 
 
