@@ -410,7 +410,7 @@ def processes(root, *words):
     return found
 
 
-def wait_until(true, *, seconds=120):
+def wait_until(true, *, seconds=500):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
