@@ -288,7 +288,13 @@ def raised() -> Iterator[tuple[str, str, str]]:
 
 
 def _is_error(function: ast.expr) -> bool:
-    return isinstance(function, ast.Name) and function.id.endswith("Error")
+    """Whether what is called makes an error: the class of one, or `super().__init__` in such a class."""
+    match function:
+        case ast.Name(id=name):
+            return name.endswith("Error")
+        case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr="__init__"):
+            return True
+    return False
 
 
 def _template(node: ast.expr, names: Mapping[str, ast.expr]) -> str:
