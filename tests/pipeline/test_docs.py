@@ -391,6 +391,7 @@ def project(tmp_path_factory):
     for name, section in yaml.safe_load(own).items():
         settings[name] = settings[name] | section
     settings["starts"] = {"half": {"from": "teacher", "layers": [0, 2]}}
+    settings["students"] = {"kd": {"recipe": "kd", "start": "half"}}
     settings["shard"] |= {"rows_per_shard": 64}
     settings["mine"] |= {"max_score": 1.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(settings))
@@ -406,11 +407,7 @@ def project(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         try:
-            for _, *words in [
-                *commands,
-                ["teachonce", "evaluate", "teacher"],
-                ["teachonce", "export"],
-            ]:
+            for _, *words in commands:
                 ended = CliRunner().invoke(app, ["-C", str(folder), *words])
                 assert ended.exit_code == 0, (words, ended.output, ended.exception)
         finally:
@@ -427,9 +424,8 @@ WITH_PYTHON = [page for page, text in PAGES.items() if "\n```python\n" in text]
 def test_python_on_the_pages_runs(page, project, tmp_path):
     """All blocks of a page, one after another, as in one notebook."""
     code = "\n".join(code for language, code in BLOCK.findall(PAGES[page]) if language == "python")
-    # A worker that `spawn` starts reads the file once more.
     script = tmp_path / "page.py"
-    script.write_text(f"def page():\n    pass\n\n{code}")
+    script.write_text(code)
     environment = os.environ | {"HOME": str(project.parent), "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", script],
