@@ -115,29 +115,30 @@ class Workspace:
         """The texts."""
         return Corpus(self.store, self.manifest("corpus"))
 
-    def embeddings(self) -> Embeddings:
-        """The teacher's vectors."""
-        return Embeddings(self.store, self.manifest("embeddings"), self.corpus())
+    def embeddings(self, corpus: Corpus | None = None) -> Embeddings:
+        """The teacher's vectors; those of `corpus`, where it is open already."""
+        return Embeddings(self.store, self.manifest("embeddings"), corpus or self.corpus())
 
-    def split(self) -> Split:
-        """Which rows are for what."""
-        return Split.load(self.at.split, self.corpus())
+    def split(self, corpus: Corpus | None = None) -> Split:
+        """Which rows are for what; those of `corpus`, where it is open already."""
+        return Split.load(self.at.split, corpus or self.corpus())
+
+    def negatives(self, embeddings: Embeddings, split: Split, corpus: Corpus) -> Negatives:
+        """The mined neighbours, which must be those of these vectors and this split."""
+        from stages.mine import parent_of
+
+        return Negatives(
+            self.store,
+            self.manifest("negatives"),
+            corpus,
+            mined_from=parent_of(embeddings, split),
+        )
 
     def caches(self, *, with_negatives: bool) -> Caches:
         """What a student learns from; mined neighbours only for those that read them."""
-        from stages.mine import parent_of
-
         corpus = self.corpus()
-        embeddings = Embeddings(self.store, self.manifest("embeddings"), corpus)
-        split = Split.load(self.at.split, corpus)
-        negatives = None
-        if with_negatives:
-            negatives = Negatives(
-                self.store,
-                self.manifest("negatives"),
-                corpus,
-                mined_from=parent_of(embeddings, split),
-            )
+        embeddings, split = self.embeddings(corpus), self.split(corpus)
+        negatives = self.negatives(embeddings, split, corpus) if with_negatives else None
         return Caches(corpus, embeddings, negatives, split, self.store)
 
     def evaluation_texts(self) -> Iterator[str]:

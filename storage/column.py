@@ -6,8 +6,9 @@ lazily: an object is mapped, checked and compared with its texts when a row of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,6 @@ class Column:
         self.starts = np.concatenate(
             [[0], np.cumsum([entry.rows for entry in self.objects], dtype=np.int64)]
         ).astype(np.int64)
-        self._at_hand = lru_cache(MAPS)(self._open)
         self._compared: set[int] = set()
         if texts is not None and not np.array_equal(self.starts, texts.starts):
             raise DamagedError(
@@ -50,6 +50,14 @@ class Column:
                 "run `dvc repro`: the manifest is older than the corpus",
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: which objects. The process that reads it maps them anew, and checks them."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not isinstance(getattr(type(self), name, None), cached_property)
+        }
+
     @property
     def rows(self) -> int:
         """Number of rows."""
@@ -58,6 +66,10 @@ class Column:
     def batch(self, shard: int) -> pa.RecordBatch:
         """The mapped batch of one shard, checked against its texts."""
         return self._at_hand(shard)
+
+    @cached_property
+    def _at_hand(self) -> Callable[[int], pa.RecordBatch]:
+        return lru_cache(MAPS)(self._open)
 
     def _open(self, shard: int) -> pa.RecordBatch:
         batch = self.store.open(self.objects[shard])

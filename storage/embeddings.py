@@ -6,8 +6,9 @@ with a scale of its own for each row (value = int8 x scale). Whoever reads int8 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -271,7 +272,6 @@ class Embeddings(Column):
         check_made_by(manifest, manifest.recipe)
         check_derived(manifest, corpus)
         super().__init__(store, manifest.objects, corpus)
-        self._stored = lru_cache(MAPS)(self._read)
 
     @property
     def dim(self) -> int:
@@ -308,6 +308,10 @@ class Embeddings(Column):
                 None if scales is None else _placed(scales, order),
             )
         return _floats(taken, scales)
+
+    @cached_property
+    def _stored(self) -> Callable[[int], tuple[NDArray[np.generic], NDArray[np.float32] | None]]:
+        return lru_cache(MAPS)(self._read)
 
     def _read(self, shard: int) -> tuple[NDArray[np.generic], NDArray[np.float32] | None]:
         """(rows of the shard, dim) as stored, a view of the mapped file; (rows,) scales if it needs any."""

@@ -56,6 +56,10 @@ class TeachonceError(Exception):
         return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
+class RowError(TeachonceError, IndexError):
+    """A row id that the corpus has not, or an index that is no row id."""
+
+
 class StorageError(TeachonceError):
     """The operating system refused a read or a write: full disk, no permission, failing device."""
 

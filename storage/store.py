@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -132,6 +132,10 @@ class Store:
         # Identity of each file that this process has checked -> its sha256: a published file never changes,
         # so the second map of it needs no second read.
         self._checked: dict[tuple[int, ...], str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the folder. The process that reads it checks each file itself."""
+        return {"root": self.root, "_checked": {}}
 
     def put(
         self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None

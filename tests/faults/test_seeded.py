@@ -19,7 +19,16 @@ import pytest
 from tests.faults.processes import needs_strace
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ("pipeline", "stages", "storage", "tests", "params.yaml", "dvc.yaml", "pyproject.toml")
+SOURCE = (
+    "pipeline",
+    "stages",
+    "storage",
+    "teachonce",
+    "tests",
+    "params.yaml",
+    "dvc.yaml",
+    "pyproject.toml",
+)
 
 STORAGE, REMOTE, UPKEEP = (
     "tests/storage/test_storage.py",

@@ -171,14 +171,14 @@ def test_the_readme_shows_the_tree_as_it_is():
         shown.add(f"{inside}/{name}" if indent else name)
     rooms = {
         str(init.parent.relative_to(ROOT))
-        for top in ("pipeline", "stages", "storage")
+        for top in ("pipeline", "stages", "storage", "teachonce")
         for init in (ROOT / top).rglob("__init__.py")
     }
     assert shown == rooms | {"docs", "tests", "benchmarks"}
 
 
 def test_each_room_says_what_lives_there():
-    for top in ("pipeline", "stages", "storage"):
+    for top in ("pipeline", "stages", "storage", "teachonce"):
         for init in (ROOT / top).rglob("__init__.py"):
             assert init.read_text().startswith('"""'), init
 

@@ -16,7 +16,7 @@ from tests.pipeline.test_house import COMMANDS
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("pipeline", "stages", "storage")
+PACKAGES = ("pipeline", "stages", "storage", "teachonce")
 # Enough for the help and for a message about a missing params.yaml; torch and its kind are not.
 LIGHT = ("numpy", "pyarrow", "pydantic", "pyyaml", "rich", "typer", "zstandard")
 
