@@ -15,23 +15,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.errors import DamagedError
-from storage.store import Object, Store, made_again
+from storage.store import Object, Store, remake_command
 
 TEXT_KEY_BYTES = 16
 TEXT_KEY = pa.binary(TEXT_KEY_BYTES)
 
 MAPS = 4096
-"""So many mapped objects a column keeps at hand: those asked for last. A student reads four or five
-columns, and Linux allows a process 65,530 maps in all."""
+"""Number of mapped objects that a column caches, least recently used first out. A student reads four or
+five columns, and Linux allows a process 65,530 maps."""
 
 
 class Column:
     """Row-aligned objects. Row r lies in the shard s with `starts[s] <= r < starts[s + 1]`.
 
     Args:
-        store: Where the objects are.
-        objects: In row order.
-        texts: The column of texts that this one was derived from; None if this is that column.
+        store: The store of the objects.
+        objects: The objects in row order.
+        texts: The corpus that this column was derived from; None if this is the corpus.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Column:
 
     def batch(self, shard: int) -> pa.RecordBatch:
         """The mapped batch of one shard, checked against its texts."""
-        return self._at_hand(shard)
+        return self._cached_batch(shard)
 
     @cached_property
-    def _at_hand(self) -> Callable[[int], pa.RecordBatch]:
+    def _cached_batch(self) -> Callable[[int], pa.RecordBatch]:
         return lru_cache(MAPS)(self._open)
 
     def _open(self, shard: int) -> pa.RecordBatch:
         batch = self.store.open(self.objects[shard])
-        # Once is enough: the manifest's sha256, which `open` looks at each time, covers the keys.
+        # Once is enough: `open` checks the manifest's sha256 each time, and it covers the keys.
         if self.texts_column is not None and shard not in self._compared:
             self._compare(shard, batch, self.texts_column.batch(shard))
             self._compared.add(shard)
@@ -103,8 +103,8 @@ class Column:
         counts = np.diff(bounds)
         rows = ascending - np.repeat(self.starts[:-1], counts)
         for shard in np.flatnonzero(counts).tolist():
-            some = slice(bounds[shard], bounds[shard + 1])
-            yield shard, order[some], rows[some]
+            of_shard = slice(bounds[shard], bounds[shard + 1])
+            yield shard, order[of_shard], rows[of_shard]
 
     @cached_property
     def text_keys(self) -> NDArray[np.bytes_]:
@@ -113,7 +113,7 @@ class Column:
 
     def text_keys_in(self, shards: Sequence[int]) -> NDArray[np.bytes_]:
         """(n,) V16 keys of the rows of some shards, in this order; a copy, so that none stays mapped."""
-        # No room is made by the rows that a manifest claims: each object is opened, and counted, first.
+        # The counts of a manifest are not trusted with memory: each object is opened and counted first.
         keys = [text_keys_of(self._open(shard)).copy() for shard in shards]
         return np.concatenate(keys) if keys else np.empty(0, f"V{TEXT_KEY_BYTES}")
 
@@ -127,16 +127,16 @@ class Column:
         raise DamagedError(
             path,
             f"row {row} of shard {shard} belongs to another text",
-            # Not `repair`: it reads each object by itself, and by itself this one is whole.
-            f"rm -f '{path}', then {made_again(key)}",
+            # Not `repair`: it examines objects one by one, and taken alone this one is intact.
+            f"rm -f '{path}', then {remake_command(key)}",
         )
 
 
 class KeyIndex:
-    """Text keys that are looked up by the thousand; 24 bytes of memory a key.
+    """An index of text keys for bulk lookups; 24 bytes of memory a key.
 
     Args:
-        keys: (n,) V16.
+        keys: (n,) V16 text keys.
     """
 
     def __init__(self, keys: NDArray[np.bytes_]) -> None:
@@ -146,16 +146,16 @@ class KeyIndex:
         self._sorted = keys[self._order]
 
     def places(self, keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
-        """(m,) the first place of each of (m,) V16 keys among the n; -1 if it is not there."""
+        """Returns (m,) int64: the first place of each of m V16 keys among the n, -1 if it has none."""
         if not len(self._sorted):
             return np.full(len(keys), -1, np.int64)
         keys = keys.view(f"S{TEXT_KEY_BYTES}")
-        # Sorted, they ask for neighbours one after the other: four times as fast.
+        # Sorted queries touch memory in order, which is four times as fast.
         sorting = np.argsort(keys)
-        found = np.empty(len(keys), np.int64)
-        found[sorting] = np.searchsorted(self._sorted, keys[sorting])
-        found = np.minimum(found, len(self._sorted) - 1)
-        return np.where(self._sorted[found] == keys, self._order[found], -1)
+        positions = np.empty(len(keys), np.int64)
+        positions[sorting] = np.searchsorted(self._sorted, keys[sorting])
+        positions = np.minimum(positions, len(self._sorted) - 1)
+        return np.where(self._sorted[positions] == keys, self._order[positions], -1)
 
 
 def text_keys_of(batch: pa.RecordBatch) -> NDArray[np.bytes_]:

@@ -1,7 +1,7 @@
-"""The corpus: texts in shards, and who a text is.
+"""The corpus: texts in shards, identified by text keys.
 
-A shard ends after a text whose key says so, not after a fixed count: a text added or removed moves the
-borders around it and no others, so the shards further on keep their names and their vectors.
+Shards are cut by content: a shard ends after a text whose key meets a condition, not after a fixed count. A
+text added or removed moves only the borders around it, so all other shards keep their names and vectors.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from storage.store import Object, Store, digest
 
 
 def text_key(text: str) -> bytes:
-    """16 bytes that say who a text is: blake2b over its UTF-8."""
+    """Returns the 16 bytes that identify a text: blake2b over its UTF-8."""
     return hashlib.blake2b(text.encode(), digest_size=TEXT_KEY_BYTES).digest()
 
 
 def text_digest(texts: Iterable[str]) -> str:
-    """The name of a text shard: a digest of its rows, each length-prefixed, in order."""
+    """Returns the digest that names a text shard: over its rows in order, each length-prefixed."""
     return digest(*(text.encode() for text in texts))
 
 
 def ends_shard(key: bytes, *, rows: int, rows_per_shard: int) -> bool:
     """Whether a shard that has `rows` rows, the last with text key `key`, ends there.
 
-    At least a quarter and at most four times `rows_per_shard`; in between, each text ends it with a
-    chance that makes `rows_per_shard` the mean.
+    A shard has at least a quarter of and at most four times `rows_per_shard`; in between, each text ends it
+    with a probability that makes `rows_per_shard` the mean.
     """
     least = max(1, rows_per_shard // 4)
     if rows < least:
@@ -44,7 +44,7 @@ def ends_shard(key: bytes, *, rows: int, rows_per_shard: int) -> bool:
 
 
 def cut(texts: Iterable[str], rows_per_shard: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Texts with their keys, shard by shard; holds one shard in memory."""
+    """Yield shards as lists of (text, text key); holds one shard in memory."""
     shard: list[tuple[str, bytes]] = []
     for text in texts:
         key = text_key(text)
@@ -80,12 +80,12 @@ class Corpus(Column):
 
     def take(self, ids: NDArray[np.integer]) -> list[str]:
         """The texts of some rows, in the order of `ids`."""
-        taken: list[str] = [""] * len(ids)
+        texts_by_place: list[str] = [""] * len(ids)
         for shard, places, rows in self.by_shard(ids):
-            found = self.batch(shard).column("text").take(pa.array(rows)).to_pylist()
-            for place, text in zip(places, found, strict=True):
-                taken[place] = text
-        return taken
+            texts = self.batch(shard).column("text").take(pa.array(rows)).to_pylist()
+            for place, text in zip(places, texts, strict=True):
+                texts_by_place[place] = text
+        return texts_by_place
 
     def shard_digest(self, shard: int) -> str:
         """The text digest of one shard: the last part of the key of everything derived from it."""

@@ -1,7 +1,7 @@
 """The embedding cache: the teacher's vectors by row id.
 
 Vectors are stored as the teacher's own pipeline returns them: as float16 or float32 unscaled, or as int8
-with a scale of its own for each row (value = int8 x scale). Whoever reads int8 gets float32.
+with one scale a row (value = int8 x scale). Reading int8 returns float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from storage.column import (
 from storage.corpus import Corpus, check_derived
 from storage.errors import DamagedError, TeachonceError
 from storage.manifest import Manifest, check_made_by
-from storage.store import Object, Store, made_again
+from storage.store import Object, Store, remake_command
 
 DTYPES: dict[str, type[np.number]] = {
     "float16": np.float16,
@@ -44,16 +44,16 @@ EXTREMES = {
     "float32": (0.0, np.inf),
     "int8": (127 * LEAST_SCALE, np.inf),
 }
-"""Storage -> least and most that the largest value of a vector may be."""
+"""Storage -> smallest and largest allowed magnitude of a vector's largest value."""
 
 
 @dataclass(frozen=True)
 class ReusedRows:
-    """Rows of a shard to be made whose vectors are in older shards.
+    """Rows of a new shard whose vectors are copied from older shards.
 
     Args:
-        rows: (m,) which rows of the shard, ascending.
-        batch: Their columns, as they are stored.
+        rows: (m,) int64 row numbers in the new shard, ascending.
+        batch: The m rows' columns as stored.
     """
 
     rows: NDArray[np.int64]
@@ -77,13 +77,13 @@ def put_vectors(
     """Publish the vectors of one text shard.
 
     Args:
-        store: Where to.
+        store: The destination.
         key: `vectors/<teacher fingerprint>/<text digest>.arrow`.
-        vectors: (rows, dim) float32; of those rows that are not `reused`.
-        text_keys: (rows,) V16.
+        vectors: (n, dim) float32 vectors of the rows that are not `reused`, in row order.
+        text_keys: (rows,) V16 text keys of all rows.
         storage: "float16", "float32" or "int8".
         facts: Counts for the header.
-        reused: Rows that are copied as they are.
+        reused: Rows that are copied as they are; None for none.
 
     Raises:
         BadVectorsError: NaN, Inf, zero, or too large or small for `storage`; names the rows. Nothing is
@@ -107,7 +107,7 @@ def put_vectors(
 
 
 def row_bytes(dim: int, storage: str) -> int:
-    """Bytes of a row in an object of vectors; its header comes on top, about 1 kB."""
+    """Returns the bytes of a row in an object of vectors, without the object's header of about 1 kB."""
     scale = np.dtype(np.float32).itemsize if storage == "int8" else 0
     return TEXT_KEY_BYTES + dim * np.dtype(DTYPES[storage]).itemsize + scale
 
@@ -115,7 +115,7 @@ def row_bytes(dim: int, storage: str) -> int:
 def rounded_to_int8(
     vectors: NDArray[np.float32],
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Each row as int8 and its own scale: a row never depends on what else is in its shard.
+    """Round each row to int8 with its own scale, so that no row depends on the others of its shard.
 
     Args:
         vectors: (n, dim), finite, in each row a value other than zero.
@@ -128,7 +128,7 @@ def rounded_to_int8(
 
 
 def as_read(vectors: NDArray[np.float32], storage: str) -> NDArray[np.floating]:
-    """(n, dim) vectors as they are read again after they were stored."""
+    """Returns (n, dim) vectors as a reader gets them after they were stored as `storage`."""
     if storage == "int8":
         return _floats(*rounded_to_int8(vectors))
     stored: NDArray[np.floating] = vectors.astype(DTYPES[storage])
@@ -138,7 +138,7 @@ def as_read(vectors: NDArray[np.float32], storage: str) -> NDArray[np.floating]:
 def _floats(
     values: NDArray[np.generic], scales: NDArray[np.float32] | None
 ) -> NDArray[np.floating]:
-    """(n, dim) stored values as numbers: what is not int8 has no scales and stays as it is."""
+    """Returns (n, dim) stored values times their scales; without scales the values as they are."""
     if scales is None:
         return values  # type: ignore[return-value]  # by the schema
     vectors: NDArray[np.floating] = np.multiply(values, scales[:, None], dtype=np.float32)
@@ -154,7 +154,7 @@ def vectors_of(batch: pa.RecordBatch) -> NDArray[np.floating]:
     return _floats(matrix_of(batch, "vector"), scales_of(batch))
 
 
-def _placed(values: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+def _reordered(values: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
     """(n, ...) values with the first at place order[0], and so on."""
     placed = np.empty_like(values)
     placed[order] = values
@@ -180,36 +180,36 @@ def scales_of(batch: pa.RecordBatch) -> NDArray[np.float32] | None:
 
 
 def _merged(
-    key: str, rows: NDArray[np.int64], batch: pa.RecordBatch, known: ReusedRows
+    key: str, rows: NDArray[np.int64], batch: pa.RecordBatch, reused: ReusedRows
 ) -> pa.RecordBatch:
-    """A whole shard: `batch` has its rows `rows`, `known` all others."""
-    if batch.schema != known.batch.schema:
-        kinds = [each.schema.field("vector").type for each in (batch, known.batch)]
+    """Merge the rows `rows` of a shard, in `batch`, with its reused rows."""
+    if batch.schema != reused.batch.schema:
+        kinds = [each.schema.field("vector").type for each in (batch, reused.batch)]
         raise TeachonceError(
             key,
             f"the teacher returned vectors of {kinds[0]}, and older shards hold {kinds[1]}",
             "set embed.reuse: false, and ask who made the older ones (`teachonce ls`)",
         )
-    order = np.argsort(np.concatenate([rows, known.rows]))
-    return pa.concat_batches([batch, known.batch]).take(pa.array(order))
+    order = np.argsort(np.concatenate([rows, reused.rows]))
+    return pa.concat_batches([batch, reused.batch]).take(pa.array(order))
 
 
 def check_vectors(
     vectors: NDArray[np.float32], *, rows: NDArray[np.int64], key: str, storage: str
 ) -> None:
-    """Refuse poison: found here it costs a second, found in training it costs a night.
+    """Refuse vectors that must not be stored: here they cost a second, in training a night.
 
     Args:
         vectors: (n, dim) float32.
-        rows: (n,) which rows of the shard they are.
-        key: Of the shard.
-        storage: "float16" or "float32".
+        rows: (n,) int64 row numbers in the shard.
+        key: The key of the shard.
+        storage: "float16", "float32" or "int8".
 
     Raises:
         BadVectorsError: names the first rows of the shard that are wrong, and how.
     """
-    if found := poison(vectors, storage):
-        fault, bad = found[0], rows[found[1]]
+    if faulty_rows := poison(vectors, storage):
+        fault, bad = faulty_rows[0], rows[faulty_rows[1]]
         raise BadVectorsError(
             key,
             f"{len(bad)} of {len(vectors)} vectors are {fault}: rows "
@@ -221,7 +221,7 @@ def check_vectors(
 
 
 def poison(vectors: NDArray[np.float32], storage: str) -> tuple[str, NDArray[np.bool_]] | None:
-    """What is wrong with vectors that must not be stored, and (n,) which have it; None if all are well."""
+    """Returns the first fault and a (n,) mask of the vectors that have it; None if all may be stored."""
     largest = np.abs(vectors).max(axis=1, initial=0.0)  # NaN stays NaN
     faults = {
         "NaN or Inf": ~np.isfinite(largest),
@@ -234,11 +234,11 @@ def poison(vectors: NDArray[np.float32], storage: str) -> tuple[str, NDArray[np.
 
 
 def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], storage: str) -> None:
-    """Refuse vectors from elsewhere that no manifest vouches for and that we would not have stored.
+    """Refuse an object of vectors from elsewhere that `put_vectors` would not have stored.
 
     Args:
-        batch: A whole object of vectors.
-        text_keys: (rows,) V16 of the texts it must belong to.
+        batch: The batch of the object.
+        text_keys: (rows,) V16 text keys that it must have.
         storage: "float16", "float32" or "int8".
 
     Raises:
@@ -275,7 +275,7 @@ class Embeddings(Column):
 
     @property
     def dim(self) -> int:
-        """Length of a vector."""
+        """Width of the vectors."""
         return int(self._stored(0)[0].shape[1]) if self.objects else 0
 
     def shard(self, shard: int) -> NDArray[np.floating]:
@@ -284,30 +284,30 @@ class Embeddings(Column):
 
     def rows_of(self, ids: NDArray[np.integer]) -> NDArray[np.floating]:
         """(n, dim) vectors of `ids`, in their order, in the stored type, or int8 as float32."""
-        taken: NDArray[np.generic] | None = None
+        vectors: NDArray[np.generic] | None = None
         scales: NDArray[np.float32] | None = None
         order = np.empty(len(ids), np.int64)
         done = 0
         for shard, places, rows in self.by_shard(ids):
             values, of_shard = self._stored(shard)
-            if taken is None:
-                taken = np.empty((len(ids), values.shape[1]), values.dtype)
+            if vectors is None:
+                vectors = np.empty((len(ids), values.shape[1]), values.dtype)
                 scales = None if of_shard is None else np.empty(len(ids), np.float32)
-            some = slice(done, done + len(rows))
-            order[some], done = places, some.stop
-            # "clip" spares a copy; no row is outside.
-            values.take(rows, axis=0, out=taken[some], mode="clip")
+            block = slice(done, done + len(rows))
+            order[block], done = places, block.stop
+            # mode="clip" avoids a copy; all rows are in range.
+            values.take(rows, axis=0, out=vectors[block], mode="clip")
             if scales is not None and of_shard is not None:
-                scales[some] = of_shard[rows]
-        if taken is None:
+                scales[block] = of_shard[rows]
+        if vectors is None:
             return np.empty((0, self.dim), np.float16)
-        # Read in the order of the corpus, they are put in that of `ids` in one go.
+        # The vectors were read in corpus order; this puts them in the order of `ids`.
         if (np.diff(order) < 0).any():
-            taken, scales = (
-                _placed(taken, order),
-                None if scales is None else _placed(scales, order),
+            vectors, scales = (
+                _reordered(vectors, order),
+                None if scales is None else _reordered(scales, order),
             )
-        return _floats(taken, scales)
+        return _floats(vectors, scales)
 
     @cached_property
     def _stored(self) -> Callable[[int], tuple[NDArray[np.generic], NDArray[np.float32] | None]]:
@@ -321,5 +321,5 @@ class Embeddings(Column):
         except ValueError as error:
             path = self.store.path(self.objects[shard].key)
             raise DamagedError(
-                path, str(error), f"rm -f '{path}', then {made_again(self.objects[shard].key)}"
+                path, str(error), f"rm -f '{path}', then {remake_command(self.objects[shard].key)}"
             ) from error

@@ -37,12 +37,12 @@ def harmless(text: str) -> str:
 
 
 class TeachonceError(Exception):
-    """Something a person can mend.
+    """An error that the user can resolve.
 
     Args:
         where: File, setting or object key.
-        problem: What is wrong there, with the value found.
-        cure: What to do about it, usually a command.
+        problem: Description of the fault, with the wrong value.
+        cure: Instruction that resolves it, usually a command.
     """
 
     exit_code = 1
@@ -52,7 +52,7 @@ class TeachonceError(Exception):
         super().__init__(f"{shown(where)}: {harmless(problem)}\n  cure: {harmless(cure)}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """From a worker to the process it works for, as it is: made anew, its text would be its place."""
+        """Pickle attributes as they are: `__init__` would get the whole message as `where`."""
         return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]
 
 
@@ -65,13 +65,13 @@ class StorageError(TeachonceError):
 
 
 class MissingError(TeachonceError):
-    """Something that a manifest or a stage names is not there."""
+    """A file or object that a manifest or a stage names does not exist."""
 
     exit_code = 3
 
 
 class DamagedError(TeachonceError):
-    """An object or a manifest is there, but it is not what it says it is."""
+    """An object or a manifest exists, but its content is not what its name or checksum says."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""Who needs a manifest: a ref in the store for each holder, and its maker kept apart.
+"""Refs: which place needs a manifest. The store has one ref a holder, which also names the maker.
 
 A holder is a place that has the manifest: a user, a machine, a folder. Equal manifests of two work trees
 have two refs, so that forgetting one takes nothing from the other. The first holder's ref is
@@ -35,7 +35,7 @@ MAX_BYTES = 64 << 20
 """1 TB of 64 MB objects is 3 MB of JSON; more than this is no manifest of ours, and is not read."""
 
 FRESH_SECONDS = 86_400.0
-"""So long a ref counts as seen just now: it says who has used a store in the last months, not minutes."""
+"""A ref is touched again after this time; it need only tell the day of the last use."""
 
 HOLDER = ("by", "on", "in")
 MAKER = "maker_"
@@ -43,20 +43,20 @@ MAKER = "maker_"
 
 
 @dataclass(frozen=True)
-class Manifested:
+class HeldManifest:
     """A manifest as refs need it.
 
     Args:
-        digest: Of its file.
-        content: What its JSON says.
+        digest: Digest of the manifest file, 40 hex digits.
+        content: The parsed JSON of the manifest.
     """
 
     digest: str
     content: Mapping[str, Any]
 
 
-def here(path: Path) -> dict[str, str]:
-    """by, on, at, in: this user, this machine, now, and the folder of the manifest `path`."""
+def this_holder(path: Path) -> dict[str, str]:
+    """Returns by, on, at, in: this user, this machine, the time now, and the folder of `path`."""
     return {
         "by": user(),
         "on": platform.node(),
@@ -66,7 +66,7 @@ def here(path: Path) -> dict[str, str]:
 
 
 def user() -> str:
-    """The name of this user; his number where he has no name, as in many containers."""
+    """Returns the name of this user, or the user id if it has no name, as in many containers."""
     try:
         return as_utf8(getpass.getuser())
     except (KeyError, OSError):
@@ -78,54 +78,54 @@ def is_same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
     return all(a.get(word) == b.get(word) for word in HOLDER)
 
 
-def holder_digest(made: Mapping[str, str]) -> str:
+def holder_digest(holder: Mapping[str, str]) -> str:
     """40 hex digits naming the holder."""
-    return digest(*(made.get(word, "").encode() for word in HOLDER))
+    return digest(*(holder.get(word, "").encode() for word in HOLDER))
 
 
-def maker_in(made: Mapping[str, str]) -> dict[str, str]:
-    """by, on, at, in of the maker, of what a ref says."""
-    apart = {
-        word.removeprefix(MAKER): said for word, said in made.items() if word.startswith(MAKER)
+def maker_in(holder: Mapping[str, str]) -> dict[str, str]:
+    """Returns by, on, at, in of the maker, from the entries of a ref."""
+    maker_entries = {
+        word.removeprefix(MAKER): value for word, value in holder.items() if word.startswith(MAKER)
     }
-    return apart or dict(made)
+    return maker_entries or dict(holder)
 
 
-def told(made: Mapping[str, str]) -> str:
-    """A holder or a maker for people."""
-    by, on, at, place = (shown(made.get(word, "?")) for word in ("by", "on", "at", "in"))
+def describe(holder: Mapping[str, str]) -> str:
+    """Returns a holder or a maker as a phrase for messages."""
+    by, on, at, place = (shown(holder.get(word, "?")) for word in ("by", "on", "at", "in"))
     return f"{by} on {on}, {at}, in {place}"
 
 
-def note(manifest: Manifested, path: Path, maker: Mapping[str, str] | None) -> bytes:
-    """The content of the ref that the holder of `path` leaves."""
-    made = here(path)
-    if maker is not None and not is_same(maker, made):
-        made |= {f"{MAKER}{word}": said for word, said in maker.items()}
-    return canonical_json({"manifest": manifest.content, "made": made})
+def note(manifest: HeldManifest, path: Path, maker: Mapping[str, str] | None) -> bytes:
+    """Returns the content of the ref of the holder of `path`."""
+    holder = this_holder(path)
+    if maker is not None and not is_same(maker, holder):
+        holder |= {f"{MAKER}{word}": value for word, value in maker.items()}
+    return canonical_json({"manifest": manifest.content, "made": holder})
 
 
-def names(manifest: Manifested, path: Path) -> tuple[str, str]:
-    """The names of a holder's ref: if it is the first, and if it is not."""
+def names(manifest: HeldManifest, path: Path) -> tuple[str, str]:
+    """Returns the two possible names of a holder's ref: as the first holder, and as a later one."""
     return (
         f"{REFS}/{manifest.digest}.json",
-        f"{REFS}/{manifest.digest}.{holder_digest(here(path))}.json",
+        f"{REFS}/{manifest.digest}.{holder_digest(this_holder(path))}.json",
     )
 
 
-def leave(
-    root: Path, manifest: Manifested, path: Path, maker: Mapping[str, str] | None = None
+def write_ref(
+    root: Path, manifest: HeldManifest, path: Path, maker: Mapping[str, str] | None = None
 ) -> Path | None:
-    """See to it that the store `root` has the ref of the holder of `path`.
+    """Write the ref of the holder of `path` into the store `root`, or renew the one that exists.
 
     Args:
-        root: The store.
-        manifest: Held.
-        path: The file that the holder has, or is to have, it in.
-        maker: Who made it, if not what the refs of other holders say.
+        root: The folder of the store.
+        manifest: The manifest held.
+        path: The manifest file of the holder, existing or about to be written.
+        maker: by, on, at, in of the maker; None to take it from the refs of other holders.
 
     Returns:
-        The new ref; None if there was one, which is as young as a new one now.
+        The new ref; None if there was one, whose time is renewed.
 
     Raises:
         StorageError: it could not be written.
@@ -133,7 +133,7 @@ def leave(
     if (own := own_ref(root, manifest, path)) is not None:
         _renew(own)
         return None
-    maker = maker or known_maker(root, manifest)
+    maker = maker or recorded_maker(root, manifest)
     content = note(manifest, path, maker)
 
     def write(sink: BinaryIO) -> None:
@@ -143,12 +143,12 @@ def leave(
         ref = root / name
         if durable.publish(ref, write):
             return ref
-        made = read(ref, manifest)
-        if made is None:
-            # Damaged: it stops every gc, and says of nobody that he needs it.
+        holder = read(ref, manifest)
+        if holder is None:
+            # A damaged ref names no holder and stops every gc, so it is replaced.
             durable.replace(ref, content)
             return ref
-        if is_same(made, here(path)):
+        if is_same(holder, this_holder(path)):
             return None  # another process of this holder was faster
     raise StorageError(
         ref,
@@ -157,25 +157,25 @@ def leave(
     )
 
 
-def own_ref(root: Path, manifest: Manifested, path: Path) -> Path | None:
-    """The ref of the holder of `path`, if there is a sound one."""
-    me = here(path)
+def own_ref(root: Path, manifest: HeldManifest, path: Path) -> Path | None:
+    """Returns the intact ref of the holder of `path`; None if there is none."""
+    me = this_holder(path)
     for name in names(manifest, path):
-        made = read(root / name, manifest)
-        if made is not None and is_same(made, me):
+        holder = read(root / name, manifest)
+        if holder is not None and is_same(holder, me):
             return root / name
     return None
 
 
-def known_maker(root: Path, manifest: Manifested) -> dict[str, str] | None:
-    """Who made a manifest, by the refs that there are of it."""
-    for made in _all(root, manifest):
-        return maker_in(made)
+def recorded_maker(root: Path, manifest: HeldManifest) -> dict[str, str] | None:
+    """Returns the maker of a manifest from its refs in the store; None if it has none."""
+    for holder in _holders_of(root, manifest):
+        return maker_in(holder)
     return None
 
 
-def read(ref: Path, manifest: Manifested) -> dict[str, str] | None:
-    """What a ref of `manifest` says of its holder; None if there is none, or a damaged one.
+def read(ref: Path, manifest: HeldManifest) -> dict[str, str] | None:
+    """Returns the entries of a ref of `manifest`; None if the ref does not exist or is damaged.
 
     Raises:
         StorageError: the operating system refused to read it.
@@ -191,39 +191,39 @@ def read(ref: Path, manifest: Manifested) -> dict[str, str] | None:
     return parse(content, manifest)
 
 
-def parse(content: bytes, manifest: Manifested) -> dict[str, str] | None:
-    """The same of the content of a ref."""
+def parse(content: bytes, manifest: HeldManifest) -> dict[str, str] | None:
+    """Returns the entries in the content of a ref of `manifest`; None if it is damaged."""
     try:
-        found = json.loads(content)
+        content_of_ref = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or found.keys() != {"manifest", "made"}:
+    if not isinstance(content_of_ref, dict) or content_of_ref.keys() != {"manifest", "made"}:
         return None
-    made = found["made"]
-    if found["manifest"] != manifest.content or not isinstance(made, dict):
+    holder = content_of_ref["made"]
+    if content_of_ref["manifest"] != manifest.content or not isinstance(holder, dict):
         return None
-    return made if all(isinstance(said, str) for said in made.values()) else None
+    return holder if all(isinstance(value, str) for value in holder.values()) else None
 
 
-def maker_of(content: bytes, manifest: Manifested) -> dict[str, str] | None:
-    """Who made a manifest, by the content of a ref of it."""
-    made = parse(content, manifest)
-    return None if made is None else maker_in(made)
+def maker_of(content: bytes, manifest: HeldManifest) -> dict[str, str] | None:
+    """Returns the maker of a manifest from the content of one of its refs; None if that is damaged."""
+    holder = parse(content, manifest)
+    return None if holder is None else maker_in(holder)
 
 
-def _all(root: Path, manifest: Manifested) -> Iterator[dict[str, str]]:
+def _holders_of(root: Path, manifest: HeldManifest) -> Iterator[dict[str, str]]:
     folder = root / REFS
     with durable.named(folder, "listing"):
-        there = sorted(folder.glob(f"{manifest.digest}*.json")) if folder.is_dir() else []
-    for ref in there:
-        if (made := read(ref, manifest)) is not None:
-            yield made
+        refs = sorted(folder.glob(f"{manifest.digest}*.json")) if folder.is_dir() else []
+    for ref in refs:
+        if (holder := read(ref, manifest)) is not None:
+            yield holder
 
 
 def _renew(ref: Path) -> None:
-    """Give a ref the time of now, if it is older than a day and that is allowed."""
+    """Set a ref's time to now if it is older than a day; a refusal is ignored."""
     try:
         if time.time() - ref.lstat().st_mtime > FRESH_SECONDS:
             durable.touch(ref)
     except OSError:
-        return  # it is only for people, who look for holders that are no more
+        return  # the time is only shown to people who look for abandoned refs

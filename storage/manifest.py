@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage import durable, holders, regular
 from storage.errors import DamagedError, MissingError, StorageError, TeachonceError, shown
-from storage.holders import MAX_BYTES, REFS, Manifested
+from storage.holders import MAX_BYTES, REFS, HeldManifest
 from storage.regular import IrregularError
 from storage.store import Object, Store, canonical_json, digest
 
@@ -44,10 +44,10 @@ class Manifest(BaseModel):
     """One kind of column over a whole corpus.
 
     Args:
-        kind: What the objects hold.
+        kind: "corpus", "embeddings" or "negatives".
         recipe: Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
         parent: `content` of the manifests it was made from; None for a corpus.
-        objects: In the order of their rows.
+        objects: The objects in row order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +70,7 @@ class Manifest(BaseModel):
 
     @property
     def content(self) -> str:
-        """What the objects hold, whatever recipe led there: equal objects give equal content."""
+        """Digest of the objects' keys and checksums: equal objects give equal content for any recipe."""
         return digest(canonical_json([[entry.key, entry.sha256] for entry in self.objects]))
 
     @property
@@ -79,10 +79,10 @@ class Manifest(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     def save(self, path: Path, store: Store) -> None:
-        """Leave a ref in the store, then write the manifest, if all that it names is there.
+        """Write a ref into the store, check that all named objects exist, then write the manifest.
 
         Raises:
-            TeachonceError: it names too many objects; it is not written.
+            TeachonceError: the manifest names too many objects; it is not written.
             MissingError, AnotherCopyError, DamagedError, StorageError: as `hold`; it is not written.
         """
         if len(self.objects) > MAX_OBJECTS:
@@ -97,17 +97,17 @@ class Manifest(BaseModel):
     def hold(
         self, path: Path, store: Store, *, again: str, maker: Mapping[str, str] | None = None
     ) -> None:
-        """Leave a ref in the store, then look whether all that the manifest names is there.
+        """Write a ref into the store, then check that all objects of the manifest exist.
 
-        The ref comes first: `gc` reads the refs after it took something away, so what is seen here stays
-        (storage/trash.py has the whole argument). In a store that may only be read no ref can be left: what
-        is all there is served nevertheless, with a warning.
+        The ref comes first: `gc` reads the refs again after it took something away, so an object that is
+        seen here stays (storage/trash.py has the whole argument). A read-only store can have no ref; its
+        objects are used nevertheless, with a warning.
 
         Args:
-            path: Where the manifest is, or is to be.
-            store: Has what it names.
-            again: The command that gets what is missing.
-            maker: Who made it, if not what the store's refs say.
+            path: Path of the manifest, existing or about to be written.
+            store: The store of its objects.
+            again: The command that makes missing objects again.
+            maker: by, on, at, in of the maker; None to take it from the refs in the store.
 
         Raises:
             MissingError: an object vanished after it was found or made.
@@ -115,9 +115,9 @@ class Manifest(BaseModel):
             StorageError: the operating system refused.
         """
         try:
-            ref = self.leave_note(path, store, maker=maker)
+            ref = self.write_ref(path, store, maker=maker)
         except StorageError as error:
-            # A single refusal is a fault; where one may not write at all, there is nothing to mend.
+            # A refusal is an error unless the whole store is read-only.
             folders = store.root, store.root / REFS
             if not _is_refused(error, READ_ONLY) or any(os.access(f, os.W_OK) for f in folders):
                 raise
@@ -128,13 +128,14 @@ class Manifest(BaseModel):
                 store.root,
                 path.name,
             )
-        left = None if ref is None else _inode(ref)
+        inode = None if ref is None else _inode(ref)
         try:
             for entry in self.objects:
-                store.see(entry)
+                store.check_present(entry)
         except TeachonceError as error:
-            # It would name what is gone. Another process of this holder may have left its own meanwhile.
-            if ref is not None and left is not None and _inode(ref) == left:
+            # The ref would name a missing object. Removed only if it is still ours: another process of this
+            # holder may have written its own meanwhile.
+            if ref is not None and inode is not None and _inode(ref) == inode:
                 durable.remove(ref)
             if not isinstance(error, MissingError):
                 raise
@@ -146,10 +147,10 @@ class Manifest(BaseModel):
             ) from error
 
     def renew(self, path: Path, store: Store) -> None:
-        """Note in the store that the manifest `path` is in use, as far as that is possible.
+        """Renew the ref of the manifest `path` in the store, if that is possible.
 
-        For those who read. A store that may not be written, is full, or has not all that is named is no
-        error here: who needs what is missing is told so when he asks for it.
+        For commands that only read. A store that is read-only, full, or lacks objects is no error here; a
+        missing object is reported when it is opened.
 
         Raises:
             StorageError: the operating system refused for another reason, such as a failing disk.
@@ -159,31 +160,31 @@ class Manifest(BaseModel):
             with durable.named(store.root / REFS, "looking for it"):
                 if not (store.root / REFS).is_dir():
                     return
-            known = holders.own_ref(store.root, self.manifested, path)
-            if known or all(store.has(entry.key) for entry in self.objects):
-                self.leave_note(path, store)
+            is_held = holders.own_ref(store.root, self.manifested, path)
+            if is_held or all(store.has(entry.key) for entry in self.objects):
+                self.write_ref(path, store)
         except StorageError as error:
             if isinstance(error.__cause__, OSError) and not _is_refused(error, NOT_TO_BE_WRITTEN):
                 raise
 
-    def leave_note(
+    def write_ref(
         self, path: Path, store: Store, *, maker: Mapping[str, str] | None = None
     ) -> Path | None:
-        """Note in the store that the manifest `path` names objects of it; the ref if it is a new one.
+        """Write or renew the ref of the manifest `path`; returns the ref if it is new, else None.
 
-        The note is what keeps the objects of one person from being cleaned away by another.
+        The ref keeps `gc`, run by anybody, from deleting the objects.
         """
-        return holders.leave(store.root, self.manifested, path, maker)
+        return holders.write_ref(store.root, self.manifested, path, maker)
 
     @property
     def ref(self) -> str:
-        """Where the note of this manifest's first holder lies, in a store as on a remote."""
+        """The name of the first holder's ref, in a store or on a remote."""
         return f"{REFS}/{digest(self.encoded)}.json"
 
     @property
-    def manifested(self) -> Manifested:
+    def manifested(self) -> HeldManifest:
         """The manifest as refs need it."""
-        return Manifested(digest(self.encoded), json.loads(self.encoded))
+        return HeldManifest(digest(self.encoded), json.loads(self.encoded))
 
     def note(self, path: Path, *, maker: Mapping[str, str] | None = None) -> bytes:
         """The manifest with who has it, since when, on which machine and where (`path`)."""
@@ -209,7 +210,7 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate_json(content)
             if manifest.encoded != content:
-                # Duplicate keys, numbers in other clothes: somebody else wrote it.
+                # Duplicate keys or other spellings of numbers: not written by this program.
                 raise ValueError("not in canonical form")
         except ValidationError as error:
             first = error.errors()[0]
@@ -230,7 +231,7 @@ def _is_refused(error: StorageError, numbers: Collection[int]) -> bool:
 
 
 def _inode(path: Path) -> int | None:
-    """Which file has this name now; None if none has."""
+    """Returns the inode of the file of this name; None if there is none."""
     with durable.named(path, "looking for it"):
         try:
             return path.lstat().st_ino

@@ -1,4 +1,4 @@
-"""Mined negatives: for each row, the ids of other rows that the teacher finds similar, and how much."""
+"""Mined negatives: for each row, the ids of similar rows and their cosines by the teacher."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from storage.column import TEXT_KEY_BYTES, Column, fixed_lists, matrix_of, text_
 from storage.corpus import Corpus
 from storage.errors import DamagedError
 from storage.manifest import Manifest, check_made_by
-from storage.store import Object, Store, made_again
+from storage.store import Object, Store, remake_command
 
 NONE = -1
-"""The id in a list that has fewer than the wanted neighbours; its score is 0."""
+"""Fills the list of a row that has too few neighbours; its score is 0."""
 
 
 def row_bytes(neighbours: int) -> int:
-    """Bytes of a row in an object of negatives; its header comes on top, about 1 kB."""
+    """Returns the bytes of a row in an object of negatives, without the object's header of about 1 kB."""
     place = np.dtype(np.int64).itemsize + np.dtype(np.float32).itemsize
     return TEXT_KEY_BYTES + neighbours * place
 
@@ -67,22 +67,22 @@ class Negatives(Column):
         scores: NDArray[np.float32] | None = None
         for shard, places, rows in self.by_shard(ids):
             batch = self.batch(shard)
-            found, cosines = matrix_of(batch, "neighbours"), matrix_of(batch, "scores")
-            self._check_ids(shard, found[rows])
+            neighbour_ids, cosines = matrix_of(batch, "neighbours"), matrix_of(batch, "scores")
+            self._check_ids(shard, neighbour_ids[rows])
             if neighbours is None or scores is None:
-                neighbours = np.full((len(ids), found.shape[1]), NONE, np.int64)
+                neighbours = np.full((len(ids), neighbour_ids.shape[1]), NONE, np.int64)
                 scores = np.zeros(neighbours.shape, np.float32)
-            neighbours[places], scores[places] = found[rows], cosines[rows]
+            neighbours[places], scores[places] = neighbour_ids[rows], cosines[rows]
         if neighbours is None or scores is None:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         return neighbours, scores
 
     def _check_ids(self, shard: int, ids: NDArray[Any]) -> None:
-        """Raise if a stranger's list names a row that is none: -2 would be the last but one."""
+        """Raise DamagedError if an id is no row of the corpus; numpy would read -2 as the last but one."""
         if not ((ids >= NONE) & (ids < self.rows)).all():
             key = self.objects[shard].key
             raise DamagedError(
                 self.store.path(key),
                 f"names rows that a corpus of {self.rows} has not",
-                f"rm -f '{self.store.path(key)}', then {made_again(key)}",
+                f"rm -f '{self.store.path(key)}', then {remake_command(key)}",
             )

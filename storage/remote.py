@@ -36,7 +36,7 @@ from storage.store import (
 )
 
 PROTOCOLS = {"file", "s3", "memory"}
-"""Those of which we know that an upload appears whole or not at all."""
+"""Protocols whose uploads are known to appear whole or not at all."""
 
 ATTEMPTS = 8
 """Of one request: where 30 % are refused, one in 15,000 fails; a dead server is told in half a minute."""
@@ -47,7 +47,7 @@ LONGEST_PAUSE = 8.0
 CHUNK_BYTES = 8 << 20
 HEAD_BYTES = 64 << 10
 SLACK_BYTES = 1 << 20
-"""Another version of Arrow may lay out the same values a little larger than the manifest says."""
+"""Allowed excess over the manifest's size: another version of Arrow may lay out the same values larger."""
 
 # The attempts are ours: s3fs makes five of each, botocore five of those, and a dead server takes minutes.
 S3_OPTIONS = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
@@ -93,7 +93,7 @@ class Remote:
             )
 
     def find(self, key: str) -> Object | None:
-        """What the remote has under `key`, by its first and last bytes; None if there is nothing.
+        """Returns the remote's object under `key`, from its first and last bytes; None if there is none.
 
         Enough to see that it is there, complete in length and which copy; not that no bit is flipped. A
         name without content, as an upload that was cut may leave it, is nothing.
@@ -102,7 +102,7 @@ class Remote:
             DamagedError: it is cut off, no object, or another one.
             RemoteError: the remote cannot be reached.
         """
-        return _sure(lambda: self._find(key))
+        return _read_twice(lambda: self._find(key))
 
     def _find_copy(self, named: Object, store: Store) -> Object | None:
         """As `find`, of an object that a manifest names.
@@ -113,17 +113,17 @@ class Remote:
         """
 
         def look() -> Object | None:
-            there = self._find(named.key)
-            if there is not None:
-                self._same(there, named, store)
-            return there
+            remote_object = self._find(named.key)
+            if remote_object is not None:
+                self._check_same_copy(remote_object, named, store)
+            return remote_object
 
-        return _sure(look)
+        return _read_twice(look)
 
     def _find(self, key: str) -> Object | None:
         path = self._path(key)
         try:
-            size = self._asked(key, lambda: self._size(path))
+            size = self._with_retries(key, lambda: self._size(path))
             if size == 0:
                 return None
             head = self._range(key, 0, min(size, HEAD_BYTES))
@@ -141,44 +141,44 @@ class Remote:
         return Object(key=key, rows=header.rows, bytes=size, sha256=header.sha256)
 
     def pull(self, named: Object, store: Store) -> bool:
-        """Bring an object that a manifest names into the store; False if the remote has none.
+        """Fetch an object that a manifest names into the store; returns False if the remote has none.
 
         Raises:
             AnotherCopyError: the remote has another copy than the manifest's.
             DamagedError: what came is not what the manifest names; nothing is left behind.
             RemoteError: the remote cannot be reached.
         """
-        there = self._find_copy(named, store)
-        if there is None:
+        remote_object = self._find_copy(named, store)
+        if remote_object is None:
             return False
 
         def accept(_: pa.RecordBatch, header: Header) -> None:
             if header.sha256 != named.sha256:
                 raise ValueError("another copy than it said before")
 
-        self._fetch(there, store, accept, most=named.bytes)
+        self._fetch(remote_object, store, accept, most=named.bytes)
         return True
 
-    def ask(self, key: str, store: Store, accept: Accept, *, max_bytes: int) -> bool:
-        """Bring an object that no manifest names yet; False if the remote has none.
+    def try_pull(self, key: str, store: Store, accept: Accept, *, max_bytes: int) -> bool:
+        """Fetch an object that no manifest names yet; returns False if the remote has none.
 
         Args:
-            key: Its name.
-            store: Where to.
-            accept: Raises ValueError if a whole object of this name is still not the one wanted.
-            max_bytes: Size in bytes beyond which it is refused unread.
+            key: The key of the object.
+            store: The destination.
+            accept: A further check of the intact object; raises ValueError to refuse it.
+            max_bytes: Size in bytes above which the object is refused unread.
 
         Raises:
             DamagedError, RemoteError: as `pull`.
         """
-        there = self.find(key)
-        if there is None:
+        remote_object = self.find(key)
+        if remote_object is None:
             return False
-        self._fetch(there, store, accept, most=max_bytes)
+        self._fetch(remote_object, store, accept, most=max_bytes)
         return True
 
     def push(self, named: Object, store: Store) -> bool:
-        """Send an object that a manifest names; False if the remote has that copy already.
+        """Upload an object that a manifest names; returns False if the remote has that copy already.
 
         Raises:
             AnotherCopyError: the remote has another copy; it stays.
@@ -191,19 +191,19 @@ class Remote:
             return True
         if self._find_copy(named, store) is None:
             raise RemoteError(
-                self._shown(named.key), "there and gone again", "run `teachonce push` again"
+                self._url_of(named.key), "there and gone again", "run `teachonce push` again"
             )
         return False
 
     def push_ref(self, ref: str, note: bytes) -> bool:
-        """Send the note of a manifest, after its objects; False if it is there already.
+        """Upload the ref of a manifest, after its objects; returns False if the remote has it already.
 
         What is there and is no JSON, as an upload that was cut may leave it, is replaced.
         """
-        there = self.ref(ref)
-        if there is not None and _is_json(there):
+        existing = self.ref(ref)
+        if existing is not None and _is_json(existing):
             return False
-        return self._put(ref, note, replace=there is not None)
+        return self._put(ref, note, replace=existing is not None)
 
     def ref(self, ref: str) -> bytes | None:
         """The note of a manifest, of whatever content; None if there is none, or one too large to be one.
@@ -213,24 +213,26 @@ class Remote:
         """
         path = self._path(ref)
         try:
-            size = self._asked(ref, lambda: self._size(path))
+            size = self._with_retries(ref, lambda: self._size(path))
             return self._range(ref, 0, size) if 0 < size <= MAX_BYTES else None
         except FileNotFoundError:
             return None
 
-    def _fetch(self, there: Object, store: Store, accept: Accept, *, most: int) -> None:
-        key = there.key
-        if there.bytes > most + SLACK_BYTES:
-            raise self._damaged(key, f"{there.bytes:,} bytes where {most:,} are expected")
+    def _fetch(self, remote_object: Object, store: Store, accept: Accept, *, most: int) -> None:
+        key = remote_object.key
+        if remote_object.bytes > most + SLACK_BYTES:
+            raise self._damaged(key, f"{remote_object.bytes:,} bytes where {most:,} are expected")
 
         def write(sink: BinaryIO) -> None:
-            for start in range(0, there.bytes, CHUNK_BYTES):
-                end = min(start + CHUNK_BYTES, there.bytes)
+            for start in range(0, remote_object.bytes, CHUNK_BYTES):
+                end = min(start + CHUNK_BYTES, remote_object.bytes)
                 try:
                     sink.write(self._range(key, start, end))
                 except FileNotFoundError:
                     raise RemoteError(
-                        self._shown(key), "vanished while it was read", "run the same command again"
+                        self._url_of(key),
+                        "vanished while it was read",
+                        "run the same command again",
                     ) from None
 
         def receive() -> None:
@@ -239,15 +241,15 @@ class Remote:
             except ValueError as error:
                 raise self._damaged(key, str(error)) from error
 
-        _sure(receive)
+        _read_twice(receive)
 
     def _put(self, key: str, content: bytes, *, replace: bool = False) -> bool:
-        """Make `key` in one step; False if the name was taken by something that has content.
+        """Upload `key` in one step; returns False if the remote has a non-empty file of that name.
 
         Args:
-            key: Its name.
-            content: Its bytes.
-            replace: What has the name now is known to be damaged and gives way.
+            key: The key of the object, or the name of a ref.
+            content: The bytes to upload.
+            replace: Overwrite a file that is known to be damaged.
         """
         path = self._path(key)
         if self._folder is not None:
@@ -260,7 +262,7 @@ class Remote:
             return durable.publish(Path(path), write)
 
         try:
-            return self._asked(key, lambda: self._upload(key, path, content, replace))
+            return self._with_retries(key, lambda: self._upload(key, path, content, replace))
         except FileNotFoundError as error:
             raise RemoteError(
                 self.url, f"cannot be written: {shown(error)}", "make the bucket, or mend `remote`"
@@ -285,15 +287,15 @@ class Remote:
     def _length(self, key: str, path: str) -> int | None:
         """Bytes under `key`; None if there is nothing of that name."""
         try:
-            return self._asked(key, lambda: self._size(path))
+            return self._with_retries(key, lambda: self._size(path))
         except FileNotFoundError:
             return None
 
     def _size(self, path: str) -> int:
-        found = self._files.info(path)
-        if found["type"] != "file":
-            raise IsADirectoryError(errno.EISDIR, f"a {found['type']}, not a file")
-        return int(found["size"])
+        info = self._files.info(path)
+        if info["type"] != "file":
+            raise IsADirectoryError(errno.EISDIR, f"a {info['type']}, not a file")
+        return int(info["size"])
 
     def _range(self, key: str, start: int, end: int) -> bytes:
         path = self._path(key)
@@ -305,10 +307,10 @@ class Remote:
                 raise OSError(errno.EIO, f"{len(content)} bytes came of {end - start} at {start}")
             return content
 
-        return self._asked(key, read)
+        return self._with_retries(key, read)
 
-    def _asked(self, key: str, call: Callable[[], Result]) -> Result:
-        """What `call` returns at one of its attempts; FileNotFoundError is an answer, not a failure.
+    def _with_retries(self, key: str, call: Callable[[], Result]) -> Result:
+        """Retry `call` until it returns; FileNotFoundError is an answer and is not retried.
 
         Raises:
             RemoteError: none succeeded, or it is of no use to try again.
@@ -324,13 +326,13 @@ class Remote:
                     raise
                 if _is_final(error) or attempt == ATTEMPTS:
                     raise RemoteError(
-                        self._shown(key),
+                        self._url_of(key),
                         f"failed{f' {attempt} times' if attempt > 1 else ''}: "
                         f"{shown(error) or type(error).__name__}",
                         "check the network, the credentials and `remote`, then run the same command "
                         "again: what was moved is kept",
                     ) from error
-            # Half of it by chance, so that boxes that failed together do not come back together.
+            # Half of the pause is random, so that machines that failed together do not retry together.
             pause = min(self.first_pause * 2 ** (attempt - 1), LONGEST_PAUSE)
             time.sleep(pause * random.uniform(0.5, 1))
             attempt += 1
@@ -343,11 +345,11 @@ class Remote:
             )
         return f"{self._root}/{key}"
 
-    def _shown(self, key: str) -> str:
+    def _url_of(self, key: str) -> str:
         return f"{self.url}/{key}"
 
-    def _same(self, there: Object, named: Object, store: Store) -> None:
-        if there.sha256 == named.sha256:
+    def _check_same_copy(self, remote_object: Object, named: Object, store: Store) -> None:
+        if remote_object.sha256 == named.sha256:
             return
         cure = "`git pull` the manifest of whoever pushed it; or delete it there, then run `teachonce push`"
         if named.key.startswith("vectors/"):
@@ -356,22 +358,22 @@ class Remote:
             ours = f"mv '{folder}' '{folder}.mine', then " if folder.exists() else ""
             cure = f"{ours}run `teachonce embed`, which takes the remote's, then `dvc repro`"
         raise AnotherCopyError(
-            self._shown(named.key),
-            f"another copy than the manifest's (sha256 {there.sha256[:12]}… there, "
+            self._url_of(named.key),
+            f"another copy than the manifest's (sha256 {remote_object.sha256[:12]}… there, "
             f"{named.sha256[:12]}… in the manifest); the first to be pushed stays",
             cure,
         )
 
     def _damaged(self, key: str, problem: str) -> DamagedError:
         return DamagedError(
-            self._shown(key),
+            self._url_of(key),
             f"damaged on the remote: {problem}",
             "delete it there, then run `teachonce push` where the store has it whole",
         )
 
 
-def _sure(read: Callable[[], Result]) -> Result:
-    """What `read` returns; read again if it was wrong, since a bit may have flipped on the way only."""
+def _read_twice(read: Callable[[], Result]) -> Result:
+    """Call `read`, and once more after an error: a bit may have flipped in transit."""
     try:
         return read()
     except (DamagedError, AnotherCopyError):
@@ -388,7 +390,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     if not _is_known(scheme) or "::" in url:
         raise RemoteError(url, "a kind of URL where half an upload could be seen", cure)
     try:
-        # A remembered listing would hide what another worker has pushed meanwhile.
+        # A cached listing would hide what another worker has pushed meanwhile.
         options = S3_OPTIONS if url.startswith("s3") else {}
         files, root = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
@@ -413,7 +415,7 @@ def _protocols(files: Any) -> set[str]:  # noqa: ANN401 - fsspec has no types
 
 
 def _is_transport(error: Exception) -> bool:
-    """Whether an error is of the way to the remote, not of this program.
+    """Whether an error comes from the connection or the remote, not from this program.
 
     Not all errors of S3 clients are `OSError`s, and those clients are not installed everywhere.
     """
@@ -429,6 +431,6 @@ def _is_json(content: bytes) -> bool:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt would fail alike."""
+    """Whether a retry would fail in the same way."""
     kind = type(error).__name__
     return isinstance(error, FINAL) or "Credentials" in kind or "Validation" in kind

@@ -1,7 +1,7 @@
-"""Which rows are for what: training, held out, or found in an evaluation set.
+"""The split: which rows are for training, held out, or found in an evaluation set.
 
-Held-out rows are chosen by text key, so a text stays held out however the corpus grows and nothing has
-to be listed for it. Rows found in evaluation are few and are listed.
+Held-out rows are chosen by text key, so a text stays held out however the corpus grows, without a list.
+Rows found in evaluation sets are few and are listed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Split(BaseModel):
     def is_heldout(self, text_keys: NDArray[np.bytes_]) -> NDArray[np.bool_]:
         """(rows,) True for rows held out, from (rows,) V16 text keys."""
         halves = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)
-        # The second half of the key: the first decides where shards end, and the two must not agree.
+        # The second half of the key: the first half decides where shards end, which must be independent.
         chosen: NDArray[np.bool_] = halves[:, 1] < np.uint64(int(self.heldout * 2.0**64))
         return chosen
 

@@ -2,8 +2,8 @@
 
 An object is an Arrow IPC file with one record batch, uncompressed, so that a mapped file is the
 array itself. Its schema metadata holds a header: format, its own key, rows, facts of its making, and
-the sha256 of all of that together with every value. An object therefore knows its name, and a swapped,
-renamed, truncated or flipped one is found out before a byte of it is used.
+the sha256 of all of that together with every value. So a swapped, renamed, truncated or corrupted object is
+detected before any of it is used.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from storage.ipc import first_batch
 FORMAT = 1
 HEADER = b"teachonce"
 MAGIC = b"ARROW1"
-FRONT = 8  # where what follows the magic begins: a stream of Arrow, so first the schema
+FRONT = 8  # offset in bytes of the Arrow stream behind the magic; it begins with the schema
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
-"""What Arrow and Python raise for bytes that are not what they should be."""
+"""Errors that Arrow and Python raise for malformed bytes."""
 
 DIGEST_PATTERN = r"[0-9a-f]{40}"
 KEY_PATTERN = (
@@ -58,8 +58,8 @@ KEY_PATTERN = (
     rf"|negatives/{DIGEST_PATTERN}/[0-9]{{6}})\.arrow"
 )
 
-# What stands in an object of each kind. All code below the store relies on it, and no other type can
-# hide a value from the sha256 (a dictionary), nest without end or be a class of somebody's.
+# Columns of each kind of object. All readers rely on them. Other types are refused: a dictionary would hide
+# values from the sha256, and nested or extension types could be of any depth or class.
 COLUMNS = {
     kind: rf"text_key: fixed_size_binary\[16\], {columns}"
     for kind, columns in {
@@ -77,19 +77,20 @@ COLUMNS = {
 Key = Annotated[str, StringConstraints(pattern=rf"^{KEY_PATTERN}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-# So many that sums over all objects of a manifest stay within 64 bits.
+# Limited, so that sums over all objects of a manifest stay within 64 bits.
 Rows = Annotated[int, Field(ge=0, lt=1 << 40)]
 
 
-# What `open` says of a link and of a socket: no object of ours. Anything else it refuses for (no
-# permission, no more descriptors, a stale mount) says nothing about the object.
+# `open` raises these for a link and a socket, which are damage. Its other errors (no permission, no more
+# descriptors, a stale mount) say nothing about the object.
 NO_PLAIN_FILE = {errno.ELOOP, errno.ENXIO}
 
-# Not at each find: what is touched is another file for whoever remembers that he has checked it. The grace
-# of `gc` is days; with one of less than an hour, what was found may be deleted, and the stage says so.
+# `find` touches an object older than this. Not a younger one: a touched file has another identity, so every
+# process checks it again. `gc` spares objects for days; with a grace period below an hour it may delete one
+# that a stage has found, and the stage reports that.
 YOUNG_SECONDS = 3600.0
 
-# Token ids are missing here: whoever needs them makes them.
+# Token ids have no entry: each stage that needs them makes them.
 MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
 
 
@@ -105,7 +106,7 @@ class Object(BaseModel):
 
 
 class Header(BaseModel):
-    """What an object says of itself. `facts` are counts made along with it, such as tokens read."""
+    """The header of an object. `facts` are counts of its making, such as tokens read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,7 +118,7 @@ class Header(BaseModel):
 
 
 Accept = Callable[[pa.RecordBatch, Header], None]
-"""What else must be true of a whole object that comes from elsewhere; raises ValueError if it is not."""
+"""A further check of an intact object from elsewhere; raises ValueError to refuse it."""
 
 
 class Store:
@@ -129,8 +130,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # Identity of each file that this process has checked -> its sha256: a published file never changes,
-        # so the second map of it needs no second read.
+        # Identity of each file that this process has checked -> its sha256. A published file never changes,
+        # so it is read and hashed once.
         self._checked: dict[tuple[int, ...], str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,17 +141,17 @@ class Store:
     def put(
         self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None
     ) -> Object:
-        """Publish `batch` under `key` and return the object that is there afterwards.
+        """Publish `batch` under `key` and return the object of that key.
 
-        If somebody published the same key before, theirs stays and is what is returned: same key means
-        made from the same things, so at most the last bits differ.
+        If the key was published before, that object stays and is returned: equal keys mean equal sources,
+        so at most last bits differ.
 
         Raises:
             StorageError: the disk refused; nothing is left behind.
-            DamagedError: the object that was there before is damaged.
-            ValueError: a null, or other columns than those of its kind; nothing is written.
+            DamagedError: the object published before is damaged.
+            ValueError: the batch has a null, or other columns than those of its kind; nothing is written.
         """
-        # A wrong object that has its name would keep every later one from it.
+        # A wrong object would block its key for every later one.
         _check_columns(key, batch.schema)
         facts = dict(facts or {})
         sha256 = payload_sha256(key, batch, facts)
@@ -162,16 +163,18 @@ class Store:
                 writer.write_batch(batch)
 
         durable.publish(self.path(key), write)
-        found = self.find(key)
-        if found is None:
+        published = self.find(key)
+        if published is None:
             raise self._missing(key)
-        return found
+        return published
 
     def find(self, key: str) -> Object | None:
-        """The whole object under `key`, or None if there is none. Damage is an error, not a None.
+        """Returns the object under `key` after a full check, or None if there is none.
 
-        Who finds an object relies on it, so it is given the time of now: `gc` takes it for as young as
-        one that was just made.
+        The caller will rely on the object, so its file time is set to now: `gc` spares it like a new one.
+
+        Raises:
+            DamagedError: its bytes are not what its header says.
         """
         try:
             batch, header, size = self._map(key, take_up=True)
@@ -180,7 +183,7 @@ class Store:
         return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256)
 
     def open(self, named: Object) -> pa.RecordBatch:
-        """The batch of an object that a manifest names, mapped, checked and the very copy meant.
+        """Returns the memory-mapped batch of an object that a manifest names, checked against it.
 
         Raises:
             MissingError: it is not in the store.
@@ -189,7 +192,7 @@ class Store:
         """
         batch, header, _ = self._map(named.key)
         if header.rows != named.rows:
-            # Believed, it would shift every row behind it.
+            # A wrong count would shift every row behind this object.
             raise DamagedError(
                 f"the manifest that names {named.key}",
                 f"{named.rows} rows there, {header.rows} in the object",
@@ -204,7 +207,7 @@ class Store:
                 self.path(named.key),
                 f"another copy than the manifest's (whole, sha256 {sha256[:12]}… there, "
                 f"{named.sha256[:12]}… in the manifest)",
-                f"{made_again(named.key)} to adopt the copy that is there, then `dvc repro`",
+                f"{remake_command(named.key)} to adopt the copy that is there, then `dvc repro`",
             )
 
     def keys(self, folder: str) -> list[str]:
@@ -219,9 +222,9 @@ class Store:
         return sorted(name for name in names if re.fullmatch(KEY_PATTERN, name))
 
     def glance(self, key: str) -> pa.RecordBatch:
-        """The batch under `key`, mapped, but not compared with its sha256.
+        """Returns the memory-mapped batch under `key`, not compared with its sha256.
 
-        Only to see whether it is worth that: what is to be used is opened after `find`.
+        For a first look, such as which texts it has; use `find` and `open` before relying on a value.
 
         Raises:
             MissingError, DamagedError, StorageError: as `header`.
@@ -233,13 +236,13 @@ class Store:
             raise self._damaged(key, str(error)) from error
 
     def receive(self, key: str, write: Callable[[BinaryIO], None], accept: Accept) -> bool:
-        """Publish under `key` what `write` brings from elsewhere, once it has proved itself.
+        """Check the object that `write` fetches from elsewhere, and publish it under `key`.
 
         Returns:
-            False if somebody else published the key meanwhile; theirs stays.
+            False if the key was published meanwhile; that object stays.
 
         Raises:
-            ValueError: it is damaged, foreign, or not what `accept` wants; nothing is left behind.
+            ValueError: it is damaged, of another key, or refused by `accept`; nothing is left behind.
             StorageError: the disk refused; nothing is left behind.
         """
 
@@ -252,10 +255,9 @@ class Store:
         return durable.publish(self.path(key), write_and_prove)
 
     def content(self, named: Object) -> bytes:
-        """The file of an object that a manifest names, as it may be sent elsewhere.
+        """Returns the bytes of an object that a manifest names, to be sent elsewhere.
 
-        The very bytes that are returned were checked: what this process checked when it first mapped
-        the file may have rotted since.
+        Exactly these bytes are checked, since the file may have rotted after an earlier check.
 
         Raises:
             MissingError, DamagedError, AnotherCopyError: as `open`.
@@ -283,11 +285,11 @@ class Store:
         return self.root / key
 
     def header(self, key: str) -> tuple[Header, int]:
-        """What the object under `key` says of itself, and its size in bytes; no value is read.
+        """Returns the header of the object under `key` and its size in bytes; no value is read.
 
         Raises:
             MissingError: it is not in the store.
-            DamagedError: it has no header, or that of another object.
+            DamagedError: it has no header, or another object's.
             StorageError: the operating system refused to open it.
         """
         content, status = self._content(key)
@@ -297,8 +299,8 @@ class Store:
             raise self._damaged(key, _one_line(error)) from error
         return header, status.st_size
 
-    def see(self, named: Object) -> None:
-        """Look once more whether an object that was found or made is at its place. No value is read.
+    def check_present(self, named: Object) -> None:
+        """Raise unless an object that was found or made before is still at its place. No value is read.
 
         Raises:
             MissingError, DamagedError, AnotherCopyError: as `open`.
@@ -311,7 +313,7 @@ class Store:
             self._check_copy(self.header(named.key)[0].sha256, named)
 
     def has(self, key: str) -> bool:
-        """Whether there is a file under `key`, of whatever content."""
+        """Whether a file exists under `key`; its content is not checked."""
         path = self.path(key)
         with durable.named(path, "looking for it"):
             return path.is_file() or trash.take_back(self.root, path) or path.is_file()
@@ -321,17 +323,17 @@ class Store:
         content, status = self._content(key, take_up=take_up)
         seen = durable.identity(status)
         try:
-            batch, header = (_again if seen in self._checked else _prove)(key, content)
+            batch, header = (_open_proved if seen in self._checked else _prove)(key, content)
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
         self._checked[seen] = header.sha256
         return batch, header, status.st_size
 
     def _content(self, key: str, *, take_up: bool = False) -> tuple[pa.Buffer, os.stat_result]:
-        """The mapped file; with `take_up` it is given the time of now first, unless it is young."""
+        """Map the file of `key`; `take_up` sets its time to now first if it is older than YOUNG_SECONDS."""
         path = self.path(key)
         try:
-            descriptor = _opened(path, self.root)
+            descriptor = _open_object(path, self.root)
         except FileNotFoundError:
             raise self._missing(key) from None
         except OSError as error:
@@ -349,7 +351,7 @@ class Store:
                 if take_up and time.time() - status.st_mtime > YOUNG_SECONDS:
                     durable.touch(descriptor)
                     status = os.fstat(descriptor)
-                return _mapped(descriptor), status
+                return _map_file(descriptor), status
             finally:
                 os.close(descriptor)
 
@@ -357,7 +359,7 @@ class Store:
         return MissingError(
             self.path(key),
             "not in the store",
-            f"{made_again(key)}, or point `store` (or $TEACHONCE_STORE) to the store that has it",
+            f"{remake_command(key)}, or point `store` (or $TEACHONCE_STORE) to the store that has it",
         )
 
     def _damaged(self, key: str, problem: str) -> DamagedError:
@@ -366,12 +368,12 @@ class Store:
             path,
             f"damaged: {problem}",
             "run `teachonce repair`; if it finds nothing, no manifest here names it yet: "
-            f"rm -f '{path}', then {made_again(key)}",
+            f"rm -f '{path}', then {remake_command(key)}",
         )
 
 
-def _opened(path: Path, root: Path) -> int:
-    """A descriptor of an object of the store `root`, taken back if a gc has taken it away."""
+def _open_object(path: Path, root: Path) -> int:
+    """Open an object of the store `root`, after taking it back if a gc has taken it away."""
     # No links and no devices: the store may come from a stranger.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -382,7 +384,7 @@ def _opened(path: Path, root: Path) -> int:
     return os.open(path, flags)
 
 
-def _mapped(descriptor: int) -> pa.Buffer:
+def _map_file(descriptor: int) -> pa.Buffer:
     """The content of an open file, mapped as long as an array points into it.
 
     The map holds no descriptor. Python's `mmap` keeps a copy of one for each map (until 3.13), and of those
@@ -393,8 +395,8 @@ def _mapped(descriptor: int) -> pa.Buffer:
         return file.read_buffer()
 
 
-def made_again(key: str) -> str:
-    """What to type to get the object `key` back.
+def remake_command(key: str) -> str:
+    """Returns the advice to run the command that makes the object `key` again.
 
     Not `dvc repro`: DVC compares manifests, and a manifest does not change when an object is lost.
     """
@@ -403,7 +405,7 @@ def made_again(key: str) -> str:
 
 
 def digest(*parts: Buffer) -> str:
-    """40 hex digits naming the sequence `parts`; each is length-prefixed, so no two sequences agree."""
+    """Returns 40 hex digits of blake2b over `parts`, each length-prefixed, so that sequences never agree."""
     total = hashlib.blake2b(digest_size=20)
     for part in parts:
         view = memoryview(part).cast("B")
@@ -490,14 +492,14 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
         # Arrow checks no offset by itself: a damaged one read without this ends the process.
         batch.validate(full=True)
         if values:
-            _check(batch, header)
+            _check_values(batch, header)
     except UNREADABLE as error:
         raise ValueError(_one_line(error)) from error
     return batch, header
 
 
-def _again(key: str, content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
-    """The same of a file that `_prove` has proved and nobody has written to since."""
+def _open_proved(key: str, content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
+    """As `_prove`, for a file that was proved and has not changed since: nothing is hashed again."""
     try:
         reader, header = _read(key, content)
         return reader.get_batch(0), header
@@ -531,10 +533,10 @@ def _read(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, H
 
 
 def _open(key: str, content: pa.Buffer) -> tuple[pa.ipc.RecordBatchFileReader, Header]:
-    """The same, checked as far as it goes without its values."""
+    """As `_read`, with all checks that need no values."""
     reader, header = _read(key, content)
     _check_columns(key, reader.schema)
-    # An Arrow file has its schema twice, and who reads it as a stream believes the other one.
+    # An Arrow file holds its schema twice, and stream readers use the copy at the front.
     front = pa.BufferReader(content[FRONT:])
     start, is_compressed = first_batch(content)
     schema = pa.ipc.read_schema(front)
@@ -553,7 +555,7 @@ def _check_columns(key: str, schema: pa.Schema) -> None:
         raise ValueError(f"other columns than those of {kind}: {columns}")
 
 
-def _check(batch: pa.RecordBatch, header: Header) -> None:
+def _check_values(batch: pa.RecordBatch, header: Header) -> None:
     """Raise ValueError unless the batch has the values that its header says."""
     if header.rows != len(batch):
         raise ValueError(f"{len(batch)} rows instead of {header.rows}")

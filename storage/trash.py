@@ -48,8 +48,8 @@ def name_aside(name: str, gc: str) -> str:
 
 def original(name: str) -> str | None:
     """The file name that something taken away had before; None for other files."""
-    found = re.fullmatch(rf"\.(.+)\.{ID_PATTERN}\.trash", name)
-    return found[1] if found else None
+    match = re.fullmatch(rf"\.(.+)\.{ID_PATTERN}\.trash", name)
+    return match[1] if match else None
 
 
 def begin(root: Path) -> str:

@@ -16,7 +16,7 @@ from pipeline.commands.ls import bytes_of, other_lines, sizes_of, some
 from stages.outcome import Facts, Outcome
 from storage import durable, trash
 from storage.errors import DamagedError, shown
-from storage.holders import REFS, told
+from storage.holders import REFS, describe
 from storage.upkeep.inventory import (
     DAY,
     File,
@@ -197,7 +197,7 @@ def lines(facts: Facts) -> Iterator[str]:
     yield from (f"{word}: ref {name}" for name in facts["forgotten"])
     for others in facts["still_needed"].values():
         yield from (
-            f"  {other['objects']:,} of its {other['of']:,} objects are needed by {told(other)}"
+            f"  {other['objects']:,} of its {other['of']:,} objects are needed by {describe(other)}"
             f" (ref {other_name})"
             for other_name, other in others.items()
         )

@@ -222,9 +222,11 @@ def _told(recipe: Mapping[str, Any]) -> str:
 def _ref_line(ref: Mapping[str, Any]) -> str:
     missing = f", {ref['missing']:,} of its objects MISSING" if ref["missing"] else ""
     gone = " (GONE)" if ref["gone"] else ""
-    maker = "" if holders.is_same(ref["maker"], ref) else f"; made by {holders.told(ref['maker'])}"
+    maker = (
+        "" if holders.is_same(ref["maker"], ref) else f"; made by {holders.describe(ref['maker'])}"
+    )
     return (
-        f"ref {ref['forget']} {ref['kind']}: {holders.told(ref)}{gone}, last used {ref['seen']}"
+        f"ref {ref['forget']} {ref['kind']}: {holders.describe(ref)}{gone}, last used {ref['seen']}"
         f"{missing}{maker}"
     )
 

@@ -19,7 +19,7 @@ from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.probe import probe_key
 from storage.remote import Remote, RemoteError
-from storage.store import Object, Store, made_again
+from storage.store import Object, Store, remake_command
 
 MEMORY_BYTES = 1 << 30
 """An object is sent from memory, so large ones are moved by fewer threads."""
@@ -92,7 +92,7 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
             remote.url,
             f"{len(result.missing)} of {len(objects)} objects are neither here nor there (such as "
             f"{first}); {len(result.moved)} were brought",
-            f"run `teachonce push` where they were made, or {made_again(first)}",
+            f"run `teachonce push` where they were made, or {remake_command(first)}",
         )
     # All is asked before anything is named.
     makers = {path: _maker(manifest, store, remote) for path, manifest in manifests.items()}
@@ -104,12 +104,12 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 def _push_ref(manifest: Manifest, path: Path, store: Store, remote: Remote) -> bool:
     """Send the note of a holder, unless the remote has one of his; as `holders.leave` does in a store."""
     held = manifest.manifested
-    content = manifest.note(path, maker=holders.known_maker(store.root, held))
+    content = manifest.note(path, maker=holders.recorded_maker(store.root, held))
     first, further = holders.names(held, path)
     if remote.push_ref(first, content):
         return True
     made = holders.parse(remote.ref(first) or b"", held)
-    if made is not None and holders.is_same(made, holders.here(path)):
+    if made is not None and holders.is_same(made, holders.this_holder(path)):
         return False
     return remote.push_ref(further, content)
 
@@ -117,7 +117,7 @@ def _push_ref(manifest: Manifest, path: Path, store: Store, remote: Remote) -> b
 def _maker(manifest: Manifest, store: Store, remote: Remote) -> dict[str, str] | None:
     """Who made a manifest, as far as the store or the remote knows."""
     held = manifest.manifested
-    return holders.known_maker(store.root, held) or holders.maker_of(
+    return holders.recorded_maker(store.root, held) or holders.maker_of(
         remote.ref(manifest.ref) or b"", held
     )
 

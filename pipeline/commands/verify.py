@@ -19,7 +19,7 @@ from stages.outcome import Facts, Outcome, Progress
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.probe import probe_key
-from storage.store import Object, Store, made_again
+from storage.store import Object, Store, remake_command
 from storage.upkeep.examination import Finding, examine, tokens_of
 from storage.upkeep.inventory import check_store, read_refs
 
@@ -179,7 +179,7 @@ def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Objec
 def _problem(store: Store, finding: Finding) -> dict[str, str]:
     cure = REPAIR
     if finding.state == "another copy":
-        cure = f"{made_again(finding.key)} to adopt the copy that is there, then `dvc repro`"
+        cure = f"{remake_command(finding.key)} to adopt the copy that is there, then `dvc repro`"
     if finding.state == "unreadable":
         cure = "give yourself permission to read it, or mend the disk, then verify again"
     return {**asdict(finding), "where": str(store.path(finding.key)), "cure": cure}

@@ -26,7 +26,7 @@ from storage.embeddings import (
 )
 from storage.errors import DamagedError, TeachonceError, shown
 from storage.probe import PROBE_TEXTS, probe_key, probe_text_keys
-from storage.store import Header, Object, Store, made_again
+from storage.store import Header, Object, Store, remake_command
 
 LEAST_COSINE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999}
 """Precision -> lowest cosine of a probe text's vector with the recorded one.
@@ -88,7 +88,9 @@ def check_teacher(
     try:
         accept(batch, None)
     except ValueError as error:
-        raise DamagedError(path, str(error), f"rm -f '{path}', then {made_again(key)}") from error
+        raise DamagedError(
+            path, str(error), f"rm -f '{path}', then {remake_command(key)}"
+        ) from error
     try:
         check_vectors(vectors, rows=np.arange(len(vectors)), key=key, storage=storage)
         drift = describe_drift(vectors_of(batch), as_read(vectors, storage), precision=precision)

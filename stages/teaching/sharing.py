@@ -132,7 +132,7 @@ class Sharing:
     def _fetch_one(self, key: str, accept: Accept, max_bytes: int) -> bool:
         assert self.remote is not None
         try:
-            fetched = self.remote.ask(key, self.store, accept, max_bytes=max_bytes)
+            fetched = self.remote.try_pull(key, self.store, accept, max_bytes=max_bytes)
         except DamagedError as error:
             # The shard is embedded here, as if the remote did not have it.
             log.warning("embed: refused from the remote: %s", error)

@@ -1,4 +1,4 @@
-"""Checking objects one by one, and taking away what fails its own check."""
+"""Examine objects one by one, and quarantine those that fail their own check."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def tokens_of(store: Store, texts: Iterable[Object]) -> Iterator[str]:
     """The keys of all token ids in the store that were made of these text shards."""
     folder = store.root / "tokens"
     with durable.named(folder, "listing"):
-        there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     entries = list(texts)
-    for name in sorted(name for name in there if re.fullmatch(DIGEST_PATTERN, name)):
+    for name in sorted(name for name in names if re.fullmatch(DIGEST_PATTERN, name)):
         for entry in entries:
             path = folder / name / entry.key.rpartition("/")[2]
             # A link that leads nowhere is there too: `examine` says what is wrong with it.

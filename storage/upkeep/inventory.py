@@ -69,12 +69,12 @@ class Ref:
     @property
     def holder(self) -> str:
         """Who has it, since when and where, for people."""
-        return holders.told(self.made)
+        return holders.describe(self.made)
 
     @property
     def maker(self) -> str:
         """Who made it, where and when, for people."""
-        return holders.told(holders.maker_in(self.made))
+        return holders.describe(holders.maker_in(self.made))
 
     @property
     def manifest_digest(self) -> str:
@@ -253,10 +253,10 @@ def _read_ref(path: Path) -> Ref:
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size} bytes are too many")
         note = Note.model_validate_json(path.read_bytes())
-        found = re.fullmatch(REF_PATTERN, path.name)
-        if found is None or digest(note.manifest.encoded) != found[1]:
+        match = re.fullmatch(REF_PATTERN, path.name)
+        if match is None or digest(note.manifest.encoded) != match[1]:
             raise ValueError("its manifest is not the one that its name says")
-        if found[2] not in (None, holders.holder_digest(note.made)):
+        if match[2] not in (None, holders.holder_digest(note.made)):
             raise ValueError("its holder is not the one that its name says")
     except FileNotFoundError:
         raise
@@ -280,22 +280,24 @@ def find_ref(root: Path, prefix: str) -> Path:
     """
     folder = root / REFS
     manifest, _, holder = prefix.partition(".")
-    found = {
+    matches = {
         path: name
         for path, name in _names_of_refs(folder).items()
         if name.startswith(manifest) and (not holder or _holder_in(name).startswith(holder))
     }
-    if exact := [path for path in found if path.stem == prefix]:
+    if exact := [path for path in matches if path.stem == prefix]:
         return exact[0]
-    if len(manifest) < 4 or len(found) != 1:
-        named = ", ".join(_told(path, name) for path, name in list(found.items())[:5]) or "none"
+    if len(manifest) < 4 or len(matches) != 1:
+        named = (
+            ", ".join(_described(path, name) for path, name in list(matches.items())[:5]) or "none"
+        )
         raise TeachonceError(
             f"ref {shown(prefix)}",
-            f"{len(found)} refs begin like that ({named})",
+            f"{len(matches)} refs begin like that ({named})",
             "give at least four characters that only one begins with, and a dot and the holder's where one "
             "manifest has several; `teachonce ls` lists all",
         )
-    return next(iter(found))
+    return next(iter(matches))
 
 
 def short_name(full_name: str, *, alone: bool) -> str:
@@ -325,7 +327,7 @@ def _holder_in(full_name: str) -> str:
     return full_name.partition(".")[2]
 
 
-def _told(path: Path, name: str) -> str:
+def _described(path: Path, name: str) -> str:
     try:
         ref = _read_ref(path)
     except (DamagedError, FileNotFoundError):

@@ -143,7 +143,7 @@ BUGS = {
                 "pipeline/commands/transfer.py",
                 '    result = _each("pull", objects, fetch)\n',
                 "    for path, manifest in manifests.items():\n"
-                "        manifest.leave_note(path, store)\n"
+                "        manifest.write_ref(path, store)\n"
                 '    result = _each("pull", objects, fetch)\n',
             )
         ],
@@ -165,10 +165,10 @@ BUGS = {
         [
             Change(
                 "storage/store.py",
-                "        found = self.find(key)\n        if found is None:\n",
+                "        published = self.find(key)\n        if published is None:\n",
                 "        size = self.path(key).stat().st_size\n"
-                "        found = Object(key=key, rows=len(batch), bytes=size, sha256=sha256)\n"
-                "        if found is None:\n",
+                "        published = Object(key=key, rows=len(batch), bytes=size, sha256=sha256)\n"
+                "        if published is None:\n",
             )
         ],
         f"{STORAGE}::test_the_second_to_put_a_key_gets_the_copy_of_the_first",
@@ -234,7 +234,7 @@ BUGS = {
         [
             Change(
                 "storage/manifest.py",
-                "                store.see(entry)\n",
+                "                store.check_present(entry)\n",
                 "                pass\n",
             )
         ],
@@ -268,8 +268,8 @@ BUGS = {
         [
             Change(
                 "storage/embeddings.py",
-                "    if found := poison(vectors, storage):\n",
-                "    if (found := poison(vectors, storage)) and False:\n",
+                "    if faulty_rows := poison(vectors, storage):\n",
+                "    if (faulty_rows := poison(vectors, storage)) and False:\n",
             )
         ],
         f"{STORAGE}::test_poison_is_not_stored",

@@ -977,7 +977,7 @@ def test_a_linked_folder_of_a_store_is_foreign(tree):
     outcome = collect(tree.store.root, delete=True, grace_days=0)
     assert list(outcome.facts["foreign"]) == ["vectors"]
     assert sorted(elsewhere.rglob("*")) == before
-    tree.manifest("embeddings").leave_note(tree.at.embeddings, tree.store)
+    tree.manifest("embeddings").write_ref(tree.at.embeddings, tree.store)
     count = len(tree.keys("embeddings"))
     assert f", {count} of its objects MISSING" in "\n".join(ls.lines(ls.run(tree.store.root).facts))
 

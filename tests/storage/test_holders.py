@@ -322,7 +322,7 @@ if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(4711, 4711, 4711)
     os.setresuid(4711, 4711, 4711)
-print(holders.here(Path("corpus.json"))["by"])
+print(holders.this_holder(Path("corpus.json"))["by"])
 """
 
 
@@ -410,7 +410,7 @@ def test_a_name_that_another_holder_took_is_an_error_with_its_place(works, tmp_p
     for name in holders.names(manifest.manifested, elsewhere):
         (a.store.root / name).write_bytes(theirs)
     with pytest.raises(StorageError, match=r"the ref of another holder under .*\n  cure: rm -f '"):
-        holders.leave(a.store.root, manifest.manifested, elsewhere)
+        holders.write_ref(a.store.root, manifest.manifested, elsewhere)
 
 
 def test_a_folder_is_no_ref_and_one_that_is_gone_is_not_renewed(works, tmp_path):
@@ -518,7 +518,7 @@ def test_two_processes_of_one_holder_leave_one_ref(works, tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "link", late)
     (a.store.root / holders.names(manifest.manifested, path)[0]).unlink()
-    assert manifest.leave_note(path, a.store) is None
+    assert manifest.write_ref(path, a.store) is None
     assert [p.name for p in faster] == [f"{digest(manifest.encoded)}.json"]
 
 

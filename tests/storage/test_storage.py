@@ -1144,7 +1144,7 @@ def test_who_finds_an_object_makes_it_young_and_reads_it_once(place):
     assert len(store._checked) == 1
     store.find(entry.key)
     store.open(entry)
-    store.see(entry)
+    store.check_present(entry)
     assert (len(store._checked), path.stat().st_mtime) == (1, touched)
     # Of an object that is not an hour old nothing has to be said.
     recent = time.time() - 3000
@@ -1175,7 +1175,7 @@ def test_what_a_killed_gc_took_away_comes_back_to_whoever_asks(place):
     asked = [
         lambda entry: store.find(entry.key),
         store.open,
-        store.see,
+        store.check_present,
         lambda entry: store.has(entry.key),
         lambda entry: store.header(entry.key),
     ]
@@ -1196,14 +1196,14 @@ def test_the_second_look_sees_what_vanished_or_was_exchanged(place):
     store = place.store
     for entry in (first, second):
         store.find(entry.key)
-        store.see(entry)
+        store.check_present(entry)
     a, b = store.path(first.key), store.path(second.key)
     a.rename(a.with_name("aside"))
     with pytest.raises(MissingError):
-        store.see(first)
+        store.check_present(first)
     b.rename(a)
     with pytest.raises(DamagedError, match="under a foreign name"):
-        store.see(first)
+        store.check_present(first)
 
 
 def test_only_a_file_of_the_size_that_it_says_is_read(tmp_path):
