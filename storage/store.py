@@ -405,7 +405,7 @@ def remake_command(key: str) -> str:
 
 
 def digest(*parts: Buffer) -> str:
-    """Returns 40 hex digits of blake2b over `parts`, each length-prefixed, so that sequences never agree."""
+    """Returns 40 hex digits: blake2b over `parts`, length-prefixed, so that no two sequences agree."""
     total = hashlib.blake2b(digest_size=20)
     for part in parts:
         view = memoryview(part).cast("B")

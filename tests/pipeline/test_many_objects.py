@@ -18,7 +18,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from storage import column, embeddings as of_vectors
-from stages import reuse
+from stages.teaching import reuse
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.manifest import Manifest
