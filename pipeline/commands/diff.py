@@ -17,28 +17,28 @@ from storage.upkeep.inventory import SHOWN_DIGITS
 
 
 def run(a: Path, b: Path) -> Outcome:
-    """What differs between two manifests.
+    """Compare two manifests.
 
     Raises:
-        MissingError: one is not there.
-        DamagedError: one is no manifest.
+        MissingError: one of the files does not exist.
+        DamagedError: one of the files is no manifest.
     """
     first, second = Manifest.load(a, None), Manifest.load(b, None)
-    found = compare(first, second)
+    difference = compare(first, second)
     return Outcome(
         stage="diff",
         made=a,
         summary=(
-            f"{'equal' if found.none else 'they differ'}; {len(found.common):,} shards in "
-            f"both, {len(found.only_a):,} only in A, {len(found.only_b):,} only in B, "
-            f"{len(found.copies):,} in both as another copy"
+            f"{'equal' if difference.none else 'they differ'}; {len(difference.common):,} shards in "
+            f"both, {len(difference.only_a):,} only in A, {len(difference.only_b):,} only in B, "
+            f"{len(difference.copies):,} in both as another copy"
         ),
-        facts={"a": str(a), "b": str(b), "equal": found.none, **asdict(found)},
+        facts={"a": str(a), "b": str(b), "equal": difference.none, **asdict(difference)},
     )
 
 
 def lines(facts: Facts) -> Iterator[str]:
-    """For people: A's value first."""
+    """Yield lines for people, with A's value first."""
     if facts["kind"]:
         yield f"kind: {facts['kind'][0]} | {facts['kind'][1]}"
     for name, sides in facts["recipe"].items():

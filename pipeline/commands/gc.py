@@ -1,6 +1,6 @@
-"""`teachonce gc`: away with what nobody needs.
+"""`teachonce gc`: delete store objects that no ref keeps.
 
-The store is shared, so this goes by everybody's refs, and not by this work tree's manifests.
+The store is shared, so the refs of all holders count, and not only this work tree's manifests.
 """
 
 from __future__ import annotations
@@ -41,46 +41,45 @@ def run(
     forget_gone: bool = False,
     grace_days: float,
 ) -> Outcome:
-    """Delete what no ref keeps; without `delete` only say what that would be.
+    """Delete the objects that no ref keeps; without `delete` only list them.
 
-    A running worker is safe: its objects stay while its folder is younger than `grace_days` (see
-    `plan_sweep`), its scratch file for a day, and what a ref names at the last moment is put back (see
-    storage/trash.py). An interrupted run that nobody resumes for so long is not: its objects are listed
-    before they go. They may be weeks of a GPU, and waiting costs some disk only, so the command waits two
-    weeks.
+    A running worker loses nothing: its objects stay while its folder is younger than `grace_days` (see
+    `plan_sweep`), its scratch file stays for a day, and objects that a ref names at the last moment are put
+    back (see storage/trash.py). Objects of an interrupted run that is not resumed for `grace_days` are
+    deleted; they may be weeks of a GPU, so the command's default is two weeks.
 
     Args:
-        root: The store.
-        delete: Do it.
-        quarantine: Also what `repair` moved away.
-        forget: Beginnings of the names of refs to remove first; each is one holder of one manifest.
-        forget_gone: Remove the refs of holders whose folder, on this machine, is gone, too.
-        grace_days: >= 0.
+        root: The folder of the store.
+        delete: Delete, instead of a dry run.
+        quarantine: Delete quarantined objects, too.
+        forget: Prefixes of the names of refs to remove first; each must match one ref.
+        forget_gone: Remove the refs of holders whose folder on this machine is gone, too.
+        grace_days: Age in days below which a folder's objects are kept, >= 0.
 
     Raises:
         DamagedError: a ref cannot be read; nothing is removed, not even a ref.
         MissingError: there is no store, or it has no refs folder.
-        TeachonceError: `forget` names no ref, or more than one.
+        TeachonceError: a prefix in `forget` matches no ref, or more than one.
     """
     check_store(root)  # a wrong path is not a store without refs
     forgotten = [find_ref(root, prefix) for prefix in forget]
     if forget_gone:
-        gone = [root / REFS / f"{ref.name}.json" for ref in read_refs(root)[0] if ref.is_gone]
-        forgotten += [path for path in gone if path not in forgotten]
+        abandoned = [root / REFS / f"{ref.name}.json" for ref in read_refs(root)[0] if ref.is_gone]
+        forgotten += [path for path in abandoned if path not in forgotten]
     names = {path.stem for path in forgotten}
     needed = _still_needed(names, _all_refs(root, names)) if names else {}
     if delete:
         for path in forgotten:
             durable.remove(path)
-    # What is removed is not forgotten again: its holder may have come back in this moment.
-    inventory, sweep = _look(root, () if delete else names, grace_days)
-    back: tuple[File, ...] = ()
+    # Removed refs are not ignored again: a holder may have written its ref anew in this moment.
+    inventory, sweep = _survey(root, () if delete else names, grace_days)
+    put_back: tuple[File, ...] = ()
     if delete:
-        back = _delete(root, inventory, sweep, grace_days=grace_days)
+        put_back = _delete(root, inventory, sweep, grace_days=grace_days)
         for file in inventory.quarantine if quarantine else ():
             durable.remove(root / file.name)
-    orphans = _without(sweep.orphans, back)
-    scratch = _without(sweep.scratch, back)
+    orphans = _without(sweep.orphans, put_back)
+    scratch = _without(sweep.scratch, put_back)
     doomed = [*orphans, *scratch, *(inventory.quarantine if quarantine else ())]
     return Outcome(
         stage="gc",
@@ -102,7 +101,7 @@ def run(
             "still_needed": needed,
             "bytes": sum(file.bytes for file in doomed),
             "orphans": sizes_of(orphans),
-            "put_back": sizes_of(back),
+            "put_back": sizes_of(put_back),
             "young": sizes_of(sweep.young),
             "scratch": sizes_of(scratch),
             "live": sizes_of(sweep.live),
@@ -113,11 +112,11 @@ def run(
     )
 
 
-def _look(root: Path, forgotten: Collection[str], grace_days: float) -> tuple[Inventory, Sweep]:
-    """What is in a store, and what of it can go.
+def _survey(root: Path, forgotten: Collection[str], grace_days: float) -> tuple[Inventory, Sweep]:
+    """Returns the inventory of a store and what can be deleted from it.
 
-    What a gc has taken away counts as if it lay at its place: one that was killed left it, or another one
-    is at work.
+    Objects that a gc has taken away count as if they were in place: that gc was killed, or is running.
+    running.
     """
     # In this order: see `plan_sweep`.
     inventory = take_inventory(root)
@@ -138,39 +137,39 @@ def _at_their_places(inventory: Inventory) -> Iterator[File]:
 
 
 def _delete(root: Path, before: Inventory, sweep: Sweep, *, grace_days: float) -> tuple[File, ...]:
-    """Delete what `sweep` says, unless somebody needs it meanwhile; returns what was kept for that.
+    """Delete the files of `sweep` that are still unneeded; returns those that were kept.
 
-    See storage/trash.py for the order, and why it is this one.
+    storage/trash.py explains why the steps are in this order.
     """
     gc = trash.begin(root)
     try:
         for file in sweep.orphans:
             trash.take_away(root / file.name, gc)
-        now, plan = _look(root, (), grace_days)
+        now, plan = _survey(root, (), grace_days)
     except BaseException:
         for file in sweep.orphans:
             path = root / file.name
             trash.put_back(path.with_name(trash.name_aside(path.name, gc)))
         trash.end(root, gc)
         raise
-    # The time is another one if somebody has found the object since then.
-    seen = {(file.name, file.written) for file in [*_at_their_places(before), *before.objects]}
+    # A changed time means that a stage has found the object since then.
+    before_gc = {(file.name, file.written) for file in [*_at_their_places(before), *before.objects]}
     orphans = {file.name for file in plan.orphans}
-    gone = {
+    to_delete = {
         aside: file
         for aside, file in zip(now.aside, _at_their_places(now), strict=True)
-        if file.name in orphans and (file.name, file.written) in seen
+        if file.name in orphans and (file.name, file.written) in before_gc
     }
     for aside in now.aside:
-        if aside not in gone:
+        if aside not in to_delete:
             trash.put_back(root / aside.name)
     scratch = [file for file in sweep.scratch if file.name in {left.name for left in plan.scratch}]
-    # Of gcs that were killed: what they took away has just been decided about.
+    # Marks of killed gcs; the files that those took away were decided about above.
     marks = [mark for mark in now.marks if time.time() - mark.written >= DAY]
-    for file in [*gone, *scratch, *marks]:
+    for file in [*to_delete, *scratch, *marks]:
         durable.remove(root / file.name)
     trash.end(root, gc)
-    return _without([*sweep.orphans, *sweep.scratch], [*gone.values(), *scratch])
+    return _without([*sweep.orphans, *sweep.scratch], [*to_delete.values(), *scratch])
 
 
 def _without(files: Iterable[File], kept: Iterable[File]) -> tuple[File, ...]:
@@ -179,7 +178,7 @@ def _without(files: Iterable[File], kept: Iterable[File]) -> tuple[File, ...]:
 
 
 def _still_needed(forgotten: set[str], refs: Sequence[Ref]) -> dict[str, dict[str, Any]]:
-    """For each forgotten ref who else needs objects of it: name of the ref -> holder and how many."""
+    """Returns for each forgotten ref the other refs that need some of its objects, with their number."""
     keys = {ref.name: {entry.key for entry in ref.manifest.objects} for ref in refs}
     return {
         name: {
@@ -192,7 +191,7 @@ def _still_needed(forgotten: set[str], refs: Sequence[Ref]) -> dict[str, dict[st
 
 
 def lines(facts: Facts) -> Iterator[str]:
-    """For people: by folder, what goes and what is left alone."""
+    """Yield lines for people: by folder, what is deleted and what is kept."""
     word = "deleted" if facts["deleted"] else "would go"
     yield from (f"{word}: ref {name}" for name in facts["forgotten"])
     for others in facts["still_needed"].values():
@@ -218,15 +217,15 @@ def _refs_but(root: Path, forgotten: Collection[str]) -> list[Ref]:
 
 
 def _all_refs(root: Path, forgotten: Collection[str]) -> list[Ref]:
-    """All refs; one that cannot be read may keep anything, so it stops us, unless it is to be forgotten."""
+    """Returns all refs; raises if one is unreadable, since it may keep anything, unless it is forgotten."""
     refs, unreadable = read_refs(root)
-    left = [error for error in unreadable if Path(error.where).stem not in forgotten]
-    if left:
-        names = "; ".join(f"{shown(Path(e.where).name)}: {e.problem}" for e in left)
+    blocking = [error for error in unreadable if Path(error.where).stem not in forgotten]
+    if blocking:
+        names = "; ".join(f"{shown(Path(e.where).name)}: {e.problem}" for e in blocking)
         raise DamagedError(
             root / REFS,
-            f"{len(left)} refs cannot be read, so nobody knows what they keep ({names})",
-            left[0].cure,
+            f"{len(blocking)} refs cannot be read, so nobody knows what they keep ({names})",
+            blocking[0].cure,
         )
     return refs
 
@@ -235,8 +234,8 @@ def _by_folder(word: str, sizes: Mapping[str, int]) -> Iterator[str]:
     folders: dict[str, list[int]] = defaultdict(list)
     for name, size in sizes.items():
         folders[name.rpartition("/")[0]].append(size)
-    for folder, found in folders.items():
-        yield f"{word}: {folder}: {len(found):,} objects, {bytes_of(sum(found))}"
+    for folder, sizes_in_folder in folders.items():
+        yield f"{word}: {folder}: {len(sizes_in_folder):,} objects, {bytes_of(sum(sizes_in_folder))}"
 
 
 def _size(files: Iterable[File]) -> str:

@@ -48,11 +48,11 @@ def run(folder: Path) -> Outcome:
         ".dvcignore": DVCIGNORE.encode(),
         "README.md": README.encode(),
     }
-    there = [name for name in files if (folder / name).exists()]
-    if there:
+    existing = [name for name in files if (folder / name).exists()]
+    if existing:
         raise TeachonceError(
             folder,
-            f"has {', '.join(there)} already",
+            f"has {', '.join(existing)} already",
             "name a new folder, or move the files away: nothing here is overwritten",
         )
     for name, content in files.items():

@@ -28,16 +28,24 @@ from storage.upkeep.inventory import (
 )
 
 KINDS = ("vectors", "text", "tokens", "negatives")
-"""In the order in which people ask for them."""
+"""Kinds of objects in the order in which they are listed."""
 
 LINES = 10  # of a kind; `--json` has all
 
-# What a person knows vectors by, beside the name of their teacher.
-TOLD = ("prompt", "max_tokens", "precision", "storage", "dim", "neighbours", "rows_per_shard")
+# Settings that are shown beside the name of a teacher.
+SHOWN_SETTINGS = (
+    "prompt",
+    "max_tokens",
+    "precision",
+    "storage",
+    "dim",
+    "neighbours",
+    "rows_per_shard",
+)
 
 
 def run(root: Path) -> Outcome:
-    """All objects of a store by kind and fingerprint, with the refs that keep them. No object is opened.
+    """List all objects of a store by kind and fingerprint, with the refs that keep them. Opens no object.
 
     Raises:
         MissingError: there is no store.
@@ -47,7 +55,7 @@ def run(root: Path) -> Outcome:
     several = Counter(ref.manifest_digest for ref in refs)
     groups = list(_groups(inventory.objects, refs))
     size = sum(file.bytes for file in inventory.objects)
-    there = {file.name for file in inventory.objects}
+    cached_keys = {file.name for file in inventory.objects}
     unnamed, unnamed_bytes = (
         sum(g[count] for g in groups) for count in ("orphans", "orphan_bytes")
     )
@@ -74,7 +82,7 @@ def run(root: Path) -> Outcome:
                     "kind": ref.manifest.kind,
                     "rows": ref.manifest.rows,
                     "bytes": ref.manifest.size,
-                    "missing": sum(entry.key not in there for entry in ref.manifest.objects),
+                    "missing": sum(entry.key not in cached_keys for entry in ref.manifest.objects),
                 }
                 for ref in refs
             },
@@ -87,7 +95,7 @@ def run(root: Path) -> Outcome:
 
 
 def lines(facts: Facts) -> Iterator[str]:
-    """A table: a line for each kind and fingerprint, below it who uses it."""
+    """Yield a table: a line for each kind and fingerprint, and below it the refs that keep it."""
     for group in facts["groups"]:
         name = f"{group['kind']} {group['fingerprint'][:SHOWN_DIGITS]}"
         rows = f"{group['rows']:,}" if group["rows"] is not None else "?"
@@ -96,7 +104,7 @@ def lines(facts: Facts) -> Iterator[str]:
             + (f"  {shown(group['teacher'])}" if group["teacher"] else "")
         )
         if group["recipe"]:
-            yield f"    {_told(group['recipe'])}"
+            yield f"    {_recipe_line(group['recipe'])}"
         for name in group["refs"]:
             yield f"    {_ref_line(facts['refs'][name])}"
         if group["orphans"]:
@@ -113,26 +121,26 @@ def lines(facts: Facts) -> Iterator[str]:
 
 
 def bytes_of(size: int) -> str:
-    """A size for people, always in the same unit; the least that is told is 0.01 MB."""
+    """Returns a size in MB for people; sizes above zero are shown as 0.01 MB at least."""
     return f"{max(size, 10_000 if size else 0) / 1e6:,.2f} MB"
 
 
 def other_lines(facts: Facts) -> Iterator[str]:
-    """Files that nothing deletes unasked."""
+    """Yield lines for files that no command deletes unasked."""
     yield from some(f"in quarantine: {shown(name)}" for name in facts["quarantine"])
     yield from some(f"foreign, never deleted: {shown(name)}" for name in facts["foreign"])
 
 
 def some(lines: Iterable[str]) -> Iterator[str]:
-    """The first few lines, and how many more there are."""
-    found = list(lines)
-    yield from found[:LINES]
-    if len(found) > LINES:
-        yield f"... and {len(found) - LINES:,} more like that (--json lists all)"
+    """Yield the first LINES lines, and the number of further ones."""
+    all_lines = list(lines)
+    yield from all_lines[:LINES]
+    if len(all_lines) > LINES:
+        yield f"... and {len(all_lines) - LINES:,} more like that (--json lists all)"
 
 
 def sizes_of(files: Iterable[File]) -> dict[str, int]:
-    """Name -> bytes."""
+    """Returns the size in bytes of each file, by name."""
     return {file.name: file.bytes for file in files}
 
 
@@ -144,10 +152,10 @@ def _refs_or_why_not(root: Path) -> tuple[list[Ref], Sequence[TeachonceError]]:
 
 
 def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, Any]]:
-    """The objects of each folder together, with the refs that keep any of them."""
+    """Yield a group for each folder of objects, with the refs that keep any of them."""
     rows = {entry.key: entry.rows for ref in refs for entry in ref.manifest.objects}
     of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith("text/")}
-    of_texts[f"{PROBE_DIGEST}.arrow"] = 0  # they are no texts of anybody's corpus
+    of_texts[f"{PROBE_DIGEST}.arrow"] = 0  # probe texts are rows of no corpus
     unnamed = set(orphans(objects, refs))
     used = {ref.name: _folders_of(ref, objects) for ref in refs}
     folders: dict[str, list[File]] = defaultdict(list)
@@ -178,12 +186,12 @@ def _order(folder: str) -> tuple[int, str]:
 
 
 def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
-    """Fingerprint of vectors -> what params.yaml calls their teacher, where a holder's folder is at hand.
+    """Returns fingerprint -> name of the teacher in params.yaml, for holders on this machine.
 
-    No manifest has that name, since a mirror is the same teacher; `check` notes it beside the manifest,
-    with the hashes of the files that it belongs to.
+    Manifests do not hold the name, since a mirror is the same teacher; `check` writes it beside the
+    manifest, with the hashes of the teacher's files.
     """
-    found: dict[str, str] = {}
+    teacher_names: dict[str, str] = {}
     for ref in refs:
         path = Path(os.fsdecode(ref.made.get("in", "").encode())) / "sources.json"
         files = ref.manifest.recipe.get("teacher")
@@ -194,29 +202,29 @@ def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
             declared = teacher.get("declared")
             name = declared.get("name") if isinstance(declared, dict) else None
             if isinstance(name, str):
-                found[fingerprint(ref.manifest.recipe)] = name
-    return found
+                teacher_names[fingerprint(ref.manifest.recipe)] = name
+    return teacher_names
 
 
 def _folders_of(ref: Ref, objects: Sequence[File]) -> set[str]:
-    """The folders in which a ref keeps something."""
+    """Returns the folders in which a ref keeps objects."""
     others = set(orphans(objects, [ref]))
     return {file.folder for file in objects if file not in others}
 
 
-def _told(recipe: Mapping[str, Any]) -> str:
-    told = [f"{name} {shown(repr(recipe[name]))}" for name in TOLD if name in recipe]
+def _recipe_line(recipe: Mapping[str, Any]) -> str:
+    settings = [f"{name} {shown(repr(recipe[name]))}" for name in SHOWN_SETTINGS if name in recipe]
     files = recipe.get("teacher")
     if isinstance(files, Mapping):
         # Its weights tell teachers apart; the hashes of all its files are for `--json` and `diff`.
-        told += [
+        settings += [
             f"{shown(name)} {str(sha)[:SHOWN_DIGITS]}"
             for name, sha in files.items()
             if name.endswith(".safetensors")
         ]
         if "imported" in files:
-            told.append(f"imported as {shown(repr(files['imported']))}")
-    return ", ".join(told) or "made with no settings"
+            settings.append(f"imported as {shown(repr(files['imported']))}")
+    return ", ".join(settings) or "made with no settings"
 
 
 def _ref_line(ref: Mapping[str, Any]) -> str:

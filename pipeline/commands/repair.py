@@ -1,4 +1,4 @@
-"""`teachonce repair`: what is damaged is moved away, and exactly that and what is missing is made again."""
+"""`teachonce repair`: quarantine damaged objects, then make them and the missing ones again."""
 
 from __future__ import annotations
 
@@ -20,56 +20,65 @@ from storage.upkeep.examination import quarantine
 from storage.upkeep.inventory import read_refs
 
 
-def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
+def run(workspace: Workspace) -> tuple[Outcome, TeachonceError | None]:
     """Move damaged objects into quarantine, and make them and the missing ones again; nothing else.
 
-    Every object of this work tree's manifests is read. A whole one stays, other copies too. What the
-    remote has, if there is one, is brought; else texts come from the sources, vectors from the teacher and
-    negatives from the vectors; token ids are made by whoever needs them. Nothing is made by other settings
-    than the manifest's: that would be a new cache.
+    Every object of this work tree's manifests is read. Intact objects stay, other copies included. Missing
+    ones are fetched from the remote; else texts are made from the sources, vectors by the teacher and
+    negatives from the vectors. Token ids are left to the stages that need them. Nothing is made with other
+    settings than the manifest's, since that would be a new cache.
 
     Returns:
-        What was done, and what ended it, if anything did: a `MissingError` if something can't be made
-        again here (it says where or how), a `StorageError` if an object could not be opened, which is no
-        proof of damage. What is moved is moved.
+        The outcome, and the error that ended the repair, or None: a `MissingError` if an object can't be
+        made again here (it says where or how), a `StorageError` if an object could not be opened, which is
+        no proof of damage. Quarantined objects stay there.
 
     Raises:
-        DamagedError: a manifest is damaged, so nobody knows what to look at.
+        DamagedError: a manifest is damaged, so it is unknown which objects to examine.
         MissingError: there is no manifest, or no store.
     """
-    here.renew()
-    manifests, broken = manifests_of(here.at)
+    workspace.renew()
+    manifests, broken = manifests_of(workspace.at)
     if broken:
         raise broken[0]
-    entries = entries_of(here.store, manifests.values())
+    entries = entries_of(workspace.store, manifests.values())
     moved: dict[str, str] = {}
-    brought: list[str] = []
-    lost: dict[Kind, list[str]] = {}
+    fetched: list[str] = []
+    missing: dict[Kind, list[str]] = {}
     failure: TeachonceError | None = None
     try:
-        _move_damaged(here.store, list(entries), moved)
-        _bring(here, manifests, brought)
-        lost = _missing(here.store, manifests)
-        _make_again(here, manifests, lost)
+        _move_damaged(workspace.store, list(entries), moved)
+        _fetch_missing(workspace, manifests, fetched)
+        missing = _missing(workspace.store, manifests)
+        _remake(workspace, manifests, missing)
     except TeachonceError as error:
         failure = error
-    still = _missing(here.store, manifests)
-    made = {kind: [key for key in keys if key not in still[kind]] for kind, keys in lost.items()}
+    still_missing = _missing(workspace.store, manifests)
+    remade = {
+        kind: [key for key in keys if key not in still_missing[kind]]
+        for kind, keys in missing.items()
+    }
     changed = [
-        str(path.relative_to(here.at.root))
-        for kind, path in here.at.manifests.items()
+        str(path.relative_to(workspace.at.root))
+        for kind, path in workspace.at.manifests.items()
         if kind in manifests and Manifest.load(path, kind).encoded != manifests[kind].encoded
     ]
     words = {"corpus": "texts", "embeddings": "vectors", "negatives": "negatives"}
-    again = ", ".join(f"{len(keys)} of {words[kind]}" for kind, keys in made.items() if keys)
+    remade_counts = ", ".join(
+        f"{len(keys)} of {words[kind]}" for kind, keys in remade.items() if keys
+    )
     outcome = Outcome(
         stage="repair",
-        made=here.store.root,
+        made=workspace.store.root,
         summary=(
             f"{len(entries):,} objects read, {len(moved)} damaged and moved to quarantine; made again: "
-            f"{again or 'none'}"
-            + (f"; brought from the remote: {len(brought)}" if brought else "")
-            + (f"; still missing: {left}" if (left := sum(map(len, still.values()))) else "")
+            f"{remade_counts or 'none'}"
+            + (f"; brought from the remote: {len(fetched)}" if fetched else "")
+            + (
+                f"; still missing: {left}"
+                if (left := sum(map(len, still_missing.values())))
+                else ""
+            )
             + (
                 f". {' and '.join(changed)} changed (equal settings, other last bits): `dvc repro` "
                 "trains what depends on it again"
@@ -80,9 +89,9 @@ def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
         facts={
             "objects": len(entries),
             "moved": moved,
-            "brought": brought,
-            "made": made,
-            "missing": still,
+            "brought": fetched,
+            "made": remade,
+            "missing": still_missing,
             "changed": changed,
         },
     )
@@ -90,42 +99,42 @@ def run(here: Workspace) -> tuple[Outcome, TeachonceError | None]:
 
 
 def _missing(store: Store, manifests: Manifests) -> dict[Kind, list[str]]:
-    """The keys of each manifest under which nothing is in the store."""
+    """Returns the keys of each manifest that have no file in the store."""
     return {
         kind: [entry.key for entry in manifest.objects if not store.has(entry.key)]
         for kind, manifest in manifests.items()
     }
 
 
-def _bring(here: Workspace, manifests: Manifests, brought: list[str]) -> None:
-    """Pull what is missing, as far as the remote has the very copy; note in `brought` what came."""
-    missing = {key for keys in _missing(here.store, manifests).values() for key in keys}
-    remote = here.remote() if missing else None
+def _fetch_missing(workspace: Workspace, manifests: Manifests, fetched: list[str]) -> None:
+    """Fetch missing objects if the remote has the same copy; appends their keys to `fetched`."""
+    missing = {key for keys in _missing(workspace.store, manifests).values() for key in keys}
+    remote = workspace.remote() if missing else None
     if remote is None:
         return
     named = {entry.key: entry for manifest in manifests.values() for entry in manifest.objects}
     for key in sorted(missing):
         try:
-            if remote.pull(named[key], here.store):
-                brought.append(key)
+            if remote.pull(named[key], workspace.store):
+                fetched.append(key)
         except RemoteError as error:
             log.warning("repair: %s; going on without it", error)
             return
         except (AnotherCopyError, DamagedError) as error:
-            log.warning("repair: not taken: %s", error)
+            log.warning("repair: refused from the remote: %s", error)
 
 
-def _make_again(here: Workspace, manifests: Manifests, lost: Mapping[Kind, list[str]]) -> None:
+def _remake(workspace: Workspace, manifests: Manifests, lost: Mapping[Kind, list[str]]) -> None:
     if lost.get("corpus"):
-        _texts_again(here, lost["corpus"])
+        _remake_texts(workspace, lost["corpus"])
     if lost.get("embeddings"):
-        _vectors_again(here, manifests, len(lost["embeddings"]))
+        _remake_vectors(workspace, manifests, len(lost["embeddings"]))
     if lost.get("negatives"):
-        _negatives_again(here, manifests, len(lost["negatives"]))
+        _remake_negatives(workspace, manifests, len(lost["negatives"]))
 
 
 def _move_damaged(store: Store, keys: list[str], moved: dict[str, str]) -> None:
-    """Note in `moved` where each object is now that failed its own check."""
+    """Quarantine each object that fails its own check; adds key -> new path to `moved`."""
     progress = Progress("repair", total=len(keys), unit="objects")
     for key in keys:
         if target := quarantine(store, key):
@@ -134,46 +143,50 @@ def _move_damaged(store: Store, keys: list[str], moved: dict[str, str]) -> None:
         progress.advance(1)
 
 
-def _texts_again(here: Workspace, keys: list[str]) -> None:
-    gone = shard.make_again(here.params.shard, root=here.at.root, store=here.store, keys=keys)
-    if gone:
+def _remake_texts(workspace: Workspace, keys: list[str]) -> None:
+    irreproducible = shard.make_again(
+        workspace.params.shard, root=workspace.at.root, store=workspace.store, keys=keys
+    )
+    if irreproducible:
         raise MissingError(
-            here.at.corpus,
-            f"{len(gone)} of its text shards are lost, and the sources have changed: they do not give "
-            f"them any more (first: {gone[0]})",
+            workspace.at.corpus,
+            f"{len(irreproducible)} of its text shards are lost, and the sources have changed: they do not "
+            f"give them any more (first: {irreproducible[0]})",
             "put the old sources and settings of `shard` back, or run `teachonce shard` for a new corpus",
         )
 
 
-def _vectors_again(here: Workspace, manifests: Manifests, lost: int) -> None:
+def _remake_vectors(workspace: Workspace, manifests: Manifests, lost: int) -> None:
     manifest = manifests["embeddings"]
-    corpus = here.corpus()
+    corpus = workspace.corpus()
     if manifest.parent != corpus.manifest.content:
         raise MissingError(
-            here.at.embeddings,
-            f"older than {here.at.corpus.name}, so its {lost} lost objects cannot be made again",
+            workspace.at.embeddings,
+            f"older than {workspace.at.corpus.name}, so its {lost} lost objects cannot be made again",
             "run `teachonce embed`",
         )
     try:
-        files, load_teacher = here.teacher()
+        files, load_teacher = workspace.teacher()
     except SettingsError as error:
-        # Not even its hashes are here.
-        raise _teacher_is_elsewhere(here.store, manifest, lost) from error
-    _check_settings(here.at.embeddings, manifest, embed.recipe(here.params.embed, files), lost)
-    remote = here.remote()
-    # What was imported is nowhere else either: embed says how to import it again.
-    if load_teacher is None and remote is None and not here.params.embed.is_imported:
-        raise _teacher_is_elsewhere(here.store, manifest, lost)
+        # Even the hashes of the teacher's files are unknown here.
+        raise _teacher_is_elsewhere(workspace.store, manifest, lost) from error
+    _check_settings(
+        workspace.at.embeddings, manifest, embed.recipe(workspace.params.embed, files), lost
+    )
+    remote = workspace.remote()
+    # Imported vectors have no teacher anywhere: `embed` says how to import them again.
+    if load_teacher is None and remote is None and not workspace.params.embed.is_imported:
+        raise _teacher_is_elsewhere(workspace.store, manifest, lost)
     embed.run(
-        here.params.embed,
+        workspace.params.embed,
         files=files,
         corpus=corpus,
-        store=here.store,
+        store=workspace.store,
         load_teacher=load_teacher,
         remote=remote,
-        out=here.at.embeddings,
-        facts=here.at.stage_facts("embed"),
-        engine=here.engine(),
+        out=workspace.at.embeddings,
+        facts=workspace.at.stage_facts("embed"),
+        engine=workspace.engine(),
     )
 
 
@@ -181,25 +194,25 @@ def _teacher_is_elsewhere(store: Store, manifest: Manifest, lost: int) -> Missin
     return MissingError(
         "embed.teacher",
         f"{lost} shards of vectors are lost, and the teacher is not on this machine",
-        f"run `teachonce repair` on this store where it is{_made_where(store, manifest)}",
+        f"run `teachonce repair` on this store where it is{_makers_phrase(store, manifest)}",
     )
 
 
-def _negatives_again(here: Workspace, manifests: Manifests, lost: int) -> None:
+def _remake_negatives(workspace: Workspace, manifests: Manifests, lost: int) -> None:
     from stages.models.devices import pick_device
 
     manifest = manifests["negatives"]
-    corpus, embeddings, split = here.corpus(), here.embeddings(), here.split()
+    corpus, embeddings, split = workspace.corpus(), workspace.embeddings(), workspace.split()
     params, device = (
-        mine.as_made(here.params.mine, manifest.recipe),
-        pick_device(here.params.device),
+        mine.as_made(workspace.params.mine, manifest.recipe),
+        pick_device(workspace.params.device),
     )
     rows = len(split.train_rows(corpus))
     index = mine.resolve(params, rows=rows, dim=embeddings.dim, device=device)
-    _check_settings(here.at.negatives, manifest, mine.recipe(params, index), lost)
+    _check_settings(workspace.at.negatives, manifest, mine.recipe(params, index), lost)
     if manifest.parent != mine.parent_of(embeddings, split):
         raise MissingError(
-            here.at.negatives,
+            workspace.at.negatives,
             f"mined from other vectors or another split, so its {lost} lost objects cannot be made again",
             "run `dvc repro`, or `teachonce mine`, for new ones",
         )
@@ -208,15 +221,15 @@ def _negatives_again(here: Workspace, manifests: Manifests, lost: int) -> None:
         corpus=corpus,
         embeddings=embeddings,
         split=split,
-        store=here.store,
+        store=workspace.store,
         device=device,
-        out=here.at.negatives,
-        facts=here.at.stage_facts("mine"),
+        out=workspace.at.negatives,
+        facts=workspace.at.stage_facts("mine"),
     )
 
 
 def _check_settings(path: Path, manifest: Manifest, recipe: dict[str, Any], lost: int) -> None:
-    """Raise if running the stage would make something else than what was lost."""
+    """Raise MissingError if the stage would run with other settings than the lost objects' recipe."""
     if differ := list(differing(manifest.recipe, recipe)):
         raise MissingError(
             path,
@@ -226,8 +239,8 @@ def _check_settings(path: Path, manifest: Manifest, recipe: dict[str, Any], lost
         )
 
 
-def _made_where(store: Store, manifest: Manifest) -> str:
-    """Who made vectors like these, and where, as far as the refs say."""
+def _makers_phrase(store: Store, manifest: Manifest) -> str:
+    """Returns a phrase with the makers of such objects, from the refs; empty if unknown."""
     try:
         refs, _ = read_refs(store.root)
     except TeachonceError:

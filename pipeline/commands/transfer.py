@@ -1,8 +1,8 @@
-"""`push` and `pull`: what manifests name, between the store and the remote.
+"""`push` and `pull`: move the objects that manifests name between the store and the remote.
 
-Bytes before names: the note of a manifest goes to the remote after every object it names is there, so
-nobody finds a name there without its object. Both can be cut off anywhere and run again; what was moved
-stays moved. Token ids are named by no manifest: they are made where they are needed.
+Bytes before names: the ref of a manifest is uploaded after all its objects, so a ref on the remote never
+names a missing object. Both commands can be interrupted and run again; moved objects stay moved. Token ids
+are in no manifest: each machine makes its own.
 """
 
 from __future__ import annotations
@@ -22,34 +22,33 @@ from storage.remote import Remote, RemoteError
 from storage.store import Object, Store, remake_command
 
 MEMORY_BYTES = 1 << 30
-"""An object is sent from memory, so large ones are moved by fewer threads."""
+"""Memory for objects under way. An object is sent from memory, so large ones are moved by fewer threads."""
 
 
 @dataclass
-class Moved:
-    """How a transfer went."""
+class Transfer:
+    """The result of a transfer: objects by what became of them, and errors."""
 
     moved: list[Object] = field(default_factory=list)
-    there: list[Object] = field(default_factory=list)
+    existing: list[Object] = field(default_factory=list)
     missing: list[Object] = field(default_factory=list)
     problems: list[TeachonceError] = field(default_factory=list)
 
 
 def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
-    """Send what manifests name to the remote, objects first.
+    """Upload the objects that manifests name to the remote, then their refs.
 
     Args:
-        manifests: By the file each was read from.
-        store: Has the objects.
-        remote: Where to.
+        manifests: File of a manifest -> the manifest.
+        store: The store with the objects.
+        remote: The destination.
 
     Raises:
-        TeachonceError: the first thing that went wrong (others are logged); what could be sent was,
-            except the notes.
+        TeachonceError: the first error (others are logged); all other objects were uploaded, but no refs.
     """
 
-    def send(entry: Object, result: Moved) -> None:
-        (result.moved if remote.push(entry, store) else result.there).append(entry)
+    def send(entry: Object, result: Transfer) -> None:
+        (result.moved if remote.push(entry, store) else result.existing).append(entry)
 
     objects = _objects(manifests)
     result = _each("push", objects, send)
@@ -64,24 +63,24 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 
 
 def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
-    """Bring what manifests name from the remote into the store.
+    """Fetch the objects that manifests name from the remote into the store.
 
     Args:
-        manifests: By the file each was read from.
-        store: Where to.
-        remote: Has the objects.
+        manifests: File of a manifest -> the manifest.
+        store: The destination.
+        remote: The remote with the objects.
 
     Raises:
-        MissingError: the remote lacks some; all others were brought.
-        TeachonceError: the first thing that went wrong (others are logged); what could be brought was.
+        MissingError: the remote lacks some objects; all others were fetched.
+        TeachonceError: the first error (others are logged); all other objects were fetched.
     """
 
-    def fetch(entry: Object, result: Moved) -> None:
+    def fetch(entry: Object, result: Transfer) -> None:
         if store.find(entry.key) is None:
             (result.moved if remote.pull(entry, store) else result.missing).append(entry)
         else:
             store.open(entry)
-            result.there.append(entry)
+            result.existing.append(entry)
 
     objects = _objects(manifests)
     result = _each("pull", objects, fetch)
@@ -94,7 +93,7 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
             f"{first}); {len(result.moved)} were brought",
             f"run `teachonce push` where they were made, or {remake_command(first)}",
         )
-    # All is asked before anything is named.
+    # All refs are read from the remote before the first is written here.
     makers = {path: _maker(manifest, store, remote) for path, manifest in manifests.items()}
     for path, manifest in manifests.items():
         manifest.hold(path, store, again="teachonce pull", maker=makers[path])
@@ -102,20 +101,20 @@ def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 
 
 def _push_ref(manifest: Manifest, path: Path, store: Store, remote: Remote) -> bool:
-    """Send the note of a holder, unless the remote has one of his; as `holders.leave` does in a store."""
+    """Upload the ref of a holder unless the remote has it; as `holders.write_ref` does in a store."""
     held = manifest.manifested
     content = manifest.note(path, maker=holders.recorded_maker(store.root, held))
-    first, further = holders.names(held, path)
+    first, later = holders.names(held, path)
     if remote.push_ref(first, content):
         return True
-    made = holders.parse(remote.ref(first) or b"", held)
-    if made is not None and holders.is_same(made, holders.this_holder(path)):
+    holder = holders.parse(remote.ref(first) or b"", held)
+    if holder is not None and holders.is_same(holder, holders.this_holder(path)):
         return False
-    return remote.push_ref(further, content)
+    return remote.push_ref(later, content)
 
 
 def _maker(manifest: Manifest, store: Store, remote: Remote) -> dict[str, str] | None:
-    """Who made a manifest, as far as the store or the remote knows."""
+    """Returns the maker of a manifest from the refs in the store or on the remote; None if unknown."""
     held = manifest.manifested
     return holders.recorded_maker(store.root, held) or holders.maker_of(
         remote.ref(manifest.ref) or b"", held
@@ -123,28 +122,30 @@ def _maker(manifest: Manifest, store: Store, remote: Remote) -> dict[str, str] |
 
 
 def threads(objects: Sequence[Object]) -> int:
-    """How many of `objects` may be moved at a time."""
+    """Returns the number of `objects` that may be moved at a time."""
     largest = max((entry.bytes for entry in objects), default=0)
     return max(1, min(TRANSFERS, MEMORY_BYTES // max(largest, 1)))
 
 
 def _objects(manifests: Mapping[Path, Manifest]) -> list[Object]:
-    """Each object once, though several manifests, or a corpus with a repeated shard, name it."""
+    """Returns each object once, also if several manifests, or a corpus with a repeated shard, name it."""
     named = {entry: None for manifest in manifests.values() for entry in manifest.objects}
     return list(named)
 
 
-def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved], None]) -> Moved:
-    """Move objects, several at a time. One that fails does not keep the others; a dead remote does."""
-    result = Moved()
+def _each(
+    stage: str, objects: Sequence[Object], move: Callable[[Object, Transfer], None]
+) -> Transfer:
+    """Move objects, several at a time. One failure does not stop the others; an unreachable remote does."""
+    result = Transfer()
     progress = Progress(stage, total=len(objects), unit="objects")
     workers = threads(objects)
     pool = ThreadPoolExecutor(workers, thread_name_prefix=stage)
     futures: dict[Future[None], Object] = {
         pool.submit(move, entry, result): entry for entry in objects
     }
-    counted, size, failed_in_a_row = 0, 0, 0
-    # Those that are under way when a remote dies all fail; with one thread, one failure proves no death.
+    counted, bytes_moved, failed_in_a_row = 0, 0, 0
+    # All transfers under way when a remote dies fail; a single failure proves nothing, so at least two.
     most_in_a_row = max(2, workers)
     try:
         for future in as_completed(futures):
@@ -162,43 +163,47 @@ def _each(stage: str, objects: Sequence[Object], move: Callable[[Object, Moved],
                 result.problems.append(error)
                 failed_in_a_row = 0  # the remote answers
             new = result.moved[counted:]  # only these: to add up all of them each time is quadratic
-            counted, size = counted + len(new), size + sum(entry.bytes for entry in new)
+            counted, bytes_moved = (
+                counted + len(new),
+                bytes_moved + sum(entry.bytes for entry in new),
+            )
             progress.advance(
-                1, f"{size / 1e6:,.1f} MB moved, {size / 1e6 / progress.seconds:,.1f} MB/s"
+                1,
+                f"{bytes_moved / 1e6:,.1f} MB moved, {bytes_moved / 1e6 / progress.seconds:,.1f} MB/s",
             )
     finally:
-        # On the way out of an interruption, too: what runs is finished, what waits is dropped.
+        # Also on Ctrl-C: running transfers are finished, waiting ones are dropped.
         pool.shutdown(cancel_futures=True)
     return result
 
 
-def _raise_problems(stage: str, result: Moved, total: int) -> None:
+def _raise_problems(stage: str, result: Transfer, total: int) -> None:
     if not result.problems:
         return
     first, *others = result.problems
     for error in others:
         log.warning("%s: %s", stage, error)
     if isinstance(first, RemoteError):
-        left = total - len(result.moved) - len(result.there) - len(result.missing)
-        problem = f"{first.problem}; {left} of {total} objects were not moved"
+        not_moved = total - len(result.moved) - len(result.existing) - len(result.missing)
+        problem = f"{first.problem}; {not_moved} of {total} objects were not moved"
         raise RemoteError(first.where, problem, first.cure) from first
     raise first
 
 
 def _outcome(
-    stage: str, result: Moved, *, to: str | Path, manifests: Mapping[Path, Manifest], notes: int
+    stage: str, result: Transfer, *, to: str | Path, manifests: Mapping[Path, Manifest], notes: int
 ) -> Outcome:
     size = sum(entry.bytes for entry in result.moved)
     return Outcome(
         stage=stage,
         made=to,
         summary=(
-            f"{len(result.moved)} objects moved ({size / 1e6:,.1f} MB), {len(result.there)} were there "
+            f"{len(result.moved)} objects moved ({size / 1e6:,.1f} MB), {len(result.existing)} were there "
             f"already; named by {', '.join(path.name for path in manifests)}"
         ),
         facts={
             "objects_moved": len(result.moved),
-            "objects_there": len(result.there),
+            "objects_there": len(result.existing),
             "bytes_moved": size,
             "notes": notes,
         },

@@ -1,7 +1,7 @@
-"""`teachonce verify`: whether the store still has what this work tree's manifests name.
+"""`teachonce verify`: check that the store has the objects that this work tree's manifests name.
 
-Missing or damaged is what exit code 3 is for. Another copy is neither: it is whole, was made elsewhere
-from the same things, and differs in last bits; the stage that made the manifest adopts it when it runs.
+Exit code 3 means missing or damaged objects. Another copy is neither: it is intact, was made elsewhere from
+the same sources, and differs in last bits; the stage that made the manifest adopts it when it runs.
 """
 
 from __future__ import annotations
@@ -32,35 +32,36 @@ STATES = {
     "unreadable": "unreadable",
     "another copy": "other copies",
 }
-"""State of a problem -> how a count of them is told, worst first."""
+"""State of a problem -> its noun in the summary, worst first."""
 
 REPAIR = "run `teachonce repair`"
 
 
 def run(
-    here: Workspace, *, read_data: bool, sample: int | None = None, seed: int | None = None
+    workspace: Workspace, *, read_data: bool, sample: int | None = None, seed: int | None = None
 ) -> Outcome:
     """Check every object that this work tree's manifests name, and the token ids of its texts.
 
     Args:
-        here: Whose manifests.
+        workspace: The work tree with the manifests.
         read_data: Read every value and compare the sha256. Otherwise headers and sizes are compared,
             which takes a fraction of a millisecond an object, whatever its size.
-        sample: Read only so many, chosen at random, and the headers of all.
-        seed: Of the choice; None draws one. It is in the facts, so that a choice can be made again.
+        sample: Number of objects to read whole, chosen at random; of the others the header. None for no
+            sample.
+        seed: Seed of the choice; None draws one. The facts have it, so that the choice can be repeated.
 
     Raises:
         MissingError: there is no manifest, or no store.
     """
-    here.renew()
-    manifests, broken = manifests_of(here.at)
-    return _examined(here.store, list(manifests.values()), broken, read_data, sample, seed)
+    workspace.renew()
+    manifests, broken = manifests_of(workspace.at)
+    return _examined(workspace.store, list(manifests.values()), broken, read_data, sample, seed)
 
 
 def run_all(
     root: Path, *, read_data: bool, sample: int | None = None, seed: int | None = None
 ) -> Outcome:
-    """The same of every object that a ref of the store `root` names, whosever it is.
+    """Check every object that any ref of the store `root` names.
 
     Raises:
         MissingError: there is no store, or none with refs.
@@ -87,8 +88,8 @@ def _examined(
     progress = Progress("verify", total=len(entries), unit="objects")
     findings: list[Finding] = []
     for key, named in entries.items():
-        if found := examine(store, key, named, read=key in chosen):
-            findings.append(found)
+        if finding := examine(store, key, named, read=key in chosen):
+            findings.append(finding)
         progress.advance(1)
     problems = [
         {"where": error.where, "state": "manifest", "said": error.problem, "cure": error.cure}
@@ -114,7 +115,7 @@ def _examined(
 
 
 def lines(facts: Facts) -> Iterator[str]:
-    """All problems; the cure of each below it, but for the one that `check_sound` names for all."""
+    """Yield a line for each problem, and its cure unless `check_sound` names that one for all."""
     for problem in facts["problems"]:
         mark = "warning: another copy" if problem["state"] == "another copy" else problem["state"]
         yield f"{mark}: {problem['where']}: {problem['said']}"
@@ -126,7 +127,7 @@ def check_sound(outcome: Outcome) -> None:
     """Raise if `verify` found a fault.
 
     Raises:
-        DamagedError: says how many, and the command that cures most.
+        DamagedError: some object is missing, damaged or unreadable; has the counts and a cure.
     """
     if outcome.facts["sound"]:
         return
@@ -137,7 +138,7 @@ def check_sound(outcome: Outcome) -> None:
 
 
 def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]]:
-    """Those manifests of a work tree that exist, and what is wrong with those that cannot be read."""
+    """Returns the manifests of a work tree that can be read, and the errors of those that cannot."""
     manifests: dict[Kind, Manifest] = {}
     broken: list[TeachonceError] = []
     for kind, path in at.manifests.items():
@@ -155,12 +156,12 @@ def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]
 
 
 def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Object | None]:
-    """Every object to look at by its key; None for those that no manifest names.
+    """Returns key -> object to examine; None for objects that no manifest names.
 
-    These are token ids and the teacher's vectors of the probe texts, as far as they are there.
+    The latter are token ids and the teacher's vectors of the probe texts, if they exist.
     """
     if not store.root.is_dir():
-        # Not "everything is missing": a disk that is not mounted must not start a teacher pass.
+        # Not "everything is missing": an unmounted disk must not start a pass of the teacher.
         raise MissingError(
             store.root, "no store there", "mount it, or point `store` (or $TEACHONCE_STORE) to it"
         )
@@ -186,8 +187,10 @@ def _problem(store: Store, finding: Finding) -> dict[str, str]:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    found = [f"{counts[state]} {word}" for state, word in STATES.items() if counts.get(state)]
-    return ", ".join(found) or "all well"
+    counts_by_state = [
+        f"{counts[state]} {word}" for state, word in STATES.items() if counts.get(state)
+    ]
+    return ", ".join(counts_by_state) or "all well"
 
 
 def _extent(read: int, objects: int) -> str:

@@ -224,7 +224,7 @@ BUGS = {
         [
             Change(
                 "pipeline/commands/gc.py",
-                "        if file.name in orphans and (file.name, file.written) in seen\n",
+                "        if file.name in orphans and (file.name, file.written) in before_gc\n",
                 "",
             )
         ],
