@@ -1,12 +1,12 @@
-"""Vectors -> hard negatives: for each training row, other rows that the teacher finds most similar.
+"""Mine hard negatives: for each training row, the rows most similar by the teacher's vectors.
 
-Lists are exact unless an approximate index is asked for or the corpus is too large. Exact ones come from
-one of two ways, whichever is estimated to be done sooner: a self-join, all lists at once
-(learning/self_join.py), or FAISS, some query shards at a time against blocks of the corpus
-(learning/neighbours.py). A shard's lists are published when they are done and found again on resume; a
-self-join publishes at its end, so a killed one begins again: it is not begun above EXACT_ROWS.
+Lists are exact unless an approximate index is asked for or the corpus is too large. Exact lists come from
+one of two methods, whichever is estimated to be faster: a self-join, all lists at once
+(mining/self_join.py), or FAISS, some query shards at a time against blocks of the corpus
+(mining/faiss_search.py). With FAISS a shard's lists are published when they are finished, so a killed run
+resumes; a self-join publishes at its end and starts over, so it is limited to EXACT_ROWS.
 
-Rows of held-out and evaluation texts are neither asked for nor found: their lists are empty.
+Held-out and evaluation rows neither get lists nor appear in any: their lists are empty.
 """
 
 from __future__ import annotations
@@ -35,33 +35,34 @@ from storage.store import Store, digest
 if TYPE_CHECKING:
     import torch
 
-    from stages.mining.faiss_search import Search
+    from stages.mining.faiss_search import NearestRows
 
 VERSION = 1
 
-# As many rows are compared exactly in minutes: 100,000 take 32 CPU seconds (benchmarks/mine.py), and the
-# time grows with their square. HNSW takes 1 to 2 ms a row and would be faster from about 600,000 on; the
-# limit is lower because a self-join that is killed begins again. On a GPU nothing was measured yet.
-FEWEST_JOINED = (
-    4096  # fewer rows take FAISS no longer than it takes to find out whether it is the faster
-)
+FEWEST_JOINED = 4096
+"""With fewer rows FAISS is done before the two methods could be timed."""
+
 EXACT_ROWS = {"cpu": 400_000, "cuda": 4_000_000}
-LONGEST_JOIN = 128  # a self-join keeps lists up to this long
-QUERY_ROWS = 8192  # small shards are searched together: 256 rows take FAISS as long as 1,500
-RECALL_ROWS = 1024  # an approximate index is tried on as many rows
+"""Most rows that `auto` compares exactly, by device. On a CPU 100,000 rows take 32 CPU seconds
+(benchmarks/mine.py), and time grows with the square. HNSW takes 1 to 2 ms a row and is faster from about
+600,000 rows on; the limit is lower because a killed self-join starts over. The GPU's is not measured."""
+
+LONGEST_JOIN = 128  # longest lists of a self-join
+QUERY_ROWS = 8192  # rows searched together: 256 rows take FAISS as long as 1,500
+RECALL_ROWS = 1024  # rows in the sample that measures an approximate index's recall
 
 SCORE_BINS = 2001  # of 0.001 cosine: bin 0 is -1, bin 2000 is 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Settings that change the lists; `memory_mb` only sets the size of a block.
+    """Returns the settings that change the lists; `memory_mb` only sets the size of a block.
 
     Args:
-        params: Of the stage.
-        index: What `resolve` says; exact lists need no mention of how they were found.
+        params: The settings `mine`.
+        index: What `resolve` returned; None for exact lists, which do not depend on the method.
     """
-    made_of: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "version": VERSION,
         "neighbours": params.neighbours,
         "range_min": params.range_min,
@@ -69,22 +70,22 @@ def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[s
         "max_score": params.max_score,
         "min_score": params.min_score,
     }
-    return made_of if index is None else {**made_of, "index": dict(index)}
+    return settings if index is None else {**settings, "index": dict(index)}
 
 
 def resolve(
     params: MineParams, *, rows: int, dim: int, device: torch.device
 ) -> dict[str, Any] | None:
-    """The settings of the index that will be used, None for exact search; says in the log why.
+    """Returns the settings of the index to use, or None for exact search; logs the reason.
 
     Args:
-        params: Of the stage.
-        rows: How many take part.
-        dim: Of a vector.
-        device: Where exact search would run.
+        params: The settings `mine`.
+        rows: Number of training rows.
+        dim: Width of the vectors.
+        device: The device for exact search.
 
     Raises:
-        TeachonceError: an approximate index that was asked for does not fit into `memory_mb`.
+        TeachonceError: the approximate index that params name does not fit into `memory_mb`.
     """
     from stages.mining.faiss_search import index_bytes, index_settings
 
@@ -112,37 +113,39 @@ def resolve(
 def may_join(
     rows: int, k: int, dim: int, *, itemsize: int, memory: int, device: torch.device
 ) -> bool:
-    """Whether lists of k for all rows may be made by a self-join, if that is faster.
+    """Whether a self-join of all rows is possible within the limits of rows, list length and memory.
 
     Args:
-        rows: How many take part.
+        rows: Number of training rows.
         k: Length of a list.
-        dim: Of a vector.
-        itemsize: Bytes of one of its values.
-        memory: Bytes for it on a CPU; a GPU is asked what it has.
-        device: Where.
+        dim: Width of the vectors.
+        itemsize: Bytes of a stored value.
+        memory: Bytes of memory allowed on a CPU; on a GPU its free memory counts.
+        device: The device of the self-join.
     """
     import torch
 
     from stages.mining.self_join import join_bytes, tile_on
 
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
     return (
         FEWEST_JOINED <= rows <= EXACT_ROWS[device.type]
         and k <= LONGEST_JOIN
-        and join_bytes(rows, k, dim, itemsize, tile=tile_on(device)) <= room
+        and join_bytes(rows, k, dim, itemsize, tile=tile_on(device)) <= available
     )
 
 
-def as_made(params: MineParams, made_of: Mapping[str, Any]) -> MineParams:
-    """`params` with `auto` as it was resolved for lists that exist: another device must not do it anew."""
+def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) -> MineParams:
+    """Returns `params` with `index: auto` replaced by the index of existing lists, on any device."""
     if params.index != "auto":
         return params
-    return params.model_copy(update={"index": made_of.get("index", {"name": "flat"})["name"]})
+    return params.model_copy(
+        update={"index": recipe_of_lists.get("index", {"name": "flat"})["name"]}
+    )
 
 
 def parent_of(embeddings: Embeddings, split: Split) -> str:
-    """What a list depends on besides the recipe: every vector and what each row is for."""
+    """Returns the digest of what lists depend on besides the recipe: all vectors and the split."""
     return digest(embeddings.manifest.content.encode(), split.content.encode())
 
 
@@ -164,20 +167,20 @@ def run(
     """
     train = split.train_rows(corpus)
     index = resolve(params, rows=len(train), dim=embeddings.dim, device=device)
-    made_of, parent = recipe(params, index), parent_of(embeddings, split)
-    name = fingerprint({**made_of, "parent": parent})
+    negatives_recipe, parent = recipe(params, index), parent_of(embeddings, split)
+    name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
-    found = {key: store.find(key) for key in keys}
-    todo = [shard for shard, key in enumerate(keys) if found[key] is None]
+    published = {key: store.find(key) for key in keys}
+    todo = [shard for shard, key in enumerate(keys) if published[key] is None]
     log.info("mine: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
     if todo:
         miner = Miner(params, corpus=corpus, embeddings=embeddings, train=train)
-        asked = sum(miner.train_rows_of(shard) for shard in todo)
-        search = miner.search(index, asked=asked, device=device)
+        rows_to_search = sum(miner.train_rows_of(shard) for shard in todo)
+        search = miner.search(index, asked=rows_to_search, device=device)
         progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
         for group in miner.groups(todo):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
-                found[keys[shard]] = put_negatives(
+                published[keys[shard]] = put_negatives(
                     store,
                     keys[shard],
                     neighbours=lists.neighbours,
@@ -186,15 +189,17 @@ def run(
                     facts=lists.facts,
                 )
                 progress.advance(corpus.objects[shard].rows)
-    objects = [entry for entry in found.values() if entry is not None]
-    manifest = Manifest(kind="negatives", recipe=made_of, parent=parent, objects=tuple(objects))
+    objects = [entry for entry in published.values() if entry is not None]
+    manifest = Manifest(
+        kind="negatives", recipe=negatives_recipe, parent=parent, objects=tuple(objects)
+    )
     counts = _counts(store, manifest, train_rows=len(train), neighbours=params.neighbours)
     if index is not None:
         check_recall(counts["recall"], params.min_recall, index)
     write_json(facts, counts)
     manifest.save(out, store)
     if is_noticeable(counts["short_lists"], len(train)):
-        log.warning("mine: %s", short_lists_told(counts, params))
+        log.warning("mine: %s", short_lists_warning(counts, params))
     recall = "" if index is None else f"{index['name']} with recall {counts['recall']:.3f}; "
     return Outcome(
         stage="mine",
@@ -208,8 +213,8 @@ def run(
     )
 
 
-def short_lists_told(counts: Mapping[str, Any], params: MineParams) -> str:
-    """How many lists are shorter than they should be, what left candidates out, and what to do."""
+def short_lists_warning(counts: Mapping[str, Any], params: MineParams) -> str:
+    """Returns a warning: how many lists are too short, which rules rejected candidates, and cures."""
     rows, rejected = counts["rows"], counts["rejected"]
     reasons = [f"{rejected[rule]:,} {rule}" for rule in RULES[1:] if rejected[rule]]
     cures = [
@@ -218,7 +223,7 @@ def short_lists_told(counts: Mapping[str, Any], params: MineParams) -> str:
             ("raise", "max_score", params.max_score < 1 and rejected["above_max_score"]),
             ("lower", "min_score", rejected["below_min_score"]),
             ("lower", "range_min", rejected["before_range_min"]),
-            # Those farther away are less alike, so they would be below it, too.
+            # If some are below min_score, all farther rows are, so range_max does not help.
             ("raise", "range_max", params.range_max < rows - 1 and not rejected["below_min_score"]),
             ("lower", "neighbours", True),
         )
@@ -235,7 +240,7 @@ def check_recall(recall: float, min_recall: float, index: Mapping[str, Any]) -> 
     """Refuse an approximate index that misses too many of the nearest rows.
 
     Raises:
-        TeachonceError: with both values.
+        TeachonceError: the recall is below `min_recall`; names both values.
     """
     if recall < min_recall:
         raise TeachonceError(
@@ -261,18 +266,18 @@ class ShardLists:
 
 
 class Miner:
-    """What is searched, how much of it at once, and what becomes of what is found.
+    """Searches the training rows block by block and filters the neighbours.
 
-    `memory_mb` counts what is allocated here and by FAISS: vectors in float32, lists of candidates and
-    what the filters need, or all that a self-join holds. The mapped files of the store and the lists of
-    the shards in hand (12 bytes for each place) come on top. An approximate index is counted when it is
+    `memory_mb` covers what is allocated here and by FAISS: vectors in float32, lists of candidates and
+    masks of the filters, or all that a self-join holds. Mapped files of the store and the lists of the
+    shards being mined (12 bytes for each entry) come on top. An approximate index is counted when it is
     chosen.
 
     Args:
-        params: Filters and memory.
-        corpus: For text keys.
-        embeddings: Vectors of any length; they are compared by cosine.
-        train: (n,) ids of the rows that take part, ascending.
+        params: The settings `mine`.
+        corpus: The corpus, for its text keys.
+        embeddings: The teacher's vectors, of any length; they are compared by cosine.
+        train: (n,) int64 ids of the training rows, ascending.
     """
 
     def __init__(
@@ -286,41 +291,41 @@ class Miner:
         self.params, self.corpus, self.embeddings, self.train = params, corpus, embeddings, train
         self.k = min(params.range_max + 1, len(train))
         self.memory = params.memory_mb << 20
-        # Rows that an approximate index was tried on, and how many of their k nearest it found.
+        # Sample rows of the recall measurement, and how many of their k nearest the index returned.
         self.recall_rows: NDArray[np.int64] | None = None
         self.recall_found = np.empty(0, np.int64)
-        # A quarter each for a block of the corpus, for the next block while it is made, for queries with
-        # their candidates (id, cosine, text key, what the filters say: 64 bytes), and for FAISS's own.
+        # A quarter each for a block of the corpus, for the next block being read, for queries with their
+        # candidates (id, cosine, text key, masks of the filters: 64 bytes), and for FAISS itself.
         vector = embeddings.dim * 4
         self.block_rows = max(1024, self.memory // 4 // vector)
         self.query_rows = int(np.clip(self.memory // 4 // (vector + 64 * self.k), 64, QUERY_ROWS))
 
     def train_rows_of(self, shard: int) -> int:
-        """How many rows of a shard take part."""
+        """Returns the number of training rows in a shard."""
         return len(self._places(shard))
 
     def groups(self, todo: Sequence[int]) -> list[list[int]]:
-        """Shards that are searched together: neighbours in `todo`, up to about `query_rows`."""
+        """Group consecutive shards of `todo` to be searched together, up to about `query_rows` rows."""
         groups: list[list[int]] = []
-        room = 0
+        rows_left = 0
         for shard in todo:
             rows = self.train_rows_of(shard)
-            if not groups or rows > room:
+            if not groups or rows > rows_left:
                 groups.append([])
-                room = self.query_rows
+                rows_left = self.query_rows
             groups[-1].append(shard)
-            room -= rows
+            rows_left -= rows
         return groups
 
     def search(
         self, index: Mapping[str, Any] | None, *, asked: int, device: torch.device
-    ) -> Search:
-        """Whoever answers for `asked` rows; an approximate index is tried out first.
+    ) -> NearestRows:
+        """Returns the search to use for `asked` rows; measures the recall of an approximate index first.
 
         Raises:
             TeachonceError: FAISS is needed and not installed, or the index misses too much.
         """
-        from stages.mining.faiss_search import ApproximateSearch, found_of
+        from stages.mining.faiss_search import ApproximateSearch, hits_in
 
         rows = len(self.train)
         if index is None or not asked:
@@ -329,14 +334,14 @@ class Miner:
         draw = np.random.default_rng(0)
         sample = np.sort(draw.choice(rows, min(rows, RECALL_ROWS), replace=False))
         exact = self.flat(device).nearest(sample)
-        self.recall_rows, self.recall_found = sample, found_of(search.nearest(sample), exact)
+        self.recall_rows, self.recall_found = sample, hits_in(search.nearest(sample), exact)
         recall = float(self.recall_found.mean()) / self.k
         check_recall(recall, self.params.min_recall, index)
         log.info("mine: %s finds %.4f of what exact search finds", index["name"], recall)
         return search
 
-    def _exact(self, asked: int, device: torch.device) -> Search:
-        """A self-join where it fits and is estimated to be done sooner, else FAISS."""
+    def _exact(self, asked: int, device: torch.device) -> NearestRows:
+        """Returns a finished self-join where it fits and is estimated to be faster, else FAISS search."""
         import torch
 
         from stages.mining.self_join import SelfJoin, flat_cost, join_cost, tile_on
@@ -349,12 +354,14 @@ class Miner:
         size = self.rows_of(np.zeros(1, np.int64)).dtype.itemsize
         if not may_join(rows, self.k, dim, itemsize=size, memory=self.memory, device=device):
             return self.flat(device)
-        drawn = np.random.default_rng(0).choice(rows, min(rows, tile_on(device)), replace=False)
-        sample = self.rows_of(drawn)
+        sample_rows = np.random.default_rng(0).choice(
+            rows, min(rows, tile_on(device)), replace=False
+        )
+        sample = self.rows_of(sample_rows)
         cost = join_cost(sample, self.k, device)
         join_seconds = cost.seconds_for(rows)
         flat_seconds = flat_cost(sample, self.k, device).seconds_for(rows, asked=asked)
-        # On a GPU the other way would be FAISS on the CPU, if it was not built for GPUs.
+        # On a GPU the alternative may be FAISS on the CPU (if it was built without GPUs), so join always.
         if device.type == "cpu" and join_seconds >= flat_seconds:
             return self.flat(device)
         log.info(
@@ -378,8 +385,8 @@ class Miner:
             progress.advance(1)
         return join
 
-    def flat(self, device: torch.device) -> Search:
-        """Exact search by FAISS, block by block."""
+    def flat(self, device: torch.device) -> NearestRows:
+        """Returns an exact search by FAISS, block by block."""
         from stages.mining.faiss_search import FlatSearch
 
         return FlatSearch(
@@ -387,42 +394,46 @@ class Miner:
         )
 
     def rows_of(self, places: NDArray[np.int64]) -> NDArray[np.floating]:
-        """(m, dim) stored vectors of rows that take part, by their place among those."""
+        """Returns (m, dim) stored vectors of training rows, by their place in `train`."""
         return self.embeddings.rows_of(self.train[places])
 
     def unit_rows(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The same in float32 and of unit length."""
+        """Returns (m, dim) float32 vectors of unit length of training rows, by their place in `train`."""
         vectors = np.empty((len(places), self.embeddings.dim), np.float32)
-        for first in range(0, len(places), 256):  # what it takes on the way stays small
-            part = self.rows_of(places[first : first + 256]).astype(np.float32)
-            part /= np.linalg.norm(part, axis=1, keepdims=True)
-            vectors[first : first + 256] = part
+        for first in range(
+            0, len(places), 256
+        ):  # small blocks need little memory for intermediates
+            block = self.rows_of(places[first : first + 256]).astype(np.float32)
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+            vectors[first : first + 256] = block
         return vectors
 
-    def mine(self, search: Search, shards: Sequence[int]) -> list[ShardLists]:
-        """Search some shards together and keep what is a negative."""
+    def mine(self, search: NearestRows, shards: Sequence[int]) -> list[ShardLists]:
+        """Search some shards together, and keep the neighbours that no rule rejects."""
         places = np.concatenate([self._places(shard) for shard in shards])
         neighbours = np.full((len(places), self.params.neighbours), NONE, np.int64)
         scores = np.zeros((len(places), self.params.neighbours), np.float32)
-        wrong = np.zeros((len(places), len(RULES)), np.int64)
+        rejected_counts = np.zeros((len(places), len(RULES)), np.int64)
         for first in range(0, len(places), self.query_rows):
-            here = slice(first, first + self.query_rows)
-            found, cosines = search.nearest(places[here])
-            found = np.where(found >= 0, self.train[found], NONE)
+            block = slice(first, first + self.query_rows)
+            neighbour_ids, cosines = search.nearest(places[block])
+            neighbour_ids = np.where(neighbour_ids >= 0, self.train[neighbour_ids], NONE)
             rejected = reject(
                 self.params,
-                found,
+                neighbour_ids,
                 cosines,
-                own=self.train[places[here]],
+                own=self.train[places[block]],
                 text_keys=self.corpus.text_keys,
             )
-            left_out = np.logical_or.reduce([found == NONE, *rejected.values()])
-            neighbours[here], scores[here] = keep_first(
-                found, cosines, ~left_out, self.params.neighbours
+            is_rejected = np.logical_or.reduce([neighbour_ids == NONE, *rejected.values()])
+            neighbours[block], scores[block] = keep_first(
+                neighbour_ids, cosines, ~is_rejected, self.params.neighbours
             )
-            wrong[here] = np.stack([rejected[rule].sum(axis=1) for rule in RULES], axis=1)
+            rejected_counts[block] = np.stack(
+                [rejected[rule].sum(axis=1) for rule in RULES], axis=1
+            )
         ends = np.cumsum([self.train_rows_of(shard) for shard in shards])[:-1]
-        parts = (np.split(values, ends) for values in (places, neighbours, scores, wrong))
+        parts = (np.split(values, ends) for values in (places, neighbours, scores, rejected_counts))
         return [self._of_shard(*part) for part in zip(shards, *parts, strict=True)]
 
     def _of_shard(
@@ -431,14 +442,16 @@ class Miner:
         places: NDArray[np.int64],
         neighbours: NDArray[np.int64],
         scores: NDArray[np.float32],
-        wrong: NDArray[np.int64],
+        rejected_counts: NDArray[np.int64],
     ) -> ShardLists:
-        """The lists of the rows that take part, spread over all rows of their shard."""
+        """Returns the lists of a whole shard; rows that are not for training get empty ones."""
         rows = self.train[places] - self.corpus.starts[shard]
         shape = (self.corpus.objects[shard].rows, self.params.neighbours)
         all_neighbours, all_scores = np.full(shape, NONE, np.int64), np.zeros(shape, np.float32)
         all_neighbours[rows], all_scores[rows] = neighbours, scores
-        facts = {rule: int(count) for rule, count in zip(RULES, wrong.sum(axis=0), strict=True)}
+        facts = {
+            rule: int(count) for rule, count in zip(RULES, rejected_counts.sum(axis=0), strict=True)
+        }
         facts["negatives"] = int((neighbours != NONE).sum())
         facts["short_lists"] = int((neighbours == NONE).any(axis=1).sum())
         if self.recall_rows is not None:
@@ -448,7 +461,7 @@ class Miner:
         return ShardLists(all_neighbours, all_scores, facts)
 
     def _places(self, shard: int) -> NDArray[np.int64]:
-        """Places among the rows that take part of those of one shard."""
+        """Returns the places in `train` of one shard's rows."""
         first, last = np.searchsorted(self.train, self.corpus.starts[shard : shard + 2])
         return np.arange(first, last)
 
@@ -456,7 +469,7 @@ class Miner:
 def _counts(
     store: Store, manifest: Manifest, *, train_rows: int, neighbours: int
 ) -> dict[str, Any]:
-    """The report: counts by rule and quantiles of the scores kept, over all shards."""
+    """Returns counts of rejections by rule and quantiles of the kept scores, over all shards."""
     total: Counter[str] = Counter()
     bins = np.zeros(SCORE_BINS, np.int64)
     for entry in manifest.objects:
@@ -480,6 +493,6 @@ def _counts(
         "rejected": {rule: total[rule] for rule in RULES},
         "score_quantiles": quantiles,
     }
-    if "index" in manifest.recipe:  # of an empty sample nothing was missed
+    if "index" in manifest.recipe:  # an empty sample has recall 1
         counts["recall"] = round((total["recall_found"] or 1) / (total["recall_wanted"] or 1), 4)
     return counts

@@ -474,7 +474,7 @@ def mining_seconds(
     """
     import torch
 
-    from stages.mining.self_join import enough_for, flat_cost, join_cost
+    from stages.mining.self_join import flat_cost, join_cost, sample_rows_for
 
     if not rows:
         return 0.0
@@ -483,8 +483,8 @@ def mining_seconds(
     k = min(params.range_max + 1, rows)
     filtering = rows * _filtering_seconds(params, k)
     where = device if device.type in mine.EXACT_ROWS else torch.device("cpu")
-    if len(sample) < enough_for(k, where):
-        sample = _unit_vectors(enough_for(k, where), dim)
+    if len(sample) < sample_rows_for(k, where):
+        sample = _unit_vectors(sample_rows_for(k, where), dim)
     if index is not None:
         tried = flat_cost(sample, k, where).seconds_for(rows, asked=min(rows, mine.RECALL_ROWS))
         return filtering + tried + rows * _index_seconds(index, rows=rows, k=k, dim=dim)

@@ -204,7 +204,7 @@ def _remake_negatives(workspace: Workspace, manifests: Manifests, lost: int) -> 
     manifest = manifests["negatives"]
     corpus, embeddings, split = workspace.corpus(), workspace.embeddings(), workspace.split()
     params, device = (
-        mine.as_made(workspace.params.mine, manifest.recipe),
+        mine.with_resolved_index(workspace.params.mine, manifest.recipe),
         pick_device(workspace.params.device),
     )
     rows = len(split.train_rows(corpus))

@@ -1,7 +1,7 @@
 """Nearest rows by FAISS: exact, block by block, or by an approximate index whose recall is measured.
 
-A search is asked for some of its rows and answers with the k nearest of each: (m, k) row numbers, -1
-where there are fewer, and (m, k) float32 cosines, descending. The row itself is among them.
+A search returns the k nearest rows of each of m rows: (m, k) int64 row numbers, -1 where there are fewer,
+and (m, k) float32 cosines, descending. The row itself is among them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from storage.errors import TeachonceError
 from storage.negatives import NONE
 
-Lists = tuple[NDArray[np.int64], NDArray[np.float32]]
+NeighbourLists = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 UnitRows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """(m,) row numbers -> (m, dim) float32 vectors of unit length."""
@@ -25,22 +25,22 @@ BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
 
 
-class Search(Protocol):
-    """Whoever can answer for some of the rows."""
+class NearestRows(Protocol):
+    """A search for the nearest rows of given rows."""
 
-    def nearest(self, rows: NDArray[np.int64]) -> Lists:
+    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
         """(m,) row numbers -> (m, k) row numbers and cosines."""
 
 
 class FlatSearch:
-    """Compares with every row, a block of them at a time.
+    """Exact search: compares with every row, one block at a time.
 
     Args:
-        unit_rows: Where vectors come from.
-        rows: How many there are.
-        k: Wanted per row, 1 <= k <= rows.
-        block_rows: Rows in float32 at a time; if all fit they are kept.
-        device: A GPU is used if FAISS was built for it.
+        unit_rows: Returns the vectors of given rows.
+        rows: Number of rows.
+        k: Neighbours per row, 1 <= k <= rows.
+        block_rows: Rows of a float32 block; if all rows fit, the block is kept.
+        device: The device; a GPU is used only if FAISS was built for it.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class FlatSearch:
             self.resources = self.faiss.StandardGpuResources()
         self._whole: NDArray[np.float32] | None = None
 
-    def nearest(self, rows: NDArray[np.int64]) -> Lists:
-        """As in `Search`."""
+    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
+        """As in `NearestRows`."""
         queries = self.unit_rows(rows)
         heap = self.faiss.ResultHeap(len(rows), self.k, keep_max=True)
         for first, block in self._blocks():
@@ -81,13 +81,13 @@ class FlatSearch:
 
 
 class ApproximateSearch:
-    """Looks where neighbours are likely to be; faster than comparing with all rows if those are very many.
+    """Search by an approximate FAISS index, faster than exact search over very many rows.
 
     Args:
-        unit_rows: Where vectors come from.
-        rows: How many there are.
-        k: Wanted per row, 1 <= k <= rows.
-        index: What `index_settings` says.
+        unit_rows: Returns the vectors of given rows.
+        rows: Number of rows.
+        k: Neighbours per row, 1 <= k <= rows.
+        index: What `index_settings` returned.
     """
 
     def __init__(self, unit_rows: UnitRows, rows: int, k: int, *, index: Mapping[str, Any]) -> None:
@@ -111,38 +111,38 @@ class ApproximateSearch:
         for first in range(0, rows, BUILD_ROWS):
             self.index.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
 
-    def nearest(self, rows: NDArray[np.int64]) -> Lists:
-        """As in `Search`."""
+    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
+        """As in `NearestRows`."""
         cosines, places = self.index.search(self.unit_rows(rows), self.k)
         return places, np.where(places >= 0, cosines, -1).astype(np.float32)
 
 
 def index_settings(name: str, *, rows: int, k: int) -> dict[str, Any]:
-    """What decides the lists of an approximate index, by FAISS's names."""
+    """Returns the settings of an approximate index, by FAISS's names; k is the length of a list."""
     if name == "hnsw":
         return {"name": name, "M": 32, "efConstruction": 80, "efSearch": max(128, 4 * k)}
-    # FAISS wants 39 rows for each list to learn from.
+    # FAISS needs 39 training rows for each list.
     lists = max(1, min(round(4 * rows**0.5), rows // 39))
     return {"name": name, "nlist": lists, "nprobe": min(lists, max(8, lists // 8)), "seed": 0}
 
 
 def index_bytes(name: str, *, rows: int, dim: int) -> int:
-    """Memory of an approximate index: vectors in float32, and links or ids."""
+    """Returns the bytes of an approximate index: vectors in float32, and links or ids."""
     return rows * (4 * dim + (4 * 2 * 32 if name == "hnsw" else 8))
 
 
-def found_of(approximate: Lists, exact: Lists) -> NDArray[np.int64]:
-    """(m,) how many of the k nearest rows an approximate list has; of ties any will do."""
+def hits_in(approximate: NeighbourLists, exact: NeighbourLists) -> NDArray[np.int64]:
+    """Returns (m,) int64: how many of the k nearest rows are in each approximate list; ties count."""
     kth = exact[1][:, -1:] - SAME
-    found: NDArray[np.int64] = ((approximate[0] != NONE) & (approximate[1] >= kth)).sum(axis=1)
-    return found
+    hits: NDArray[np.int64] = ((approximate[0] != NONE) & (approximate[1] >= kth)).sum(axis=1)
+    return hits
 
 
 def load_faiss() -> Any:  # noqa: ANN401 - FAISS has no types
-    """The module.
+    """Returns the module `faiss`.
 
     Raises:
-        TeachonceError: it is not installed.
+        TeachonceError: FAISS is not installed.
     """
     try:
         import faiss

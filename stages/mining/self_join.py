@@ -1,12 +1,12 @@
 """Each row's nearest rows among all rows: an exact self-join that multiplies half, and in low precision.
 
-Cosines of all pairs cost n * n * dim multiplications; that is all of the time there is to save. Here
+Nearly all of the time goes into the n * n * dim multiplications of all cosines. To save most of them:
 
 1. a pair is multiplied once, for both of its rows: only tiles on and above the diagonal are made;
 2. tiles are products of bfloat16, where the device multiplies those faster;
 3. a row keeps the exact cosine of its k-th best so far, its `limit`. What a tile says is off by at most
-   `margin`, so only pairs at or above `limit - margin` are looked at again, in float32. They are few:
-   a tile is read as maxima over groups of 32, and most groups have nothing to show;
+   `margin`, so only pairs at or above `limit - margin` are computed again, in float32. They are few:
+   a tile is read as maxima over groups of 32, and most groups are below their limits;
 4. rows are ordered so that neighbours stand close together, and tiles on the diagonal come first: limits
    are then nearly final before the rest is multiplied.
 
@@ -42,10 +42,10 @@ from stages.mining.faiss_search import FlatSearch
 from stages.outcome import seconds_of
 
 TILE = 2048  # rows and columns of a tile: its scores stay in the cache of a CPU
-TILE_ON_GPU = 8 * TILE  # fewer and larger kernels; no GPU has run this yet
+TILE_ON_GPU = 8 * TILE  # fewer and larger kernels; not yet measured on a GPU
 GROUP = 32  # scores of a tile that are read as one maximum
-SPARE = 16  # free places behind a list: it is cut back to its best k when they are taken
-GROUPS_AT_ONCE = 1 << 14  # bounds the memory where very many pairs are close
+SPARE_PLACES = 16  # free places behind a list, which is cut back to its best k when they are full
+GROUPS_AT_ONCE = 1 << 14  # bounds memory where very many pairs are close
 ANY = -2.0  # a limit below every cosine, but above the -inf of padding
 
 EXACT_ON_CUDA = {
@@ -67,10 +67,10 @@ class SelfJoin:
     some tens of megabytes for a tile.
 
     Args:
-        rows_of: Where vectors come from.
-        rows: How many there are, n >= 1.
-        k: Wanted per row, 1 <= k <= n.
-        device: Where tiles are multiplied.
+        rows_of: Returns the vectors of given rows.
+        rows: Number of rows, n >= 1.
+        k: Neighbours per row, 1 <= k <= n.
+        device: The device that multiplies tiles.
         product: bfloat16, or float32 where that is faster (see `join_cost`).
         tile: Rows of a tile, a multiple of 32.
     """
@@ -87,13 +87,13 @@ class SelfJoin:
     ) -> None:
         self.rows, self.k, self.device, self.product = rows, k, device, product
         self.blocks = -(-rows // tile)
-        # Equal blocks, each a multiple of GROUP; what the last one lacks is zeros that no list gets.
+        # Equal blocks, each a multiple of GROUP; the last is padded with zeros, which no list takes.
         self.tile = -(-rows // (self.blocks * GROUP)) * GROUP
         self.order = similar_order(rows_of, rows, self.tile)
         self.place = np.empty(rows, np.int64)
         self.place[self.order] = np.arange(rows)
         self._load(rows_of)
-        self.lists = Lists(self.blocks * self.tile, k, device)
+        self.lists = TopLists(self.blocks * self.tile, k, device)
         self.lists.limit[rows:] = torch.inf
 
     @property
@@ -119,8 +119,8 @@ class SelfJoin:
         return self.order[places.cpu().numpy()], cosines.cpu().numpy()
 
     def _load(self, rows_of: RowsOf) -> None:
-        """Copy the vectors in order; find their lengths, and what bfloat16 does to them at most."""
-        off = 0.0
+        """Copy the vectors in order, and find their lengths and the largest rounding error of `product`."""
+        largest_error = 0.0
         for block in range(self.blocks):
             first = block * self.tile
             stored = torch.from_numpy(rows_of(self.order[first : first + self.tile])).to(
@@ -130,20 +130,22 @@ class SelfJoin:
                 shape = (self.blocks * self.tile, stored.shape[1])
                 self.vectors = torch.zeros(shape, dtype=stored.dtype, device=self.device)
                 self.lengths = torch.ones(shape[0], 1, device=self.device)
-            here = slice(first, first + len(stored))
-            self.vectors[here] = stored
-            self.lengths[here] = stored.float().norm(dim=1, keepdim=True)
+            block_rows = slice(first, first + len(stored))
+            self.vectors[block_rows] = stored
+            self.lengths[block_rows] = stored.float().norm(dim=1, keepdim=True)
             unit = self._unit(block)
-            off = max(off, float((unit - unit.to(self.product).float()).norm(dim=1).max()))
-        self.margin = off * (2 + off) + shape[1] * 2.0**-22
+            largest_error = max(
+                largest_error, float((unit - unit.to(self.product).float()).norm(dim=1).max())
+            )
+        self.margin = largest_error * (2 + largest_error) + shape[1] * 2.0**-22
 
     def _unit(self, block: int) -> torch.Tensor:
-        """(tile, dim) float32 rows of unit length; zeros past the last row."""
-        here = slice(block * self.tile, (block + 1) * self.tile)
-        return self.vectors[here].to(torch.float32, copy=True).div_(self.lengths[here])
+        """Returns (tile, dim) float32 rows of unit length; zeros past the last row."""
+        block_rows = slice(block * self.tile, (block + 1) * self.tile)
+        return self.vectors[block_rows].to(torch.float32, copy=True).div_(self.lengths[block_rows])
 
-    def _real(self, block: int) -> int:
-        """Rows of a block that are not padding."""
+    def _rows_in(self, block: int) -> int:
+        """Returns the number of rows of a block that are not padding."""
         return min(self.tile, self.rows - block * self.tile)
 
     def _diagonal(self, block: int) -> None:
@@ -158,7 +160,7 @@ class SelfJoin:
             kth = maxima.topk(self.k, dim=1, sorted=False).values.amin(1)
             kth -= kth.abs() * torch.finfo(self.product).eps + self.margin
             first = block * self.tile
-            real = self._real(block)
+            real = self._rows_in(block)
             self.lists.limit[first : first + real] = kth[:real].clamp(min=ANY)
         self._keep(scores, block, block, unit, unit)
 
@@ -175,8 +177,8 @@ class SelfJoin:
         """(tile, tile) cosines, -inf where one of the two is padding."""
         with float32_sums():
             scores = left @ right.T
-        scores[self._real(first) :] = -torch.inf
-        scores[:, self._real(second) :] = -torch.inf
+        scores[self._rows_in(first) :] = -torch.inf
+        scores[:, self._rows_in(second) :] = -torch.inf
         return scores
 
     def _keep(
@@ -189,7 +191,7 @@ class SelfJoin:
         *,
         turned: bool = False,
     ) -> None:
-        """Put into the lists of `block` what a tile has for them; `turned`: they are its columns."""
+        """Add a tile's candidates to the lists of `block`; `turned`: these are the tile's columns."""
         first = block * self.tile
         limits = self.lists.limit[first : first + self.tile] - self.margin
         for rows, columns in not_below(scores, limits, turned=turned):
@@ -215,17 +217,17 @@ def float32_sums() -> Iterator[None]:
             setattr(matmul, name, value)
 
 
-class Lists:
-    """The best k of what each row was offered, and the k-th of them: its limit.
+class TopLists:
+    """The best k candidates of each row so far, and the k-th best score, its limit.
 
     Args:
-        rows: How many lists.
-        k: Their length.
-        device: Where they are kept.
+        rows: Number of lists.
+        k: Length of a list.
+        device: The device that holds the lists.
     """
 
     def __init__(self, rows: int, k: int, device: torch.device) -> None:
-        self.k, self.width = k, k + SPARE
+        self.k, self.width = k, k + SPARE_PLACES
         self.scores = torch.full((rows, self.width), -torch.inf, device=device)
         self.places = torch.zeros((rows, self.width), dtype=torch.int32, device=device)
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -238,13 +240,13 @@ class Lists:
             rows, places, scores = rows[better], places[better], scores[better]
             rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
             slots = self.taken[rows] + rank
-            late = (slots >= self.width).nonzero().squeeze(1)
-            if not len(late):
+            overflowing = (slots >= self.width).nonzero().squeeze(1)
+            if not len(overflowing):
                 self._put(rows, slots, places, scores)
                 return
             fits = (slots < self.width).nonzero().squeeze(1)
             self._put(rows[fits], slots[fits], places[fits], scores[fits])
-            rows, places, scores = rows[late], places[late], scores[late]
+            rows, places, scores = rows[overflowing], places[overflowing], scores[overflowing]
             self._cut(torch.unique_consecutive(rows))
 
     def best(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,7 +264,7 @@ class Lists:
 
     def _cut(self, rows: torch.Tensor) -> None:
         places, scores = self.best(rows)
-        self.scores[rows] = torch.nn.functional.pad(scores, (0, SPARE), value=-torch.inf)
+        self.scores[rows] = torch.nn.functional.pad(scores, (0, SPARE_PLACES), value=-torch.inf)
         self.places[rows, : self.k] = places
         self.taken[rows] = self.k
         self.limit[rows] = scores[:, -1]
@@ -271,7 +273,7 @@ class Lists:
 def not_below(
     scores: torch.Tensor, limits: torch.Tensor, *, turned: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Where a tile is not below the limits of its rows, after both are rounded down to its type.
+    """Yield the places where a tile is not below the limits of its rows, both rounded down to its type.
 
     Floats are compared as integers of their bits, which have the same order and are faster; those of
     negative floats must be turned round, which is left out where only positive scores can be found.
@@ -298,8 +300,8 @@ def not_below(
     else:
         groups = bits.view(len(bits), GROUP, -1)
         maxima = groups.amax(1)
-    found = (maxima >= bounds[:, None]).nonzero()
-    for rows, group in (part.unbind(1) for part in torch.split(found, GROUPS_AT_ONCE)):
+    hits = (maxima >= bounds[:, None]).nonzero()
+    for rows, group in (part.unbind(1) for part in torch.split(hits, GROUPS_AT_ONCE)):
         which, member = (groups[rows, :, group] >= bounds[rows, None]).nonzero().unbind(1)
         yield rows[which], member * groups.shape[2] + group[which]
 
@@ -312,7 +314,7 @@ def _ascending(bits: torch.Tensor) -> torch.Tensor:
 def exact(
     own: torch.Tensor, theirs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """(m,) dot products in float32 of (m,) ascending rows of the one and (m,) rows of the other."""
+    """Returns (m,) float32 dot products of ascending rows `rows` of `own` and `columns` of `theirs`."""
     ends = torch.bincount(rows, minlength=len(own)).cumsum(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -329,11 +331,11 @@ def exact(
 
 
 def similar_order(rows_of: RowsOf, rows: int, block: int) -> NDArray[np.int64]:
-    """Row numbers in an order where rows alike stand close: halves along the direction of most spread.
+    """Order rows so that similar ones are close: halve repeatedly along the direction of largest variance.
 
     Args:
-        rows_of: Where vectors come from.
-        rows: How many.
+        rows_of: Returns the vectors of given rows.
+        rows: Number of rows.
         block: Halves are cut again until they are no longer than this, at multiples of it.
 
     Returns:
@@ -360,7 +362,7 @@ def similar_order(rows_of: RowsOf, rows: int, block: int) -> NDArray[np.int64]:
 
 
 def _widest(sample: NDArray[np.floating]) -> NDArray[np.float32]:
-    """(dim,) the direction in which (m, dim) rows spread most, by a few steps of power iteration."""
+    """Returns (dim,) the direction of largest variance of (m, dim) rows, by power iteration."""
     centred = sample.astype(np.float32)
     centred -= centred.mean(axis=0)
     axis = centred[np.argmax(np.square(centred).sum(axis=1))]
@@ -372,13 +374,13 @@ def _widest(sample: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def tile_on(device: torch.device) -> int:
-    """Rows of a tile."""
+    """Returns the number of rows of a tile on `device`."""
     return TILE_ON_GPU if device.type == "cuda" else TILE
 
 
 def join_bytes(rows: int, k: int, dim: int, itemsize: int, *, tile: int = TILE) -> int:
-    """Memory of a self-join of vectors whose numbers have `itemsize` bytes, with that of its tiles."""
-    lists = 8 * (k + SPARE) + 32  # and limits, lengths, order
+    """Returns the bytes of a self-join, tiles included; `itemsize` is that of a stored value."""
+    lists = 8 * (k + SPARE_PLACES) + 32  # and limits, lengths, order
     return rows * (dim * itemsize + lists) + tile * (10 * tile + 32 * dim)
 
 
@@ -387,15 +389,15 @@ class FlatCost:
     """Seconds of comparing some rows with as many by FAISS; on a GPU, of the product alone.
 
     Args:
-        seconds: Measured, > 0.
-        rows: How many were compared with how many.
+        seconds: Measured seconds, > 0.
+        rows: Number of rows that were compared with as many.
     """
 
     seconds: float
     rows: int
 
     def seconds_for(self, rows: int, *, asked: int) -> float:
-        """Seconds of `asked` lists among `rows` rows: it grows with the pairs."""
+        """Returns the seconds of `asked` lists among `rows` rows, in proportion to the pairs."""
         return self.seconds * (rows / self.rows) * (asked / self.rows)
 
 
@@ -404,11 +406,11 @@ class JoinCost:
     """Seconds of the parts of a self-join, measured on two blocks.
 
     Args:
-        product: The type whose tiles are multiplied faster here.
-        tile: Of a pair of blocks that has nothing for any list.
-        first_lists: Of the first lists of a block. Where all vectors are much alike, bfloat16 tells few of
-            them apart, and lists cost most: so they are measured on a sample of the vectors themselves.
-        block: Rows of each of the two blocks, half of the sample.
+        product: The faster of the two types for multiplying tiles.
+        tile: Seconds of a pair of blocks without candidates for any list.
+        first_lists: Seconds of the first lists of a block. Measured on a sample of the vectors themselves:
+            where they are all similar, bfloat16 separates few of them and lists cost most.
+        block: Number of rows of each of the two blocks, half of the sample.
     """
 
     product: torch.dtype
@@ -419,9 +421,9 @@ class JoinCost:
     def seconds_for(self, rows: int) -> float:
         """Seconds of a self-join of `rows` rows.
 
-        Each pair of blocks costs a tile that is multiplied and read, whatever is found there. What is found
-        costs, too: each block its first lists, and if rows came in random order 1/2, 1/3, ... of that again
-        with the second block, the third, ... The blocks of a join are twice as large as those measured.
+        Each pair of blocks costs a tile that is multiplied and read. Candidates cost extra: each block its
+        first lists, and for rows in random order 1/2, 1/3, ... of that again with the second block, the
+        third, ... The blocks of a join are twice as large as those measured.
         """
         halves = rows / self.block
         offered = 1 + math.log(max(1.0, halves / 2))
@@ -432,22 +434,22 @@ def join_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> Joi
     """Measure the parts of a self-join on a sample.
 
     Args:
-        sample: (m, dim) some of the vectors; `enough_for` of them, or more.
+        sample: (m, dim) some of the vectors, m >= `sample_rows_for(k, device)`.
         k: Length of a list.
-        device: Where.
+        device: The device of the self-join.
     """
-    taken = {
+    seconds_by_type = {
         kind: _seconds_of_product(sample.shape[1], kind, device)
         for kind in (torch.bfloat16, torch.float32)
     }
-    product = min(taken, key=lambda kind: taken[kind])
-    some = sample[: tile_on(device)]
-    tile, first_lists = seconds_of_tiles(some, k, product, device)
-    return JoinCost(product, tile, first_lists, block=len(some) / 2)
+    product = min(seconds_by_type, key=lambda kind: seconds_by_type[kind])
+    two_blocks = sample[: tile_on(device)]
+    tile, first_lists = seconds_of_tiles(two_blocks, k, product, device)
+    return JoinCost(product, tile, first_lists, block=len(two_blocks) / 2)
 
 
-def enough_for(k: int, device: torch.device) -> int:
-    """How many vectors of a sample tell what a tile will take."""
+def sample_rows_for(k: int, device: torch.device) -> int:
+    """Returns the sample size that is enough to measure a tile."""
     return max(tile_on(device) // 4, k)
 
 
@@ -455,12 +457,12 @@ def flat_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> Fla
     """Measure a comparison of (m, dim) vectors with each other, for lists of k."""
     if device.type != "cpu":
         return FlatCost(_seconds_of_product(sample.shape[1], torch.float32, device), TILE)
-    some = sample[:TILE]
-    return FlatCost(_seconds_of_faiss(some, k), len(some))
+    block = sample[:TILE]
+    return FlatCost(_seconds_of_faiss(block, k), len(block))
 
 
 def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> float:
-    """Seconds of a tile that nobody reads."""
+    """Returns the seconds of multiplying a tile, without reading it."""
     tile = torch.full((TILE, dim), dim**-0.5, dtype=kind, device=device)
 
     def multiply() -> None:
@@ -473,13 +475,13 @@ def _seconds_of_product(dim: int, kind: torch.dtype, device: torch.device) -> fl
 def seconds_of_tiles(
     sample: NDArray[np.floating], k: int, product: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds of a tile that has nothing for any list, and of the first lists of a block.
+    """Measure a tile without candidates for any list, and the first lists of a block, both in seconds.
 
     Args:
-        sample: (m, dim) the vectors of two blocks, m >= k; half as large as those of a join will do.
+        sample: (m, dim) vectors of two blocks, m >= k; half as many as in a join's blocks are enough.
         k: Length of a list.
-        product: Type of the tile.
-        device: Where.
+        product: The type of the tile.
+        device: The device of the self-join.
     """
     size = -(-len(sample) // (2 * GROUP)) * GROUP
     join = SelfJoin(
@@ -494,7 +496,7 @@ def seconds_of_tiles(
 
 
 def _seconds_of_faiss(sample: NDArray[np.floating], k: int) -> float:
-    """Seconds of comparing a sample with itself."""
+    """Returns the seconds of comparing a sample with itself by FAISS."""
     vectors = sample.astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = len(vectors)

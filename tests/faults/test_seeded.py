@@ -204,8 +204,8 @@ BUGS = {
         [
             Change(
                 "stages/mining/filters.py",
-                '"itself": found == own[:, None],',
-                '"itself": np.arange(found.shape[1])[None, :] == 0,',
+                '"itself": neighbours == own[:, None],',
+                '"itself": np.arange(neighbours.shape[1])[None, :] == 0,',
             )
         ],
         f"{MINE}::test_of_two_equal_rows_both_are_kept_from_each_other_by_their_text",

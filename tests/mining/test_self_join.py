@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.mining import self_join
-from stages.mining.self_join import FlatCost, JoinCost, Lists, SelfJoin, flat_cost, join_cost
+from stages.mining.self_join import FlatCost, JoinCost, SelfJoin, TopLists, flat_cost, join_cost
 
 CPU = torch.device("cpu")
 
@@ -251,7 +251,7 @@ def test_the_parts_are_measured_on_two_blocks_of_the_sample(dim):
     assert min(join_parts.tile, join_parts.first_lists, flat.seconds) > 0
 
 
-class CountingLists(Lists):
+class CountingLists(TopLists):
     """Lists that count the pairs whose exact cosine they were offered."""
 
     offered = 0

@@ -316,9 +316,9 @@ def test_auto_picks_by_rows_device_and_memory_and_says_why(
 def test_auto_stays_what_it_was_for_lists_that_exist():
     """`repair` on another device must not take the lists for ones of other settings."""
     settings, other = params(index="auto"), mine.recipe(params(), {"name": "hnsw"})
-    assert mine.as_made(settings, other).index == "hnsw"
-    assert mine.as_made(settings, mine.recipe(params())).index == "flat"
-    assert mine.as_made(params(index="ivf"), other).index == "ivf"
+    assert mine.with_resolved_index(settings, other).index == "hnsw"
+    assert mine.with_resolved_index(settings, mine.recipe(params())).index == "flat"
+    assert mine.with_resolved_index(params(index="ivf"), other).index == "ivf"
 
 
 def test_an_index_too_large_for_the_memory_is_refused():
