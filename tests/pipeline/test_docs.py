@@ -305,6 +305,25 @@ def test_the_errors_on_the_pages_are_those_of_the_code():
         assert any(re.search(pattern, f"{problem} {cure}") for _, problem, cure in raised), words
 
 
+def figures(text):
+    """The cells that begin with a digit, of each row of a table that has three of them or more."""
+    for line in text.splitlines():
+        cells = [cell.strip().replace("*", "") for cell in line.strip("|").split("|")]
+        found = [cell for cell in cells if re.match(r"\d", cell)]
+        if line.startswith("|") and len(found) >= 3:
+            yield found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/students.md", "docs/results.md"])
+def test_figures_are_those_that_the_benchmarks_printed(page):
+    results = sorted((ROOT / "benchmarks/results").glob("*.md"))
+    printed = [row for path in results for row in figures(path.read_text())]
+    rows = list(figures(prose(PAGES[page])))
+    assert len(rows) >= 7
+    for row in rows:
+        assert any(all(cell in " | ".join(there) for cell in row) for there in printed), row
+
+
 def slug(heading):
     """The anchor that mkdocs gives a heading."""
     text = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
@@ -368,6 +387,27 @@ def test_generated_modules_are_all_modules():
 def test_a_link_into_the_checkout_leads_to_the_page_made_of_it():
     markdown = "[a](../EXPERIMENTS.md#x) [b](texts.md)"
     assert GENERATE.linked(markdown) == "[a](repository/EXPERIMENTS.md#x) [b](texts.md)"
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_the_web(tmp_path):
+    """`make docs` has no warning, and its pages are read, and searched, as files."""
+    pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    ended = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"<(script|img|iframe|source)[^>]* src=.?(https?:)?//", text), page
+        assert not re.search(r"<link[^>]* href=.?(https?:)?//", text), page
+        assert "iframe-worker.js" in text
+        assert str(ROOT) not in text
+    index = (tmp_path / "site/search/search_index.js").read_text()
+    assert "DamagedError" in index
+    assert "rows_per_shard" in index
 
 
 # What runs
