@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 INTO_THE_CHECKOUT = re.compile(r"\]\(\.\./([\w./-]+\.md)(#[\w-]+)?\)")
 FROM_THE_CHECKOUT = ("CONTRIBUTING.md", "EXPERIMENTS.md", "CHANGELOG.md", "benchmarks/results/*.md")
-PACKAGES = ("pipeline", "stages", "storage")
+PACKAGES = ("teachonce", "pipeline", "stages", "storage")
 
 
 def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401 - of mkdocs, which only `make docs` installs

@@ -79,7 +79,7 @@ class ByRow(ABC, Generic[One, Many]):
 class Texts(ByRow[str, list[str]]):
     """The texts of a corpus, by row id: `texts[5]` is a str, `texts[[5, 9]]` a list of two.
 
-    Example:
+    Examples:
         >>> project.texts[[9, 5]]
         ['Silver tunnel.', 'Ember garden needle oyster.']
     """
@@ -102,7 +102,7 @@ class Vectors(ByRow[NDArray[np.float32], NDArray[np.float32]]):
 
     They are as the teacher returns them: of length 1 only if it ends in a Normalize module.
 
-    Example:
+    Examples:
         >>> project.vectors[5] @ project.vectors[9]
         0.412
         >>> everything = project.vectors[:]
@@ -142,7 +142,7 @@ class Neighbours(NamedTuple):
 class NeighbourLists(ByRow[Neighbours, Neighbours]):
     """The mined neighbours of every row, by row id, each with ids and scores.
 
-    Example:
+    Examples:
         >>> project.neighbours[5].ids
         array([ 871,   12, 4404])
         >>> project.neighbours[[5, 9]].scores.shape

@@ -50,7 +50,7 @@ def open(path: str | Path) -> Project:
         MissingError: There is no params.yaml.
         SettingsError: Lists all that is wrong in params.yaml.
 
-    Example:
+    Examples:
         >>> project = teachonce.open("~/my-project")
         >>> len(project.texts)
         20000
@@ -74,7 +74,7 @@ class Project:
         MissingError: There is no params.yaml.
         SettingsError: Lists all that is wrong in params.yaml.
 
-    Example:
+    Examples:
         >>> project = teachonce.open("path/to/project")
         >>> project.texts[5]
         'Ember garden needle oyster.'
@@ -106,7 +106,7 @@ class Project:
             MissingError: `shard` did not run yet.
             DamagedError: data/corpus.json is not what `shard` left.
 
-        Example:
+        Examples:
             >>> project.texts[5]
             'Ember garden needle oyster.'
             >>> project.texts[5:7]
@@ -122,7 +122,7 @@ class Project:
             MissingError: `embed` did not run yet.
             DamagedError: data/embeddings.json is not what `embed` left, or is that of another corpus.
 
-        Example:
+        Examples:
             >>> project.vectors[[5, 9]].shape
             (2, 384)
         """
@@ -138,7 +138,7 @@ class Project:
             MissingError: `mine` did not run yet.
             DamagedError: data/negatives.json is not what `mine` left, or was mined from other vectors.
 
-        Example:
+        Examples:
             >>> ids, scores = project.neighbours[5]
             >>> project.texts[ids[0]], scores[0]
             ('Ember garden needle.', 0.873)
@@ -160,7 +160,7 @@ class Project:
             MissingError: `shard` did not run yet; or `split`, which "all" does not ask for.
             TeachonceError: There is no such part.
 
-        Example:
+        Examples:
             >>> held_out = project.rows("heldout")
             >>> project.vectors[held_out].shape
             (600, 384)
@@ -197,7 +197,7 @@ class Project:
             MissingError: A stage did not run yet.
             RowError: An id of no row.
 
-        Example:
+        Examples:
             >>> loader = DataLoader(project.dataset(), batch_size=64, shuffle=True, num_workers=2)
             >>> next(iter(loader))["vector"].shape
             torch.Size([64, 384])
@@ -235,7 +235,7 @@ class Project:
             RowError: An id of no row.
             TeachonceError: More negatives than were mined, or fewer than none.
 
-        Example:
+        Examples:
             >>> student = SentenceTransformer("path/to/a/student")
             >>> trainer = SentenceTransformerTrainer(
             ...     model=student, train_dataset=project.to_datasets(), loss=MSELoss(student)
@@ -260,7 +260,7 @@ class Project:
             MissingError: The teacher is not on this machine.
             TeachonceError: The teacher cannot be loaded, or leaves something undecided.
 
-        Example:
+        Examples:
             >>> project.teacher.encode(["A text.", "Another one."]).shape
             (2, 384)
         """
@@ -280,7 +280,7 @@ class Project:
             MissingError: There is no such model yet; the error says which command makes it.
             TeachonceError: The model cannot be loaded.
 
-        Example:
+        Examples:
             >>> project.student("kd").encode(["A text."]).shape
             (1, 384)
         """
@@ -322,7 +322,7 @@ class Project:
 class TeacherModel:
     """The teacher of a project: prompt, length, pooling and width are those of `embed`.
 
-    Example:
+    Examples:
         >>> cached = project.vectors[5]
         >>> abs(project.teacher.encode(project.texts[5]) - cached).max() < 1e-6
         True
@@ -343,7 +343,7 @@ class TeacherModel:
         Raises:
             TeachonceError: The device has no memory for a text.
 
-        Example:
+        Examples:
             >>> project.teacher.encode(["A text.", "Another one."]).shape
             (2, 384)
         """

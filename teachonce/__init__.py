@@ -2,7 +2,7 @@
 
 It re-exports; nothing else lives here. It is the top of the house: no other package imports it.
 
-Example:
+Examples:
     >>> import teachonce
     >>> project = teachonce.open("path/to/project")
     >>> project.texts[5]

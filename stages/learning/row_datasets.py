@@ -40,7 +40,7 @@ class CachedRows(Dataset[dict[str, Any]]):
         negatives: Mined from both; None for items without neighbours.
         rows: (n,) int64 ids of the rows that are items, in their order.
 
-    Example:
+    Examples:
         >>> project.dataset()[0]["text"]
         'Ember garden needle oyster.'
     """
