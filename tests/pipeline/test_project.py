@@ -79,11 +79,11 @@ def test_what_the_door_names_is_there_and_documented():
             documented.__module__ in {"pipeline.project", "pipeline.by_row"}
             and name != "Neighbours"
         ):
-            assert "Example:\n" in documented.__doc__, name
+            assert "Examples:\n" in documented.__doc__, name
             for part, member in vars(documented).items():
                 if not part.startswith("_") and (callable(member) or hasattr(member, "func")):
                     described = getattr(member, "func", member).__doc__
-                    assert "Example:\n" in described, f"{name}.{part}"
+                    assert "Examples:\n" in described, f"{name}.{part}"
 
 
 def test_a_project_is_a_folder_or_its_settings(root, monkeypatch):
