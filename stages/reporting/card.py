@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stages.models.lineage import left_the_teacher
 from stages.params import TEACHER
-from stages.reporting import measures, templating
-
-Metrics = Mapping[str, Any]
-"""One model's metrics: flat keys, as `evaluate` writes them."""
-
-MEASURES: tuple[tuple[str, str, str, str], ...] = (
-    (r"sts\.average", "STS, average", "Spearman x 100", ".2f"),
-    (r"sts\.(?!average$)([^.]+)", "STS", "Spearman x 100", ".2f"),
-    (r"retrieval\.(.+)\.ndcg@10", "Retrieval", "nDCG@10", ".3f"),
-    (r"retrieval\.(.+)\.mrr@10", "Retrieval", "MRR@10", ".3f"),
-    (r"retrieval\.(.+)\.recall@100", "Retrieval", "recall@100", ".3f"),
-    (r"sts\.([^.]+)\.truncated", "STS", "share of texts truncated", ".3f"),
-    (r"retrieval\.([^.]+)\.truncated", "Retrieval", "share of texts truncated", ".3f"),
-    (r"fidelity\.spearman", "Fidelity to the teacher's order of pairs", "Spearman", ".3f"),
-    (r"fidelity\.top10_overlap", "Ten nearest neighbours shared with the teacher", "", ".3f"),
-    (r"sentences_per_second", "Texts per second", "", ",.0f"),
-    (r"parameters", "Parameters", "", ",.0f"),
-    (r"megabytes", "Megabytes of weights", "", ",.1f"),
-)
-"""Key of a metric (its group is an evaluation set) -> kind, unit and form, in the order of the table."""
+from stages.reporting import measures, table, templating
+from stages.reporting.results import Metrics
 
 
 @dataclass(frozen=True)
@@ -72,50 +53,27 @@ def model_card(
         facts: Label -> text, shown in this order.
     """
     models = {name: metrics[name] for name in (TEACHER, card.name) if metrics.get(name)}
-    own, teacher = models.get(card.name, {}), models.get(TEACHER, {})
-    times = measures.times_as_fast(own, teacher)
+    rows = table.rows(models)
+    columns = table.columns(rows, [card.name])
     blocks = {
         "Recipe": lineage.get("recipe"),
         "Then finetuned on labelled pairs or triplets": lineage.get("finetuned"),
     }
+    # A folder without its projection has another scale, which nobody measured.
+    shift = None if card.dropped else measures.shift_of_cosines(models.get(card.name, {}))
     return templating.markdown(
         "card.md",
         card=card,
         left_the_teacher=left_the_teacher(lineage),
-        models=list(models),
-        rows=_rows(models),
-        intervals=any(key.endswith(".low") for found in models.values() for key in found),
-        devices={name: found["device"] for name, found in models.items() if "device" in found},
-        times=None if times is None else measures.short(times),
+        rows=rows,
+        columns=columns,
+        glossary=table.glossary(columns, rows),
+        notes=table.notes(models, [card.name]),
         origin=_origin(lineage, facts),
         blocks={title: block for title, block in blocks.items() if block},
         trained_on=lineage.get("recipe", {}).get("max_tokens"),
-        # A folder without its projection has another scale, which nobody measured.
-        shift=None if card.dropped else measures.shift_of_cosines(own),
+        shift=shift,
     )
-
-
-def _rows(models: Mapping[str, Metrics]) -> list[dict[str, Any]]:
-    """Kind, set, unit and cells of each metric that a card knows, in the order of `MEASURES`."""
-    keys = sorted({key for metrics in models.values() for key in metrics})
-    return [
-        {
-            "kind": kind,
-            "set": next(iter(match.groups()), ""),
-            "unit": unit,
-            "cells": [_cell(metrics, key, form) for metrics in models.values()],
-        }
-        for pattern, kind, unit, form in MEASURES
-        for key in keys
-        if (match := re.fullmatch(pattern, key))
-    ]
-
-
-def _cell(metrics: Metrics, key: str, form: str) -> str:
-    value, ends = metrics.get(key), measures.ends(metrics, measures.of(key))
-    if not isinstance(value, int | float):
-        return "-"
-    return format(value, form) if ends is None else measures.told(value, ends, int(form[1]))
 
 
 def _origin(lineage: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, object]:

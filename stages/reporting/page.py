@@ -14,7 +14,6 @@ from stages.reporting.results import Metrics, Model
 
 ON_TOP = ("project", "teacher", "corpus")
 """Facts that say at once what the page is about."""
-ANY_NUMBER = 1_000  # of evaluation sets: a page has room for all columns
 
 
 Card = tuple[str, str, str, str]
@@ -41,6 +40,7 @@ def page(
     trained = [model.name for model in models if model.name in students]
     subject = sections.Subject({model.name: model for model in models}, trained, rank_by)
     metrics, rows = subject.metrics, table.rows(subject.metrics)
+    columns = table.columns(rows, trained)
     ties = measures.ties(metrics, trained, rank_by)
     timed = measures.measured(metrics, measures.of("sentences_per_second"))
     disagreements = sections.disagreements(subject)
@@ -56,7 +56,8 @@ def page(
         made_of=made_of or {},
         rows=rows,
         part_of=table.part_of,
-        columns=table.columns(rows, trained, most_sets=ANY_NUMBER),
+        columns=columns,
+        glossary=table.glossary(columns, rows),
         leaders={subject.best, *ties} if len(trained) > 1 else set(),
         notes=table.notes(metrics, trained, rank_by),
         quality=sections.quality(subject),

@@ -14,7 +14,7 @@ from stages.params import FINETUNED, TEACHER
 from stages.reporting import charts, measures
 from stages.reporting.results import Disagreement, Metrics, Model, Result
 from stages.reporting.svg import cut
-from stages.reporting.table import qualities
+from stages.reporting.table import MOST_SETS, qualities
 
 HUES = 6  # classes hue0 ... hue5 of style.css
 MOST_DISAGREEMENTS = 8  # of a student
@@ -73,7 +73,7 @@ def quality(subject: Subject) -> list[Figure]:
     """Bars: each measure of each student, in percent of the teacher."""
     metrics, tones = subject.metrics, subject.tones
     figures = []
-    for measure in qualities(metrics):
+    for measure in qualities(metrics, MOST_SETS):
         values = measures.measured(metrics, measure.measure)
         theirs = values.get(TEACHER)
         if theirs is None or theirs <= 0 or not set(values) & set(subject.students):

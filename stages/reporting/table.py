@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def table(
     names += [name for name in students if name in models]
     shown = rows({name: models[name] for name in names})
     labels = {row: row if row in models else f"  {part_of(row)}" for row in shown}
-    found = columns(shown, students)
+    found = columns(shown, students, most_sets=MOST_SETS)
     kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
@@ -157,7 +158,7 @@ def part_of(row: str) -> str:
 
 
 def columns(
-    models: Mapping[str, Metrics], students: Collection[str], *, most_sets: int = MOST_SETS
+    models: Mapping[str, Metrics], students: Collection[str], *, most_sets: float = math.inf
 ) -> list[Column]:
     """Every column that some model has a number for, in the order of the table.
 
@@ -183,7 +184,7 @@ INDEX = "teacher_index."
 """Of the keys about the student's queries among the teacher's vectors of the documents."""
 
 
-def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list[Quality]:
+def qualities(models: Mapping[str, Metrics], most_sets: float = math.inf) -> list[Quality]:
     """Every measure of which more is better, as far as `models` name its sets, in the table's order."""
     named, searched = _names(models, "sts.", ""), _names(models, "retrieval.", ".ndcg@10")
     found = []
@@ -191,7 +192,8 @@ def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list
         found.append(Quality("STS\naverage", sts, 2, 9))
     if len(named) <= most_sets:
         keep = 9 if len(named) == 1 else 1
-        found += [Quality(_title(name), of(f"sts.{name}"), 2, keep) for name in named]
+        titles = {name: name if "sts" in name.lower() else f"STS {name}" for name in named}
+        found += [Quality(_title(titles[n]), of(f"sts.{n}"), 2, keep) for n in named]
     if len(searched) > most_sets:
         found.append(Quality("nDCG@10\naverage", ndcg, 3, 4))
     else:
@@ -210,8 +212,26 @@ def qualities(models: Mapping[str, Metrics], most_sets: int = MOST_SETS) -> list
     return found
 
 
+GLOSSARY = {
+    "STS": "rank correlation of the model's cosines with people's scores of sentence pairs, times 100",
+    "nDCG@10": "how well the first ten results of a search are ranked, from 0 to 1",
+    "teacher's index": "the student embeds the queries, the teacher has embedded the documents",
+    "fidelity": "rank correlation of the model's cosines with the teacher's, over all pairs of texts",
+    "top-10 overlap": "share of a text's ten nearest neighbours that the teacher finds as well",
+}
+
+
+def glossary(found: Sequence[Column], shown: Collection[str]) -> dict[str, str]:
+    """Term -> meaning, of the terms in the titles of the columns and in the names of the rows."""
+    titles = " ".join(column.name for column in found).lower()
+    terms = {term: meaning for term, meaning in GLOSSARY.items() if term.lower() in titles}
+    if any(" · first " in row for row in shown):
+        terms["first N"] = "the model with nothing but the first N values of its vectors"
+    return terms
+
+
 def notes(
-    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None
+    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> list[str]:
     """Sentences without which the table cannot be read: which student is best, how things were measured."""
     said = [_rule(models, students, rank_by), _cut(models), _ignored(models), _speed(models)]
@@ -224,7 +244,7 @@ def _rule(models: Mapping[str, Metrics], students: Collection[str], rank_by: str
     said = f"Best: highest {found[0]}. " if found and len(ranked) > 1 else ""
     if any(key.endswith(".low") for metrics in models.values() for key in metrics):
         said += (
-            "±: half of a 95 % confidence interval (bootstrap over queries, pairs or texts). Models are "
+            "±: half of a 95 % confidence interval, by bootstrap over queries, pairs or texts. Models are "
             "tied if the number of one lies in the interval of the other."
         )
     return said.strip()

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from storage.errors import harmless, shown
+from storage.errors import harmless
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 DIRECTION_MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -73,7 +73,8 @@ def clean(text: object) -> str:
 
 def escaped(text: object) -> str:
     """`text` on one line, with nothing in it that Markdown or HTML would take for markup."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", shown(text))
+    line = harmless(str(text).replace("\n", "\\n"))
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$])", r"\\\1", line)
 
 
 def fenced(value: object) -> Markup:

@@ -453,10 +453,7 @@ def test_a_students_widths_stand_below_it_on_the_page(site, full):
     before, after = page.split(part)
     assert re.findall('<th scope="row">(?:<svg.*?</svg>)?([a-z-]+)', before)[-1] == "kd"
     # A sentence below the table explains it; all else is the page without it.
-    note = (
-        "<dt>first N</dt>"
-        "<dd>the model of the row above, with nothing but the first N values of its vectors</dd>"
-    )
+    note = "<dt>first N</dt><dd>the model with nothing but the first N values of its vectors</dd>\n"
     assert after.count(note) == 1
     assert before + after.replace(note, "") == full
 

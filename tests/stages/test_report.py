@@ -404,7 +404,9 @@ def test_figures_have_as_many_digits_as_are_known_and_their_interval(models):
     lines = drawn(with_ends(models, 0.4, "sts."), width=140)
     assert lines[4].split()[:4] == ["teacher", "72.9±0.4", "72.4±0.4", "73.4±0.4"]
     text = " ".join(lines)
-    assert "±: half of a 95 % confidence interval (bootstrap over queries, pairs or texts)" in text
+    assert (
+        "±: half of a 95 % confidence interval, by bootstrap over queries, pairs or texts" in text
+    )
     assert [decimals_of((0, 2 * half), 3) for half in (0.0004, 0.02, 0.013, 0.2, 1.3, 0)] == [
         *(3, 2, 2, 1, 0, 3)
     ]
