@@ -1,9 +1,7 @@
 """The commands: the pipeline in its order, then what looks after the store.
 
-Each reads settings, opens inputs, runs a stage, prints.
-
-All that they print goes through `say`, all that is logged through `Line`: neither lets a control character
-of a name or a text reach the terminal.
+Each reads settings, opens inputs, runs a stage, prints. The file is long because it is a flat list:
+a command is its help and its wiring, and whoever looks for one finds it here.
 
 There are no flags for settings: params.yaml holds them all, and `dvc exp run -S embed.max_tokens=64`
 changes one and records it. Heavy imports stand inside the commands, so that `--help` answers at once.
@@ -21,21 +19,20 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from pipeline.printing import Line, as_json_object, place_of, say, show, show_lines
 from storage import durable
-from storage.errors import DamagedError, TeachonceError, harmless, shown
+from storage.errors import DamagedError, TeachonceError, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
     from stages.embed import ShardSlice
-    from stages.outcome import Outcome
 
 app = typer.Typer(
     name="teachonce",
@@ -43,7 +40,6 @@ app = typer.Typer(
     "Run these in a folder that has a params.yaml; `teachonce init` makes one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -62,33 +58,24 @@ StorePath = Annotated[
         help="The store in PATH, from anywhere: no params.yaml is needed.",
     ),
 ]
-NEXT = {
-    "check": "`dvc repro` for everything, or `teachonce shard`",
-    "docs": "`teachonce shard`",
-    "shard": "`teachonce split`",
-    "split": "`teachonce embed`, where the teacher is",
-    "embed": "`teachonce mine`; `teachonce start NAME`",
-    "start": "`teachonce distill NAME`",
-    "mine": "`teachonce distill NAME`",
-    "distill": "`teachonce evaluate NAME`; `teachonce finetune NAME`",
-    "finetune": "`teachonce evaluate NAME-finetuned`",
-    "evaluate": "`teachonce report` when all models are measured",
-    "export": '`teachonce search "what you look for"`',
-    "push": "`git add -A && git commit && git push`: bytes before names",
-    "pull": "`dvc repro --pull --allow-missing`",
-    "import": "`git add data && git commit`; `dvc repro`, or `teachonce split` and `teachonce mine`",
-    "join": "`git add data && git commit`; `dvc repro`, or `teachonce split` and `teachonce mine`",
-    "init": "go there, `git init && dvc init`, edit params.yaml, `teachonce check`, `dvc repro`",
-}
-"""What a person who runs the stages by hand types after each."""
+log = logging.getLogger("teachonce")
 
 SIGNALS = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}
 PATIENCE = 4.0
 """Seconds from a signal to the end, whatever a transfer to a dead remote still waits for."""
 
 
+def _print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"teachonce {version('teachonce')}")
+        raise typer.Exit
+
+
 @app.callback()
-def where(
+def before_each(
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -97,8 +84,22 @@ def where(
             help="Run as if in DIR; relative paths, also of the command line, are relative to it.",
         ),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Log each step on stderr, also what libraries log."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Go to the folder of -C before the command."""
+    """Log as much as -v says and go to the folder of -C, before the command."""
+    if verbose:
+        # Not libraries' own debugging: some log the headers of a request, and keys stand there.
+        logging.getLogger().setLevel(logging.INFO)
+        log.setLevel(logging.DEBUG)
     if folder is not None:
         with durable.named(folder, "going there"):
             os.chdir(folder)
@@ -111,7 +112,15 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check settings, sources and models; list all that is wrong. A second."""
+    """Check settings, sources and models; list all that is wrong. A second.
+
+    Reads: params.yaml; names and hashes of the files and models that it names.
+
+    Leaves: data/sources.json, data/versions.yaml: what the later stages
+    compare.
+
+    Example: teachonce check
+    """
     from pipeline.layout import Layout
     from pipeline.settings import examine
     from stages.check import run
@@ -141,7 +150,15 @@ def check(
 
 @app.command(rich_help_panel=STAGES)
 def docs(as_json: Json = False) -> None:
-    """Write the demo's texts: the documentation of installed packages."""
+    """Write the demo's texts: the documentation of installed packages.
+
+    Reads: the sources of the packages that `docs.packages` names.
+
+    Leaves: data/raw (texts, labelled pairs, a retrieval test),
+    reports/stages/docs.json.
+
+    Example: teachonce docs
+    """
     from stages.docs import run
 
     here = workspace()
@@ -150,7 +167,15 @@ def docs(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def shard(as_json: Json = False) -> None:
-    """Clean the corpus and cut it into text shards."""
+    """Clean the corpus and cut it into text shards.
+
+    Reads: the files of `shard.sources`, such as data/raw.
+
+    Leaves: text shards in the store; data/corpus.json, which names them;
+    reports/stages/shard.json.
+
+    Example: teachonce shard
+    """
     from stages.shard import run
 
     here = workspace()
@@ -168,7 +193,14 @@ def shard(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def split(as_json: Json = False) -> None:
-    """Hold rows out, and find those that stand in evaluation sets."""
+    """Hold rows out, and find those that stand in evaluation sets.
+
+    Reads: data/corpus.json, the sets of `evaluate`, such as those in data/raw.
+
+    Leaves: data/split.json, reports/stages/split.json.
+
+    Example: teachonce split
+    """
     from stages.split import run
 
     here = workspace()
@@ -196,7 +228,15 @@ def embed(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the teacher over the shards that the store lacks. Safe to interrupt."""
+    """Run the teacher over the shards that the store lacks. Safe to interrupt.
+
+    Reads: data/corpus.json, the teacher.
+
+    Leaves: vectors in the store; data/embeddings.json, which names them;
+    reports/stages/embed.json.
+
+    Example: teachonce embed --shards 1/8
+    """
     from stages.embed import run
 
     share = None if shards is None else _share(shards)
@@ -220,8 +260,18 @@ def embed(
 
 
 @app.command(rich_help_panel=STAGES)
-def start(name: str, as_json: Json = False) -> None:
-    """Make a student before training: NAME of params.yaml's `starts`."""
+def start(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `starts` in params.yaml.")],
+    as_json: Json = False,
+) -> None:
+    """Make a student before training: NAME of params.yaml's `starts`.
+
+    Reads: the teacher, or the model that the start is made from.
+
+    Leaves: models/start/NAME.
+
+    Example: teachonce start half
+    """
     from stages.start import run
 
     here = workspace()
@@ -242,7 +292,15 @@ def start(name: str, as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def mine(as_json: Json = False) -> None:
-    """Find each row's hard negatives among the teacher's vectors."""
+    """Find each row's hard negatives among the teacher's vectors.
+
+    Reads: data/corpus.json, data/embeddings.json, data/split.json.
+
+    Leaves: neighbours in the store; data/negatives.json, which names them;
+    reports/stages/mine.json.
+
+    Example: teachonce mine
+    """
     from stages.mine import run
     from stages.models.devices import pick_device
 
@@ -264,7 +322,14 @@ def mine(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def neighbours(as_json: Json = False) -> None:
-    """Write which mined neighbours each recipe reads. DVC compares these files; no stage reads them."""
+    """Write which mined neighbours each recipe reads. DVC compares these files; no stage reads them.
+
+    Reads: data/negatives.json.
+
+    Leaves: data/neighbours.
+
+    Example: teachonce neighbours
+    """
     from stages.neighbours import run
 
     here = workspace()
@@ -274,14 +339,31 @@ def neighbours(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def distill(
-    name: str,
-    recipe: Annotated[str | None, typer.Option(help="A name of `recipes`.")] = None,
-    start: Annotated[str | None, typer.Option(help="A name of `starts`.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A name of `students`, or any other with --recipe and --start."
+        ),
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="A name of `recipes`, in place of the student's own.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="A name of `starts`, in place of the student's own.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train the student NAME from the caches. Safe to interrupt.
 
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
+
+    Reads: data/corpus.json, data/embeddings.json, data/split.json,
+    models/start/START; the recipe's neighbours, which data/neighbours tells
+    DVC.
+
+    Leaves: models/NAME, reports/training/NAME.json, reports/curves/NAME.csv.
+
+    Example: teachonce distill tiny-ckd --recipe ckd --start half
     """
     from stages.distill import run
     from stages.learning.ranks import is_first, joined
@@ -311,10 +393,24 @@ def distill(
 
 
 @app.command(rich_help_panel=STAGES)
-def finetune(name: str, as_json: Json = False) -> None:
+def finetune(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A student that `distill` has trained.")
+    ],
+    as_json: Json = False,
+) -> None:
     """Train the student NAME on labelled pairs or triplets. Safe to interrupt.
 
     What comes of it is NAME-finetuned.
+
+    Reads: models/NAME, the files of `finetune.triplets`, such as those in
+    data/raw; with a distill_weight also data/corpus.json, data/embeddings.json,
+    data/split.json.
+
+    Leaves: models/NAME-finetuned, reports/training/NAME-finetuned.json,
+    reports/curves/NAME-finetuned.csv.
+
+    Example: teachonce finetune kd
     """
     from stages.finetune import run
     from stages.learning.ranks import is_first, joined
@@ -349,14 +445,30 @@ def finetune(name: str, as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def evaluate(
-    model: str,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="`teacher`, a start, a student, NAME-finetuned, or any folder under models/.",
+        ),
+    ],
     tasks: Annotated[
         list[str] | None,
         typer.Option("--mteb", help="A task of mteb instead of our sets; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure MODEL: `teacher`, a start, a student, or any folder under models/."""
+    """Measure MODEL: `teacher`, a start, a student, or any folder under models/.
+
+    Reads: models/MODEL or models/start/MODEL, the sets of `evaluate`, such as
+    those in data/raw; data/corpus.json, data/embeddings.json, data/split.json;
+    of students also data/documents.
+
+    Leaves: reports/metrics/MODEL.json, reports/details/MODEL.json; of the
+    teacher also data/documents; with --mteb reports/mteb/MODEL.json.
+
+    Example: teachonce evaluate kd
+    """
     here = workspace()
     if tasks:
         from stages.measuring.mteb_tasks import run as run_mteb
@@ -405,7 +517,15 @@ def evaluate(
 
 @app.command(rich_help_panel=STAGES)
 def export(as_json: Json = False) -> None:
-    """Write the model that `export.model` names for anyone who has sentence-transformers."""
+    """Write the model that `export.model` names for anyone who has sentence-transformers.
+
+    Reads: models/NAME of `export.model`, its reports/metrics and the teacher's,
+    reports/stages/shard.json.
+
+    Leaves: export.
+
+    Example: teachonce export
+    """
     from stages.export import run
     from stages.params import TEACHER
 
@@ -430,7 +550,15 @@ def report(
     models: Annotated[list[str] | None, typer.Argument(help="Further models, by name.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Gather the metrics of the models that params.yaml names: a table here, and a page to open."""
+    """Gather the metrics of the models that params.yaml names: a table here, and a page to open.
+
+    Reads: reports/metrics, reports/details, reports/curves, reports/training,
+    reports/stages, data/embeddings.json.
+
+    Leaves: reports/metrics.json, reports/index.html.
+
+    Example: teachonce report kd-finetuned
+    """
     from stages.params import TEACHER
     from stages.report import run
     from stages.reporting.table import table
@@ -463,7 +591,7 @@ def report(
     console = Console()
     rank_by = here.params.report.rank_by
     console.print(table(outcome.facts, students=students, width=console.width, rank_by=rank_by))
-    say(f"  -> {_place(outcome.made)}")
+    say(f"  -> {place_of(outcome.made)}")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -474,7 +602,10 @@ def plan(
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Say what embed, mine, distill, finetune and evaluate will take here: a sample is measured."""
+    """Say what embed, mine, distill, finetune and evaluate will take here: a sample is measured.
+
+    Example: teachonce plan --seconds 60
+    """
     from pipeline.commands.plan import lines, run
 
     outcome = run(workspace(), seconds=seconds, seed=seed)
@@ -492,8 +623,11 @@ def search(
 ) -> None:
     """Search the corpus: a student reads QUERY and looks among the teacher's cached vectors.
 
-    With `-` each line of stdin is answered before the next is read: the texts and an empty line, or, with
-    --json, an object on a line. Empty lines are passed over.
+    With `-` each line of stdin is answered before the next is read: the texts and
+    an empty line, or, with --json, an object on a line. Empty lines are passed
+    over.
+
+    Example: teachonce search "read a table from a text file" --model kd
     """
     from stages.measuring.search import run
     from stages.params import TEACHER
@@ -534,6 +668,8 @@ def verify(
     """Check that the store has what the manifests here name, whole. Without options, headers only.
 
     With --store, what all refs in it name.
+
+    Example: teachonce verify --sample 100
     """
     from pipeline.commands.verify import check_sound, lines, run, run_all
 
@@ -551,7 +687,10 @@ def verify(
 
 @app.command(rich_help_panel=STORE)
 def repair(as_json: Json = False) -> None:
-    """Move what is damaged into quarantine; make exactly that, and what is missing, again."""
+    """Move what is damaged into quarantine; make exactly that, and what is missing, again.
+
+    Example: teachonce repair
+    """
     from pipeline.commands.repair import run
 
     outcome, failure = run(workspace())
@@ -560,7 +699,10 @@ def repair(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STORE)
 def ls(store: StorePath = None, as_json: Json = False) -> None:
-    """List what is in the store, for which teacher, how large, and whose manifests need it."""
+    """List what is in the store, for which teacher, how large, and whose manifests need it.
+
+    Example: teachonce ls --store ~/.cache/teachonce
+    """
     from pipeline.commands.ls import lines, run
 
     outcome = run(_store_in_use(store))
@@ -573,7 +715,10 @@ def diff(
     b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
     as_json: Json = False,
 ) -> None:
-    """Say in which settings and shards two manifests differ; exit code 1 if they do."""
+    """Say in which settings and shards two manifests differ; exit code 1 if they do.
+
+    Example: teachonce diff data/embeddings.json ../other/data/embeddings.json
+    """
     from pipeline.commands.diff import lines, run
 
     outcome = run(a, b)
@@ -614,7 +759,10 @@ def gc(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Delete objects that no ref in the store names. A dry run, unless told to."""
+    """Delete objects that no ref in the store names. A dry run, unless told to.
+
+    Example: teachonce gc --grace 30 --delete
+    """
     from pipeline.commands.gc import lines, run
 
     outcome = run(
@@ -631,7 +779,10 @@ def gc(
 
 @app.command(rich_help_panel=STORE)
 def push(as_json: Json = False) -> None:
-    """Send what the manifests name to the remote: objects first, then who names them."""
+    """Send what the manifests name to the remote: objects first, then who names them.
+
+    Example: teachonce push
+    """
     from pipeline.commands.transfer import push as run
 
     here = workspace()
@@ -641,7 +792,10 @@ def push(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STORE)
 def pull(as_json: Json = False) -> None:
-    """Bring what the manifests name from the remote into the store; each object is checked."""
+    """Bring what the manifests name from the remote into the store; each object is checked.
+
+    Example: teachonce pull
+    """
     from pipeline.commands.transfer import pull as run
 
     here = workspace()
@@ -655,7 +809,10 @@ def import_(
     texts: Annotated[Path, typer.Argument(help="Their texts in the same order, as for `shard`.")],
     as_json: Json = False,
 ) -> None:
-    """Take vectors you have already instead of a teacher's: embed.teacher: imported:NAME."""
+    """Take vectors you have already instead of a teacher's: embed.teacher: imported:NAME.
+
+    Example: teachonce import vectors.npy texts.jsonl
+    """
     from pipeline.commands.import_vectors import run
 
     show(run(workspace(), vectors, texts), as_json)
@@ -668,7 +825,10 @@ def join(
     ],
     as_json: Json = False,
 ) -> None:
-    """Make one teacher of several: their vectors side by side. embed.teacher: imported:NAME."""
+    """Make one teacher of several: their vectors side by side. embed.teacher: imported:NAME.
+
+    Example: teachonce join small/embeddings.json large/embeddings.json
+    """
     from pipeline.commands.import_vectors import join as run
 
     show(run(workspace(), manifests), as_json)
@@ -678,7 +838,10 @@ def join(
 def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")], as_json: Json = False
 ) -> None:
-    """Make a folder in which `dvc init && dvc repro` works: settings, stages, a short README."""
+    """Make a folder in which `dvc init && dvc repro` works: settings, stages, a short README.
+
+    Example: teachonce init my-project
+    """
     from pipeline.commands.init import run
 
     show(run(folder.resolve()), as_json)
@@ -721,96 +884,15 @@ def _share(text: str) -> ShardSlice:
     return ShardSlice(int(found[1]), int(found[2]))
 
 
-def show(outcome: Outcome, as_json: bool, failure: TeachonceError | None = None) -> None:
-    """Print what a stage did, where it is and what comes next, or all of it as JSON for a program.
-
-    Raises:
-        TeachonceError: `failure`, which ended it after it had done that.
-    """
-    place = _place(outcome.made)
-    if as_json:
-        found = {**asdict(outcome), "made": str(place), **(_as_json(failure) if failure else {})}
-        say(json.dumps(found, default=str))
-    else:
-        say(f"{outcome.stage}: {_one_line(outcome.summary)}\n  -> {_one_line(place)}")
-        # Under DVC it is DVC who knows what comes next.
-        if outcome.stage in NEXT and "DVC_STAGE" not in os.environ:
-            say(f"  next: {NEXT[outcome.stage]}")
-    _end_if(failure, as_json)
-
-
-def show_lines(
-    outcome: Outcome, lines: Iterable[str], as_json: bool, failure: TeachonceError | None = None
-) -> None:
-    """Print a listing and the sentence that sums it up, or all of it as JSON for a program.
-
-    Raises:
-        TeachonceError: `failure`, which it has found.
-    """
-    if as_json:
-        show(outcome, as_json, failure)
-        return
-    for line in lines:
-        say(_one_line(line))
-    say(f"{outcome.stage}: {_one_line(outcome.summary)}")
-    _end_if(failure, as_json)
-
-
-def _end_if(failure: TeachonceError | None, as_json: bool) -> None:
-    if failure is None:
-        return
-    if as_json:  # what went wrong is in the one object that is printed
-        say(f"error: {failure}", err=True)
-        raise typer.Exit(failure.exit_code)
-    raise failure
-
-
-def say(text: str, *, err: bool = False) -> None:
-    """Print text on stdout or stderr: the one door, through which no control character gets."""
-    try:
-        typer.echo(harmless(text), err=err)
-    except OSError as error:
-        if error.errno not in durable.CURES:
-            raise  # a pipe that nobody reads any more ends the command quietly
-        # What is left in the buffer would fail once more, with a traceback, when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
-        with durable.named(Path("stderr" if err else "stdout"), "writing"):
-            raise
-
-
-class Line(logging.Formatter):
-    """A line of the log, through the same door."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line without control characters."""
-        return harmless(super().format(record))
-
-
-def _one_line(text: object) -> str:
-    return str(text).replace("\n", "\\n")
-
-
-def _as_json(error: TeachonceError) -> dict[str, str]:
-    """An error for a program."""
-    return {"error": error.problem, "place": error.where, "cure": error.cure}
-
-
-def _place(made: Path | str) -> Path | str:
-    """A path as short as it can be said from here; a URL as it is."""
-    if isinstance(made, str):
-        return made
-    return made.relative_to(Path.cwd()) if made.is_relative_to(Path.cwd()) else made
-
-
 def main() -> None:
     """Entry point: run a command; a person's mistake ends in two lines, not in a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that this terminal's locale has not, or a name that is no UTF-8, ends no command.
         sys.stdout.reconfigure(errors="backslashreplace")
-    log = logging.StreamHandler(sys.stderr)
-    log.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=logging.WARNING, handlers=[log])
-    logging.getLogger("teachonce").setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(logging.INFO)
     # Other people's deprecations are for developers; the tests turn them into errors.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -824,7 +906,7 @@ def main() -> None:
     except TeachonceError as error:
         # A stdout that could not be written to takes no object either.
         if "--json" in sys.argv and error.where != "stdout":
-            say(json.dumps(_as_json(error)))
+            say(json.dumps(as_json_object(error)))
         say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:

@@ -56,11 +56,14 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.at = Layout(root)
         self.params: Params = load_params(self.at.params)
+        log.debug("settings: %s", self.at.params)
 
     @cached_property
     def store(self) -> Store:
         """The store: $TEACHONCE_STORE, or the setting, relative to the work tree."""
-        return Store(store_folder(self.params.store, self.at.root))
+        folder = store_folder(self.params.store, self.at.root)
+        log.debug("store: %s", folder)
+        return Store(folder)
 
     def remote(self) -> Remote | None:
         """The remote of the settings, if they name one.

@@ -2,6 +2,21 @@
 
 Everything raised on purpose in this project derives from `TeachonceError`. The command line prints
 it without a traceback and exits with its `exit_code`; anything else is a bug and keeps its traceback.
+
+The whole tree; the exit code is 1 where none is given:
+
+- TeachonceError
+  - SettingsError: wrong settings, all of them at once (stages/params.py)
+  - RowError: no such row; an `IndexError`, too
+  - StorageError: the operating system refused a read or a write
+  - MissingError: something that a manifest or a stage names is not there; exit code 3
+  - DamagedError: an object or a manifest is not what it says it is; exit code 3
+  - AnotherCopyError: a whole object, but not the copy that the manifest names; exit code 3
+  - IrregularError: a folder, a pipe or a device where a file belongs (storage/regular.py)
+  - RemoteError: the remote could not be reached, or refused (storage/remote.py)
+  - BadVectorsError: NaN, Inf or zero, or too large or small to be stored (storage/embeddings.py)
+  - DriftedTeacherError: the teacher returns other vectors than its cache has (stages/teaching/drift.py)
+  - FailedShardsError: some shards could not be embedded; the others are published (stages/embed.py)
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
@@ -42,6 +43,8 @@ from storage.errors import (
     shown,
 )
 from storage.ipc import first_batch
+
+log = logging.getLogger("teachonce")
 
 FORMAT = 1
 HEADER = b"teachonce"
@@ -163,6 +166,7 @@ class Store:
                 writer.write_batch(batch)
 
         durable.publish(self.path(key), write)
+        log.debug("%s: published, %d rows", key, len(batch))
         published = self.find(key)
         if published is None:
             raise self._missing(key)
@@ -327,6 +331,7 @@ class Store:
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
         self._checked[seen] = header.sha256
+        log.debug("%s: mapped, %d rows", key, len(batch))
         return batch, header, status.st_size
 
     def _content(self, key: str, *, take_up: bool = False) -> tuple[pa.Buffer, os.stat_result]:

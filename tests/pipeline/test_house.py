@@ -1,13 +1,16 @@
 """Pairs of files that must agree, and the commands as a person sees them."""
 
+import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -17,9 +20,11 @@ from pipeline.settings import load_params
 from stages import check, docs, embed, mine, shard, split
 from stages.learning.objectives import Objectives
 from stages.params import Objective, Params, RecipeParams
+from storage import errors
 from tests.conftest import embed_params
 
 ROOT = Path(__file__).parents[2]
+ROOMS = ("pipeline", "stages", "storage", "teachonce")
 COMMANDS = [
     "check",
     "docs",
@@ -171,14 +176,14 @@ def test_the_readme_shows_the_tree_as_it_is():
         shown.add(f"{inside}/{name}" if indent else name)
     rooms = {
         str(init.parent.relative_to(ROOT))
-        for top in ("pipeline", "stages", "storage", "teachonce")
+        for top in ROOMS
         for init in (ROOT / top).rglob("__init__.py")
     }
     assert shown == rooms | {"docs", "tests", "benchmarks"}
 
 
 def test_each_room_says_what_lives_there():
-    for top in ("pipeline", "stages", "storage", "teachonce"):
+    for top in ROOMS:
         for init in (ROOT / top).rglob("__init__.py"):
             assert init.read_text().startswith('"""'), init
 
@@ -189,6 +194,66 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     assert found == COMMANDS
     for command in COMMANDS:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def paragraphs(command):
+    """The help of a command by what a paragraph begins with; the first begins with nothing."""
+    parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", command.help)]
+    return {key: part for part in parts for key in [part.partition(":")[0]]}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_each_argument_and_has_an_example_that_works(name):
+    group = typer.main.get_command(app)
+    command = group.commands[name]
+    for parameter in [*group.params, *command.params]:
+        assert parameter.help, f"{name}: {parameter.name}"
+    program, *words = shlex.split(paragraphs(command)["Example"].removeprefix("Example: "))
+    assert (program, words[0]) == ("teachonce", name)
+    command.make_context(name, words[1:])  # raises for what it does not know
+    # Lines of a paragraph are shown as they stand, so they have to fit into a terminal of 80 columns.
+    for part in command.help.split("\n\n")[1:]:
+        lines = part.strip().splitlines()
+        assert len(lines) == 1 or max(map(len, lines)) <= 78, f"{name}: {part}"
+
+
+def test_help_of_each_stage_says_what_dvc_says_that_it_reads_and_leaves(stages):
+    commands = typer.main.get_command(app).commands
+    for stage in stages.values():
+        name, *model = stage["cmd"].split()[1:]
+        said = paragraphs(commands[name])
+        made = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
+        for told, files in (("Reads", stage.get("deps", [])), ("Leaves", made)):
+            for path in paths(files):
+                words = {"${item}-finetuned": "NAME-finetuned", "${item.start}": "START"}
+                words |= {"${key}": "NAME", "${item}": "NAME", "${export.model}": "NAME"}
+                if name == "evaluate":
+                    words = dict.fromkeys([*model, *words], "MODEL")
+                for old, new in words.items():
+                    path = path.replace(old, new)
+                path = path.replace("data/neighbours/${item.recipe}.json", "data/neighbours")
+                if name == "export" and path.startswith("reports/metrics/"):
+                    path = "reports/metrics"
+                assert re.search(rf"{re.escape(path)}(?![\w/-])", said[told]), (
+                    f"{name} {told} {path}"
+                )
+
+
+def test_the_tree_of_errors_is_whole():
+    bases = {"TeachonceError": "Exception"}
+    for path in [path for top in ROOMS for path in (ROOT / top).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
+                bases[node.name] = ast.unparse(node.bases[0])
+    told, above = {}, ["Exception"]
+    for indent, name in re.findall(r"^( *)- (\w+)", errors.__doc__, re.MULTILINE):
+        del above[1 + len(indent) // 2 :]
+        told[name] = above[-1]
+        above.append(name)
+    assert told == bases
+    codes = dict(re.findall(r"- (\w+): .*exit code (\d)$", errors.__doc__, re.MULTILINE))
+    for name in vars(errors).keys() & bases:
+        assert getattr(errors, name).exit_code == int(codes.get(name, 1)), name
 
 
 def test_help_waits_for_nothing_heavy():

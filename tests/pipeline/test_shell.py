@@ -3,13 +3,18 @@
 import io
 import json
 import logging
+import os
+import re
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
-from pipeline import cli
+from pipeline import cli, printing
 from stages.outcome import Outcome
 from stages.reporting.table import table
 from stages.reporting.templating import fenced
@@ -46,18 +51,18 @@ def shell(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_printed_and_logged_goes_through_one_door(capsys, monkeypatch):
-    cli.show(Outcome("embed", Path(HOSTILE), f"{HOSTILE}\nerror: none"), as_json=False)
-    cli.show_lines(Outcome("ls", "", HOSTILE), [f"ref {HOSTILE}\nref b"], as_json=False)
-    cli.say(HOSTILE, err=True)
+    printing.show(Outcome("embed", Path(HOSTILE), f"{HOSTILE}\nerror: none"), as_json=False)
+    printing.show_lines(Outcome("ls", "", HOSTILE), [f"ref {HOSTILE}\nref b"], as_json=False)
+    printing.say(HOSTILE, err=True)
     said = capsys.readouterr()
     assert said.out == (
-        f"embed: {SAFE}\\nerror: none\n  -> {SAFE}\n  next: {cli.NEXT['embed']}\n"
+        f"embed: {SAFE}\\nerror: none\n  -> {SAFE}\n  next: {printing.NEXT['embed']}\n"
         f"ref {SAFE}\\nref b\nls: {SAFE}\n"
     )
     assert said.err == SAFE + "\n"
     record = logging.LogRecord("teachonce", logging.INFO, "", 0, "read %s", (HOSTILE,), None)
-    assert cli.Line("%(message)s").format(record) == f"read {SAFE}"
-    source = (ROOT / "pipeline/cli.py").read_text()
+    assert printing.Line("%(message)s").format(record) == f"read {SAFE}"
+    source = "".join(path.read_text() for path in sorted((ROOT / "pipeline").rglob("*.py")))
     assert source.count("typer.echo(") == 1
 
 
@@ -143,8 +148,8 @@ def test_an_error_is_one_json_object_too(shell, tmp_path):
 
 def test_what_was_done_and_what_ended_it_are_one_json_object(capsys):
     failure = DamagedError("a", "is damaged", "run b")
-    with pytest.raises(cli.typer.Exit) as ended:
-        cli.show(Outcome("repair", Path("store"), "1 moved", {"n": 1}), True, failure)
+    with pytest.raises(typer.Exit) as ended:
+        printing.show(Outcome("repair", Path("store"), "1 moved", {"n": 1}), True, failure)
     assert ended.value.exit_code == 3
     said = capsys.readouterr()
     found = json.loads(said.out)
@@ -156,7 +161,7 @@ def test_what_was_done_and_what_ended_it_are_one_json_object(capsys):
     )
     assert said.err == "error: a: is damaged\n  cure: run b\n"
     with pytest.raises(DamagedError):
-        cli.show(Outcome("repair", Path("store"), "1 moved"), False, failure)
+        printing.show(Outcome("repair", Path("store"), "1 moved"), False, failure)
 
 
 def test_a_command_runs_in_another_folder(shell, tmp_path, monkeypatch):
@@ -189,3 +194,42 @@ def test_a_stdout_that_is_full_is_told(shell, monkeypatch):
         code, _, err = shell("init", "project", "--json")
     assert code == 1
     assert err.startswith("error: stdout: writing failed: No space left on device\n  cure: free ")
+
+
+def test_the_version_is_that_of_the_package(shell):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert shell("--version") == (0, f"teachonce {project['version']}\n", "")
+
+
+def test_v_logs_each_step(shell, tmp_path, monkeypatch):
+    """What is printed stays the same, and a key in the headers of a library's request is not logged."""
+    (tmp_path / "a.txt").write_text("This is a text.\nAnother text is here.\n")
+    settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    settings["shard"]["sources"] = ["a.txt"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    library = logging.getLogger("a library")
+    for words, is_logged in ((("-v", "shard"), True), (("shard",), False)):
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        code, out, err = shell(*words)
+        assert (code, out.splitlines()[1]) == (0, "  -> data/corpus.json")
+        assert (f"settings: {tmp_path}/params.yaml" in err) == is_logged
+        assert (f"store: {tmp_path}/store" in err) == is_logged
+        assert (".arrow: mapped, 2 rows" in err) == is_logged
+        assert library.isEnabledFor(logging.INFO) == is_logged
+        assert not library.isEnabledFor(logging.DEBUG)
+
+
+@pytest.mark.parametrize("kind", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands(kind):
+    environment = {**os.environ, "_TEACHONCE_COMPLETE": f"complete_{kind}"}
+    environment |= {"COMP_WORDS": "teachonce em", "COMP_CWORD": "1"}
+    environment |= {
+        "_TYPER_COMPLETE_ARGS": "teachonce em",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    code = "import sys; sys.argv[0] = 'teachonce'; from pipeline.cli import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    offered = set(re.findall(r"\w+", run.stdout)) & {"embed", "mine", "shard", "gc"}
+    assert (offered, run.stderr) == ({"embed"}, "")
