@@ -79,7 +79,8 @@ def settings() -> str:
     for name, kind in sections.items():
         model = ENTRIES.get(name, kind)
         parts += [f"## `{name}`", _docstring(model)]
-        parts += [_table(model, {} if name in ENTRIES else shipped[name])]
+        values = {} if name in ENTRIES else shipped[name]
+        parts += [_table(model, values, beside=value_notes(section_text(source, name)))]
         if name == "recipes":
             parts += ["### Objectives", "Entries of a recipe's list `objectives`."]
             for objective in get_args(get_args(Objective)[0]):
@@ -103,18 +104,37 @@ def section_text(source: str, name: str) -> str:
     return "".join(lines[first:last]).strip() + "\n"
 
 
+def value_notes(text: str) -> dict[str, str]:
+    """Setting -> the comment beside its value in a section of params.yaml, which may go on below it."""
+    notes: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if found := re.match(r"  (\w+):.*?  ?# (.+)", line):
+            name = found[1]
+            notes[name] = found[2]
+        elif name and (more := re.match(r"\s{20,}# ?(.+)", line)):
+            notes[name] += f" {more[1]}"
+        else:
+            name = ""
+    return notes
+
+
 def _table(
-    model: type[BaseModel], shipped: Mapping[str, Any], names: list[str] | None = None
+    model: type[BaseModel],
+    shipped: Mapping[str, Any],
+    names: list[str] | None = None,
+    *,
+    beside: Mapping[str, str] | None = None,
 ) -> str:
     schema = model.model_json_schema(by_alias=True)
-    notes = field_notes(model)
+    notes = {**field_notes(model), **(beside or {})}
     rows = []
     for name in names or model.model_fields:
         key = model.model_fields[name].alias or name
         row = [f"`{key}`", takes(schema["properties"][key], schema.get("$defs", {}))]
         if shipped:
             row += [_value(shipped[key])]
-        rows.append([*row, notes.get(name, "")])
+        rows.append([*row, _prose(notes.get(key) or notes.get(name, ""))])
     titles = ["setting", "takes", *(["shipped"] if shipped else []), "meaning"]
     return markdown_table(titles, rows)
 
@@ -308,6 +328,13 @@ def _template(node: ast.expr, names: Mapping[str, ast.expr]) -> str:
         case ast.Name(id=name) if name in names:
             return _template(names[name], {})
     return "…"
+
+
+def _prose(text: str) -> str:
+    """A comment in a cell: what stands in angles or bars outside of code is text, too."""
+    parts = text.split("`")
+    parts[::2] = [_code(part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _code(text: str) -> str:
