@@ -36,7 +36,7 @@ class Bar:
     """A model's share of the teacher.
 
     Args:
-        name: Of the model.
+        name: The model's name.
         tone: CSS class of its colour.
         percent: 0 and above; 100 is as much as the teacher.
         decimals: How many of it are known.
@@ -48,7 +48,7 @@ class Bar:
     decimals: int = 1
 
     @property
-    def told(self) -> str:
+    def label(self) -> str:
         """The number as it is written."""
         return f"{self.percent:.{self.decimals}f} %"
 
@@ -58,10 +58,10 @@ class Mark:
     """A model in a plane.
 
     Args:
-        name: Of the model.
+        name: The model's name.
         tone: CSS class of its colour.
-        x: Its cost.
-        y: Its quality.
+        x: The model's cost.
+        y: The model's quality.
         note: Said after its name; may be empty.
     """
 
@@ -77,7 +77,7 @@ class Line:
     """A value of a model by step.
 
     Args:
-        name: Of the model.
+        name: The model's name.
         tone: CSS class of its colour.
         points: Step and value; at least one.
         best: The step whose weights were kept, if known.
@@ -93,7 +93,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
     """A bar for each model from 0, with its number; a thin line stands at 100 %, the teacher.
 
     Args:
-        title: Of the measure.
+        title: What is measured.
         rows: At least one.
     """
     width, row = 320.0, 34
@@ -104,13 +104,13 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
         y = place * row
         parts.append(
             text(0, y + 14, cut(bar.name, 32), "name")
-            + text(width, y + 14, bar.told, "value", anchor="end")
+            + text(width, y + 14, bar.label, "value", anchor="end")
             + f'<g class="{bar.tone}"><rect class="track" x="0" y="{y + 20}" height="8"'
             f' width="{px(x.at(100))}" rx="2"/><rect class="bar" x="0" y="{y + 20}" height="8"'
             f' width="{px(x.at(max(bar.percent, 0)))}" rx="2"/></g>'
             + line(x.at(100) - 0.75, y + 18, x.at(100) - 0.75, y + 30, "teacher edge")
         )
-    said = ", ".join(f"{bar.name} {bar.told}" for bar in rows)
+    said = ", ".join(f"{bar.name} {bar.label}" for bar in rows)
     return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
 
 
@@ -119,8 +119,8 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
 
     Args:
         marks: At least one.
-        x_title: Of the cost.
-        y_title: Of the quality.
+        x_title: What the cost is, on the horizontal axis.
+        y_title: What the quality is, on the vertical axis.
     """
     width, height = 400.0, 320.0
     x = Axis.around([mark.x for mark in marks], 44, width - 12, margin=0.12)
@@ -157,7 +157,7 @@ def lines(rows: Sequence[Line], *, title: str) -> Markup:
 
     Args:
         rows: At least one.
-        title: Of the value.
+        title: What the value is.
     """
     width, height = 400.0, 300.0
     names = [cut(row.name, 18) for row in rows]
@@ -190,7 +190,7 @@ def small_line(row: Line, *, title: str) -> Markup:
 
     Args:
         row: The line.
-        title: Of the value.
+        title: What the value is.
     """
     width, height = 200.0, 96.0
     values = [value for _, value in row.points]
@@ -208,21 +208,21 @@ def small_line(row: Line, *, title: str) -> Markup:
     return picture(width, height, said, parts)
 
 
-def histogram(found: Similarities, name: str, tone: str) -> Markup:
+def histogram(seen: Similarities, name: str, tone: str) -> Markup:
     """How the cosines of all pairs are spread: the teacher's as an area, the model's as a line.
 
     Args:
-        found: Counts; each side is drawn as shares of its own sum.
-        name: Of the model.
+        seen: How many pairs lie in each bin; each side is drawn as shares of its own sum.
+        name: The model's name.
         tone: CSS class of its colour.
     """
     width, height = 320.0, 170.0
     shares = [
-        [count / max(sum(counts), 1) for count in counts] for counts in (found.teacher, found.model)
+        [count / max(sum(counts), 1) for count in counts] for counts in (seen.teacher, seen.model)
     ]
-    x = Axis(found.edges[0], found.edges[-1], 4, width - 4)
+    x = Axis(seen.edges[0], seen.edges[-1], 4, width - 4)
     y = Axis(0, max(*shares[0], *shares[1], 1e-9), height - 24, 6)
-    outlines = [_steps(found.edges, share, x, y) for share in shares]
+    outlines = [_steps(seen.edges, share, x, y) for share in shares]
     parts = [
         f'<path class="area" d="{outlines[0]}Z"/>',
         f'<g class="{tone}"><path class="line" d="{outlines[1]}"/></g>',
@@ -233,7 +233,7 @@ def histogram(found: Similarities, name: str, tone: str) -> Markup:
         for value, label in x.ticks()
         if x.begin + 8 < x.at(value) < x.end - 8
     ]
-    means = [_mean(found.edges, share) for share in shares]
+    means = [_mean(seen.edges, share) for share in shares]
     said = (
         f"Cosines of all pairs: {name} has a mean of {means[1]:.2f}, the teacher of {means[0]:.2f}"
     )
@@ -245,7 +245,7 @@ def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -
 
     Args:
         pairs: The teacher's cosine, the model's; at least one pair.
-        name: Of the model.
+        name: The model's name.
         tone: CSS class of its colour.
         span: Lowest and highest cosine on the axes. One for all pictures that stand side by side.
     """
@@ -306,10 +306,10 @@ def _path(points: Points, x: Axis, y: Axis) -> str:
 
 
 def _ring(row: Line, x: Axis, y: Axis) -> str:
-    found = [(step, value) for step, value in row.points if step == row.best]
+    rings = [(step, value) for step, value in row.points if step == row.best]
     return "".join(
         f'<circle class="ring" cx="{px(x.at(step))}" cy="{px(y.at(value))}" r="4.5"/>'
-        for step, value in found
+        for step, value in rings
     )
 
 

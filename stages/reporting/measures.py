@@ -28,10 +28,10 @@ class Kept:
     """A measure of which both a student and the teacher have a number, over the same sets.
 
     Args:
-        title: Of the measure.
+        title: The measure's name.
         ours: The student's.
         theirs: The teacher's, not 0.
-        ends: Of the confidence intervals of both, where they are known.
+        ends: The confidence interval of each number, where it is known.
         is_tied: Whether the two cannot be told apart.
     """
 
@@ -47,7 +47,7 @@ class Kept:
         return 100 * self.ours / self.theirs
 
     @property
-    def percent_told(self) -> str:
+    def percent_text(self) -> str:
         """The same in as many digits as are known, at most one behind the point."""
         return f"{self.percent:.{_decimals(self.ends, self.theirs)}f}"
 
@@ -59,10 +59,10 @@ def verdict(
 
     Empty if there is no teacher, no student, or nothing to compare them by.
     """
-    name, found = best(models, students, rank_by), yardstick(models, students, rank_by)
-    if name is None or found is None or TEACHER not in models:
+    name, ranking = best(models, students, rank_by), yardstick(models, students, rank_by)
+    if name is None or ranking is None or TEACHER not in models:
         return ""
-    rivals = [student for student in students if _has(models, student, found[1])]
+    rivals = [student for student in students if _has(models, student, ranking[1])]
     title = f"{name}, the best student," if len(rivals) > 1 else name
     if same := ties(models, students, rank_by):
         title = f"{name}, tied with {listed(same)} for the best student,"
@@ -100,10 +100,10 @@ def best(
     models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> str | None:
     """The student that is first by the `yardstick`; the earlier one of two that are tied."""
-    found = yardstick(models, students, rank_by)
-    if found is None:
+    ranking = yardstick(models, students, rank_by)
+    if ranking is None:
         return None
-    scores = measured({name: models[name] for name in students if name in models}, found[1])
+    scores = measured({name: models[name] for name in students if name in models}, ranking[1])
     return max(scores, key=lambda name: scores[name])
 
 
@@ -111,24 +111,24 @@ def ties(
     models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> list[str]:
     """The students that cannot be told apart from the first one."""
-    name, found = best(models, students, rank_by), yardstick(models, students, rank_by)
-    if name is None or found is None:
+    name, ranking = best(models, students, rank_by), yardstick(models, students, rank_by)
+    if name is None or ranking is None:
         return []
     others = [student for student in students if student in models and student != name]
-    return [other for other in others if tied(models[other], models[name], found[1])]
+    return [other for other in others if tied(models[other], models[name], ranking[1])]
 
 
 def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
     """STS average and nDCG@10 of a student beside the teacher's, where they can be compared."""
-    found = []
+    shares = []
     for kind, measure, title in (("sts.", sts, "STS average"), ("retrieval.", ndcg, "nDCG@10")):
         ours, theirs = measure(student), measure(teacher)
         # An average over other sets is another thing.
         alike = _sets(student, kind) == _sets(teacher, kind)
         if alike and ours is not None and theirs:
             both = ends(student, measure), ends(teacher, measure)
-            found.append(Kept(title, ours, theirs, both, tied(student, teacher, measure)))
-    return found
+            shares.append(Kept(title, ours, theirs, both, tied(student, teacher, measure)))
+    return shares
 
 
 def times_as_fast(metrics: Metrics, teacher: Metrics) -> float | None:
@@ -153,17 +153,17 @@ def at_widths(metrics: Metrics) -> dict[int, Metrics]:
     Returns:
         How many values -> metrics, under the keys of whole vectors; the most values first.
     """
-    found: dict[int, dict[str, str | int | float]] = {}
+    by_width: dict[int, dict[str, str | int | float]] = {}
     for key, value in metrics.items():
         if match := re.fullmatch(r"widths\.(\d+)\.(.+)", key):
-            found.setdefault(int(match[1]), {})[match[2]] = value
-    return dict(sorted(found.items(), reverse=True))
+            by_width.setdefault(int(match[1]), {})[match[2]] = value
+    return dict(sorted(by_width.items(), reverse=True))
 
 
 def ends(metrics: Metrics, measure: Measure) -> Ends | None:
     """The 95 % interval of a measure; None if it is not known.
 
-    Of a mean over several sets it is the mean of their ends, which is wider than need be.
+    The interval of a mean over several sets is the mean of their ends, which is wider than need be.
     """
     low, high = (
         measure({key.removesuffix(end): v for key, v in metrics.items() if key.endswith(end)})
@@ -178,7 +178,9 @@ def tied(ours: Metrics, theirs: Metrics, measure: Measure) -> bool:
     if a is None or b is None:
         return False
     sides = ((ends(ours, measure), b), (ends(theirs, measure), a))
-    return any(found is not None and found[0] <= value <= found[1] for found, value in sides)
+    return any(
+        interval is not None and interval[0] <= value <= interval[1] for interval, value in sides
+    )
 
 
 def decimals_of_share(student: Metrics, teacher: Metrics, measure: Measure) -> int:
@@ -187,29 +189,29 @@ def decimals_of_share(student: Metrics, teacher: Metrics, measure: Measure) -> i
 
 
 def _decimals(intervals: Sequence[Ends | None], whole: float) -> int:
-    """Of a share of `whole`, in percent: what the widest interval leaves known."""
+    """Digits behind the point of a share of `whole` in percent that the widest interval leaves known."""
     widths = (high - low for low, high in filter(None, intervals))
     return decimals_of((0.0, 100 * max(widths, default=0.0) / whole), 1)
 
 
-def decimals_of(found: Ends | None, most: int) -> int:
+def decimals_of(interval: Ends | None, most: int) -> int:
     """Digits behind the point that an interval leaves known: 2 for one of +-0.02; `most` without one."""
-    half = (found[1] - found[0]) / 2 if found else 0.0
+    half = (interval[1] - interval[0]) / 2 if interval else 0.0
     return most if half <= 0 else min(most, max(0, math.ceil(-math.log10(half) - 1e-9)))
 
 
-def told(value: float, found: Ends | None, decimals: int, joint: str = " ± ") -> str:
+def with_interval(value: float, interval: Ends | None, decimals: int, joint: str = " ± ") -> str:
     """A number with half of its interval, where that is known, in as many digits as are known."""
-    if found is None:
+    if interval is None:
         return f"{value:.{decimals}f}"
-    decimals = min(decimals, decimals_of(found, decimals)) if joint != "±" else decimals
-    return f"{value:.{decimals}f}{joint}{(found[1] - found[0]) / 2:.{decimals}f}"
+    decimals = min(decimals, decimals_of(interval, decimals)) if joint != "±" else decimals
+    return f"{value:.{decimals}f}{joint}{(interval[1] - interval[0]) / 2:.{decimals}f}"
 
 
 def measured(models: Mapping[str, Metrics], measure: Measure) -> dict[str, float]:
     """Model -> number, for those that have one."""
-    found = {name: measure(metrics) for name, metrics in models.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: measure(metrics) for name, metrics in models.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def of(key: str) -> Measure:
@@ -253,12 +255,12 @@ def millions(metrics: Metrics) -> float | None:
 
 def ndcg(metrics: Metrics) -> float | None:
     """The mean over all retrieval sets, 0 to 1."""
-    found = [
+    scores = [
         float(value)
         for key, value in metrics.items()
         if key.startswith("retrieval.") and key.endswith(".ndcg@10")
     ]
-    return statistics.fmean(found) if found else None
+    return statistics.fmean(scores) if scores else None
 
 
 def devices(models: Mapping[str, Metrics]) -> list[str]:
@@ -280,14 +282,14 @@ def _comparisons(student: Metrics, teacher: Metrics) -> list[str]:
     """What a student is beside the teacher, each to stand after its name; at least one."""
     whose = ("the teacher's", "its")
     phrases = [
-        f"{part.percent_told} % of {owner} {part.title}"
+        f"{part.percent_text} % of {owner} {part.title}"
         f"{' (tied: inside the confidence interval)' if part.is_tied else ''}"
         for part, owner in zip(kept(student, teacher), whose, strict=False)
     ]
     said = [f"keeps {listed(phrases)}"] if phrases else []
     agreement = likeness(student)
     if not said and agreement is not None:
-        shown = told(agreement, ends(student, likeness), 3)
+        shown = with_interval(agreement, ends(student, likeness), 3)
         said.append(f"agrees with the teacher on the order of pairs (Spearman {shown})")
     times = times_as_fast(student, teacher)
     if times is not None:

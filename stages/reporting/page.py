@@ -1,7 +1,7 @@
 """What stages left about models -> one HTML page that says which student to serve.
 
-Whole in itself: no script, no request, nothing of the machine or the day. templates/page.html says where
-everything stands; here is what it is given.
+The page stands alone: it has no script, makes no request, and tells nothing of the machine or the day.
+templates/page.html is its markup and its words; this module gives it the numbers and drawings.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _cards(metrics: Mapping[str, Metrics], best: str | None) -> list[Card]:
         return []
     student, teacher = metrics[best], metrics[TEACHER]
     cards = [
-        (part.percent_told, "%", f"of the teacher's {part.title}", _sides(part))
+        (part.percent_text, "%", f"of the teacher's {part.title}", _sides(part))
         for part in measures.kept(student, teacher)
     ]
     times = measures.times_as_fast(student, teacher)
@@ -105,7 +105,7 @@ def _cards(metrics: Mapping[str, Metrics], best: str | None) -> list[Card]:
         cards.append((measures.short(share), "%", "of the teacher's size", said))
     agreement = measures.likeness(student)
     if agreement is not None:
-        shown = measures.told(agreement, measures.ends(student, measures.likeness), 3)
+        shown = measures.with_interval(agreement, measures.ends(student, measures.likeness), 3)
         value, _, half = shown.partition(" ± ")
         said = "rank correlation of all pairs' cosines"
         cards.append((value, f"± {half}" if half else "", "fidelity to the teacher", said))
@@ -119,5 +119,5 @@ def _both(student: Metrics, teacher: Metrics, key: str, decimals: int) -> list[s
 def _sides(part: measures.Kept) -> str:
     decimals = 2 if part.theirs > 1 else 3
     sides = zip((part.ours, part.theirs), part.ends, strict=True)
-    ours, theirs = (measures.told(value, ends, decimals) for value, ends in sides)
+    ours, theirs = (measures.with_interval(value, ends, decimals) for value, ends in sides)
     return f"{ours}, teacher {theirs}"

@@ -115,10 +115,10 @@ class Model:
     """All that stages left about a model.
 
     Args:
-        name: Of the model.
-        metrics: Its numbers.
+        name: The model's name.
+        metrics: The model's numbers.
         details: What to look at.
-        curve: Of its training, if it was trained here.
+        curve: Score and losses by step, if it was trained here.
         training: How that ended, if it was trained here.
     """
 
@@ -138,14 +138,14 @@ def read_metrics(path: Path, name: str) -> Metrics:
     """
     cure = _evaluate(name)
     try:
-        found = json.loads(_bytes(path, cure))
+        metrics = json.loads(_bytes(path, cure))
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, "no JSON", cure) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(value, str | int | float) for value in found.values()
+    if not isinstance(metrics, dict) or not all(
+        isinstance(value, str | int | float) for value in metrics.values()
     ):
         raise DamagedError(path, "not the flat metrics of a model", cure)
-    return found
+    return metrics
 
 
 def read_details(path: Path, name: str) -> Details:
@@ -229,6 +229,6 @@ def _train(name: str) -> str:
 
 def _first(error: ValidationError) -> str:
     """The first thing that pydantic found: where, and what is wrong there."""
-    found = error.errors(include_url=False)[0]
-    where = ".".join(map(str, found["loc"]))
-    return shown(f"{where}: {found['msg']}" if where else found["msg"])
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return shown(f"{where}: {problem['msg']}" if where else problem["msg"])

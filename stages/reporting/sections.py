@@ -155,15 +155,15 @@ def curves(subject: Subject) -> list[Figure]:
 
 def losses(subject: Subject) -> list[tuple[str, str, Markup]]:
     """Student, part of its loss, and that by step."""
-    found = []
+    drawn = []
     for name in subject.students:
         curve = subject.models[name].curve
         for part, points in curve.losses.items() if curve else ():
             if points:
                 line = charts.Line(name, subject.tones[name], points)
                 drawing = charts.small_line(line, title=f"{part} loss")
-                found.append((cut(name, 24), part, drawing))
-    return found
+                drawn.append((cut(name, 24), part, drawing))
+    return drawn
 
 
 def similarities(subject: Subject) -> list[tuple[str, list[Markup], str | None]]:
@@ -171,7 +171,7 @@ def similarities(subject: Subject) -> list[tuple[str, list[Markup], str | None]]
     seen = {name: subject.models[name].details for name in subject.students}
     cosines = [c for details in seen.values() for pair in details.scatter for c in pair]
     span = (min(cosines, default=0), max(cosines, default=1))
-    found = []
+    drawn = []
     for name, details in seen.items():
         tone, drawings = subject.tones[name], []
         if details.similarities:
@@ -180,8 +180,8 @@ def similarities(subject: Subject) -> list[tuple[str, list[Markup], str | None]]
             drawings.append(charts.scatter(details.scatter, name, tone, span=span))
         if drawings:
             shift = measures.shift_of_cosines(subject.models[name].metrics)
-            found.append((name, drawings, shift))
-    return found
+            drawn.append((name, drawings, shift))
+    return drawn
 
 
 def disagreements(subject: Subject) -> dict[str, list[tuple[Disagreement, Markup]]]:
@@ -199,10 +199,10 @@ def _gauge(name: str, pair: Disagreement, tone: str) -> Markup:
 
 def searches(subject: Subject) -> list[tuple[str, str, dict[str, Sequence[Result]]]]:
     """Evaluation set, query, and what the teacher and each student find for it."""
-    found: dict[tuple[str, str], dict[str, Sequence[Result]]] = {}
+    by_query: dict[tuple[str, str], dict[str, Sequence[Result]]] = {}
     for name in subject.models:
         if name not in subject.starts:
             for search in subject.models[name].details.searches:
-                answers = found.setdefault((search.set, search.query), {})
+                answers = by_query.setdefault((search.set, search.query), {})
                 answers[name] = search.results[:MOST_RESULTS]
-    return [(*asked, answers) for asked, answers in found.items()][:MOST_SEARCHES]
+    return [(*asked, answers) for asked, answers in by_query.items()][:MOST_SEARCHES]

@@ -80,8 +80,8 @@ class Axis:
     def _log_ticks(self) -> list[tuple[float, str]]:
         exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         digits = (1,) if len(exponents) > 4 else (1, 2, 5)
-        found = [digit * 10.0**exponent for exponent in exponents for digit in digits]
-        return [(v, f"{v:,.12g}") for v in found if self.low <= v <= self.high]
+        ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        return [(v, f"{v:,.12g}") for v in ticks if self.low <= v <= self.high]
 
 
 def _nice(step: float) -> float:
@@ -161,12 +161,12 @@ def label_boxes(
 
     Args:
         points: (x, y) of n points.
-        widths: Of the n labels.
-        height: Of every label.
+        widths: Pixels, of the n labels.
+        height: Pixels, the same for every label.
         frame: Where labels may be.
     """
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    found = []
+    boxes = []
     for (x, y), width in zip(points, widths, strict=True):
         candidates = list(_around(x, y, width, height, frame))
         free = (
@@ -177,8 +177,8 @@ def label_boxes(
         box = next(free, candidates[0])
         # Two names on one line need a gap, or they read as one.
         taken.append(Box(box.left - 8, box.top, box.right + 8, box.bottom))
-        found.append(box)
-    return found
+        boxes.append(box)
+    return boxes
 
 
 def _around(x: float, y: float, width: float, height: float, frame: Box) -> Iterator[Box]:

@@ -26,8 +26,8 @@ from stages.reporting.measures import (
     sts,
     tied,
     times_as_fast,
-    told,
     verdict,
+    with_interval,
     yardstick,
 )
 from stages.reporting.results import Metrics
@@ -103,7 +103,7 @@ def table(
         report: As the stage gives it, or as reports/metrics.json holds it.
         students: Names of the trained models, in the order of their rows. The teacher comes first,
             then the others in the order of the report.
-        width: Of the terminal, in characters. Columns that do not fit are left out and named below.
+        width: The terminal's, in characters. Columns that do not fit are left out and named below.
         rank_by: The metric that ranks students; None for the first that was measured.
     """
     from rich import box
@@ -116,24 +116,24 @@ def table(
     names += [name for name in students if name in models]
     shown = rows({name: models[name] for name in names})
     labels = {row: row if row in models else f"  {part_of(row)}" for row in shown}
-    found = columns(shown, students, most_sets=MOST_SETS)
-    kept = _fitting(found, width - max(map(len, ["model", *labels.values()])))
+    every_column = columns(shown, students, most_sets=MOST_SETS)
+    fitting = _fitting(every_column, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
     said = [verdict(models, students, rank_by), *notes(models, students, rank_by)]
-    if missing := [column.name for column in found if column not in kept]:
+    if missing := [column.name for column in every_column if column not in fitting]:
         said.append(f"No room for: {', '.join(missing)}.")
     drawn.caption = Text(harmless("\n".join(["", *filter(None, said)])))
     drawn.caption_justify, drawn.caption_style = "left", "none"
     drawn.add_column("model", vertical="bottom", no_wrap=True)
-    for column in kept:
+    for column in fitting:
         drawn.add_column(
             Text(harmless(column.title)), justify="right", vertical="bottom", no_wrap=True
         )
     for row, label in labels.items():
         cells = [
             Text(harmless(column.cells.get(row, NOTHING)), "bold" if row in column.bold else "")
-            for column in kept
+            for column in fitting
         ]
         drawn.add_row(Text(harmless(label)), *cells)
     return drawn
@@ -145,11 +145,11 @@ def rows(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
     Returns:
         `kd`, `kd · first 128` -> metrics under the keys of whole vectors, in the order of `models`.
     """
-    found = {}
+    by_row = {}
     for name, metrics in models.items():
-        found[name] = metrics
-        found |= {f"{name} · first {w}": cut for w, cut in at_widths(metrics).items()}
-    return found
+        by_row[name] = metrics
+        by_row |= {f"{name} · first {w}": cut for w, cut in at_widths(metrics).items()}
+    return by_row
 
 
 def part_of(row: str) -> str:
@@ -165,51 +165,51 @@ def columns(
     Args:
         models: Name -> metrics; or `rows` of models.
         students: The names among which the best is bold.
-        most_sets: Of one kind of evaluation; if there are more, their average stands for them.
+        most_sets: With more evaluation sets of one kind than this, their average stands for them.
     """
-    found = [_quality(quality, models, students) for quality in qualities(models, most_sets)]
-    found += [
+    drawn = [_quality(quality, models, students) for quality in qualities(models, most_sets)]
+    drawn += [
         _amount("texts\nper s", measured(models, of("sentences_per_second")), 5),
         Column("speed-\nup", _speedups(models), 7),
         _amount("million\nweights", measured(models, millions), 2),
         _amount("MB", measured(models, of("megabytes")), 6),
     ]
-    return [column for column in found if column.cells]
+    return [column for column in drawn if column.cells]
 
 
 CUT = ".truncated"
-"""Of the keys that say which share of the texts of a set was cut."""
+"""Suffix of the keys that say which share of the texts of a set was truncated."""
 
 INDEX = "teacher_index."
-"""Of the keys about the student's queries among the teacher's vectors of the documents."""
+"""Prefix of the keys about the student's queries among the teacher's vectors of the documents."""
 
 
 def qualities(models: Mapping[str, Metrics], most_sets: float = math.inf) -> list[Quality]:
     """Every measure of which more is better, as far as `models` name its sets, in the table's order."""
     named, searched = _names(models, "sts.", ""), _names(models, "retrieval.", ".ndcg@10")
-    found = []
+    every_quality = []
     if len(named) != 1:
-        found.append(Quality("STS\naverage", sts, 2, 9))
+        every_quality.append(Quality("STS\naverage", sts, 2, 9))
     if len(named) <= most_sets:
         keep = 9 if len(named) == 1 else 1
         titles = {name: name if "sts" in name.lower() else f"STS {name}" for name in named}
-        found += [Quality(_title(titles[n]), of(f"sts.{n}"), 2, keep) for n in named]
+        every_quality += [Quality(_title(titles[n]), of(f"sts.{n}"), 2, keep) for n in named]
     if len(searched) > most_sets:
-        found.append(Quality("nDCG@10\naverage", ndcg, 3, 4))
+        every_quality.append(Quality("nDCG@10\naverage", ndcg, 3, 4))
     else:
-        found += [
+        every_quality += [
             Quality(f"nDCG@10\n{_title(name)}", of(f"retrieval.{name}.ndcg@10"), 3, 4)
             for name in searched
         ]
-        found += [
+        every_quality += [
             Quality(
                 f"nDCG@10\n{_title(name)},\nteacher's\nindex", of(f"{INDEX}{name}.ndcg@10"), 3, 2
             )
             for name in _names(models, INDEX, ".ndcg@10")
         ]
-    found.append(Quality("fidelity", likeness, 3, 8))
-    found.append(Quality("top-10\noverlap", of("fidelity.top10_overlap"), 3, 3))
-    return found
+    every_quality.append(Quality("fidelity", likeness, 3, 8))
+    every_quality.append(Quality("top-10\noverlap", of("fidelity.top10_overlap"), 3, 3))
+    return every_quality
 
 
 GLOSSARY = {
@@ -221,9 +221,9 @@ GLOSSARY = {
 }
 
 
-def glossary(found: Sequence[Column], shown: Collection[str]) -> dict[str, str]:
+def glossary(titled: Sequence[Column], shown: Collection[str]) -> dict[str, str]:
     """Term -> meaning, of the terms in the titles of the columns and in the names of the rows."""
-    titles = " ".join(column.name for column in found).lower()
+    titles = " ".join(column.name for column in titled).lower()
     terms = {term: meaning for term, meaning in GLOSSARY.items() if term.lower() in titles}
     if any(" · first " in row for row in shown):
         terms["first N"] = "the model with nothing but the first N values of its vectors"
@@ -239,9 +239,9 @@ def notes(
 
 
 def _rule(models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None) -> str:
-    found = yardstick(models, students, rank_by)
-    ranked = [name for name in students if found and name in models]
-    said = f"Best: highest {found[0]}. " if found and len(ranked) > 1 else ""
+    ranking = yardstick(models, students, rank_by)
+    ranked = [name for name in students if ranking and name in models]
+    said = f"Best: highest {ranking[0]}. " if ranking and len(ranked) > 1 else ""
     if any(key.endswith(".low") for metrics in models.values() for key in metrics):
         said += (
             "±: half of a 95 % confidence interval, by bootstrap over queries, pairs or texts. Models are "
@@ -270,16 +270,16 @@ def _ignored(models: Mapping[str, Metrics]) -> str:
 
 
 def _speed(models: Mapping[str, Metrics]) -> str:
-    found = devices(models)
-    if not found:
+    places = devices(models)
+    if not places:
         return ""
-    within = " Models on different devices are not compared." if len(found) > 1 else ""
+    within = " Models on different devices are not compared." if len(places) > 1 else ""
     compared = (
         " Speed-up: each model was timed in turns with a fixed workload."
         if measured(models, of(SPEED))
         else ""
     )
-    return f"Speeds were measured on {listed(found)}.{compared}{within}"
+    return f"Speeds were measured on {listed(places)}.{compared}{within}"
 
 
 def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
@@ -287,10 +287,11 @@ def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collecti
     intervals = {name: ends(models[name], quality.measure) for name in values}
     # One column has one number of decimals: that of its narrowest interval.
     decimals = max(
-        (decimals_of(found, quality.decimals) for found in intervals.values()), default=0
+        (decimals_of(interval, quality.decimals) for interval in intervals.values()), default=0
     )
     cells = {
-        name: told(value, intervals[name], decimals, joint="±") for name, value in values.items()
+        name: with_interval(value, intervals[name], decimals, joint="±")
+        for name, value in values.items()
     }
     ranked = [name for name in students if name in values]
     # One student alone is no contest; students that read the same, or are tied, share the place.
@@ -321,9 +322,9 @@ def _speedups(models: Mapping[str, Metrics]) -> dict[str, str]:
     return cells if len(cells) > 1 else {}
 
 
-def _fitting(found: Sequence[Column], width: int) -> list[Column]:
+def _fitting(every_column: Sequence[Column], width: int) -> list[Column]:
     """The columns that fit into `width` characters, in their order."""
-    kept = list(found)
+    kept = list(every_column)
     while kept and sum(column.width for column in kept) > width:
         # Of columns that matter equally, the last goes first.
         kept.remove(min(reversed(kept), key=lambda column: column.keep))
