@@ -248,15 +248,15 @@ def recipe_of(params, name, changes):
 
 def our_steps(recipe, start, caches):
     """CPU seconds of the pipeline's own steps."""
-    lesson = distill.prepare(recipe, start=start, caches=caches, device=CPU)
-    work, optimizer = lesson.work(), make_optimizer(lesson, recipe)
+    task = distill.prepare(recipe, start=start, caches=caches, device=CPU)
+    work, optimizer = task.setup(), make_optimizer(task, recipe)
     total = len(work.batches(0))
     steps = iter(range(total))
 
     def run(batches):
         started = time.process_time()
         for rows in batches:
-            take_step(lesson, optimizer, work, rows, next(steps), total, recipe)
+            take_step(task, optimizer, work, rows, next(steps), total, recipe)
         return time.process_time() - started
 
     run.batches = work.batches(0)

@@ -82,8 +82,8 @@ def rate(folder, texts, workers):
 
 def table(rounds, args, count, busy):
     """Lines of Markdown."""
-    singly, together = zip(*rounds, strict=True)
-    one, several = statistics.median(singly), statistics.median(together)
+    singly, gather_rows = zip(*rounds, strict=True)
+    one, several = statistics.median(singly), statistics.median(gather_rows)
     return "\n".join(
         [
             f"# {args.workers} processes beside one, {count:,} texts, {args.rounds} rounds, wall clock",
@@ -94,7 +94,7 @@ def table(rounds, args, count, busy):
             "| | texts/s | times one process: median (lowest-highest) |",
             "|---|---|---|",
             f"| one process | {one:,.0f} | 1.00 |",
-            f"| {args.workers} processes | {several:,.0f} | {ratio(together, singly)} |",
+            f"| {args.workers} processes | {several:,.0f} | {ratio(gather_rows, singly)} |",
         ]
     )
 

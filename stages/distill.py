@@ -1,4 +1,4 @@
-"""Caches + start -> student. Reads token ids, vectors and neighbours from the store; never a teacher."""
+"""Distill a student from a start and the caches: token ids, vectors and neighbours. Needs no teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.learning import ranks
 from stages.learning.batches import epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
-from stages.learning.loop import Work, train
+from stages.learning.loop import TrainingSetup, train
 from stages.learning.objectives import Objectives
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
@@ -44,7 +44,7 @@ from storage.tokens import Tokens
 VERSION = 5  # raise it when a code change gives other weights for the same recipe and caches
 
 UNIT_TOLERANCE = 0.01
-"""Vectors whose lengths are all this near to 1 come from a teacher that normalises."""
+"""A teacher normalises its vectors if all their lengths differ from 1 by less than this."""
 
 
 def recipe(params: RecipeParams) -> dict[str, Any]:
@@ -69,20 +69,20 @@ def run(
     """Train one student. With several ranks, each calls this and the first one writes.
 
     Args:
-        params: Recipe.
-        name: Of the student.
+        params: The recipe.
+        name: Name of the student.
         start: Folder of the start.
-        caches: What is learned from.
-        device: Where it is trained.
+        caches: Corpus, vectors, neighbours and split to learn from.
+        device: The device for training.
         work: Folder for checkpoints.
-        out: Folder of the student.
-        curve: CSV with a row for each evaluation.
-        training: JSON that says how the run ended.
-        track: Takes the rows of the curve while it grows.
+        out: Folder of the student, created or replaced atomically.
+        curve: CSV file to write, with a row for each evaluation.
+        training: JSON file to write, with the facts of the run.
+        track: Receives each row of the curve during training.
         trust_remote_code: Whether code in the folder of the start may run.
 
     Raises:
-        TeachonceError: too few rows, or a loss that is no number.
+        TeachonceError: too few rows, or a loss that is NaN or infinite.
     """
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
     run_name = fingerprint(
@@ -101,14 +101,14 @@ def run(
         }
     )
     checkpoints = Checkpoints(work / run_name)
-    lesson = prepare(
+    task = prepare(
         params, start=start, caches=caches, device=device, trust_remote_code=trust_remote_code
     )
-    student = lesson.student
-    for note in larger_queues(params, len(lesson.rows)):
+    student = task.student
+    for note in larger_queues(params, len(task.rows)):
         log.info("%s: %s", name, note)
-    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints, track=track)
-    facts = _facts(state, params, lesson)
+    state = train(task, task.setup(), params, name=name, checkpoints=checkpoints, track=track)
+    facts = _facts(state, params, task)
     lineage = {
         "student": name,
         "start": start.name,
@@ -145,18 +145,18 @@ def prepare(
     caches: Caches,
     device: torch.device,
     trust_remote_code: bool = False,
-) -> Lesson:
-    """A lesson before its first step; makes the token ids that the store lacks.
+) -> DistillTask:
+    """Returns the task before its first step; computes the token ids that the store lacks.
 
     Args:
-        params: Recipe, `auto` resolved.
+        params: The recipe, with `auto` resolved.
         start: Folder of the start.
-        caches: What is learned from.
-        device: Where it is trained.
+        caches: Corpus, vectors, neighbours and split to learn from.
+        device: The device for training.
         trust_remote_code: Whether code in the folder of the start may run.
 
     Raises:
-        TeachonceError: too few rows, a start that cannot be trained, or a width that is no part of one.
+        TeachonceError: too few rows, a start that cannot be trained, or a width above the teacher's.
     """
     dim = caches.embeddings.dim
     check_recipe_widths(params.widths, dim, recipe="*")
@@ -175,7 +175,7 @@ def prepare(
         project=params.projection == "always",
         dropout=params.dropout,
     ).to(device)
-    with ranks.first_alone():
+    with ranks.first_rank_first():
         tokens = token_rows(
             model.tokenizer,
             start,
@@ -183,7 +183,7 @@ def prepare(
             store=caches.store,
             max_tokens=params.max_tokens,
         )
-    return Lesson(
+    return DistillTask(
         params,
         student=student,
         tokens=tokens,
@@ -193,16 +193,16 @@ def prepare(
     )
 
 
-class Lesson(nn.Module):
-    """A student with what it needs to learn: its texts, the teacher's vectors, the objectives.
+class DistillTask(nn.Module):
+    """The distillation of one student: its token ids, the teacher's vectors and the objectives.
 
     Args:
-        params: Recipe, `auto` resolved.
-        student: On `device`.
-        tokens: Its token ids.
-        pad_id: The id that fills up a batch.
-        caches: What is learned from.
-        device: Where.
+        params: The recipe, with `auto` resolved.
+        student: The student, on `device`.
+        tokens: The student's token ids of the corpus.
+        pad_id: The id of the padding token.
+        caches: Corpus, vectors, neighbours and split to learn from.
+        device: The device for training.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class Lesson(nn.Module):
         self.objectives = Objectives(params.objectives, params.widths, params.precision).to(device)
         self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
         self.pad_id = pad_id
-        # The epoch at hand and the one before, which a queue of past steps may reach into.
+        # Two epochs: a queue of past steps may reach into the epoch before.
         self._batches = lru_cache(maxsize=2)(self._epoch_batches)
         self.rows = caches.split.train_rows(caches.corpus)
         heldout = caches.split.heldout_rows(caches.corpus)
@@ -244,25 +244,25 @@ class Lesson(nn.Module):
             precision=params.precision,
         )
 
-    def work(self) -> Work:
-        """The lesson as the loop sees it."""
-        return Work(
+    def setup(self) -> TrainingSetup:
+        """Returns batches, loss and score for the training loop."""
+        return TrainingSetup(
             batches=self._batches,
             loss=self._loss,
             score=self._score,
             score_name="agreement",
-            start_counts=False,
+            initial_may_win=False,
             parts=self.objectives.names,
             notes=self._notes,
         )
 
     def encode(self, rows: NDArray[np.int64], *, deleted: float = 0.0, step: int = 0) -> Tensor:
-        """(B,) rows -> (B, D) float32 vectors of the student.
+        """Returns (B, D) float32 student vectors of rows.
 
         Args:
-            rows: Ids.
-            deleted: Share of each text's tokens that the student does not see.
-            step: With the seed it decides which ones.
+            rows: (B,) int64 row ids.
+            deleted: Share of each text's tokens to delete, 0 to 1.
+            step: The step; with the seed it determines which tokens.
         """
         ids = self.tokens.rows_of(rows)
         if deleted:
@@ -317,14 +317,14 @@ def has_unit_length(embeddings: Embeddings) -> bool:
     return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())
 
 
-def _facts(state: State, params: RecipeParams, lesson: Lesson) -> Mapping[str, Any]:
+def _facts(state: State, params: RecipeParams, task: DistillTask) -> Mapping[str, Any]:
     if state.stale >= params.patience:
         log.info("stopped early: no better agreement in %d evaluations", state.stale)
     return {
         "steps": state.step,
         "best_step": state.best_step,
         "agreement": round(state.best_score or 0.0, 6),
-        "rows": len(lesson.rows),
+        "rows": len(task.rows),
         "precision": params.precision,
-        **{name: round(value, 6) for name, value in lesson.work().notes().items()},
+        **{name: round(value, 6) for name, value in task.setup().notes().items()},
     }

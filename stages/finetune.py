@@ -1,7 +1,7 @@
-"""Student + labelled triplets -> finetuned student: DisCo's second stage, supervised InfoNCE.
+"""Finetune a student on labelled triplets: DisCo's second stage, supervised InfoNCE.
 
-The loop is that of `distill`. So that the student does not forget its teacher, a kd term on cached rows
-may run beside it; like everything after `mine`, it needs no teacher.
+The training loop is that of `distill`. A kd term on cached rows may be added, so that the student does not
+forget its teacher; like everything after `mine`, it needs no teacher.
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from stages.learning import ranks
 from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.checkpoints import Checkpoints
-from stages.learning.judges import Labels, StsJudge, TripletJudge, rejections, right_answers
-from stages.learning.loop import Work, train
+from stages.learning.judges import (
+    Labels,
+    StsJudge,
+    TripletJudge,
+    positives_by_anchor,
+    rejections_note,
+)
+from stages.learning.loop import TrainingSetup, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
@@ -67,22 +73,22 @@ def run(
     """Finetune one student. With several ranks, each calls this and the first one writes.
 
     Args:
-        params: Settings.
-        name: Of the finetuned student.
+        params: The settings `finetune`.
+        name: Name of the finetuned student.
         student: Folder of the student.
-        root: What the globs in the settings are relative to.
-        evaluation: Text keys of evaluation texts, which are not learned from.
-        caches: For the kd term; None if `distill_weight` is 0.
-        device: Where it is trained.
+        root: Folder that the globs in the settings are relative to.
+        evaluation: Text keys of evaluation texts; rows with one are rejected.
+        caches: Corpus, vectors and split for the kd term; None if `distill_weight` is 0.
+        device: The device for training.
         work: Folder for checkpoints.
-        out: Folder of the finetuned student.
-        curve: CSV with a row for each evaluation.
-        training: JSON that says how the run ended.
-        track: Takes the rows of the curve while it grows.
+        out: Folder of the finetuned student, created or replaced atomically.
+        curve: CSV file to write, with a row for each evaluation.
+        training: JSON file to write, with the facts of the run.
+        track: Receives each row of the curve during training.
         trust_remote_code: Whether code in the folder of the student may run.
 
     Raises:
-        TeachonceError: a damaged file, too few right rows, or a loss that is no number.
+        TeachonceError: a file is damaged, too few rows are left, or a loss is NaN or infinite.
     """
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
     labels = Labels.read(params, root, evaluation)
@@ -110,23 +116,23 @@ def run(
         address="finetune.max_tokens",
         who=f"the student in {student}",
     )
-    trainee = Student(
+    student_in_training = Student(
         model,
         teacher_dim=model.get_embedding_dimension() or 0,
         unit_length=ends_in_normalize(model),
         project=False,
         dropout=params.dropout,
     ).to(device)
-    lesson = Lesson(
+    task = FinetuneTask(
         params,
-        student=trainee,
+        student=student_in_training,
         tokenizer=model.tokenizer,
         triplets=labels.learned,
         judge=labels.judge,
-        memory=Memory.of(caches, model.tokenizer, student, params) if caches else None,
+        memory=Rehearsal.of(caches, model.tokenizer, student, params) if caches else None,
         device=device,
     )
-    state = train(lesson, lesson.work(), params, name=name, checkpoints=checkpoints, track=track)
+    state = train(task, task.setup(), params, name=name, checkpoints=checkpoints, track=track)
     facts = {
         "steps": state.step,
         "best_step": state.best_step,
@@ -137,7 +143,7 @@ def run(
         "judged": labels.judged,
         "rejected": dict(labels.rejected),
         "precision": params.precision,
-        "temperature": round(lesson.temperature.value(), 6),
+        "temperature": round(task.temperature.value(), 6),
     }
     lineage = {
         **read_lineage(student),
@@ -146,7 +152,7 @@ def run(
     }
     if ranks.is_first():
         with durable.replace_folder(out) as scratch:
-            trainee.save(scratch, lineage)
+            student_in_training.save(scratch, lineage)
         write_csv(curve, state.curve)
         write_json(training, {**facts, "minutes": round(state.seconds / 60, 2)})
         checkpoints.delete()
@@ -156,20 +162,20 @@ def run(
         made=out,
         summary=(
             f"{name}: {state.step:,} steps of {params.batch_size} of {len(labels.learned):,} rows"
-            f"{rejections(labels.rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} at "
-            f"step {state.best_step:,}"
+            f"{rejections_note(labels.rejected)} in {clock(state.seconds)}; dev {first:.4f} -> {best:.4f} "
+            f"at step {state.best_step:,}"
         ),
         facts={**facts, "dev_before": first, "seconds": round(state.seconds, 1)},
     )
 
 
-class Memory:
-    """Cached rows that keep a student near its teacher while it learns something else.
+class Rehearsal:
+    """Cached rows for the kd term, which keeps a student near its teacher during finetuning.
 
     Args:
-        caches: Texts, vectors, split.
-        tokens: The student's token ids of the texts.
-        seed: With the step it decides which rows.
+        caches: Corpus, vectors and split.
+        tokens: The student's token ids of the corpus.
+        seed: The seed; with the step it determines the rows.
     """
 
     def __init__(self, caches: Caches, tokens: Tokens, seed: int) -> None:
@@ -183,9 +189,9 @@ class Memory:
         tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
         folder: Path,
         params: FinetuneParams,
-    ) -> Memory:
-        """The memory of a student whose files are in `folder`; its token ids are made if need be."""
-        with ranks.first_alone():
+    ) -> Rehearsal:
+        """Returns the rehearsal rows of the student in `folder`; computes its token ids if needed."""
+        with ranks.first_rank_first():
             tokens = token_rows(
                 tokenizer,
                 folder,
@@ -196,22 +202,22 @@ class Memory:
         return cls(caches, tokens, params.seed)
 
     def draw(self, count: int, step: int) -> tuple[list[NDArray[np.int32]], NDArray[np.floating]]:
-        """Token ids and (n, D) vectors of the teacher, of the rows of `step`: distinct, n <= count."""
+        """Returns token ids and (n, D) teacher vectors of the n <= count distinct rows of `step`."""
         rows = some_rows(self.train, count, seed=self.seed, number=step)
         return self.tokens.rows_of(rows), self.embeddings.rows_of(rows)
 
 
-class Lesson(nn.Module):
-    """A student with what it needs to learn: triplets as token ids, a temperature, a judge.
+class FinetuneTask(nn.Module):
+    """The finetuning of one student: triplets as token ids, a temperature and a judge.
 
     Args:
-        params: Settings, `auto` resolved.
-        student: On `device`.
-        tokenizer: The student's.
-        triplets: Learned from; two or more.
-        judge: Texts and how good their vectors are.
-        memory: Rows for the kd term; None without one.
-        device: Where.
+        params: The settings `finetune`, with `auto` resolved.
+        student: The student, on `device`.
+        tokenizer: The student's tokenizer.
+        triplets: Two or more triplets to learn from.
+        judge: Computes the dev score from the vectors of its texts.
+        memory: Rows for the kd term; None for no such term.
+        device: The device for training.
 
     Raises:
         TeachonceError: the student's vectors are not in the space of the cached ones.
@@ -225,7 +231,7 @@ class Lesson(nn.Module):
         tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
         triplets: Sequence[Triplet],
         judge: TripletJudge | StsJudge,
-        memory: Memory | None,
+        memory: Rehearsal | None,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -240,8 +246,8 @@ class Lesson(nn.Module):
         self.judged_ids = token_ids(tokenizer, judge.texts, params.max_tokens)
         self.anchors = np.array([place[row.anchor] for row in triplets])
         self.positives = np.array([place[row.positive] for row in triplets])
-        self.right = right_answers(self.anchors, self.positives)
-        # Of row i: from ends[i] to ends[i + 1].
+        self.right = positives_by_anchor(self.anchors, self.positives)
+        # Row i has negatives[ends[i] : ends[i + 1]].
         self.negatives = np.array(
             [place[text] for row in triplets for text in row.negatives], np.int64
         )
@@ -253,14 +259,14 @@ class Lesson(nn.Module):
                 "set it to 0, or finetune a student that was distilled from this teacher",
             )
 
-    def work(self) -> Work:
-        """The lesson as the loop sees it."""
-        return Work(
+    def setup(self) -> TrainingSetup:
+        """Returns batches, loss and score for the training loop."""
+        return TrainingSetup(
             batches=self._batches,
             loss=self._loss,
             score=self._score,
             score_name="dev",
-            start_counts=True,
+            initial_may_win=True,
             parts=["info_nce", *(["kd"] if self.memory else [])],
             notes=lambda: {"temperature": self.temperature.value()},
         )
@@ -278,14 +284,16 @@ class Lesson(nn.Module):
         negatives = [self.negatives[self.ends[row] : self.ends[row + 1]] for row in batch]
         keys = np.concatenate([positives, *negatives])
         texts = [self.ids[text] for text in np.concatenate([anchors, keys])]
-        remembered, teacher = (
+        rehearsed, teacher = (
             self.memory.draw(self.params.distill_rows, step) if self.memory else ([], None)
         )
-        vectors = self._encode([*texts, *remembered])
+        vectors = self._encode([*texts, *rehearsed])
         candidates = Candidates(
             vectors=vectors[len(anchors) : len(texts)],
-            own=torch.arange(len(anchors), device=self.device),
-            same_text=torch.from_numpy(same_text(anchors, keys, self.right)).to(self.device),
+            positives=torch.arange(len(anchors), device=self.device),
+            not_negative=torch.from_numpy(positives_mask(anchors, keys, self.right)).to(
+                self.device
+            ),
         )
         losses = [info_nce(vectors[: len(anchors)], candidates, self.temperature.scale())]
         total = losses[0]
@@ -310,18 +318,18 @@ class Lesson(nn.Module):
         )
 
 
-def same_text(
+def positives_mask(
     anchors: NDArray[np.int64], keys: NDArray[np.int64], right: Mapping[int, NDArray[np.int64]]
 ) -> NDArray[np.bool_]:
-    """Which keys are no wrong answers to an anchor.
+    """Find the keys that are no negatives of an anchor.
 
     Args:
-        anchors: (B,) ids of texts.
-        keys: (C,) ids of texts, positives and negatives of any row.
-        right: Anchor -> all its positives, in this batch or not.
+        anchors: (B,) int64 text ids.
+        keys: (C,) int64 text ids of positives and negatives of any rows.
+        right: Anchor -> ids of all its positives, in this batch or not.
 
     Returns:
-        (B, C) True where a key is a positive of the anchor, or the anchor itself.
+        (B, C) mask of keys that are a positive of the anchor, or the anchor itself.
     """
     same: NDArray[np.bool_] = keys == anchors[:, None]
     for row, anchor in enumerate(anchors.tolist()):
@@ -334,23 +342,23 @@ def token_ids(
     texts: Sequence[str],
     max_tokens: int,
 ) -> list[NDArray[np.int32]]:
-    """Token ids of each text, special tokens included, cut at `max_tokens`; held in memory."""
+    """Returns the int32 token ids of each text, special tokens included, truncated at `max_tokens`."""
     progress = Progress("tokens", total=len(texts), unit="texts")
-    found: list[NDArray[np.int32]] = []
+    all_ids: list[NDArray[np.int32]] = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
-        some = list(texts[first : first + TEXTS_AT_ONCE])
-        made = tokenizer(
-            some,
+        batch = list(texts[first : first + TEXTS_AT_ONCE])
+        batch_ids = tokenizer(
+            batch,
             truncation=True,
             max_length=max_tokens,
             padding=False,
             return_attention_mask=False,
         )["input_ids"]
-        found += [np.array(ids, np.int32) for ids in made]
-        progress.advance(len(some))
-    return found
+        all_ids += [np.array(ids, np.int32) for ids in batch_ids]
+        progress.advance(len(batch))
+    return all_ids
 
 
 def _texts(triplets: Sequence[Triplet]) -> dict[str, None]:
-    """The distinct texts, in the order of their first place."""
+    """Returns the distinct texts in the order of their first occurrence."""
     return dict.fromkeys(text for row in triplets for text in row.texts)

@@ -641,7 +641,7 @@ def training_pace(
         )
     )
     lesson = prepare(params, start=start, caches=caches, device=device, trust_remote_code=trusted)
-    work, optimizer = lesson.work(), make_optimizer(lesson, params)
+    work, optimizer = lesson.setup(), make_optimizer(lesson, params)
     batches = work.batches(0)
     taken: list[float] = []
 

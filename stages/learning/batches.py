@@ -1,8 +1,8 @@
-"""Which rows a step sees: an epoch's order, cut into batches.
+"""The rows of each step: an epoch's order, cut into batches.
 
-Rows are drawn without regard to their length: batches of texts of like length pad less, but then a step
-learns from short texts only and the next from long ones. Padding is saved inside the step instead
-(`student.encode_ids` reads a batch without any).
+Batches ignore text lengths. Batches of similar length would need less padding, but would make one step
+learn from short texts only and the next from long ones. `student.encode_ids` avoids padding within a batch
+instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def epoch_batches(
 
     Args:
         rows: (n,) distinct ids.
-        batch_size: Rows in a batch; the rest of the epoch, if smaller, is left out of it.
-        seed: Of the recipe.
-        epoch: 0-based.
+        batch_size: Rows in a batch; a smaller rest of the epoch is dropped.
+        seed: The seed of the recipe.
+        epoch: 0-based number of the epoch.
 
     Returns:
         n // batch_size arrays of `batch_size` ids; one of all ids if there are fewer.
@@ -33,15 +33,15 @@ def epoch_batches(
 
 
 def some_rows(rows: NDArray[np.int64], count: int, *, seed: int, number: int) -> NDArray[np.int64]:
-    """(min(count, n),) distinct rows, in the order in which they stand in `rows`.
+    """Draw (min(count, n),) distinct rows without replacement, in the order of `rows`.
 
-    Depends on its arguments only. Of many rows a few are drawn without touching the others.
+    Depends on its arguments only. Its time depends on `count`, not on n.
 
     Args:
-        rows: (n,) distinct ids.
-        count: How many; all of them if there are fewer.
-        seed: Of the recipe.
-        number: Of the draw.
+        rows: (n,) int64 distinct row ids.
+        count: Number of rows to draw; all if there are fewer.
+        seed: The seed of the recipe.
+        number: The number of the draw.
     """
     if count >= len(rows):
         return rows
@@ -52,15 +52,15 @@ def some_rows(rows: NDArray[np.int64], count: int, *, seed: int, number: int) ->
 def without_some(
     tokens: NDArray[np.int32], share: float, draw: np.random.Generator
 ) -> NDArray[np.int32]:
-    """A text's token ids without a share of them, the first and the last always kept; never none.
+    """Delete random tokens of a text, except the first and the last.
 
-    Those two are the special tokens of most tokenizers. ConGen deletes a tenth of the words; tokens are
-    what is in the store.
+    Those two are the special tokens of most tokenizers. ConGen deletes a tenth of the words; the store
+    holds tokens, not words.
 
     Args:
-        tokens: (n,) ids.
-        share: How likely each is deleted, 0 to 1.
-        draw: Decides which.
+        tokens: (n,) int32 token ids.
+        share: Probability of deletion of each token, 0 to 1.
+        draw: The random generator.
     """
     keep = draw.random(len(tokens)) >= share
     keep[[0, -1]] = True

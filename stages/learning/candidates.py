@@ -1,12 +1,11 @@
-"""Who stands in the denominator: the batch, its mined neighbours, and a queue drawn from the cache.
+"""Candidates of a step: the batch, its mined neighbours, and a queue drawn from the cache.
 
-MoCo's and DisCo's queue holds what past batches left behind. The teacher here is frozen and all its
-vectors are on disk, so the queue is drawn from the whole cache by (seed, step), without replacement: full
-from the first step, never stale, and the same for a resumed run. A few steps share one: that costs nothing
-in quality (theirs hardly differ from one step to the next), and what a large queue takes is to fetch and
-normalise it.
-DisCo's own queue is there for `disco_ckd`: which rows past steps had is a function of the step, too, so
-there is nothing to keep.
+The queue of MoCo and DisCo holds vectors of past batches. Here the teacher is frozen and all its vectors
+are on disk, so the queue is drawn from the whole cache by (seed, step), without replacement: it is full
+from the first step, never stale, and the same in a resumed run. Several steps share one queue, since
+fetching and normalising it is what costs time; quality does not suffer, since a MoCo queue hardly changes
+between steps. `disco_ckd` has DisCo's own queue: the rows of past steps follow from the step, so nothing
+is stored.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ STEPS_OF_A_QUEUE = 16
 
 @dataclass(frozen=True)
 class Queue:
-    """Rows of the cache that stand in the denominator of several steps.
+    """Cached rows that are candidates of several steps.
 
     Args:
-        rows: (Q,) distinct, ascending.
-        keys: (Q, D) of length 1, on the device.
+        rows: (Q,) int64 distinct row ids, ascending.
+        keys: (Q, D) teacher vectors of unit length, on the device.
     """
 
     rows: NDArray[np.int64]
@@ -56,13 +55,13 @@ class CandidateSource:
 
     Args:
         embeddings: The teacher's vectors.
-        negatives: Mined neighbours; None if no objective asks for them.
-        train: (n,) ids of the rows that may stand in a queue, ascending.
-        rows_of_step: Step -> the rows of its batch.
-        text_keys: (rows of the corpus,) V16.
-        seed: Of the recipe.
-        device: Where the tensors go.
-        precision: In which `ckd` multiplies vectors: its queue is kept in that type.
+        negatives: Mined neighbours; None if no objective needs them.
+        train: (n,) int64 ids of the training rows, ascending; queues are drawn from these.
+        rows_of_step: Step -> row ids of its batch.
+        text_keys: (rows of the corpus,) V16 text keys.
+        seed: The seed of the recipe.
+        device: The device of the tensors.
+        precision: Precision of `ckd`'s dot products; its queue is kept in that type.
     """
 
     def __init__(
@@ -79,45 +78,45 @@ class CandidateSource:
     ) -> None:
         self.embeddings, self.negatives, self.train = embeddings, negatives, train
         self.rows_of_step = rows_of_step
-        # Half a text key tells texts apart well enough to mask: 1 in 1e19 pairs is masked in vain.
+        # Half a text key is enough for the mask: 1 in 1e19 pairs is masked wrongly.
         self.half_keys = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)[:, 0]
         self.seed, self.device, self.precision = seed, device, precision
-        # Two, for a recipe whose objectives keep theirs in two types.
-        self._queue = lru_cache(maxsize=2)(self._drawn)
+        # Two queues, for a recipe whose objectives need two types.
+        self._queue = lru_cache(maxsize=2)(self._draw_queue)
 
     def draw(self, objective: Objective, ids: NDArray[np.int64], *, step: int) -> Candidates | None:
         """The candidates of one step, those of the batch first; None for an objective without any.
 
         Args:
-            objective: How many of which kind.
-            ids: (B,) distinct rows of the batch.
-            step: Of the run; with the seed it decides the queue.
+            objective: The objective, which says how many candidates of each kind.
+            ids: (B,) int64 distinct row ids of the batch.
+            step: The step of the run; with the seed it determines the queue.
         """
         if isinstance(objective, KdObjective | DiscoKdObjective):
             return None
         rows, queue = self.rows(objective, ids, step=step), self.queue(objective, step=step)
         if isinstance(objective, DiscoCkdObjective):
-            # The official code leaves nothing out.
-            same = np.arange(len(ids))[:, None] == np.arange(len(rows))[None, :]
+            # The official code masks no false negatives.
+            not_negative = np.arange(len(ids))[:, None] == np.arange(len(rows))[None, :]
         else:
-            others = rows if queue is None else np.concatenate([rows, queue.rows])
-            same = self.half_keys[ids][:, None] == self.half_keys[others][None, :]
+            candidate_rows = rows if queue is None else np.concatenate([rows, queue.rows])
+            not_negative = self.half_keys[ids][:, None] == self.half_keys[candidate_rows][None, :]
         if queue is not None:
-            same[:, len(rows) :] |= _stand_in(queue.rows, rows)
+            not_negative[:, len(rows) :] |= _is_among(queue.rows, rows)
         return Candidates(
             vectors=torch.from_numpy(self.embeddings.rows_of(rows)).to(self.device),
-            own=torch.arange(len(ids), device=self.device),
-            same_text=torch.from_numpy(same).to(self.device),
+            positives=torch.arange(len(ids), device=self.device),
+            not_negative=torch.from_numpy(not_negative).to(self.device),
             queue=None if queue is None else queue.keys,
         )
 
     def rows(self, objective: Objective, ids: NDArray[np.int64], *, step: int) -> NDArray[np.int64]:
-        """(F,) row ids of this step alone: the batch, in its order; then its mined neighbours, ascending.
+        """Returns (F,) row ids without the queue: the batch in order, then its mined neighbours, ascending.
 
-        Those of `disco_ckd` are the rows of the steps before this one, the newest first.
+        For `disco_ckd`: the batch, then the rows of past steps, the newest first.
         """
         if isinstance(objective, DiscoCkdObjective):
-            return np.concatenate([ids, self._past(objective.queue, step)])
+            return np.concatenate([ids, self._past_rows(objective.queue, step)])
         if not (isinstance(objective, AmongOthers) and objective.neighbours):
             return ids
         if self.negatives is None:
@@ -130,32 +129,32 @@ class CandidateSource:
         if not (isinstance(objective, AmongOthers) and objective.queue):
             return None
         precision = self.precision if isinstance(objective, CkdObjective) else "fp32"
-        # All rows are the same queue at every step: it is fetched and normalised once.
+        # A queue of all rows is the same at every step, so it is fetched once.
         number = step // STEPS_OF_A_QUEUE if objective.queue < len(self.train) else 0
         return self._queue(objective.queue, number, type_of_products(precision))
 
-    def _drawn(self, size: int, number: int, kind: torch.dtype) -> Queue:
+    def _draw_queue(self, size: int, number: int, kind: torch.dtype) -> Queue:
         rows = some_rows(self.train, size, seed=self.seed, number=number)
         stored = torch.from_numpy(self.embeddings.rows_of(rows))
         keys = torch.empty(stored.shape, dtype=kind, device=self.device)
-        for some, here in zip(torch.split(stored, CHUNK), torch.split(keys, CHUNK), strict=True):
-            here.copy_(F.normalize(some.to(self.device).float(), dim=1))
+        for chunk, target in zip(torch.split(stored, CHUNK), torch.split(keys, CHUNK), strict=True):
+            target.copy_(F.normalize(chunk.to(self.device).float(), dim=1))
         return Queue(rows, keys)
 
-    def _past(self, count: int, step: int) -> NDArray[np.int64]:
-        """Up to `count` rows of the steps before, the newest batch first."""
-        found: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-        left = count
-        while left > 0 and step > 0:
+    def _past_rows(self, count: int, step: int) -> NDArray[np.int64]:
+        """Returns up to `count` row ids of past steps, the newest batch first."""
+        batches: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        rows_wanted = count
+        while rows_wanted > 0 and step > 0:
             step -= 1
-            found.append(self.rows_of_step(step)[:left])
-            left -= len(found[-1])
-        return np.concatenate(found)
+            batches.append(self.rows_of_step(step)[:rows_wanted])
+            rows_wanted -= len(batches[-1])
+        return np.concatenate(batches)
 
 
-def _stand_in(ascending: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(Q,) which of Q ascending rows are among others: `np.isin`, without sorting what is sorted."""
+def _is_among(ascending: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns a (Q,) mask of the Q ascending rows that are among `rows`; faster than `np.isin`."""
     places = np.searchsorted(ascending, rows).clip(max=len(ascending) - 1)
-    found = np.zeros(len(ascending), bool)
-    found[places[ascending[places] == rows]] = True
-    return found
+    is_member = np.zeros(len(ascending), bool)
+    is_member[places[ascending[places] == rows]] = True
+    return is_member

@@ -1,7 +1,7 @@
-"""Where a training run stood, so that a killed one goes on as if nothing had happened.
+"""Checkpoints of a training run, from which a killed run resumes.
 
-One file holds everything: weights, best weights, optimiser and the state of the run. Its name carries
-its sha256, because safetensors does not notice a flipped bit. The last two are kept.
+One file holds everything: weights, best weights, optimiser and the state of the run. Its sha256 is in its
+name, because safetensors does not detect a flipped bit. The last two checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Row = dict[str, float | int | None]
 
 @dataclass
 class State:
-    """What changes during a run besides tensors.
+    """The state of a run besides its tensors.
 
     Args:
-        step: Steps done.
-        best_score: The highest so far; None before the first evaluation.
-        best_step: Where it was reached.
-        stale: Evaluations since then.
+        step: Number of steps done.
+        best_score: The highest score so far; None before the first evaluation.
+        best_step: The step of the highest score.
+        stale: Number of evaluations since then.
         curve: One row for each evaluation.
-        loss_sums: Of each objective since the last evaluation.
-        loss_steps: Steps in these sums.
-        seconds: Spent on steps and evaluations, over all starts of the run.
+        loss_sums: Sum of each objective's loss since the last evaluation.
+        loss_steps: Number of steps in these sums.
+        seconds: Seconds of steps and evaluations, over all starts of the run.
     """
 
     step: int = 0
@@ -56,7 +56,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: Named by the run's fingerprint, so that it is never taken for another run's.
+        folder: The folder of the run, named by its fingerprint, so that runs never share one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,15 +70,16 @@ class Checkpoints:
         )
         name = f"step-{state.step:09}-{hashlib.sha256(content).hexdigest()}.safetensors"
         durable.replace(self.folder / name, content)
-        for path in self._found()[KEPT:]:
+        for path in self._newest_first()[KEPT:]:
             path.unlink(missing_ok=True)
 
     def load(self) -> tuple[State, dict[str, Tensor]] | None:
-        """The newest whole checkpoint, or None. A damaged one is passed over, and said so.
+        """Returns the newest intact checkpoint, or None; logs and skips damaged ones.
 
-        One that is gone by now, too: an orphan of a killed `dvc repro` may train the same student.
+        One that was deleted meanwhile is skipped, too: a process that outlived `dvc repro` may train the
+        same student.
         """
-        for path in self._found():
+        for path in self._newest_first():
             try:
                 with regular.opened(path) as file:
                     content = file.read()
@@ -101,8 +102,8 @@ class Checkpoints:
         """Remove the folder: the run is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _found(self) -> list[Path]:
-        """Newest first."""
+    def _newest_first(self) -> list[Path]:
+        """Returns the paths of all checkpoints, the newest first."""
         try:
             files = list(self.folder.iterdir())
         except FileNotFoundError:

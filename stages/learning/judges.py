@@ -1,4 +1,4 @@
-"""The labelled rows of a finetuning: what is learned from, and who judges how good it has become."""
+"""Labelled rows of a finetuning: those to learn from, and judges that compute the dev score."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LEAST_ROWS = 2
 ROWS_AT_ONCE = 256
 
 MOST_TEXTS = 16_384
-"""Distinct texts that a judge of triplets has. Each is encoded at every evaluation and compared with the
-anchor of every judged row, so twice as many take up to four times as long."""
+"""Largest number of distinct texts of a triplet judge. At every evaluation each is encoded and compared
+with every judged row's anchor, so twice as many take up to four times as long."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Labels:
 
     Args:
         learned: Rows to learn from.
-        judge: Says how good weights are, by rows held out or by an STS set.
-        heldout: Rows held out; 0 where an STS set judges.
-        judged: Those of them that judge: all, or as many as `MOST_TEXTS` allows.
-        rejected: Rows that are none, by rule.
-        digest: Names all of it.
+        judge: Computes the dev score from held-out rows or an STS set.
+        heldout: Number of rows held out; 0 with an STS set.
+        judged: Number of held-out rows that the judge uses: all, or as many as `MOST_TEXTS` allows.
+        rejected: Rule -> number of rejected rows.
+        digest: Digest of all rows and of the judge's texts.
     """
 
     learned: list[Triplet]
@@ -49,17 +49,17 @@ class Labels:
 
     @classmethod
     def read(cls, params: FinetuneParams, root: Path, evaluation: Collection[bytes]) -> Labels:
-        """Read what the settings name.
+        """Read the files that the settings name.
 
         Raises:
-            TeachonceError: a damaged file, or too few right rows.
+            TeachonceError: a file is damaged, or too few rows are left.
         """
         files = triplet_files(params.triplets, root)
         rows, rejected = read_triplets(files, params.fields, evaluation)
         judge: TripletJudge | StsJudge
         if params.dev is None:
-            learned, heldout = _divided(rows, params.heldout)
-            sample = judging(heldout)
+            learned, heldout = _split_by_anchor(rows, params.heldout)
+            sample = judging_rows(heldout)
             judge, scores = TripletJudge(sample), b""
         else:
             dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
@@ -69,7 +69,7 @@ class Labels:
             raise TeachonceError(
                 "finetune.triplets",
                 f"{len(learned)} rows to learn from and {len(heldout)} held out are too few"
-                f"{rejections(rejected)}",
+                f"{rejections_note(rejected)}",
                 "name files with more rows, change finetune.heldout, or name a finetune.dev",
             )
         if len(sample) < len(heldout):
@@ -89,7 +89,7 @@ class TripletJudge:
     """Dev score from held-out triplets: mean reciprocal rank of a row's positive among all texts.
 
     Args:
-        rows: Two or more.
+        rows: Two or more held-out triplets.
     """
 
     def __init__(self, rows: Sequence[Triplet]) -> None:
@@ -99,29 +99,28 @@ class TripletJudge:
         place = {text: number for number, text in enumerate(self.texts)}
         self.anchors = np.array([place[row.anchor] for row in rows])
         self.positives = np.array([place[row.positive] for row in rows])
-        right = right_answers(self.anchors, self.positives)
-        self.no_rivals = [
+        right = positives_by_anchor(self.anchors, self.positives)
+        self.not_rivals = [
             np.append(right[anchor], [anchor] if anchor < self.keys else []).astype(np.int64)
             for anchor in self.anchors
         ]
 
     def __call__(self, vectors: NDArray[np.float32]) -> float:
-        """0 to 1, from the vectors of `texts`: 1 if every anchor's positive is nearest to it.
+        """Returns the dev score from (texts, dim) vectors: 0 to 1, 1 if every anchor's positive is nearest.
 
-        The other positives and all negatives stand beside it, each text once, less those that are the
-        anchor itself or other positives of it. NaN if a vector has NaN or Inf in it: nothing is nearer
-        than that.
+        Each positive is ranked among the positives and negatives of all rows, each text once, without the
+        anchor itself and its other positives. NaN if a vector has NaN or Inf in it.
         """
         if not np.isfinite(vectors).all():
             return math.nan
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         ranks = np.empty(len(self.anchors))
         for first in range(0, len(ranks), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
-            cosines = unit[self.anchors[some]] @ unit[: self.keys].T
+            block = slice(first, first + ROWS_AT_ONCE)
+            cosines = unit[self.anchors[block]] @ unit[: self.keys].T
             for place, row in enumerate(cosines, first):
                 as_near = row >= row[self.positives[place]]
-                ranks[place] = 1 + as_near.sum() - as_near[self.no_rivals[place]].sum()
+                ranks[place] = 1 + as_near.sum() - as_near[self.not_rivals[place]].sum()
         return float((1 / ranks).mean())
 
 
@@ -137,26 +136,26 @@ class StsJudge:
         self.texts = pairs.texts
 
     def __call__(self, vectors: NDArray[np.float32]) -> float:
-        """-100 to 100, from the vectors of `texts`."""
+        """Returns the dev score from (texts, dim) vectors: -100 to 100."""
         first, second = np.split(vectors, 2)
         return sts_correlation(first, second, self.pairs.scores)
 
 
-def right_answers(
+def positives_by_anchor(
     anchors: NDArray[np.int64], positives: NDArray[np.int64]
 ) -> dict[int, NDArray[np.int64]]:
-    """Anchor -> all its positives, from (n,) ids of the texts of n rows."""
-    found: dict[int, set[int]] = {}
+    """Returns anchor -> ascending ids of all its positives, from (n,) text ids of n rows."""
+    positives_of: dict[int, set[int]] = {}
     for anchor, positive in zip(anchors.tolist(), positives.tolist(), strict=True):
-        found.setdefault(anchor, set()).add(positive)
-    return {anchor: np.array(sorted(right), np.int64) for anchor, right in found.items()}
+        positives_of.setdefault(anchor, set()).add(positive)
+    return {anchor: np.array(sorted(right), np.int64) for anchor, right in positives_of.items()}
 
 
-def judging(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Sequence[Triplet]:
-    """The held-out rows that judge: all of them, if they have at most `most_texts` distinct texts.
+def judging_rows(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Sequence[Triplet]:
+    """Returns the held-out rows for the judge: all, if they have at most `most_texts` distinct texts.
 
-    Else those that come first in the order of a hash of their texts and have together no more than that,
-    at least `LEAST_ROWS`. A row is chosen by its own texts, so most of the choice stays as files grow.
+    Otherwise the first rows in the order of a hash of their texts that together have no more, at least
+    `LEAST_ROWS`. The order depends on each row alone, so most of the choice stays as files grow.
     """
     if len({text for row in heldout for text in row.texts}) <= most_texts:
         return heldout
@@ -169,8 +168,10 @@ def judging(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Sequenc
     return order
 
 
-def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet], list[Triplet]]:
-    """Learned and held out: by the key of the anchor, so that a row stays where it is as files grow."""
+def _split_by_anchor(
+    triplets: Sequence[Triplet], heldout: float
+) -> tuple[list[Triplet], list[Triplet]]:
+    """Split rows into learned and held-out ones by the anchor's text key, so that it lasts as files grow."""
     limit = int(heldout * 2.0**64)
     chosen = [int.from_bytes(text_key(row.anchor)[8:], "little") < limit for row in triplets]
     return (
@@ -179,7 +180,7 @@ def _divided(triplets: Sequence[Triplet], heldout: float) -> tuple[list[Triplet]
     )
 
 
-def rejections(rejected: Mapping[str, int]) -> str:
-    """How many rows each rule rejected, to stand behind a number of rows; empty if none did."""
+def rejections_note(rejected: Mapping[str, int]) -> str:
+    """Returns the number of rows rejected by each rule, in parentheses; empty if there are none."""
     named = [f"{count:,} {rule}" for rule, count in rejected.items() if count]
     return f" (rejected: {', '.join(named)})" if named else ""

@@ -1,8 +1,8 @@
-"""One training loop. It knows steps, weights and a score; what is learned comes from outside.
+"""The training loop of `distill` and `finetune`, which pass batches, loss and score as a `TrainingSetup`.
 
-A step is a function of (seed, step) and the weights before it: order, queue and dropout all have that
-address. A run killed anywhere and started again ends with the same weights (on a CPU, bit by bit). With
-several ranks each takes every step, and the first one keeps the checkpoints.
+A step is a function of (seed, step) and the weights before it: these determine order, queue and dropout. A
+run killed anywhere and started again ends with the same weights (on a CPU, bit by bit). With several ranks
+each takes every step, and the first one writes the checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stages.params import TrainingParams
 from storage.errors import TeachonceError
 
 CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints: what a killed run loses at most."""
+"""Seconds between two checkpoints; a killed run loses this much work at most."""
 
 BETAS = (0.9, 0.98)  # DisCo's
 
@@ -39,36 +39,36 @@ CURE = (
     "lower learning_rate, set clip: 1.0 or precision: fp32, lower the weights of objectives that are very "
     "large; with other settings the training begins anew"
 )
-"""Of a training that diverged."""
+"""The cure in errors of a run that diverged."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is learned.
+class TrainingSetup:
+    """Batches, loss and score of a training run.
 
     Args:
-        batches: Epoch -> the rows of each step.
-        loss: Rows, step -> loss to minimise, and each objective's part of it before weighting.
-        score: How good the weights are now; more is better.
-        score_name: What it is called in the curve.
-        start_counts: Whether the weights before the first step may be the best. Not where learning may
-            first lead away from a good start: the run would end before it comes back.
-        parts: A name for each part.
-        notes: What else is worth a column in the curve, such as a temperature.
+        batches: Epoch -> row ids of each step's batch.
+        loss: Row ids, step -> scalar loss to minimise, and each objective's unweighted part of it.
+        score: Returns the score of the current weights; higher is better.
+        score_name: Column of the score in the curve.
+        initial_may_win: Whether the initial weights may be kept as the best. False where training may lower
+            the score before it rises above the initial one: early stopping would end the run before that.
+        parts: Column names of the objectives' parts.
+        notes: Returns extra scalars to log at each evaluation, e.g. the learned temperature.
     """
 
     batches: Callable[[int], list[NDArray[np.int64]]]
     loss: Callable[[NDArray[np.int64], int], tuple[Tensor, list[float]]]
     score: Callable[[], float]
     score_name: str
-    start_counts: bool
+    initial_may_win: bool
     parts: list[str]
     notes: Callable[[], dict[str, float]]
 
 
 def train(
     model: nn.Module,
-    work: Work,
+    setup: TrainingSetup,
     params: TrainingParams,
     *,
     name: str,
@@ -80,18 +80,18 @@ def train(
     Afterwards the model has the weights with the best score.
 
     Args:
-        model: All that learns.
-        work: What is learned.
-        params: Recipe.
-        name: Of the student, for the log.
-        checkpoints: Where the run's state is kept.
-        track: Takes the rows of the curve; after a resumption those of before, too.
+        model: The student with everything else that is trained, such as temperatures.
+        setup: Batches, loss and score.
+        params: The settings of the run.
+        name: Name of the student, for the log.
+        checkpoints: The checkpoints of this run.
+        track: Receives each row of the curve; in a resumed run the earlier ones first.
 
     Raises:
-        TeachonceError: the loss, its gradient, a weight or the score is NaN or infinite; names the step and
-            the rows, and keeps nothing of it. Or the ranks do not see the same run.
+        TeachonceError: the loss, its gradient, a weight or the score is NaN or infinite (names the step and
+            the rows; the step is not saved), or the ranks are not in the same run.
     """
-    batches = work.batches(0)
+    batches = setup.batches(0)
     total = params.epochs * len(batches)
     optimizer = make_optimizer(model, params)
     state, best = _resume(model, optimizer, checkpoints, name)
@@ -102,18 +102,18 @@ def train(
     started = saved = time.monotonic()
     seconds_before = state.seconds
     if not state.curve:
-        best = _evaluate(model, optimizer, work, state, best, params, total)
+        best = _evaluate(model, optimizer, setup, state, best, params, total)
         track(state.curve[-1])
     epoch_of_batches = 0
     while state.step < total and state.stale < params.patience:
         epoch, place = divmod(state.step, len(batches))
         if epoch != epoch_of_batches:
-            batches, epoch_of_batches = work.batches(epoch), epoch
-        parts = take_step(model, optimizer, work, batches[place], state.step, total, params)
+            batches, epoch_of_batches = setup.batches(epoch), epoch
+        parts = take_step(model, optimizer, setup, batches[place], state.step, total, params)
         state.step += 1
         _add(state, parts)
         if state.step % params.evaluate_every == 0 or state.step == total:
-            best = _evaluate(model, optimizer, work, state, best, params, total)
+            best = _evaluate(model, optimizer, setup, state, best, params, total)
             track(state.curve[-1])
         progress.advance(1, f"loss {sum(parts):.4f}")
         state.seconds = seconds_before + time.monotonic() - started
@@ -148,7 +148,7 @@ def learning_rate(step: int, total: int, params: TrainingParams) -> float:
 def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    work: Work,
+    setup: TrainingSetup,
     rows: NDArray[np.int64],
     step: int,
     total: int,
@@ -157,11 +157,11 @@ def take_step(
     """One step; returns each objective's part of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, params)
-    # Dropout has an address, too: (seed, step), and the rank, whose texts are others.
+    # Dropout is determined by (seed, step) and the rank, since each rank has other texts.
     address = np.random.SeedSequence([params.seed, step, ranks.rank()])
     torch.manual_seed(int(address.generate_state(1)[0]))
     model.train()
-    loss, parts = work.loss(rows, step)
+    loss, parts = setup.loss(rows, step)
     if not bool(torch.isfinite(loss)):
         raise _diverged(step, f"the loss is {float(loss.detach())}", rows)
     optimizer.zero_grad(set_to_none=True)
@@ -169,8 +169,8 @@ def take_step(
     ranks.average_gradients(model)
     weights = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-    # Its square, too: Adam keeps squares of gradients, and what is infinite there never learns again. All
-    # ranks have the same gradients here, so all of them stop.
+    # The square must be finite, too: Adam averages squares of gradients, and an infinite average never
+    # recovers. All ranks have the same gradients here, so all of them stop.
     if not bool(torch.isfinite(norm.square())):
         raise _diverged(
             step, f"the loss is {float(loss.detach()):.4g}, its gradient {norm:.4g}", rows
@@ -178,34 +178,34 @@ def take_step(
     if params.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(weights, params.clip, norm)
     optimizer.step()
-    for part in model.modules():
-        if isinstance(part, Temperature):
-            part.keep_in_bounds()
+    for module in model.modules():
+        if isinstance(module, Temperature):
+            module.keep_in_bounds()
     return parts
 
 
 def _diverged(step: int, problem: str, rows: NDArray[np.int64]) -> TeachonceError:
-    """A step whose loss or gradient is NaN or Inf; no weight was changed by it."""
+    """Returns the error of a step whose loss or gradient is NaN or Inf; the step changed no weight."""
     named = f"{', '.join(map(str, rows[:16]))}{' …' if len(rows) > 16 else ''}"
     return TeachonceError(f"step {step}", f"{problem}; rows {named}", CURE)
 
 
-def _poisoned(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """The first weight that is NaN or Inf somewhere, or whose averages in the optimizer are; or None."""
+def _first_broken_weight(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Returns the name of the first weight with NaN or Inf in it or in its optimizer averages, or None."""
     for name, weight in model.named_parameters():
-        kept = optimizer.state.get(weight, {})
-        if not all(bool(torch.isfinite(value).all()) for value in (weight, *kept.values())):
+        averages = optimizer.state.get(weight, {})
+        if not all(bool(torch.isfinite(value).all()) for value in (weight, *averages.values())):
             return name
     return None
 
 
 def _check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Nothing may be judged or kept whose next step can only fail.
+    """Check the weights before they are scored or saved.
 
     Raises:
-        TeachonceError: a weight is NaN or Inf; names it.
+        TeachonceError: a weight has NaN or Inf in it; names it.
     """
-    name = _poisoned(model, optimizer)
+    name = _first_broken_weight(model, optimizer)
     if name is None:
         return
     if step == 0:
@@ -224,7 +224,7 @@ def _add(state: State, parts: list[float]) -> None:
 def _evaluate(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    work: Work,
+    setup: TrainingSetup,
     state: State,
     best: dict[str, Tensor],
     params: TrainingParams,
@@ -233,38 +233,38 @@ def _evaluate(
     """Score the weights, add a row to the curve, and return the best weights so far."""
     _check_weights(model, optimizer, state.step)
     model.eval()
-    score = ranks.of_first(work.score())
+    score = ranks.broadcast_from_first(setup.score())
     if not math.isfinite(score):
         raise TeachonceError(
             f"step {state.step}",
-            f"{work.score_name} is {score}: vectors have NaN or Inf in them",
+            f"{setup.score_name} is {score}: vectors have NaN or Inf in them",
             CURE,
         )
     # Before the first step there is a score and no loss yet.
     means = (
         [round(value / state.loss_steps, 8) for value in state.loss_sums]
         if state.loss_steps
-        else [None] * len(work.parts)
+        else [None] * len(setup.parts)
     )
     state.loss_sums, state.loss_steps = [], 0
     state.curve.append(
         {
             "step": state.step,
-            **{f"loss_{part}": mean for part, mean in zip(work.parts, means, strict=True)},
-            work.score_name: round(score, 6),
+            **{f"loss_{part}": mean for part, mean in zip(setup.parts, means, strict=True)},
+            setup.score_name: round(score, 6),
             "learning_rate": learning_rate(max(state.step - 1, 0), total, params),
-            **{note: round(value, 6) for note, value in work.notes().items()},
+            **{note: round(value, 6) for note, value in setup.notes().items()},
         }
     )
     losses = ", ".join(f"{mean:.5f}" for mean in means if mean is not None)
     log.info(
         "step %d: %s %.4f%s",
         state.step,
-        work.score_name,
+        setup.score_name,
         score,
         f", loss {losses}" if losses else "",
     )
-    if state.step == 0 and not work.start_counts:
+    if state.step == 0 and not setup.initial_may_win:
         return best
     if state.best_score is None or score > state.best_score:
         state.best_score, state.best_step, state.stale = score, state.step, 0
@@ -276,21 +276,21 @@ def _evaluate(
 def _resume(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, name: str
 ) -> tuple[State, dict[str, Tensor]]:
-    found = checkpoints.load()
-    if found is None:
+    checkpoint = checkpoints.load()
+    if checkpoint is None:
         return State(), {key: value.detach().clone() for key, value in model.state_dict().items()}
-    state, tensors = found
+    state, tensors = checkpoint
     model.load_state_dict(_part(tensors, "model/"))
     restore_optimizer(optimizer, tensors)
     best = _part(tensors, "best/")
-    poisoned = _poisoned(model, optimizer) or next(
+    broken = _first_broken_weight(model, optimizer) or next(
         (key for key, _ in model.named_parameters() if not bool(torch.isfinite(best[key]).all())),
         None,
     )
-    if poisoned is not None:
+    if broken is not None:
         raise TeachonceError(
             checkpoints.folder,
-            f"the checkpoint of step {state.step} has NaN or Inf in it, first in {poisoned}",
+            f"the checkpoint of step {state.step} has NaN or Inf in it, first in {broken}",
             f"delete its step-{state.step:09}-*.safetensors to go on from the checkpoint before it, or the "
             "folder to begin anew; then start the command again",
         )

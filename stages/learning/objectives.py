@@ -43,60 +43,60 @@ DISCO_TEMPERATURE = math.exp(-1)
 """Where the official code's learned temperature begins: its scale is exp(1)."""
 
 CHUNK = 2048
-"""Keys that are looked at together where there may be many: so few stay in the processor's cache."""
+"""Number of keys in a chunk; so many stay in the processor's cache."""
 
 LEFT_OUT = -1e4
-"""Logit of a candidate that does not count: its share is exactly 0, and finite logarithms stay so."""
+"""Logit of a candidate that is masked out: its probability is exactly 0, and finite logs stay finite."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Who stands in the denominator.
+    """The candidates in the denominator: each row's positive, in-batch and mined negatives, and a queue.
 
     Args:
-        vectors: (F, D) of any length: the teacher's as stored, of any rows of the cache, or a student's.
-        own: (B,) where in `vectors` the row's own key is.
-        same_text: (B, C) True where a candidate is a vector of the row's own text, its own included; or
-            one that stands among the F already.
-        queue: (Q, D) more keys, of length 1; C = F + Q. None for no more.
+        vectors: (F, D) keys of any length: the teacher's as stored, of any cached rows, or a student's.
+        positives: (B,) int64 index into `vectors` of each row's positive.
+        not_negative: (B, C) mask of candidates that are no negatives of a row: its positive, other vectors
+            of its own text (false negatives), and queue entries that are among the F already.
+        queue: (Q, D) further keys of unit length; C = F + Q. None for no queue.
     """
 
     vectors: Tensor
-    own: Tensor
-    same_text: Tensor
+    positives: Tensor
+    not_negative: Tensor
     queue: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
-        """(C, D) float32 of unit length."""
+        """(C, D) float32 keys of unit length."""
         keys = F.normalize(self.vectors.float(), dim=1)
         return keys if self.queue is None else torch.cat([keys, self.queue.float()])
 
     def key_chunks(self, width: int, kind: torch.dtype) -> Iterator[Tensor]:
-        """(n <= CHUNK, W) the first W values of all keys in turn, of unit length: no copy of a queue."""
-        for some in torch.split(self.vectors, CHUNK):
-            yield F.normalize(some[:, :width].float(), dim=1).to(kind)
-        for some in [] if self.queue is None else torch.split(self.queue, CHUNK):
-            whole = width == some.shape[1]
-            yield (some if whole else F.normalize(some[:, :width].float(), dim=1)).to(kind)
+        """Yield (n <= CHUNK, W) keys in turn, cut to W values, of unit length; the queue is not copied."""
+        for chunk in torch.split(self.vectors, CHUNK):
+            yield F.normalize(chunk[:, :width].float(), dim=1).to(kind)
+        for chunk in [] if self.queue is None else torch.split(self.queue, CHUNK):
+            whole = width == chunk.shape[1]
+            yield (chunk if whole else F.normalize(chunk[:, :width].float(), dim=1)).to(kind)
 
     @property
-    def is_own(self) -> Tensor:
-        """(B, C) True at each row's own key."""
-        places = torch.arange(self.same_text.shape[1], device=self.own.device)
-        return places == self.own[:, None]
+    def is_positive(self) -> Tensor:
+        """(B, C) mask of each row's positive."""
+        places = torch.arange(self.not_negative.shape[1], device=self.positives.device)
+        return places == self.positives[:, None]
 
     @property
-    def copies(self) -> Tensor:
-        """(B, C) True at other vectors of the row's own text, and at what stands there twice."""
-        return self.same_text & ~self.is_own
+    def duplicates(self) -> Tensor:
+        """(B, C) mask of false negatives and of candidates that are there twice."""
+        return self.not_negative & ~self.is_positive
 
 
 def narrow(vectors: Tensor, width: int) -> Tensor:
-    """(n, D) -> (n, W) the first W values of each vector, scaled to the length of the whole.
+    """Returns (n, W): the first W values of each vector, scaled to the length of the whole vector.
 
     Args:
-        vectors: (n, D).
+        vectors: (n, D) vectors of any length.
         width: W, 1 to D.
     """
     if width == vectors.shape[1]:
@@ -113,9 +113,9 @@ def kd(student: Tensor, teacher: Tensor, *, centred: bool = False) -> Tensor:
     1 / (2 B^2 W) * sum_ij |(h_i - h_j) - (T_i - T_j)|^2: what is learned is how rows differ.
 
     Args:
-        student: (B, W).
-        teacher: (B, D), as stored.
-        centred: Whether the mean error does not count.
+        student: (B, W) float32 student vectors.
+        teacher: (B, D) float32 teacher vectors as stored.
+        centred: Whether to subtract the mean error.
 
     Returns:
         Scalar, at least 0; 0 for a student that equals the teacher.
@@ -129,33 +129,33 @@ def ckd(
 ) -> Tensor:
     """Contrastive distillation: find your own teacher vector among many (DisCo, section 3.3).
 
-    `info_nce` where every candidate is a vector of the teacher. The teacher is frozen, so its vector of
-    any cached row is as good a candidate as one of this batch, and `FrozenInfoNce` computes the same
-    without a (B, C) matrix of logits.
+    `info_nce` where every candidate is a teacher vector. The teacher is frozen, so the vector of any cached
+    row can be a negative, not only those of the batch, and `FrozenInfoNce` computes the loss without a
+    (B, C) matrix of logits.
 
     Args:
-        student: (B, W).
-        candidates: Of C vectors of the teacher, each row's own among them.
+        student: (B, W) float32 student vectors, any length.
+        candidates: (C, D) teacher vectors, including each row's own positive.
         scale: a = 1 / temperature, > 0; a scalar, may be learned.
-        precision: Of the products of vectors: "fp32" or "bf16".
+        precision: Precision of the dot products: "fp32" or "bf16".
 
     Returns:
-        Scalar, at least 0; log(C) for a student that knows nothing, if no candidate is left out.
+        Scalar, at least 0; log(C) if all cosines are equal and no candidate is masked out.
     """
     width, kind = student.shape[1], type_of_products(precision)
-    own = candidates.vectors[candidates.own, :width].float()
+    positives = candidates.vectors[candidates.positives, :width].float()
     loss: Tensor = FrozenInfoNce.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         F.normalize(student, dim=1),
         scale,
-        F.normalize(own, dim=1),
-        candidates.same_text | candidates.is_own,
+        F.normalize(positives, dim=1),
+        candidates.not_negative | candidates.is_positive,
         candidates.key_chunks(width, kind),
     )
     return loss
 
 
 def type_of_products(precision: str) -> torch.dtype:
-    """In which `ckd` multiplies vectors; its sums are float32."""
+    """Returns the type in which `ckd` multiplies vectors; its sums are float32."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -164,18 +164,18 @@ def info_nce(anchors: Tensor, candidates: Candidates, scale: Tensor) -> Tensor:
 
     L = -1/B sum_i log( exp(a cos(h_i, k_i)) / sum_j exp(a cos(h_i, k_j)) ), j over the candidates.
 
-    Other copies of a row's own text are left out of its denominator: each would put a floor of log 2
-    and more under the loss of a perfect student.
+    False negatives, which are other vectors of a row's own text, are masked out of its denominator: each
+    would raise the loss of a perfect student to log 2 or more.
 
     Args:
-        anchors: (B, W), any length.
-        candidates: Of C vectors.
+        anchors: (B, W) vectors of any length.
+        candidates: (C, D) keys, including each row's positive.
         scale: a = 1 / temperature, > 0; a scalar, may be learned.
 
     Returns:
-        Scalar, at least 0; log(C) for vectors that know nothing, if no candidate is left out.
+        Scalar, at least 0; log(C) if all cosines are equal and no candidate is masked out.
     """
-    return F.cross_entropy(_logits(anchors, candidates, scale), candidates.own)
+    return F.cross_entropy(_logits(anchors, candidates, scale), candidates.positives)
 
 
 def relational(
@@ -188,8 +188,8 @@ def relational(
     those of a cache stay as they are. With tau_T -> 0 this is `ckd`.
 
     Args:
-        student: (B, W); of an augmented text, if the recipe says so (ConGen).
-        candidates: Of C vectors of the teacher, each row's own among them.
+        student: (B, W) student vectors; of augmented texts, if the recipe deletes tokens (ConGen).
+        candidates: (C, D) teacher vectors, including each row's own positive.
         temperature: tau_S.
         teacher_temperature: tau_T.
 
@@ -212,17 +212,16 @@ def skew(
 ) -> Tensor:
     """Skewed KL divergence (DistiLLM, eq. 4 and 5), over candidates instead of a vocabulary.
 
-    Forward: KL(P_T || a P_T + (1 - a) P_S). Reverse: KL(P_S || (1 - a) P_T + a P_S). What one side
-    holds impossible costs log(1/a) at most, where KL would have no bound. The paper's texts that the
-    student generates have no counterpart among embeddings.
+    Forward: KL(P_T || a P_T + (1 - a) P_S). Reverse: KL(P_S || (1 - a) P_T + a P_S). The loss is at most
+    log(1/a), where KL has no bound. The paper's student-generated texts have no counterpart for embeddings.
 
     Args:
-        student: (B, W).
-        candidates: Of C vectors of the teacher, each row's own among them.
+        student: (B, W) student vectors.
+        candidates: (C, D) teacher vectors, including each row's own positive.
         temperature: tau_S.
         teacher_temperature: tau_T.
         alpha: a, in (0, 1); 0.1 in the paper.
-        reverse: Whether the student's distribution weighs.
+        reverse: Whether to take the expectation under the student's distribution.
 
     Returns:
         Scalar, 0 to log(1/a); 0 for a student that equals the teacher, at equal temperatures.
@@ -243,16 +242,16 @@ def decoupled(
     teacher_temperature: float,
     alpha: float,
 ) -> Tensor:
-    """The own key and the rest apart, easy and hard rows apart (ATKD, eq. 7 to 9).
+    """Positive and negatives apart, easy and hard rows apart (ATKD, eq. 7 to 9).
 
-    KL(P_T || P_S) = TKD + UNC * DKD: TKD is the divergence of the pair (own, all the rest), DKD that
-    within the rest, UNC_i = 1 - P_T(own | i). A row is easy if its UNC is not above the batch's median.
-    L = a * mean_easy(DKD) + (1 - a) * mean_hard(TKD + DKD). The paper's classes are a vocabulary; here
-    they are the candidates, which are others at each step, and its target is the row's own key.
+    KL(P_T || P_S) = TKD + UNC * DKD: TKD is the divergence of the pair (positive, all negatives), DKD that
+    within the negatives, UNC_i = 1 - P_T(positive | i). A row is easy if its UNC is not above the batch's
+    median. L = a * mean_easy(DKD) + (1 - a) * mean_hard(TKD + DKD). The paper's classes are a vocabulary;
+    here they are the candidates of the step, and the target class is the row's positive.
 
     Args:
-        student: (B, W).
-        candidates: Of C vectors of the teacher, each row's own among them, and two more at least.
+        student: (B, W) student vectors.
+        candidates: (C, D) teacher vectors, including each row's own positive and at least two others.
         temperature: tau_S.
         teacher_temperature: tau_T.
         alpha: a, 0 to 1; 0.2 in the paper's code.
@@ -260,7 +259,7 @@ def decoupled(
     Returns:
         Scalar, at least 0; 0 for a student that equals the teacher, at equal temperatures.
     """
-    own, rest = candidates.is_own, ~candidates.same_text
+    own, rest = candidates.is_positive, ~candidates.not_negative
     pairs, within = [], []
     for log_shares in (
         _teacher_log_shares(candidates, teacher_temperature),
@@ -284,8 +283,8 @@ def comparative(student: Tensor, candidates: Candidates) -> Tensor:
     paper compares differences of class scores by a softmax. Squared differences would be a centred `kd`.
 
     Args:
-        student: (B, W).
-        candidates: The teacher's vectors of these B rows, in their order.
+        student: (B, W) student vectors.
+        candidates: (B, D) teacher vectors of the same rows, in the same order.
 
     Returns:
         Scalar, 0 to 2; 0 for a student that equals the teacher.
@@ -297,42 +296,42 @@ def comparative(student: Tensor, candidates: Candidates) -> Tensor:
     own = across.diagonal()
     along = own[:, None] + own[None, :] - across - across.T
     squared = _squared_distances(ours) * _squared_distances(theirs)
-    pairs = ~candidates.same_text
+    pairs = ~candidates.not_negative
     return 1 - (along[pairs] * squared[pairs].clamp(min=1e-12).rsqrt()).mean()
 
 
 def gram(student: Tensor, candidates: Candidates, *, temperature: float | None) -> Tensor:
-    """The similarities within a batch are the teacher's (Luxical; Stella and Jasper, L_sim).
+    """Match the teacher's similarities within a batch (Luxical; Stella and Jasper, L_sim).
 
     Without a temperature (Stella): the mean of (cos(h_i, h_j) - cos(T_i, T_j))^2 over pairs i, j of other
     texts. With a temperature t (Luxical): t^2 / B sum_i KL(softmax_j cos(T_i, T_j) / t ||
     softmax_j cos(h_i, h_j) / t), j over rows of other texts.
 
     Args:
-        student: (B, W).
-        candidates: The teacher's vectors of these B rows, in their order.
-        temperature: t, or None.
+        student: (B, W) student vectors.
+        candidates: (B, D) teacher vectors of the same rows, in the same order.
+        temperature: t, > 0; None for squared differences.
 
     Returns:
         Scalar, at least 0; 0 for a student whose similarities are the teacher's.
     """
     ours = F.normalize(student, dim=1)
-    similar, wanted = ours @ ours.T, candidates.keys @ candidates.keys.T
-    pairs = ~candidates.same_text
+    similar, teacher_similar = ours @ ours.T, candidates.keys @ candidates.keys.T
+    pairs = ~candidates.not_negative
     if temperature is None:
-        return F.mse_loss(similar[pairs], wanted[pairs])
+        return F.mse_loss(similar[pairs], teacher_similar[pairs])
     log_p, log_q = (
         (cosines / temperature).masked_fill(~pairs, LEFT_OUT).log_softmax(dim=1)
-        for cosines in (wanted, similar)
+        for cosines in (teacher_similar, similar)
     )
     return temperature**2 * _kl(log_p, log_q).mean()
 
 
 def _logits(anchors: Tensor, candidates: Candidates, scale: Tensor | float) -> Tensor:
-    """(B, C) a cos(h_i, k_j); copies of a row's own text left out."""
+    """Returns (B, C) logits a cos(h_i, k_j), with false negatives masked out."""
     keys = narrow(candidates.keys, anchors.shape[1])
     logits = scale * (F.normalize(anchors, dim=1) @ keys.T)
-    return logits.masked_fill(candidates.copies, LEFT_OUT)
+    return logits.masked_fill(candidates.duplicates, LEFT_OUT)
 
 
 def _log_shares(student: Tensor, candidates: Candidates, temperature: float) -> Tensor:
@@ -343,7 +342,7 @@ def _log_shares(student: Tensor, candidates: Candidates, temperature: float) -> 
 @torch.no_grad()
 def _teacher_log_shares(candidates: Candidates, temperature: float) -> Tensor:
     """(B, C) log P_T."""
-    return _log_shares(candidates.keys[candidates.own], candidates, temperature)
+    return _log_shares(candidates.keys[candidates.positives], candidates, temperature)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -392,8 +391,8 @@ class Objectives(nn.Module):
 
     Args:
         params: One or more objectives, in the order of the recipe.
-        widths: Of the student's vector, besides the whole, that are to serve alone (Matryoshka).
-        precision: In which `ckd` multiplies vectors; all others do in float32.
+        widths: Widths to which the student's vector may be cut (Matryoshka), besides the whole width.
+        precision: Precision of `ckd`'s dot products; all other objectives use float32.
     """
 
     def __init__(
@@ -436,19 +435,21 @@ class Objectives(nn.Module):
         """The loss of a batch: the mean over the widths.
 
         Args:
-            student: Share of deleted tokens -> (B, D) float32 vectors of what was left of the texts.
-            teacher: (B, D) float32, as stored.
-            candidates: One entry for each objective; None for those that take none.
+            student: Share of deleted tokens -> (B, D) float32 student vectors of the shortened texts.
+            teacher: (B, D) float32 teacher vectors as stored.
+            candidates: The candidates of each objective; None for an objective without any.
 
         Returns:
-            The weighted sum, and each objective's loss at the whole width before weighting.
+            The weighted sum over objectives, and each objective's loss at the whole width, unweighted.
         """
         whole = teacher.shape[1]
         total, parts = teacher.new_zeros(()), []
         for width in (whole, *self.widths):
-            for place, (objective, among) in enumerate(zip(self.params, candidates, strict=True)):
+            for place, (objective, candidates_of) in enumerate(
+                zip(self.params, candidates, strict=True)
+            ):
                 vectors = narrow(student[objective.deleted], width)
-                loss = self._loss(place, objective, vectors, teacher, among)
+                loss = self._loss(place, objective, vectors, teacher, candidates_of)
                 total = total + objective.weight * loss / (1 + len(self.widths))
                 if width == whole:
                     parts.append(float(loss.detach()))
@@ -465,21 +466,21 @@ class Objectives(nn.Module):
         match objective:
             case CkdObjective() | DiscoCkdObjective():
                 scale = self._temperature(place).scale()
-                return ckd(student, _there(candidates), scale, precision=self.precision)
+                return ckd(student, _required(candidates), scale, precision=self.precision)
             case RelationalObjective() | SkewObjective() | DecoupledObjective():
-                return _between_distributions(objective, student, _there(candidates))
+                return _between_distributions(objective, student, _required(candidates))
             case ComparativeObjective():
-                return comparative(student, _there(candidates))
+                return comparative(student, _required(candidates))
             case GramObjective():
-                return gram(student, _there(candidates), temperature=objective.temperature)
+                return gram(student, _required(candidates), temperature=objective.temperature)
             case KdObjective():
                 return kd(student, teacher, centred=objective.centred)
             case DiscoKdObjective():
                 return kd(student, teacher)
 
     def _temperature(self, place: int) -> Temperature:
-        found: Temperature = self.learned[str(place)]  # type: ignore[assignment]  # put there above
-        return found
+        temperature: Temperature = self.learned[str(place)]  # type: ignore[assignment]  # put there above
+        return temperature
 
 
 def _between_distributions(
@@ -487,21 +488,21 @@ def _between_distributions(
     student: Tensor,
     candidates: Candidates,
 ) -> Tensor:
-    given = {
+    temperatures = {
         "temperature": objective.temperature,
         "teacher_temperature": objective.teacher_temperature,
     }
     match objective:
         case RelationalObjective():
-            return relational(student, candidates, **given)
+            return relational(student, candidates, **temperatures)
         case SkewObjective():
             alpha, reverse = objective.alpha, objective.reverse
-            return skew(student, candidates, **given, alpha=alpha, reverse=reverse)
+            return skew(student, candidates, **temperatures, alpha=alpha, reverse=reverse)
         case DecoupledObjective():
-            return decoupled(student, candidates, **given, alpha=objective.alpha)
+            return decoupled(student, candidates, **temperatures, alpha=objective.alpha)
 
 
-def _there(candidates: Candidates | None) -> Candidates:
+def _required(candidates: Candidates | None) -> Candidates:
     if candidates is None:
         raise TypeError("this objective needs candidates")
     return candidates

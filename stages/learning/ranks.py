@@ -1,11 +1,11 @@
-"""Several processes that train one student, started by `torchrun` or `accelerate launch`.
+"""Several processes (ranks) that train one student, started by `torchrun` or `accelerate launch`.
 
-Each rank reads its share of a batch's texts; then the vectors of all texts are gathered, so that every
-rank has the loss of the whole batch, also of objectives that compare a row with the others. Without
-dropout the steps are those of one process with the same batch, up to last bits; with it the masks are
-others. The teacher's vectors come from the store, on every rank.
+Each rank encodes its part of a batch; then the vectors of all texts are gathered, so that every rank
+computes the loss of the whole batch, also of objectives that compare a row with the others. Without
+dropout the steps equal those of one process with the same batch, up to last bits; with dropout the masks
+differ. Every rank reads the teacher's vectors from the store.
 
-In a process that was not started so there is one rank, and nothing here communicates.
+A process that was started alone is the only rank, and nothing here communicates.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from stages.models.devices import pick_device
 from stages.outcome import log
 from storage.errors import TeachonceError
 
-PATIENCE = timedelta(days=1)
-"""How long ranks wait for the first one, which may have a big corpus to tokenize. The launcher ends the
-others of a rank that died."""
+TIMEOUT = timedelta(days=1)
+"""Longest time that ranks wait for the first one, which may tokenise a large corpus. If a rank dies, the
+launcher ends the others."""
 
 
 @contextmanager
@@ -51,72 +51,72 @@ def joined(setting: str) -> Iterator[torch.device]:
         yield pick_device(setting)
         return
     device = _device_of_rank(setting, int(os.environ["LOCAL_RANK"]))
-    # gloo beside NCCL: what ranks tell each other besides vectors and gradients lies on the CPU.
+    # gloo beside NCCL, for small values on the CPU.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
     )
     try:
         if is_first():
             log.info("training on %d ranks", count())
         else:
-            log.setLevel(logging.WARNING)  # what all would say, the first one says
+            log.setLevel(logging.WARNING)  # only the first rank logs progress
         yield device
     finally:
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Which rank this process is, 0 to `count() - 1`."""
+    """Returns the number of this process's rank, 0 to `count() - 1`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def count() -> int:
-    """How many ranks there are."""
+    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this rank is the one that writes files and talks."""
+    """Whether this is the rank that writes files and logs."""
     return rank() == 0
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first rank goes through the body before the others, who find there what it left."""
+def first_rank_first() -> Iterator[None]:
+    """Run the body on the first rank, then on the others, which find the files that it left."""
     if not is_first():
-        _wait()
+        _barrier()
     try:
         yield
     finally:
         if is_first():
-            _wait()
+            _barrier()
 
 
-def together(sizes: NDArray[np.int64], work: Callable[[NDArray[np.int64]], Tensor]) -> Tensor:
-    """Make rows on all ranks, and give all of them to every rank.
+def gather_rows(sizes: NDArray[np.int64], compute: Callable[[NDArray[np.int64]], Tensor]) -> Tensor:
+    """Compute rows on all ranks, and gather all of them on every rank.
 
     Args:
-        sizes: (B,) how much work each row is; ranks get long and short ones alike.
-        work: (n,) places of rows -> (n, D) these rows; n may be 1, and a place may come twice.
+        sizes: (B,) int64 amount of work of each row, by which rows are dealt evenly.
+        compute: (n,) places of rows -> (n, D) rows; n may be 1, and a place may come twice.
 
     Returns:
-        (B, D) in the order of `sizes`. `average_gradients` makes the gradient right.
+        (B, D) rows in the order of `sizes`. `average_gradients` is needed for the right gradient.
     """
     if count() == 1:
-        return work(np.arange(len(sizes)))
+        return compute(np.arange(len(sizes)))
     order = np.argsort(-sizes, kind="stable")
-    # As many for each rank: where that does not come out even, the first rows are made twice.
+    # Equal numbers for all ranks: if B is not divisible, the first rows are computed twice.
     dealt = np.resize(order, math.ceil(len(order) / count()) * count())
-    own = work(dealt[rank() :: count()])
+    rows_of_rank = compute(dealt[rank() :: count()])
     # Every rank computes the one loss from all vectors. Backward adds up the gradients of all ranks, which
     # are equal, and `average_gradients` takes the mean: the sum of the parts that the ranks' own rows have.
-    gathered = all_gather(own.contiguous())  # type: ignore[no-untyped-call]
+    gathered = all_gather(rows_of_rank.contiguous())  # type: ignore[no-untyped-call]
     rows = torch.stack(gathered, dim=1).flatten(0, 1)[: len(order)]
     return rows[torch.from_numpy(np.argsort(order)).to(rows.device)]
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Give each rank the mean of all ranks' gradients."""
+    """Replace each rank's gradients by the mean over all ranks."""
     if count() == 1:
         return
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
@@ -127,32 +127,32 @@ def average_gradients(model: nn.Module) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def of_first(value: float) -> float:
-    """The first rank's value: a last bit must not make one rank stop and another go on."""
+def broadcast_from_first(value: float) -> float:
+    """Returns the first rank's value, so that a last bit does not make one rank stop and another go on."""
     if count() == 1:
         return value
-    told = torch.tensor(value, dtype=torch.float64)
-    dist.broadcast(told, src=0)
-    return float(told)
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, src=0)
+    return float(tensor)
 
 
-def check_same(what: str) -> None:
-    """Ranks that would train different things must not begin.
+def check_same(state: str) -> None:
+    """Check that all ranks are about to train the same.
 
     Args:
-        what: What this rank is about to do.
+        state: Description of this rank's step and run.
 
     Raises:
-        TeachonceError: another rank is about to do something else.
+        TeachonceError: another rank has another description.
     """
-    told: list[Any] = [what] * count()
+    states: list[Any] = [state] * count()
     if count() > 1:
-        dist.all_gather_object(told, what)
-    for number, other in enumerate(told):
-        if other != told[0]:
+        dist.all_gather_object(states, state)
+    for number, state_of_rank in enumerate(states):
+        if state_of_rank != states[0]:
             raise TeachonceError(
                 f"rank {number}",
-                f"is at {other}, rank 0 at {told[0]}",
+                f"is at {state_of_rank}, rank 0 at {states[0]}",
                 "let all ranks see the same work tree and store, then start them again",
             )
 
@@ -176,7 +176,7 @@ def _device_of_rank(setting: str, local_rank: int) -> torch.device:
     return device
 
 
-def _wait() -> None:
-    """Until all ranks are here."""
+def _barrier() -> None:
+    """Wait until all ranks have arrived."""
     if count() > 1:
         dist.all_reduce(torch.zeros(1))

@@ -1,8 +1,8 @@
-"""Students: what is trained, before and after.
+"""Students: models before, during and after training.
 
-A start is the teacher with fewer layers, or any model. For training it gets a projection into the
-teacher's space where the widths differ. The projection stays with the student, so that a student can
-search an index that the teacher built.
+A start is the teacher with fewer layers, or any model. If its width is not the teacher's, a projection into
+the teacher's space is added and trained. It is exported with the student, so that a student can search an
+index that the teacher built.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 PACKED_TOKENS = 8192
-"""Tokens that are read at once: 128 texts of 64. Each piece costs a gradient of all weights."""
+"""Tokens of a piece without padding: 128 texts of 64. Each piece costs a gradient of all weights."""
 PIECE_TOKENS = {"cpu": 1024, "mps": 4096}
-"""The same where texts are padded, by device: small pieces pad less, large ones fill a GPU."""
+"""Tokens of a padded piece, by device: small pieces have less padding, large ones fill a GPU."""
 GPU_PIECE_TOKENS = 32768
 
 PROBED_LENGTHS = (40, 33, 32, 12, 11, 9, 2)
-"""Tokens of the texts on which it is tried whether a student can read without padding."""
+"""Lengths in tokens of the texts on which reading without padding is tested."""
 
 
 def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
@@ -47,11 +47,11 @@ def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: s
     Args:
         model: Its first module must be a transformer with a list `encoder.layer`, as in BERT, RoBERTa,
             XLM-R, MPNet, ELECTRA and their kin.
-        layers: Which layers stay, in this order; 0-based.
+        layers: 0-based numbers of the layers to keep, in this order.
         address: The setting to name in an error.
 
     Raises:
-        TeachonceError: another architecture, or a layer that is not there.
+        TeachonceError: the architecture is another, or a layer does not exist.
     """
     body: Any = getattr(model[0], "auto_model", None)
     stack: Any = getattr(getattr(body, "encoder", None), "layer", None)
@@ -68,9 +68,9 @@ class Student(nn.Module):
     Args:
         model: The start, loaded in float32.
         teacher_dim: D, the width of the teacher's vectors.
-        unit_length: Whether the teacher's vectors have length 1; then the student's have, too.
-        project: Whether to add a projection even if the widths agree.
-        dropout: False: the model runs as in inference while it is trained.
+        unit_length: Whether the teacher's vectors have length 1; then the student's are normalised, too.
+        project: Whether to add a projection even if the widths are equal.
+        dropout: Whether dropout is active in training.
     """
 
     def __init__(
@@ -87,45 +87,47 @@ class Student(nn.Module):
         self.unit_length = unit_length
         self.dim = teacher_dim
         width = model.get_embedding_dimension() or 0
-        # A normalisation at the end of the start goes: it is the teacher's vectors that say whether the
-        # student's have length 1, and it would stand before the projection.
+        # A Normalize module of the start is removed: it would come before the projection, and whether the
+        # student's vectors have length 1 depends on the teacher's.
         self.body = nn.ModuleList([module for module in model if not is_normalize(module)])
         needed = project or width != teacher_dim
         self.projection = nn.Linear(width, teacher_dim) if needed else None
         if self.projection is not None and width == teacher_dim:
             nn.init.eye_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
-        self.packed, self.even = self._readers()
+        self.packed, self.equal_lengths = self._readers()
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) token ids and mask -> (B, D) float32 vectors, as the saved student returns them."""
-        return self._finished(self._padded(token_ids, mask))
+        """Returns (B, D) float32 vectors of (B, L) token ids and mask, as the saved student would."""
+        return self._to_teacher_space(self._padded(token_ids, mask))
 
     def _padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) token ids and mask -> (B, width) what the model makes of them."""
+        """Returns (B, width) vectors before the projection, of (B, L) token ids and mask."""
         features = {"input_ids": token_ids, "attention_mask": mask}
         for module in self.body:
             features = module(features)
         return features["sentence_embedding"]
 
     def read(self, rows: Sequence[NDArray[np.int32]], *, pad_id: int) -> Tensor:
-        """Token ids of B texts, the longest first -> (B, D): as `forward`, without padding if possible."""
+        """Returns (B, D) vectors of B texts' token ids, longest first; without padding if possible."""
         if self.packed is not None:
-            return self._finished(self.packed(rows, np.arange(len(rows))))
+            return self._to_teacher_space(self.packed(rows, np.arange(len(rows))))
         ids = [torch.from_numpy(row.astype(np.int64)) for row in rows]
         vectors: Tensor = self(*pad(ids, pad_id=pad_id, device=next(self.parameters()).device))
         return vectors
 
     @torch.no_grad()
     def _readers(self) -> tuple[Packed | None, bool]:
-        """A reader without padding, if it gives a text the vector that it has alone; else None.
+        """Test how texts can be read together.
 
-        Also whether only texts of one length may be read together, since padding changes their vectors.
+        Returns:
+            A reader without padding, or None if it changes a text's vector; and whether only texts of equal
+            length may be read together, since padding changes vectors.
         """
         device = next(self.parameters()).device
         transformer: Any = self.body[0]
         try:
-            # From the middle of the vocabulary: a special token might change how the others are read.
+            # From the middle of the vocabulary, which has no special tokens.
             first = transformer.auto_model.get_input_embeddings().num_embeddings // 4
             ids = [first + np.arange(length, dtype=np.int32) for length in PROBED_LENGTHS]
             rows = [torch.from_numpy(row).long() for row in ids]
@@ -149,15 +151,15 @@ class Student(nn.Module):
             return None, True
         return None, False
 
-    def _finished(self, vectors: Tensor) -> Tensor:
-        """What the model makes of a text -> (B, D) float32 in the teacher's space."""
+    def _to_teacher_space(self, vectors: Tensor) -> Tensor:
+        """Project (B, width) vectors into the teacher's space: (B, D) float32."""
         if self.projection is not None:
             vectors = self.projection(vectors)
         vectors = vectors.float()
         return nn.functional.normalize(vectors, dim=1) if self.unit_length else vectors
 
     def train(self, mode: bool = True) -> Student:
-        """Training mode; without dropout, everything below stays in inference mode."""
+        """Set training mode; without dropout, all submodules stay in inference mode."""
         super().train(mode and self.dropout)
         self.training = mode
         return self
@@ -193,31 +195,33 @@ def encode_ids(
     precision: str,
     gradient_caching: bool,
 ) -> Tensor:
-    """Token ids of B texts -> (B, D) float32 vectors, in their order.
+    """Encode the token ids of B texts; returns (B, D) float32 vectors, in their order.
 
-    The batch is shared out among the ranks. Each reads its texts end to end, without padding; a model that
-    cannot reads them in pieces of like length, which saves most of the padding that a random batch has.
-    The vectors are those of the whole batch up to last bits.
+    The batch is divided among the ranks. Each reads its texts without padding; if the model cannot, it
+    reads pieces of similar length, which need little padding. The vectors are those of the whole batch up
+    to last bits.
 
     Args:
-        student: On `device`.
+        student: The student, on `device`.
         rows: Token ids of each text, special tokens included; the same on all ranks.
-        pad_id: The id that fills up a piece that is padded.
-        device: Where.
-        precision: Of the matrix products: "fp32" or "bf16".
-        gradient_caching: Keep nothing of a piece but its vectors, and read it again, with the same dropout,
-            when its gradient is due: the memory of one piece, for a third more work (GradCache, which
-            keeps the gradients of the vectors instead; the sums are the same).
+        pad_id: The id of the padding token.
+        device: The device of the student.
+        precision: Precision of matrix products: "fp32" or "bf16".
+        gradient_caching: Keep only the vectors of a piece, and read the piece again, with the same dropout,
+            when its gradient is computed: the memory of one piece, for a third more work (GradCache keeps
+            the gradients of the vectors instead; the result is the same).
     """
     lengths = np.array([len(row) for row in rows], np.int64)
     piece_tokens = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
     if student.packed is not None:
         piece_tokens = min(piece_tokens, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
 
-    def read(some: NDArray[np.int64]) -> Tensor:
+    def read(batch: NDArray[np.int64]) -> Tensor:
         pieces, order = [], []
-        for places in token_batches(lengths[some], piece_tokens, even=student.even):
-            texts = [rows[place] for place in some[places]]
+        for places in token_batches(
+            lengths[batch], piece_tokens, equal_lengths=student.equal_lengths
+        ):
+            texts = [rows[place] for place in batch[places]]
             with autocast(device, precision):
                 if gradient_caching:
                     pieces.append(
@@ -228,11 +232,11 @@ def encode_ids(
             order.append(places)
         return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
 
-    return ranks.together(lengths, read)
+    return ranks.gather_rows(lengths, read)
 
 
 def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids of different lengths -> (B, L) ids and (B, L) mask, padded on the right."""
+    """Pad token ids on the right; returns (B, L) ids and (B, L) mask."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     mask = (torch.arange(ids.shape[1])[None, :] < lengths[:, None]).long()

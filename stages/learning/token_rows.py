@@ -1,4 +1,4 @@
-"""A student's token ids of the whole corpus: made once, kept in the store, shared by all its runs."""
+"""A student's token ids of the whole corpus, computed once and shared through the store by all its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.tokens import Tokens, put_tokens
 VERSION = 1
 
 TOKENIZER_ENDINGS = {".json", ".txt", ".model", ".py", ".tiktoken"}
-"""Of files with `token` in their name, of which a tokenizer is made; others are named by its class."""
+"""Endings of tokenizer files with `token` in their name; the tokenizer's class names its other files."""
 
 
 def token_rows(
@@ -29,17 +29,17 @@ def token_rows(
     store: Store,
     max_tokens: int,
 ) -> Tokens:
-    """The token ids of all texts, special tokens included, cut at `max_tokens`.
+    """Returns the token ids of all texts, special tokens included; computes those that the store lacks.
 
     Args:
-        tokenizer: Of the student.
-        folder: Where it was loaded from; its files name the columns.
+        tokenizer: The student's tokenizer.
+        folder: The student's folder; the hashes of its tokenizer files are in the fingerprint.
         corpus: The texts.
-        store: Where the columns are kept.
-        max_tokens: A longer text is cut, its special tokens kept.
+        store: The store for the token ids.
+        max_tokens: Truncation length; special tokens are kept.
 
     Raises:
-        TeachonceError: the student has no tokenizer of transformers' kind.
+        TeachonceError: the student has no transformers tokenizer.
     """
     if not callable(tokenizer):
         raise TeachonceError(
@@ -48,19 +48,20 @@ def token_rows(
             "choose a transformer as the start",
         )
     # A slow tokenizer is not in tokenizer.json, but in files that its class names: vocab.txt and others.
-    own = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    vocabulary_files = set(getattr(tokenizer, "vocab_files_names", {}).values())
     name = fingerprint(
         {
             "version": VERSION,
             "tokenizer": {
                 path.name: sha256_of(path)
                 for path in sorted(folder.iterdir())
-                if path.name in own or (path.suffix in TOKENIZER_ENDINGS and "token" in path.name)
+                if path.name in vocabulary_files
+                or (path.suffix in TOKENIZER_ENDINGS and "token" in path.name)
             },
             "max_tokens": max_tokens,
         }
     )
-    # It remembers how it cut, and would be saved with the student: so only if ids are made, not if found.
+    # A copy, since a tokenizer stores its truncation length, and is saved with the student.
     tokenizer = deepcopy(tokenizer)
     progress = Progress("tokens", total=corpus.rows, unit="texts")
     objects: list[Object] = []

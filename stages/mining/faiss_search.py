@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from storage.errors import TeachonceError
 from storage.negatives import NONE
 
-NeighbourLists = tuple[NDArray[np.int64], NDArray[np.float32]]
+IdsAndCosines = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 UnitRows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """(m,) row numbers -> (m, dim) float32 vectors of unit length."""
@@ -28,7 +28,7 @@ SAME = 1e-6  # cosines that differ by less are ties
 class NearestRows(Protocol):
     """A search for the nearest rows of given rows."""
 
-    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
+    def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """(m,) row numbers -> (m, k) row numbers and cosines."""
 
 
@@ -53,7 +53,7 @@ class FlatSearch:
             self.resources = self.faiss.StandardGpuResources()
         self._whole: NDArray[np.float32] | None = None
 
-    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
+    def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """As in `NearestRows`."""
         queries = self.unit_rows(rows)
         heap = self.faiss.ResultHeap(len(rows), self.k, keep_max=True)
@@ -111,7 +111,7 @@ class ApproximateSearch:
         for first in range(0, rows, BUILD_ROWS):
             self.index.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
 
-    def nearest(self, rows: NDArray[np.int64]) -> NeighbourLists:
+    def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """As in `NearestRows`."""
         cosines, places = self.index.search(self.unit_rows(rows), self.k)
         return places, np.where(places >= 0, cosines, -1).astype(np.float32)
@@ -131,7 +131,7 @@ def index_bytes(name: str, *, rows: int, dim: int) -> int:
     return rows * (4 * dim + (4 * 2 * 32 if name == "hnsw" else 8))
 
 
-def hits_in(approximate: NeighbourLists, exact: NeighbourLists) -> NDArray[np.int64]:
+def hits_in(approximate: IdsAndCosines, exact: IdsAndCosines) -> NDArray[np.int64]:
     """Returns (m,) int64: how many of the k nearest rows are in each approximate list; ties count."""
     kth = exact[1][:, -1:] - SAME
     hits: NDArray[np.int64] = ((approximate[0] != NONE) & (approximate[1] >= kth)).sum(axis=1)

@@ -212,16 +212,16 @@ class Encoder:
             return padded
         except ValueError as error:
             log.info("only texts of one length are read together; in other batches: %s", error)
-        even = Padded(self.model, even=True)
+        equal_lengths = Padded(self.model, equal_lengths=True)
         try:
-            likeness(alone, self._probed(even, texts)[places])
+            likeness(alone, self._probed(equal_lengths, texts)[places])
         except ValueError as error:
             raise TeachonceError(
                 self.device,
                 f"the vectors of this model depend on the texts that are read together: {error}",
                 "report this, with the model's name",
             ) from None
-        return even
+        return equal_lengths
 
     def _probed(self, reader: Packed | Padded, texts: Sequence[str]) -> NDArray[np.float32]:
         return self._vectors(reader.read(texts, self.prompt), precision="fp32")
@@ -295,7 +295,7 @@ class Encoder:
         text is left out.
         """
         cut = np.minimum(read.lengths, self.max_tokens)
-        waiting = list(token_batches(cut, self.batch_tokens, even=read.even))
+        waiting = list(token_batches(cut, self.batch_tokens, equal_lengths=read.equal_lengths))
         vectors: NDArray[np.float32] | None = None
         while waiting:
             places = waiting.pop(0)
@@ -305,7 +305,9 @@ class Encoder:
             except torch.OutOfMemoryError as error:
                 self._take_less(len(places), int(cut[places[0]]), error)
                 rest = np.concatenate([places, *waiting])
-                again = token_batches(cut[rest], self.batch_tokens, even=read.even)
+                again = token_batches(
+                    cut[rest], self.batch_tokens, equal_lengths=read.equal_lengths
+                )
                 waiting = [rest[some] for some in again]
                 continue
             if vectors is None:
@@ -334,11 +336,11 @@ class Padded:
 
     Args:
         model: Of sentence-transformers.
-        even: Read only equally long texts together, so that nothing is padded.
+        equal_lengths: Read only equally long texts together, so that nothing is padded.
     """
 
-    def __init__(self, model: SentenceTransformer, *, even: bool = False) -> None:
-        self.model, self.even = model, even
+    def __init__(self, model: SentenceTransformer, *, equal_lengths: bool = False) -> None:
+        self.model, self.equal_lengths = model, equal_lengths
 
     def read(self, texts: Sequence[str], prompt: str) -> Read:
         """Count the tokens; the model tokenises batch by batch."""
@@ -353,7 +355,11 @@ class Padded:
             vectors: torch.Tensor = self.model(features)["sentence_embedding"]
             return vectors
 
-        return Read(self._lengths([prompt + text for text in texts]), forward, even=self.even)
+        return Read(
+            self._lengths([prompt + text for text in texts]),
+            forward,
+            equal_lengths=self.equal_lengths,
+        )
 
     def _lengths(self, texts: list[str]) -> NDArray[np.int64]:
         if not texts:
@@ -368,7 +374,7 @@ class Padded:
 
 
 def token_batches(
-    lengths: NDArray[np.int64], batch_tokens: int, *, even: bool = False
+    lengths: NDArray[np.int64], batch_tokens: int, *, equal_lengths: bool = False
 ) -> Iterator[NDArray[np.int64]]:
     """Cut texts into batches of similar length.
 
@@ -376,7 +382,7 @@ def token_batches(
         lengths: (n,) tokens of each text.
         batch_tokens: A batch of m texts padded to its longest has at most this many tokens, unless it
             is one text.
-        even: The texts of a batch are of one length.
+        equal_lengths: The texts of a batch are of one length.
 
     Yields:
         Places in `lengths`; every place once, longest texts first, ties in order.
@@ -386,7 +392,7 @@ def token_batches(
     while first < len(order):
         longest = max(int(lengths[order[first]]), 1)
         count = max(1, batch_tokens // longest)
-        if even:
+        if equal_lengths:
             count = int((lengths[order[first : first + count]] == lengths[order[first]]).sum())
         yield order[first : first + count]
         first += count

@@ -37,12 +37,12 @@ class Read:
     Args:
         lengths: (n,) tokens of each before cutting, special ones and the prompt's included.
         forward: Places (m,) of some of them, equally long ones together -> their vectors (m, dim).
-        even: Whether only equally long ones may be read together.
+        equal_lengths: Whether only equally long ones may be read together.
     """
 
     lengths: NDArray[np.int64]
     forward: Callable[[NDArray[np.int64]], Tensor]
-    even: bool = False
+    equal_lengths: bool = False
 
 
 @dataclass(frozen=True)

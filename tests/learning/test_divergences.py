@@ -50,13 +50,15 @@ def some_candidates(copies=True):
     if copies:
         text[7], text[8], text[1] = 0, 3, 2
     same = torch.tensor([[text[i] == text[j] for j in range(len(text))] for i in range(ROWS)])
-    return Candidates(vectors, own=torch.arange(ROWS), same_text=same)
+    return Candidates(vectors, positives=torch.arange(ROWS), not_negative=same)
 
 
 def of_batch(candidates):
     """The candidates of an objective that looks at the batch alone."""
     return Candidates(
-        candidates.vectors[:ROWS], own=candidates.own, same_text=candidates.same_text[:, :ROWS]
+        candidates.vectors[:ROWS],
+        positives=candidates.positives,
+        not_negative=candidates.not_negative[:, :ROWS],
     )
 
 
@@ -72,7 +74,7 @@ def shares(vector, candidates, row, temperature):
     counted = {
         j: math.exp(cosine(vector, candidates.vectors[j][:width]) / temperature)
         for j in range(len(candidates.vectors))
-        if j == row or not candidates.same_text[row, j]
+        if j == row or not candidates.not_negative[row, j]
     }
     return {j: value / sum(counted.values()) for j, value in counted.items()}
 
@@ -166,7 +168,7 @@ def test_decoupled_is_its_definition(alpha):
 
 def test_decoupled_where_all_rows_are_equally_hard_has_no_hard_half():
     candidates = Candidates(
-        torch.eye(4), own=torch.arange(2), same_text=torch.eye(4, dtype=torch.bool)[:2]
+        torch.eye(4), positives=torch.arange(2), not_negative=torch.eye(4, dtype=torch.bool)[:2]
     )
     student = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
     found = decoupled(student, candidates, temperature=1.0, teacher_temperature=1.0, alpha=0.5)
@@ -288,12 +290,12 @@ def test_every_objective_teaches_vectors_to_become_the_teachers(params):
     ours = torch.nn.functional.normalize(vectors.detach(), dim=1)
     assert float(loss.detach()) < 0.6 * float(before.detach())
     if params.name == "gram":  # it knows similarities alone, and any rotation has the same
-        pairs = ~candidates.same_text
+        pairs = ~candidates.not_negative
         assert torch.allclose((ours @ ours.T)[pairs], (teacher @ teacher.T)[pairs], atol=0.05)
     else:
         # Each row is nearest to its own text: rows 1 and 2 have the same.
         nearest = (ours @ teacher.T).argmax(dim=1)
-        assert all(candidates.same_text[row, found] for row, found in enumerate(nearest))
+        assert all(candidates.not_negative[row, found] for row, found in enumerate(nearest))
 
 
 def test_disco_ckd_begins_at_a_scale_of_e_and_learns_it():

@@ -10,7 +10,7 @@ import torch
 from stages.learning import objectives
 from stages.learning.batches import epoch_batches, some_rows
 from stages.learning.candidates import CandidateSource
-from stages.learning.loop import Work, learning_rate, make_optimizer, take_step
+from stages.learning.loop import TrainingSetup, learning_rate, make_optimizer, take_step
 from stages.learning.objectives import (
     Candidates,
     Objectives,
@@ -122,9 +122,9 @@ def slow_ckd(student, candidates, scale):
         terms, own = [], None
         for j, other in enumerate(candidates.vectors.double()):
             term = math.exp(scale * float(direction @ other))
-            if j == int(candidates.own[i]):
+            if j == int(candidates.positives[i]):
                 own = term
-            elif candidates.same_text[i, j]:
+            elif candidates.not_negative[i, j]:
                 continue
             terms.append(term)
         losses.append(-math.log(own / sum(terms)))
@@ -134,7 +134,7 @@ def slow_ckd(student, candidates, scale):
 def test_ckd_is_its_definition():
     same = torch.zeros(4, 11, dtype=torch.bool)
     same[0, [0, 7]] = same[1, 1] = same[2, [2, 3, 9]] = same[3, [2, 3]] = True
-    candidates = Candidates(unit(11, 6), own=torch.arange(4), same_text=same)
+    candidates = Candidates(unit(11, 6), positives=torch.arange(4), not_negative=same)
     student = 3 * torch.randn(4, 6)
     fast = float(ckd(student, candidates, torch.tensor(8.0)))
     assert fast == pytest.approx(slow_ckd(student, candidates, 8.0), rel=1e-5)
@@ -150,8 +150,8 @@ def test_ckd_and_its_gradients_are_those_of_info_nce(width, queued, monkeypatch)
     same = torch.rand(5, 40 + queued, generator=draw) < 0.2
     candidates = Candidates(
         vectors,
-        own=torch.tensor([3, 0, 39, 8, 21]),
-        same_text=same,
+        positives=torch.tensor([3, 0, 39, 8, 21]),
+        not_negative=same,
         queue=unit(queued, 16, seed=6) if queued else None,
     )
     found = []
@@ -170,7 +170,7 @@ def test_ckd_and_its_gradients_are_those_of_info_nce(width, queued, monkeypatch)
 def test_ckd_in_bfloat16_is_near_and_never_negative():
     vectors = unit(3000, 64, seed=6)
     same = torch.zeros(4, 3000, dtype=torch.bool)
-    candidates = Candidates(vectors.half(), own=torch.arange(4), same_text=same)
+    candidates = Candidates(vectors.half(), positives=torch.arange(4), not_negative=same)
     student, scale = unit(4, 64, seed=7), torch.tensor(20.0)
     exact = float(ckd(student, candidates, scale))
     assert float(ckd(student, candidates, scale, precision="bf16")) == pytest.approx(
@@ -182,7 +182,7 @@ def test_ckd_in_bfloat16_is_near_and_never_negative():
 def test_ckd_of_a_student_that_knows_nothing_is_the_logarithm_of_the_candidates():
     vectors = torch.eye(8)[:, :]
     candidates = Candidates(
-        vectors, own=torch.arange(3), same_text=torch.zeros(3, 8, dtype=torch.bool)
+        vectors, positives=torch.arange(3), not_negative=torch.zeros(3, 8, dtype=torch.bool)
     )
     student = torch.ones(3, 8)
     assert float(ckd(student, candidates, torch.tensor(20.0))) == pytest.approx(
@@ -195,8 +195,8 @@ def test_a_perfect_student_has_no_floor_although_its_own_text_stands_in_the_queu
     own = torch.eye(4)
     vectors = torch.cat([own, own.repeat(6, 1)])
     same = vectors @ own.T > 0.5
-    masked = Candidates(vectors, own=torch.arange(4), same_text=same.T)
-    unmasked = Candidates(vectors, own=torch.arange(4), same_text=torch.zeros_like(same.T))
+    masked = Candidates(vectors, positives=torch.arange(4), not_negative=same.T)
+    unmasked = Candidates(vectors, positives=torch.arange(4), not_negative=torch.zeros_like(same.T))
     scale = torch.tensor(100.0)
     assert float(ckd(own, masked, scale)) == pytest.approx(0.0, abs=1e-6)
     assert float(ckd(own, unmasked, scale)) == pytest.approx(math.log(7), rel=1e-5)
@@ -212,7 +212,9 @@ def test_the_objectives_are_summed_by_weight(weights):
     )
     student, teacher = torch.randn(3, 6), unit(3, 6)
     candidates = Candidates(
-        unit(9, 6, seed=2), own=torch.arange(3), same_text=torch.zeros(3, 9, dtype=torch.bool)
+        unit(9, 6, seed=2),
+        positives=torch.arange(3),
+        not_negative=torch.zeros(3, 9, dtype=torch.bool),
     )
     total, parts = objectives({0.0: student}, teacher, [None, candidates])
     total = total.detach()
@@ -225,7 +227,7 @@ def test_the_objectives_are_summed_by_weight(weights):
 def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
     student = torch.randn(3, 6, requires_grad=True)
     candidates = Candidates(
-        unit(9, 6), own=torch.arange(3), same_text=torch.zeros(3, 9, dtype=torch.bool)
+        unit(9, 6), positives=torch.arange(3), not_negative=torch.zeros(3, 9, dtype=torch.bool)
     )
     for learnable in (True, False):
         objectives = Objectives([ckd_objective(learnable_temperature=learnable)])
@@ -244,8 +246,8 @@ def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
 def test_a_learned_temperature_that_reached_its_bound_comes_back(kind):
     """Colder is better while the own key is the nearest, and warmer as soon as it is not."""
     same = torch.zeros(2, 4, dtype=torch.bool)
-    right = Candidates(torch.eye(4), own=torch.tensor([0, 1]), same_text=same)
-    wrong = Candidates(torch.eye(4), own=torch.tensor([2, 3]), same_text=same)
+    right = Candidates(torch.eye(4), positives=torch.tensor([0, 1]), not_negative=same)
+    wrong = Candidates(torch.eye(4), positives=torch.tensor([2, 3]), not_negative=same)
     anchors = torch.eye(4)[:2] + 0.5
     if kind == "info_nce":
         model = Temperature(0.0101, learnable=True)
@@ -272,12 +274,12 @@ def test_a_learned_temperature_that_reached_its_bound_comes_back(kind):
         learning_rate=0.02, warmup=0.0, weight_decay=0.0, clip=None, seed=0
     )
     optimizer = make_optimizer(model, params)
-    work = Work(
+    work = TrainingSetup(
         batches=lambda epoch: [],
         loss=loss,
         score=float,
         score_name="",
-        start_counts=False,
+        initial_may_win=False,
         parts=[],
         notes=dict,
     )
@@ -365,7 +367,7 @@ def test_a_row_brings_as_many_of_its_nearest_as_the_objective_asks_for(source, c
     for objective in (ckd_objective(queue=0, neighbours=count), relational(neighbours=count)):
         assert source.rows(objective, ids, step=0).tolist() == [11, 3, *mined]
         drawn = source.draw(objective, ids, step=0)
-        assert drawn.vectors.shape[0] == drawn.same_text.shape[1] == 2 + len(mined)
+        assert drawn.vectors.shape[0] == drawn.not_negative.shape[1] == 2 + len(mined)
 
 
 def test_neighbours_that_are_asked_for_and_not_there_are_an_error(source):
@@ -430,12 +432,12 @@ def test_candidate_vectors_are_the_teachers_and_know_their_own_text(source):
     keys = source.embeddings.rows_of(np.concatenate([rows, queue]))
     assert np.linalg.norm(keys, axis=1) == pytest.approx(3.0, abs=1e-5)
     assert np.allclose(drawn.keys.numpy(), keys / 3, atol=1e-6)
-    assert drawn.own.tolist() == [0, 1]
+    assert drawn.positives.tolist() == [0, 1]
     own = ids[:, None] == np.concatenate([rows, queue])[None, :]
     twice = np.isin(queue, rows)
     assert twice.any()
-    assert drawn.same_text[:, : len(rows)].tolist() == own[:, : len(rows)].tolist()
-    assert drawn.same_text[:, len(rows) :].tolist() == [twice.tolist()] * 2
+    assert drawn.not_negative[:, : len(rows)].tolist() == own[:, : len(rows)].tolist()
+    assert drawn.not_negative[:, len(rows) :].tolist() == [twice.tolist()] * 2
 
 
 def test_only_ckd_has_its_queue_in_the_type_of_its_products(source):
@@ -452,7 +454,7 @@ def test_rows_of_equal_text_are_told_by_their_key(source):
     source.half_keys[5] = source.half_keys[11]
     drawn = source.draw(ckd_objective(queue=0, neighbours=2), np.array([11, 3]), step=0)
     # Rows: 11, 3, then neighbours 4, 5, 12, 13; row 5 now has the text of row 11.
-    assert drawn.same_text.tolist() == [
+    assert drawn.not_negative.tolist() == [
         [True, False, False, True, False, False],
         [False, True, False, False, False, False],
     ]
@@ -472,7 +474,7 @@ def test_disco_leaves_no_copy_of_a_rows_own_text_out(source):
     ids, disco = np.array([2, 11]), DiscoCkdObjective(name="disco_ckd", weight=1.0, queue=4)
     drawn = source.draw(disco, ids, step=1)
     assert source.rows(disco, ids, step=1).tolist() == [2, 11, 0, 1, 2, 3]
-    assert drawn.same_text.int().tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert drawn.not_negative.int().tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
 
 
 def test_objectives_on_the_batch_alone_have_its_rows_as_candidates_and_kd_has_none(source):

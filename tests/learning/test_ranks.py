@@ -208,7 +208,7 @@ with ranks.joined("cpu"):
     except TeachonceError as error:
         found["diverged"] = str(error)
     found["touched"] = toy.linear.weight.tolist() != before
-    found["told"] = ranks.of_first(0.1 if first else 0.2)
+    found["told"] = ranks.broadcast_from_first(0.1 if first else 0.2)
     ranks.check_same("one")
     try:
         ranks.check_same("one" if first else "two")
@@ -233,7 +233,7 @@ def loss_of(toy):
     """Each of five rows is compared with the others, by place."""
     device = toy.scale.device
     rows = torch.arange(15.0, device=device).reshape(5, 3).sin()
-    vectors = ranks.together(np.array([3, 1, 4, 1, 5]), lambda places: toy.linear(rows[places]))
+    vectors = ranks.gather_rows(np.array([3, 1, 4, 1, 5]), lambda places: toy.linear(rows[places]))
     similar = toy.scale * vectors @ vectors.T
     return (similar.logsumexp(dim=1) * torch.arange(1.0, 6.0, device=device)).sum()
 

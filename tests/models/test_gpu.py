@@ -91,7 +91,7 @@ def test_distill_on_a_gpu_ends_near_the_student_of_the_cpu(place, tiny_model, ob
     params = recipe(objectives=objectives, epochs=1)
     losses = []
     for device in (CPU, GPU):
-        work = distill.prepare(params, start=world.start, caches=caches, device=device).work()
+        work = distill.prepare(params, start=world.start, caches=caches, device=device).setup()
         losses.append(float(work.loss(world.split.train_rows(world.corpus)[:16], 0)[0].detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
     agreements = [
@@ -146,7 +146,7 @@ with ranks.joined("cuda") as device:
     toy = Toy().to(device)
     step(toy)
     found = {"gradients": [weight.grad.tolist() for weight in toy.parameters()], "on": str(device)}
-    found["told"] = ranks.of_first(0.1 if ranks.is_first() else 0.2)
+    found["told"] = ranks.broadcast_from_first(0.1 if ranks.is_first() else 0.2)
     with open(f"{sys.argv[1]}/{ranks.rank()}", "w") as file:
         json.dump(found, file)
 """

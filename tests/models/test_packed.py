@@ -158,7 +158,7 @@ def test_what_is_saved_pads_on_the_right(left, tmp_path):
 
 def test_even_batches_have_one_length():
     lengths = np.random.default_rng(0).integers(1, 9, size=200)
-    batches = list(token_batches(lengths, 24, even=True))
+    batches = list(token_batches(lengths, 24, equal_lengths=True))
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all(len(set(lengths[batch])) == 1 for batch in batches)
     assert all(len(batch) * lengths[batch[0]] <= 24 for batch in batches)

@@ -21,7 +21,7 @@ from stages import distill, start
 from stages.learning import loop
 from stages.learning.batches import epoch_batches
 from stages.learning.checkpoints import Checkpoints, State
-from stages.learning.loop import Work, train
+from stages.learning.loop import TrainingSetup, train
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.models.encoder import Encoder
@@ -332,7 +332,7 @@ def test_training_sees_the_texts_as_inference_does(world):
     tokens = token_rows(
         model.tokenizer, world.start, corpus=world.corpus, store=world.place.store, max_tokens=16
     )
-    lesson = distill.Lesson(
+    task = distill.DistillTask(
         recipe(),
         student=student,
         tokens=tokens,
@@ -342,7 +342,7 @@ def test_training_sees_the_texts_as_inference_does(world):
     )
     rows = np.array([5, 399, 17])
     with torch.no_grad():
-        ours = lesson.encode(rows).numpy()
+        ours = task.encode(rows).numpy()
     theirs = Encoder(world.start, device=CPU, max_tokens=16).encode([world.texts[r] for r in rows])
     assert np.allclose(ours, theirs, atol=1e-5)
 
@@ -382,13 +382,13 @@ def lesson_of(world, params):
 @torch.no_grad()
 def test_other_tokens_are_deleted_at_each_step_and_of_each_text(world):
     params = recipe(max_tokens=64)
-    lesson = lesson_of(world, params)
-    lesson.student.eval()
+    task = lesson_of(world, params)
+    task.student.eval()
     row = int(np.argmax([len(text.split()) for text in world.texts]))
     rows = np.array([row, row, 5])
 
-    def vectors(step, deleted=0.5, lesson=lesson):
-        return lesson.encode(rows, deleted=deleted, step=step).numpy()
+    def vectors(step, deleted=0.5, task=task):
+        return task.encode(rows, deleted=deleted, step=step).numpy()
 
     whole = vectors(0, deleted=0.0)
     assert np.allclose(whole[0], whole[1], atol=1e-6)
@@ -401,7 +401,7 @@ def test_other_tokens_are_deleted_at_each_step_and_of_each_text(world):
     assert sum(np.abs(a - b).max() > 1e-3 for a, b, _ in readings) >= 7  # of equal texts, too
     seeded = lesson_of(world, recipe(max_tokens=64, seed=1))
     seeded.student.eval()
-    assert not np.allclose(vectors(3, lesson=seeded), readings[3], atol=1e-3)
+    assert not np.allclose(vectors(3, task=seeded), readings[3], atol=1e-3)
 
 
 def test_token_ids_are_cut_where_this_recipe_says_whoever_made_some_before(world):
@@ -523,12 +523,12 @@ class Slope(torch.nn.Module):
 
 
 def slope_work(model, score=lambda: 1.0):
-    return Work(
+    return TrainingSetup(
         batches=lambda epoch: [np.arange(4)] * 6,
         loss=model.loss,
         score=score,
         score_name="agreement",
-        start_counts=True,
+        initial_may_win=True,
         parts=["slope"],
         notes=dict,
     )

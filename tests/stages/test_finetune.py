@@ -14,7 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from stages import finetune
-from stages.finetune import Lesson, Memory, same_text
+from stages.finetune import FinetuneTask, Rehearsal, positives_mask
 from stages.learning import loop
 from stages.learning.batches import some_rows
 from stages.learning.judges import (
@@ -22,8 +22,8 @@ from stages.learning.judges import (
     Labels,
     StsJudge,
     TripletJudge,
-    judging,
-    right_answers,
+    judging_rows,
+    positives_by_anchor,
 )
 from stages.learning.student import PIECE_TOKENS, Student, encode_ids
 from stages.models.encoder import Encoder
@@ -209,7 +209,7 @@ def slow_info_nce(rows, vector, scale, labelled=None):
 def lesson_of(folder, rows, params, memory=None):
     model = load_model(folder, device=CPU)
     student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False).eval()
-    return Lesson(
+    return FinetuneTask(
         params,
         student=student,
         tokenizer=model.tokenizer,
@@ -233,12 +233,12 @@ def test_the_loss_is_supervised_info_nce(tiny_model, gradient_caching):
         Triplet(texts[14], texts[15], (texts[13], texts[2])),
         Triplet(texts[3], texts[13]),
     ]
-    lesson = lesson_of(tiny_model, rows, settings(gradient_caching=gradient_caching))
+    task = lesson_of(tiny_model, rows, settings(gradient_caching=gradient_caching))
     encoder = Encoder(tiny_model, device=CPU, max_tokens=16)
     vectors = dict(zip(texts, encoder.encode(texts).astype(np.float64), strict=True))
     for batch in (np.arange(7), np.array([5, 1, 3, 0])):
         with torch.no_grad():
-            loss, parts = lesson.work().loss(batch, 0)
+            loss, parts = task.setup().loss(batch, 0)
         slow = slow_info_nce([rows[row] for row in batch], vectors.get, 20, rows)
         assert float(loss) == pytest.approx(slow, rel=1e-4)
         assert parts == [float(loss)]
@@ -246,9 +246,9 @@ def test_the_loss_is_supervised_info_nce(tiny_model, gradient_caching):
 
 def test_what_is_no_wrong_answer():
     # Rows: (0 -> 1), (2 -> 3), (0 -> 4), and the negatives 5, 0; in another batch (2 -> 5).
-    right = right_answers(np.array([0, 2, 0, 2]), np.array([1, 3, 4, 5]))
+    right = positives_by_anchor(np.array([0, 2, 0, 2]), np.array([1, 3, 4, 5]))
     anchors, keys = np.array([0, 2, 0]), np.array([1, 3, 4, 5, 0])
-    assert same_text(anchors, keys, right).tolist() == [
+    assert positives_mask(anchors, keys, right).tolist() == [
         [True, False, True, False, True],
         [False, True, False, True, False],
         [True, False, True, False, True],
@@ -286,20 +286,20 @@ def test_the_judge_of_triplets_is_the_mean_reciprocal_rank():
 def test_a_judge_of_triplets_has_a_bounded_number_of_texts_however_many_rows_are_held_out():
     rows = [Triplet(f"a{n}", f"p{n}", (f"n{n}",)) for n in range(30)]
     assert (
-        judging(rows, most_texts=90) is rows
+        judging_rows(rows, most_texts=90) is rows
     )  # all, in their order: the score is that of all rows
-    chosen = judging(rows, most_texts=89)
+    chosen = judging_rows(rows, most_texts=89)
     assert len(chosen) == 29 and set(chosen) < set(rows)
     # The choice is of the texts, not of their order, and most of it stays as files grow.
-    assert judging(rows[::-1], most_texts=30) == judging(rows, most_texts=30)
+    assert judging_rows(rows[::-1], most_texts=30) == judging_rows(rows, most_texts=30)
     more = [*rows, *(Triplet(f"b{n}", f"q{n}", (f"m{n}",)) for n in range(3))]
-    assert len(set(judging(more, most_texts=30)) & set(judging(rows, most_texts=30))) >= 7
+    assert len(set(judging_rows(more, most_texts=30)) & set(judging_rows(rows, most_texts=30))) >= 7
     # A text counts once, and two rows judge however many negatives they have.
-    assert judging([Triplet("a", f"p{n}") for n in range(9)], most_texts=10) == [
+    assert judging_rows([Triplet("a", f"p{n}") for n in range(9)], most_texts=10) == [
         Triplet("a", f"p{n}") for n in range(9)
     ]
     wide = [Triplet(f"a{n}", f"p{n}", tuple(f"n{n}-{m}" for m in range(9))) for n in range(5)]
-    assert len(judging(wide, most_texts=3)) == 2
+    assert len(judging_rows(wide, most_texts=3)) == 2
 
 
 def test_a_finetuning_says_by_how_many_rows_it_is_judged(tmp_path, caplog):
@@ -458,16 +458,14 @@ def test_the_kd_term_is_the_mean_squared_error_of_the_rows_of_the_step(world):
     caches = world.caches()
     params = settings(distill_weight=3.0)
     tokenizer = load_model(world.folder, device=CPU).tokenizer
-    memory = Memory.of(caches, tokenizer, world.folder, params)
-    lesson = lesson_of(world.folder, world.rows[:40], params, memory)
+    memory = Rehearsal.of(caches, tokenizer, world.folder, params)
+    task = lesson_of(world.folder, world.rows[:40], params, memory)
     with torch.no_grad():
-        lesson.student.body[0].auto_model.embeddings.word_embeddings.weight.mul_(0.5)
-        total, (info_nce, kd) = lesson.work().loss(np.arange(16), 7)
+        task.student.body[0].auto_model.embeddings.word_embeddings.weight.mul_(0.5)
+        total, (info_nce, kd) = task.setup().loss(np.arange(16), 7)
         rows = some_rows(memory.train, 8, seed=0, number=7)
         assert len(set(rows.tolist())) == 8
-        vectors = encode_ids(
-            lesson.student, memory.tokens.rows_of(rows), **PLAIN, device=CPU
-        ).numpy()
+        vectors = encode_ids(task.student, memory.tokens.rows_of(rows), **PLAIN, device=CPU).numpy()
     teacher = caches.embeddings.rows_of(rows)
     assert kd == pytest.approx(float(np.square(vectors - teacher).mean()), rel=1e-4)
     assert float(total) == pytest.approx(info_nce + 3.0 * kd, rel=1e-5)
