@@ -15,7 +15,7 @@ from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources
 from stages.models.config import undecided
 from stages.models.folder import find_model
-from stages.models.lineage import left_the_teacher, read_lineage
+from stages.models.lineage import leaves_teacher_space, read_lineage
 from stages.outcome import log, write_json
 from stages.params import (
     FINETUNED,
@@ -355,7 +355,7 @@ class Workspace:
             return False
         lineage = self.lineage(name)
         learned_from = lineage.get("teacher", {}).get("fingerprint")
-        return learned_from == self.teacher_fingerprint() and not left_the_teacher(lineage)
+        return learned_from == self.teacher_fingerprint() and not leaves_teacher_space(lineage)
 
     def widths(self, name: str) -> tuple[int, ...]:
         """How many first values of a student's vectors are to serve alone, too (Matryoshka).

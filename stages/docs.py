@@ -49,7 +49,7 @@ def run(params: DocsParams, *, out: Path, facts: Path) -> Outcome:
     """Read the packages and leave a folder of texts, pairs and a retrieval test.
 
     Args:
-        params: Which packages, and how much of them.
+        params: The settings `docs`.
         out: The folder, replaced as a whole: `texts.jsonl` (text), `pairs.jsonl` (anchor, positive)
             without the pairs held out, `retrieval/` (BEIR: corpus.jsonl, queries.jsonl,
             qrels/test.tsv) whose queries are the summaries held out.
@@ -93,12 +93,16 @@ def run(params: DocsParams, *, out: Path, facts: Path) -> Outcome:
 def _read_package(name: str) -> tuple[list[str], list[Pair], Facts]:
     """The sentences of one package, each once, its pairs, and how many there are."""
     with without_collector():
-        found = [paragraphs(text) for text in docstrings(name)]
-    candidates = dict.fromkeys(s for prose in found for p in prose for s in p)
+        prose_of_docstrings = [paragraphs(text) for text in docstrings(name)]
+    candidates = dict.fromkeys(s for prose in prose_of_docstrings for p in prose for s in p)
     sentences = [sentence for sentence in candidates if reads_well(sentence)]
-    pairs = [pair for prose in found if (pair := pair_of(prose))]
+    pairs = [pair for prose in prose_of_docstrings if (pair := pair_of(prose))]
     log.info("docs: %s, %s sentences, %s pairs", name, f"{len(sentences):,}", f"{len(pairs):,}")
-    counts = {"docstrings": len(found), "sentences": len(sentences), "pairs": len(pairs)}
+    counts = {
+        "docstrings": len(prose_of_docstrings),
+        "sentences": len(sentences),
+        "pairs": len(pairs),
+    }
     return sentences, pairs, counts
 
 

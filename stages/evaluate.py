@@ -62,24 +62,24 @@ IGNORED = "identical_ids_ignored"  # queries of a set whose own document was no 
 TEXTS_AT_ONCE = 2048  # between two looks at the clock
 
 Cuts = Mapping[str, int | None]
-"""What stands before the keys of metrics -> how many first values of each vector they are of; None: all."""
+"""Prefix of metrics' keys -> width to which vectors are cut for them; None for the whole width."""
 
 NOTHING_TO_SHOW: dict[str, Any] = {"similarities": None, "scatter": [], "disagreements": []}
 
 
-class EncodedTexts(Protocol):
-    """What came of n texts."""
+class VectorsWithCounts(Protocol):
+    """Vectors of n texts, with the number of truncated ones."""
 
     @property
     def vectors(self) -> NDArray[np.float32]:
-        """(n, dim)."""
+        """(n, dim) float32."""
 
     @property
     def truncated(self) -> int:
-        """How many were longer than the model reads at once."""
+        """Number of texts longer than the model's limit."""
 
 
-class Encoder(Protocol):
+class EvaluatedModel(Protocol):
     """A model that can be evaluated."""
 
     @property
@@ -91,28 +91,28 @@ class Encoder(Protocol):
         """Size of the weights on the disk, in 10^6 bytes."""
 
     def speed(self, texts: Sequence[str]) -> Speed:
-        """How fast it encodes texts of the role `text`."""
+        """Measure the speed of encoding texts of the role `text`."""
 
     @property
     def in_windows(self) -> bool:
         """Whether a text longer than the limit is read in windows; else it is cut."""
 
-    def encode_counted(self, texts: Sequence[str], *, role: Role) -> EncodedTexts:
-        """Vectors of n texts, in their order, of any length."""
+    def encode_counted(self, texts: Sequence[str], *, role: Role) -> VectorsWithCounts:
+        """Returns vectors of n texts, in their order, of any length."""
 
 
-class LoadEncoder(Protocol):
+class LoadModel(Protocol):
     """Loads the model."""
 
-    def __call__(self, *, for_sets: bool) -> Encoder:
-        """As it reads evaluation sets (`evaluate.max_tokens`), or corpus rows (`embed.max_tokens`)."""
+    def __call__(self, *, for_sets: bool) -> EvaluatedModel:
+        """Load it with the truncation of evaluation sets, or of corpus rows (`embed.max_tokens`)."""
 
 
 def run(
     params: EvaluateParams,
     *,
     name: str,
-    load: LoadEncoder,
+    load: LoadModel,
     corpus: Corpus,
     embeddings: Embeddings,
     split: Split,
@@ -167,23 +167,23 @@ def run(
         imported=embeddings.manifest.recipe.get("model") == "unknown",
         heldout=len(heldout),
     )
-    # Nothing scales what was cut to length 1: all that is measured are cosines.
+    # Cut vectors need no scaling: all metrics are of cosines.
     cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
-    found: dict[str, Fact] = {}
+    set_metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
     indexed: dict[str, tuple[list[str], NDArray[np.float32]]] = {}
     if sts or retrieval:
-        # Let go of before the next is loaded: a device may have no room for two.
+        # Deleted before the next is loaded: a device may not have the memory for two.
         encoder = load(for_sets=True)
-        found, searches, indexed = _measure_retrieval(
+        set_metrics, searches, indexed = _measure_retrieval(
             name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
         )
-        found = {**_measure_sts(name, encoder, sts, cuts), **found}
+        set_metrics = {**_measure_sts(name, encoder, sts, cuts), **set_metrics}
         del encoder
     encoder = load(for_sets=False)
-    likeness, shown = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
+    likeness, shown_details = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
     metrics: dict[str, Fact] = {
-        **found,
+        **set_metrics,
         **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
         "parameters": encoder.parameters,
@@ -191,7 +191,7 @@ def run(
     }
     if name == TEACHER:
         write_documents(documents, indexed, teacher=teacher, as_read=as_read)
-    write_json(details, {**shown, "searches": searches or shown["searches"]})
+    write_json(details, {**shown_details, "searches": searches or shown_details["searches"]})
     write_json(out, metrics)
     return Outcome("evaluate", out, _summary(name, metrics, left_out), metrics)
 
@@ -215,7 +215,7 @@ def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str
 
 
 def retrieval_scores(
-    found: NDArray[np.int64], asked: RetrievalSet
+    results: NDArray[np.int64], asked: RetrievalSet
 ) -> dict[str, NDArray[np.float64]]:
     """nDCG@10, MRR@10 and recall@100 of each query; each 0 to 1.
 
@@ -223,15 +223,15 @@ def retrieval_scores(
     sum over the first 10, as a share of the best sum that any order gives.
 
     Args:
-        found: (queries, depth) places of documents, best first; NO_DOCUMENT for none.
-        asked: Which documents are relevant to which query.
+        results: (queries, depth) int64 places of documents, best first; NO_DOCUMENT for none.
+        asked: The retrieval set, with the relevant documents of each query.
     """
     places = {document: place for place, document in enumerate(asked.document_ids)}
     discounts = 1 / np.log2(np.arange(2, CUT + 2))
-    ndcg, reciprocal, recall = np.zeros((3, len(found)))
+    ndcg, reciprocal, recall = np.zeros((3, len(results)))
     for row, query in enumerate(asked.query_ids):
         gain_of = {places[key]: score for key, score in asked.relevant[query].items()}
-        gains = np.array([gain_of.get(int(place), 0) for place in found[row, :DEPTH]])
+        gains = np.array([gain_of.get(int(place), 0) for place in results[row, :DEPTH]])
         best = np.sort(list(gain_of.values()))[::-1][:CUT]
         top = gains[:CUT]
         ndcg[row] = (top @ discounts[: len(top)]) / (best @ discounts[: len(best)])
@@ -241,11 +241,11 @@ def retrieval_scores(
 
 
 def _measure_sts(
-    name: str, encoder: Encoder, sets: dict[str, StsSet], cuts: Cuts
+    name: str, encoder: EvaluatedModel, sets: dict[str, StsSet], cuts: Cuts
 ) -> dict[str, Fact]:
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     shares: dict[str, Fact] = {}
-    drawn: dict[str, NDArray[np.float64]] = {}
+    resampled: dict[str, NDArray[np.float64]] = {}
     for key, pairs in sets.items():
         log.info("evaluate: %s, sts.%s, %s pairs", name, key, f"{len(pairs.scores):,}")
         vectors, longer = _vectors(name, encoder, pairs.texts, "text")
@@ -253,23 +253,23 @@ def _measure_sts(
         first, second = np.split(vectors, 2)
         for prefix, width in cuts.items():
             ours = first[:, :width], second[:, :width]
-            found[f"{prefix}sts.{key}"] = sts_correlation(*ours, pairs.scores)
-            drawn[f"{prefix}sts.{key}"] = 100 * bootstrap_spearman(
+            scores[f"{prefix}sts.{key}"] = sts_correlation(*ours, pairs.scores)
+            resampled[f"{prefix}sts.{key}"] = 100 * bootstrap_spearman(
                 pair_cosines(*ours), pairs.scores
             )
     for prefix in cuts if sets else ():
         keys, average = [f"{prefix}sts.{key}" for key in sets], f"{prefix}sts.average"
-        found[average] = statistics.fmean(found[key] for key in keys)
+        scores[average] = statistics.fmean(scores[key] for key in keys)
         # As many resamples of each set as the largest set has.
-        fewest = min(len(drawn[key]) for key in keys)
-        drawn[average] = np.mean([drawn[key][:fewest] for key in keys], axis=0)
-    told = [_with_interval(key, value, drawn[key]) for key, value in found.items()]
-    return {**{key: value for part in told for key, value in part.items()}, **shares}
+        fewest = min(len(resampled[key]) for key in keys)
+        resampled[average] = np.mean([resampled[key][:fewest] for key in keys], axis=0)
+    with_intervals = [_with_interval(key, value, resampled[key]) for key, value in scores.items()]
+    return {**{key: value for part in with_intervals for key, value in part.items()}, **shares}
 
 
 def _measure_retrieval(
     name: str,
-    encoder: Encoder,
+    encoder: EvaluatedModel,
     sets: dict[str, RetrievalSet],
     of_teacher: dict[str, NDArray[np.float32]],
     cuts: Cuts,
@@ -278,12 +278,12 @@ def _measure_retrieval(
     """Metrics of all sets, a handful of searches in the first, and the documents' vectors.
 
     Args:
-        name: Of the model.
+        name: Name of the model.
         encoder: The model.
-        sets: What is asked.
-        of_teacher: Set -> the teacher's vectors of its documents, where queries can be asked of them.
-        cuts: How many values of both sides' vectors are compared; the teacher's documents as a whole only.
-        ignore_identical_ids: Whether a document with a query's own id is no result of it.
+        sets: The retrieval sets, by name.
+        of_teacher: Set -> the teacher's vectors of its documents, if the model is in the teacher's space.
+        cuts: Widths to which both sides' vectors are cut; the teacher's documents are never cut.
+        ignore_identical_ids: Whether to leave out a document with the query's own id.
     """
     metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
@@ -312,8 +312,8 @@ def _measure_retrieval(
             sides["teacher_index"] = queries, of_teacher[key]
         ignored = asked.identical_ids if ignore_identical_ids else None
         for kind, (ours, index) in sides.items():
-            found = retrieval_scores(nearest(ours, index, DEPTH, ignored), asked)
-            for what, scores in found.items():
+            scores_by_metric = retrieval_scores(nearest(ours, index, DEPTH, ignored), asked)
+            for what, scores in scores_by_metric.items():
                 metrics |= _with_interval(
                     f"{kind}.{key}.{what}", float(scores.mean()), bootstrap_mean(scores)
                 )
@@ -334,7 +334,7 @@ def _measure_retrieval(
 
 def _measure_fidelity(
     name: str,
-    encoder: Encoder,
+    encoder: EvaluatedModel,
     corpus: Corpus,
     embeddings: Embeddings,
     heldout: NDArray[np.int64],
@@ -375,15 +375,15 @@ def _with_interval(key: str, value: float, resampled: NDArray[np.float64]) -> di
 
 
 def _measure_speed(
-    name: str, encoder: Encoder, corpus: Corpus, heldout: NDArray[np.int64], count: int
+    name: str, encoder: EvaluatedModel, corpus: Corpus, heldout: NDArray[np.int64], count: int
 ) -> dict[str, Fact]:
     log.info("evaluate: %s, speed on %s texts, in turns with a fixed workload", name, f"{count:,}")
     texts = corpus.take(evenly(heldout if len(heldout) >= count else np.arange(corpus.rows), count))
-    found = encoder.speed(texts)
+    speed = encoder.speed(texts)
     return {
-        "sentences_per_second": float(f"{found.texts_per_second:.4g}"),
-        "texts_per_reference": float(f"{found.texts_per_reference:.4g}"),
-        "device": found.device,
+        "sentences_per_second": float(f"{speed.texts_per_second:.4g}"),
+        "texts_per_reference": float(f"{speed.texts_per_reference:.4g}"),
+        "device": speed.device,
     }
 
 
@@ -396,31 +396,31 @@ def _left_out(
     imported: bool,
     heldout: int,
 ) -> list[str]:
-    """Metrics that are asked for and not measured, each with the reason; all are logged."""
-    found = []
+    """Returns a phrase for each metric that cannot be measured, with the reason; logs them as warnings."""
+    reasons = []
     absent = ", ".join(f"teacher_index.{key}" for key in sets if key not in of_teacher)
     if absent and in_teachers_space and imported:
-        found.append(f"{absent}: the teacher's vectors were imported, and it reads no documents")
+        reasons.append(f"{absent}: the teacher's vectors were imported, and it reads no documents")
     elif absent and in_teachers_space:
-        found.append(
+        reasons.append(
             f"{absent}: the teacher left no vectors of these documents; run `teachonce evaluate "
             f"teacher`, then `teachonce evaluate {name}` again"
         )
     if heldout < LEAST_ROWS:
-        found.append(
+        reasons.append(
             f"fidelity: {heldout} rows are held out, and it takes {LEAST_ROWS}; raise split.heldout, or "
             "add texts"
         )
-    for metrics in found:
+    for metrics in reasons:
         log.warning("evaluate: %s, left out: %s", name, metrics)
     if absent and not in_teachers_space and name != TEACHER:
-        # No fault, so not in the summary: nobody asks such a model's queries of the teacher's index.
+        # Expected, so not in the summary: such a model cannot search the teacher's index.
         log.info("evaluate: %s, no %s: it is not in this teacher's space", name, absent)
-    return found
+    return reasons
 
 
 def _share_cut(name: str, key: str, cut: int, texts: int) -> dict[str, Fact]:
-    """How many of the texts of a set were cut, as a share."""
+    """Returns the share of a set's texts that were truncated, and warns if there are any."""
     if cut:
         log.warning(
             "evaluate: %s, %s, %s of %s texts are longer than the model reads here, and were cut "
@@ -434,17 +434,17 @@ def _share_cut(name: str, key: str, cut: int, texts: int) -> dict[str, Fact]:
 
 
 def _vectors(
-    name: str, encoder: Encoder, texts: Sequence[str], role: Role
+    name: str, encoder: EvaluatedModel, texts: Sequence[str], role: Role
 ) -> tuple[NDArray[np.float32], int]:
-    """(n, dim) finite vectors of n >= 1 texts, and how many of these were cut."""
+    """Returns (n, dim) finite vectors of n >= 1 texts, and the number of truncated texts."""
     progress = Progress(f"evaluate: {name}", total=len(texts), unit="texts")
     parts, cut = [], 0
     for first in range(0, len(texts), TEXTS_AT_ONCE):
-        some = texts[first : first + TEXTS_AT_ONCE]
-        made = encoder.encode_counted(some, role=role)
-        parts.append(made.vectors)
-        cut += 0 if encoder.in_windows else made.truncated
-        progress.advance(len(some))
+        batch = texts[first : first + TEXTS_AT_ONCE]
+        encoded = encoder.encode_counted(batch, role=role)
+        parts.append(encoded.vectors)
+        cut += 0 if encoder.in_windows else encoded.truncated
+        progress.advance(len(batch))
     vectors = np.concatenate(parts)
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):

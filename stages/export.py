@@ -141,7 +141,7 @@ def _check_copy(
 
 
 def _check_onnx(model: SentenceTransformer, path: Path, out: Path) -> float:
-    """The same for its copy in ONNX, which knows no prompts."""
+    """Returns the lowest cosine of the ONNX copy's vectors with the model's, without prompts."""
     from stages.models.likeness import encode, likeness, probes
     from stages.models.onnx import run_onnx
     from stages.models.portable import limit_of

@@ -69,12 +69,12 @@ def recipe(params: ShardParams) -> dict[str, object]:
 def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path) -> Outcome:
     """Read all sources, publish their shards and leave the corpus manifest.
 
-    Holds one shard of texts, and 21 to 43 bytes for each unique text (see `Keys`).
+    Holds one shard of texts, and 21 to 43 bytes for each unique text (see `TextKeySet`).
 
     Args:
-        params: What to read and keep.
+        params: The settings `shard`.
         root: The work tree, to which sources are relative.
-        store: Where shards go. Those that are there are not written again.
+        store: The store for the shards; existing ones are not written again.
         out: The corpus manifest; equal input gives equal bytes.
         facts: The ledger {read, kept, rejected: {rule: count}}; read is the sum of the others.
 
@@ -82,7 +82,7 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         TeachonceError: a source is missing, truncated or unreadable, or no text is left.
     """
     named = sources(params.sources, root)
-    counted = Reading(chain.from_iterable(read(source, params.field) for source in named))
+    counted = CountedItems(chain.from_iterable(read(source, params.field) for source in named))
     rejected = Counter(dict.fromkeys(RULES, 0))
     shards = cut(clean(counted, params, rejected), params.rows_per_shard)
     made, new = _publish(store, shards)
@@ -144,9 +144,9 @@ def make_again(
     A shard is named by its texts, so what is published is what was lost, to the bit.
 
     Args:
-        params: What to read and keep.
+        params: The settings `shard`.
         root: The work tree.
-        store: Where they go.
+        store: The store for the shards.
         keys: Names of text shards.
 
     Returns:
@@ -159,7 +159,7 @@ def make_again(
         read(source, params.field) for source in sources(params.sources, root)
     )
     wanted = dict.fromkeys(keys)
-    for shard in cut(clean(Reading(items), params, Counter()), params.rows_per_shard):
+    for shard in cut(clean(CountedItems(items), params, Counter()), params.rows_per_shard):
         if (key := f"text/{text_digest(text for text, _ in shard)}.arrow") in wanted:
             put_texts(store, shard)
             del wanted[key]
@@ -171,19 +171,19 @@ def make_again(
 def _publish(
     store: Store, shards: Iterable[Sequence[tuple[str, bytes]]]
 ) -> tuple[list[Object], int]:
-    """The objects of all shards, and how many of them were not there before."""
-    made: list[Object] = []
+    """Publish all shards; returns their objects, and the number of new ones."""
+    objects: list[Object] = []
     new = 0
     for shard in shards:
         entry = store.find(f"text/{text_digest(text for text, _ in shard)}.arrow")
         new += entry is None
-        made.append(entry or put_texts(store, shard))
-    return made, new
+        objects.append(entry or put_texts(store, shard))
+    return objects, new
 
 
 def clean(items: Iterable[Item], params: ShardParams, rejected: Counter[str]) -> Iterator[str]:
-    """The texts to keep, stripped at both ends, in order; the others are counted in `rejected`."""
-    seen = Keys()
+    """Yield the texts to keep, stripped, in order; the others are counted in `rejected`."""
+    seen = TextKeySet()
     for item in items:
         if isinstance(item, Rejected):
             rejected[item.rule] += 1
@@ -210,7 +210,7 @@ def _wrong_length(text: str, params: ShardParams) -> str | None:
     return None
 
 
-class Keys:
+class TextKeySet:
     """A set of text keys: one flat table with open addressing.
 
     Between 3/8 and 3/4 of its slots are in use, so it takes 21 to 43 bytes a key (64 while it grows),
@@ -223,7 +223,7 @@ class Keys:
         self._used = 0
 
     def add(self, key: bytes) -> bool:
-        """Put in a key of 16 bytes; False if it was there."""
+        """Add a key of 16 bytes; returns False if it was in the set."""
         if not _put(self._table, key):
             return False
         self._used += 1
@@ -237,23 +237,23 @@ class Keys:
         return True
 
 
-# A key of 16 zeros would be lost; no text is known whose blake2b is that.
+# A key of 16 zeros could not be stored; no text is known whose blake2b is that.
 FREE = bytes(TEXT_KEY_BYTES)
 
 
 def _put(table: bytearray, key: bytes) -> bool:
-    """Write `key` into the first free slot from its own place on; False if it stands before that."""
+    """Write `key` into the first free slot from its own place on; returns False if the table has it."""
     place = int.from_bytes(key[:8], "little") * TEXT_KEY_BYTES % len(table)
-    while (there := table[place : place + TEXT_KEY_BYTES]) != FREE:
-        if there == key:
+    while (stored := table[place : place + TEXT_KEY_BYTES]) != FREE:
+        if stored == key:
             return False
         place = (place + TEXT_KEY_BYTES) % len(table)
     table[place : place + TEXT_KEY_BYTES] = key
     return True
 
 
-class Reading:
-    """Counts items as they pass, and says every few seconds how many there were."""
+class CountedItems:
+    """Iterates over items, counts them, and logs the count every few seconds."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self.items, self.read = items, 0

@@ -1,4 +1,4 @@
-"""Which rows are held out, and which are found in an evaluation set and must not be learned from."""
+"""Split the corpus: rows held out, rows found in an evaluation set, and the rest, which trains."""
 
 from __future__ import annotations
 
@@ -40,28 +40,30 @@ def run(
         TeachonceError: nothing is left to train on.
     """
     keys = {key for text in evaluation for key in evaluation_keys(text)}
-    found = rows_with_keys(corpus.text_keys, keys)
+    evaluation_rows = rows_with_keys(corpus.text_keys, keys)
     split = Split(
         corpus=corpus.manifest.content,
         heldout=params.heldout,
-        evaluation=tuple(int(row) for row in found),
+        evaluation=tuple(int(row) for row in evaluation_rows),
     )
     train, heldout = len(split.train_rows(corpus)), len(split.heldout_rows(corpus))
     if not train:
         raise TeachonceError(
             "split.heldout",
-            f"of {corpus.rows} texts {heldout} are held out, {len(found)} are found in evaluation sets "
+            f"of {corpus.rows} texts {heldout} are held out, {len(evaluation_rows)} are found in "
+            "evaluation sets "
             "and none is left for training",
             "give shard.sources more texts, or lower split.heldout",
         )
-    counts = {"train": train, "heldout": heldout, "evaluation": len(found)}
+    counts = {"train": train, "heldout": heldout, "evaluation": len(evaluation_rows)}
     split.save(out)
     write_json(facts, counts)
     return Outcome(
         stage="split",
         made=out,
         summary=(
-            f"{train:,} texts to train on, {heldout:,} held out, {len(found):,} found in evaluation sets"
+            f"{train:,} texts to train on, {heldout:,} held out, {len(evaluation_rows):,} found in "
+            "evaluation sets"
         ),
         facts=counts,
     )

@@ -28,11 +28,11 @@ def run(
 
     Args:
         params: Settings.
-        name: Of the start.
+        name: Name of the start.
         folder: The model it is cut from.
         trust_remote_code: Whether code in that folder may run.
         out: The folder to write.
-        pooling: Of that model, if it has no modules.json; what is written has one.
+        pooling: Pooling of that model if it has no modules.json; the start gets one. None otherwise.
 
     Raises:
         TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.

@@ -171,7 +171,7 @@ def judging_rows(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Se
 def _split_by_anchor(
     triplets: Sequence[Triplet], heldout: float
 ) -> tuple[list[Triplet], list[Triplet]]:
-    """Split rows into learned and held-out ones by the anchor's text key, so that it lasts as files grow."""
+    """Split rows into learned and held-out ones by the anchor's text key, so that rows keep their part."""
     limit = int(heldout * 2.0**64)
     chosen = [int.from_bytes(text_key(row.anchor)[8:], "little") < limit for row in triplets]
     return (

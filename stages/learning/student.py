@@ -24,7 +24,7 @@ from stages.models.encoder import token_batches
 from stages.models.likeness import likeness
 from stages.models.lineage import LINEAGE
 from stages.models.loading import is_normalize, save_model
-from stages.models.packed import NOT_PACKED, Packed
+from stages.models.packed import CANNOT_PACK, PackedReader
 from stages.outcome import log, write_json
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Student(nn.Module):
         return vectors
 
     @torch.no_grad()
-    def _readers(self) -> tuple[Packed | None, bool]:
+    def _readers(self) -> tuple[PackedReader | None, bool]:
         """Test how texts can be read together.
 
         Returns:
@@ -133,14 +133,14 @@ class Student(nn.Module):
             rows = [torch.from_numpy(row).long() for row in ids]
             self.eval()
             alone = torch.cat([self._padded(*pad([row], pad_id=0, device=device)) for row in rows])
-        except NOT_PACKED:
+        except CANNOT_PACK:
             return None, False  # a static model, or one that has no table of tokens
         own = alone.float().cpu().numpy()
         try:
-            packed = Packed(self.body)
+            packed = PackedReader(self.body)
             likeness(own, packed(ids, np.arange(len(ids))).float().cpu().numpy())
             return packed, False
-        except NOT_PACKED as error:
+        except CANNOT_PACK as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.info("texts are padded for this student; without padding: %s", first_line)
         try:

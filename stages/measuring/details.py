@@ -1,4 +1,4 @@
-"""What the report page shows of a model beside its metrics: likeness in pictures, and searches in words.
+"""Data for the report page beside the metrics: scatter plots of cosines, and example searches.
 
 Pure functions from vectors to small JSON values. Everything is chosen evenly or by size, never drawn, so
 that the same model gives the same page. Cosines are dot products of unit vectors.
@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 240
 def likeness_details(
     ours: NDArray[np.floating], teacher: NDArray[np.floating], texts: Sequence[str]
 ) -> dict[str, Any]:
-    """How a model's cosines over all pairs of some texts lie beside the teacher's.
+    """Compare a model's cosines over all pairs of some texts with the teacher's.
 
     Args:
         ours: (n, any width), n >= 3.
@@ -73,14 +73,14 @@ def search_details(
     documents: NDArray[np.float32],
     ignored: NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
-    """A handful of searches in a retrieval set: query, and the first documents with their cosines.
+    """Returns a few searches in a retrieval set: query, and the first documents with their cosines.
 
     Args:
-        name: Of the set.
-        asked: Texts, and what is relevant.
-        queries: (q, dim) vectors.
-        documents: (d, dim) vectors.
-        ignored: (q,) place of the document that is no result of a query, as in `nearest`.
+        name: Name of the set.
+        asked: Queries, documents and relevance.
+        queries: (q, dim) float32 vectors.
+        documents: (d, dim) float32 vectors.
+        ignored: (q,) int64 place of the document to leave out for a query, as in `nearest`.
     """
     chosen = _some(len(asked.queries))
     results = nearest(
@@ -94,32 +94,34 @@ def search_details(
                 queries[place],
                 documents,
                 asked.documents,
-                [asked.document_ids[d] in asked.relevant[asked.query_ids[place]] for d in found],
-                found,
+                [asked.document_ids[d] in asked.relevant[asked.query_ids[place]] for d in places],
+                places,
             ),
         }
-        for place, found in zip(chosen, (row[row != NO_DOCUMENT] for row in results), strict=True)
+        for place, places in zip(chosen, (row[row != NO_DOCUMENT] for row in results), strict=True)
     ]
 
 
 def neighbour_details(vectors: NDArray[np.floating], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The same for texts that nobody judged: what a model finds nearest to some of them.
+    """Returns a few searches among unlabelled texts, with some of the texts as queries.
 
     Args:
-        vectors: (n, dim), n >= 2.
-        texts: n of them.
+        vectors: (n, dim) vectors of any length, n >= 2.
+        texts: The n texts.
     """
     vectors = unit(vectors)
     searches = []
     for place in _some(len(texts)):
-        # One more than shown, since the text itself comes first (or among the first, if it has copies).
-        found = nearest(vectors[place : place + 1], vectors, RESULTS + 1)[0]
-        found = found[found != place][:RESULTS]
+        # One more than shown, since the text itself is among the first.
+        nearest_places = nearest(vectors[place : place + 1], vectors, RESULTS + 1)[0]
+        nearest_places = nearest_places[nearest_places != place][:RESULTS]
         searches.append(
             {
                 "set": "held-out texts",
                 "query": shortened(texts[place]),
-                "results": _results(vectors[place], vectors, texts, [None] * len(found), found),
+                "results": _results(
+                    vectors[place], vectors, texts, [None] * len(nearest_places), nearest_places
+                ),
             }
         )
     return searches
@@ -135,12 +137,12 @@ def _results(
     documents: NDArray[np.floating],
     texts: Sequence[str],
     relevant: Collection[bool | None],
-    found: NDArray[np.int64],
+    places: NDArray[np.int64],
 ) -> list[dict[str, Any]]:
-    scores = unit(documents[found]) @ unit(query[None])[0]
+    scores = unit(documents[places]) @ unit(query[None])[0]
     return [
         {"text": shortened(texts[place]), "score": _rounded(score), "relevant": is_relevant}
-        for place, score, is_relevant in zip(found, scores, relevant, strict=True)
+        for place, score, is_relevant in zip(places, scores, relevant, strict=True)
     ]
 
 

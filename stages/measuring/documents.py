@@ -30,10 +30,10 @@ def write_documents(
     """Replace the folder by one file for each set.
 
     Args:
-        folder: Of all sets.
-        sets: Name -> texts of n documents, their (n, dim) vectors.
-        teacher: Fingerprint of the teacher's vectors, which says whose they are.
-        as_read: What is not in that fingerprint: how much of a document was read.
+        folder: The folder of all sets' files.
+        sets: Name of a set -> its n document texts and their (n, dim) vectors.
+        teacher: Fingerprint of the teacher.
+        as_read: Truncation of the documents, which the fingerprint does not cover.
     """
     from safetensors.numpy import save_file
 
@@ -54,18 +54,18 @@ def write_documents(
 def read_documents(
     folder: Path, name: str, texts: Sequence[str], *, teacher: str, as_read: str
 ) -> NDArray[np.float32] | None:
-    """The (n, dim) vectors of the documents of one set, of unit length; None if nobody left any.
+    """Returns (n, dim) unit vectors of the documents of one set; None if there is no file.
 
     Args:
-        folder: Of all sets.
-        name: Of the set.
-        texts: Of its n documents, as they are now.
-        teacher: Fingerprint of the teacher whose space is asked for.
-        as_read: How much of a document is read by the settings of now.
+        folder: The folder of all sets' files.
+        name: Name of the set.
+        texts: The current texts of its n documents.
+        teacher: Fingerprint that the vectors must have.
+        as_read: Truncation of documents by the current settings.
 
     Raises:
-        DamagedError: the vectors are of other documents or another teacher, or of more or less of each
-            document, or the file is broken.
+        DamagedError: the vectors are of other documents, another teacher or another truncation, or the
+            file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -82,15 +82,13 @@ def read_documents(
         raise DamagedError(path, f"no safetensors file of documents: {error}", cure) from error
     if metadata.get("teacher") != teacher:
         raise DamagedError(path, "vectors of another teacher than data/embeddings.json has", cure)
-    if (then := metadata.get("as_read")) != as_read:
-        problem = (
-            f"documents read with {then or 'another max_tokens'}, where evaluate has {as_read} now"
-        )
+    if (read_as := metadata.get("as_read")) != as_read:
+        problem = f"documents read with {read_as or 'another max_tokens'}, where evaluate has {as_read} now"
         raise DamagedError(path, problem, cure)
     if not np.array_equal(keys, _keys(texts)):
         raise DamagedError(path, f"vectors of other documents than the set {name} has now", cure)
-    found: NDArray[np.float32] = vectors.astype(np.float32)
-    return found
+    documents: NDArray[np.float32] = vectors.astype(np.float32)
+    return documents
 
 
 def _keys(texts: Sequence[str]) -> NDArray[np.uint8]:

@@ -53,12 +53,12 @@ def run(
     from: a task that is there is not run again, so a killed run goes on.
 
     Args:
-        tasks: At least one; names that mteb knows, or task objects for data that is on no hub. An object
-            is known by the name in its metadata alone: give other data another name.
-        name: Of the model.
-        folder: The model.
-        load_encoder: Loads that model; called when all names are known to be right.
-        out: A file *.json.
+        tasks: At least one; names that mteb knows, or task objects for local data. An object is identified
+            by the name in its metadata alone: give other data another name.
+        name: Name of the model.
+        folder: Folder of the model.
+        load_encoder: Loads that model; called after all task names were checked.
+        out: JSON file to write.
 
     Raises:
         TeachonceError: mteb is not installed, has no such task, the task reads more than texts, or the
@@ -67,8 +67,8 @@ def run(
         DamagedError: a result of an earlier run cannot be read.
     """
     mteb = _mteb()
-    chosen = {task.metadata.name: task for task in _found(mteb, tasks)}
-    model = _Model(name, folder, load_encoder(), mteb.__version__)
+    chosen = {task.metadata.name: task for task in _task_objects(mteb, tasks)}
+    model = _MtebModel(name, folder, load_encoder(), mteb.__version__)
     cache = mteb.ResultCache(out.with_suffix(""))
     scores: dict[str, dict[str, float]] = {}
     for key, task in chosen.items():
@@ -79,7 +79,7 @@ def run(
     return Outcome("evaluate", out, _summary(name, facts, chosen), facts)
 
 
-class _Model:
+class _MtebModel:
     """Our encoder behind mteb's `EncoderProtocol`: batching and prompts stay ours."""
 
     def __init__(self, name: str, folder: Path, encoder: Encoder, mteb_version: str) -> None:
@@ -150,10 +150,10 @@ def _mteb() -> Any:  # noqa: ANN401 - the module, which need not be installed
     return mteb
 
 
-def _found(mteb: Any, tasks: Sequence[str | AbsTask]) -> list[AbsTask]:  # noqa: ANN401 - the module
-    """The tasks as objects; refuses what an encoder of texts cannot be scored on."""
-    found = [_named(mteb, task) if isinstance(task, str) else task for task in tasks]
-    for task in found:
+def _task_objects(mteb: Any, tasks: Sequence[str | AbsTask]) -> list[AbsTask]:  # noqa: ANN401 - the module
+    """Returns the tasks as objects; raises for a task that reads more than texts."""
+    objects = [_named(mteb, task) if isinstance(task, str) else task for task in tasks]
+    for task in objects:
         others = sorted(set(task.metadata.modalities) - {"text"})
         if others:
             raise TeachonceError(
@@ -161,7 +161,7 @@ def _found(mteb: Any, tasks: Sequence[str | AbsTask]) -> list[AbsTask]:  # noqa:
                 f"it reads {', '.join(others)}, not only texts",
                 "choose a task on texts",
             )
-    return found
+    return objects
 
 
 def _named(mteb: Any, name: str) -> AbsTask:  # noqa: ANN401 - the module
@@ -182,7 +182,7 @@ def _named(mteb: Any, name: str) -> AbsTask:  # noqa: ANN401 - the module
     return task
 
 
-def _result(mteb: Any, model: _Model, task: AbsTask, cache: Any) -> Any:  # noqa: ANN401 - of mteb
+def _result(mteb: Any, model: _MtebModel, task: AbsTask, cache: Any) -> Any:  # noqa: ANN401 - of mteb
     """The result of one task, from an earlier run if there is one."""
     meta, key = model.mteb_model_meta, task.metadata.name
     try:
@@ -243,7 +243,7 @@ def _flat(name: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Fac
 
 
 def _summary(name: str, facts: Mapping[str, Fact], tasks: Iterable[str]) -> str:
-    said = [f"{task} {facts[f'mteb.{task}']:.2f}" for task in tasks]
-    if len(said) > 1:
-        said.append(f"average {facts['mteb.average']:.2f}")
-    return f"{name}: mteb {', '.join(said)}"
+    scores = [f"{task} {facts[f'mteb.{task}']:.2f}" for task in tasks]
+    if len(scores) > 1:
+        scores.append(f"average {facts['mteb.average']:.2f}")
+    return f"{name}: mteb {', '.join(scores)}"

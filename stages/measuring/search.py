@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.models.lineage import left_the_teacher, read_lineage
+from stages.models.lineage import leaves_teacher_space, read_lineage
 from stages.outcome import Outcome, log
 from stages.vectors import unit
 from storage.corpus import Corpus
@@ -22,11 +22,11 @@ from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 
 
-class Encoder(Protocol):
+class QueryEncoder(Protocol):
     """A model that can encode a query."""
 
     def encode(self, texts: Sequence[str], *, role: Literal["query"]) -> NDArray[np.float32]:
-        """(n, dim) vectors of n texts, of any length."""
+        """Returns (n, dim) vectors of n texts, of any length."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run(
     query: str,
     *,
     model: Path,
-    encoder: Encoder,
+    encoder: QueryEncoder,
     corpus: Corpus,
     embeddings: Embeddings,
     count: int,
@@ -50,19 +50,19 @@ def run(
     """Find the `count` texts nearest to `query`.
 
     Args:
-        query: What is looked for.
+        query: The text to search for.
         model: The folder of the model that reads the query.
         encoder: That model.
         corpus: The texts.
-        embeddings: The teacher's vectors of `corpus`: what is searched, all of it, a shard at a time.
-        count: How many; fewer if the corpus has fewer.
+        embeddings: The teacher's vectors of `corpus`, searched exhaustively, one shard at a time.
+        count: Number of results, >= 1; fewer if the corpus has fewer rows.
 
     Raises:
-        TeachonceError: an empty query, or a model whose vectors are not in the teacher's space.
+        TeachonceError: the query is empty, or the model's vectors are not in the teacher's space.
     """
     if not query.strip():
         raise TeachonceError("query", "is empty", 'write `teachonce search "what you look for"`')
-    if left_the_teacher(read_lineage(model)):
+    if leaves_teacher_space(read_lineage(model)):
         log.warning(
             "search: nothing held the vectors of %s near the teacher's (a recipe of gram alone, "
             "or finetune.distill_weight: 0), so it may not find its way among them",
@@ -91,17 +91,17 @@ def run(
 def nearest_rows(
     query: NDArray[np.floating], embeddings: Embeddings, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids and cosines of the `count` rows nearest to a (dim,) query, best first, ties by row.
+    """Returns ids and cosines of the `count` rows nearest to a (dim,) query, best first, ties by row.
 
     Exact; holds one shard in float32 at a time.
     """
     query = unit(query[None])[0]
     rows = np.empty(0, np.int64)
-    found = np.empty(0, np.float32)
+    best_cosines = np.empty(0, np.float32)
     for shard, start in enumerate(embeddings.starts[:-1]):
         cosines = unit(embeddings.shard(shard)) @ query
         rows = np.concatenate([rows, start + np.arange(len(cosines))])
-        found = np.concatenate([found, cosines])
-        best = np.argsort(-found, kind="stable")[:count]
-        rows, found = rows[best], found[best]
-    return rows, found
+        best_cosines = np.concatenate([best_cosines, cosines])
+        best = np.argsort(-best_cosines, kind="stable")[:count]
+        rows, best_cosines = rows[best], best_cosines[best]
+    return rows, best_cosines

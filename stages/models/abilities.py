@@ -1,7 +1,7 @@
-"""What a model can be asked for: tokens that it reads, layers that can be taken, whether it can be trained.
+"""Limits of a model: tokens that it reads, layers that can be taken, whether it can be trained.
 
-Told from its configuration and the heads of its weights, without torch, so that `check` says before
-anything is computed what the stages would find out an hour later. They ask the same functions again.
+Read from its configuration and the headers of its weights, without torch, so that `check` finds before
+anything is computed what the stages would find an hour later. The stages call the same functions.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def first_position(config: Mapping[str, Any]) -> int:
 def token_limit(
     config: Mapping[str, Any], shapes: Shapes, *, first: int | None = None
 ) -> int | None:
-    """How many tokens of a text a transformer reads at most; None for any number.
+    """Returns the largest number of tokens that a transformer reads; None for no limit.
 
     Args:
-        config: Its config.json.
-        shapes: Of its weights.
-        first: The position of a text's first token, if it is known better than from `config`.
+        config: The content of its config.json.
+        shapes: The shapes of its weights.
+        first: The position of a text's first token; None to take it from `config`.
     """
     rows = min((shape[0] for name, shape in shapes.items() if POSITIONS.search(name)), default=None)
     if rows is None:
@@ -71,7 +71,7 @@ def token_limit(
 
 
 def token_limit_of(folder: Path, address: str) -> int | None:
-    """The same of the model in a folder, of any of its transformers; None also for a static one."""
+    """Returns the lowest limit of the transformers of the model in a folder; None for a static model."""
     limits = (token_limit(config, shapes) for config, shapes in _transformers(folder, address))
     return min((limit for limit in limits if limit is not None), default=None)
 
@@ -80,8 +80,8 @@ def check_length(wanted: int | None, limit: int | None, *, address: str, who: st
     """Raise if more tokens of a text are wanted than a model reads.
 
     Args:
-        wanted: The setting; None: what the model reads.
-        limit: Of the model; None: it has none.
+        wanted: The number of tokens in the settings; None for the model's own.
+        limit: The model's limit; None for no limit.
         address: The setting, to name in an error.
         who: The model, to name in an error.
     """
@@ -97,9 +97,9 @@ def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address
     """Raise if layers cannot be taken out of a transformer.
 
     Args:
-        layers: Wanted; 0-based.
-        count: How many it has in a list `encoder.layer`; None: no such list.
-        kind: Of the model, to name in an error.
+        layers: 0-based numbers of the wanted layers.
+        count: Number of layers in its list `encoder.layer`; None if it has no such list.
+        kind: The kind of model, to name in an error.
         address: The setting, to name in an error.
     """
     if count is None:
@@ -113,20 +113,22 @@ def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address
 
 
 def check_layers_of(folder: Path, layers: Sequence[int], *, address: str) -> None:
-    """The same of the model in a folder, if it says what it is."""
+    """As `check_layers`, for the model in a folder, if its config.json names a `model_type`."""
     if (kind := _first_kind(folder, address)) != TRANSFORMER:
         check_layers(layers, None, kind=kind, address=address)
     for config, shapes in _transformers(folder, address)[:1]:
         if "model_type" in config:
-            found = [int(match[2]) for name in shapes if (match := LAYER.search(name))]
+            layer_numbers = [int(match[2]) for name in shapes if (match := LAYER.search(name))]
             # A configuration may use fewer layers than there are weights for.
-            there = max(found) + 1 if found else 0
-            count = min(there, int(config.get("num_hidden_layers") or there)) or None
+            stored_layers = max(layer_numbers) + 1 if layer_numbers else 0
+            count = (
+                min(stored_layers, int(config.get("num_hidden_layers") or stored_layers)) or None
+            )
             check_layers(layers, count, kind=str(config["model_type"]), address=address)
 
 
 def check_trainable(folder: Path, *, address: str) -> None:
-    """Raise for a model that no student can be made of: one without a transformer."""
+    """Raise for a model without a transformer, which cannot be trained as a student."""
     kind = _first_kind(folder, address)
     if kind in NOT_TRAINED:
         raise TeachonceError(
@@ -137,7 +139,7 @@ def check_trainable(folder: Path, *, address: str) -> None:
 
 
 def check_exportable(folder: Path, *, address: str) -> None:
-    """Raise for a model with a module that has no form which all versions of sentence-transformers read."""
+    """Raise for a model with a module that not all versions of sentence-transformers can read."""
     own = {name.rpartition(".")[2] for name in _custom_modules(folder)}
     for kind, _ in modules_of(folder, address):
         if kind not in STOCK or kind in own:
@@ -149,7 +151,7 @@ def check_exportable(folder: Path, *, address: str) -> None:
 
 
 def check_code(folder: Path, *, trusted: bool, address: str) -> None:
-    """Raise for a model that cannot be loaded without code of its maker, where that may not run."""
+    """Raise for a model that needs its maker's code to load, if such code may not run."""
     if trusted:
         return
     for path in transformers_of(folder, address):
@@ -174,7 +176,7 @@ def check_code(folder: Path, *, trusted: bool, address: str) -> None:
 
 
 def width_of(folder: Path, address: str) -> int | None:
-    """How many values a model's vectors have; None where its small files do not say it."""
+    """Returns the width of a model's vectors; None if its configuration does not say it."""
     width = None
     for kind, path in modules_of(folder, address):
         file = folder / path / "config.json"
@@ -223,11 +225,11 @@ def _custom_modules(folder: Path) -> list[str]:
 
 def _transformers(folder: Path, address: str) -> list[tuple[Mapping[str, Any], Shapes]]:
     """The configuration and the shapes of the weights of each transformer of a model."""
-    found: list[tuple[Mapping[str, Any], Shapes]] = []
+    configs_and_shapes: list[tuple[Mapping[str, Any], Shapes]] = []
     for path in transformers_of(folder, address):
         if (path / "config.json").is_file():
             shapes: dict[str, tuple[int, ...]] = {}
             for weights in sorted(path.glob("*.safetensors")):
                 shapes |= read_header(weights, address)
-            found.append((read_object(path / "config.json", address), shapes))
-    return found
+            configs_and_shapes.append((read_object(path / "config.json", address), shapes))
+    return configs_and_shapes

@@ -1,4 +1,4 @@
-"""What a model says of itself in its small files, and what it leaves for a person to decide.
+"""A model's own configuration, and the choices that it leaves to the user.
 
 No torch here: `check` asks before anything is computed. The loader asks the same functions again, since a
 stage can run without `check`; so nothing is guessed by either.
@@ -19,10 +19,10 @@ from storage import regular
 from storage.errors import TeachonceError, shown
 
 DENSE = "SentenceTransformer"
-"""What a model of one vector a text calls itself."""
+"""Values of `model_type` of models with one vector a text."""
 
 TEXTS = "text"
-"""What a router calls texts among images and others."""
+"""Name of the text modality in a router."""
 
 Role = Literal["text", "query", "document"]
 NAMED: dict[Role, str] = {
@@ -50,7 +50,7 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
 
     Args:
         folder: The model.
-        setting: What a person says: a mode, or None.
+        setting: The pooling mode in the settings, or None.
         address: The setting, to name in an error.
 
     Raises:
@@ -87,7 +87,7 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
 
 
 def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
-    """What a teacher leaves open and the settings of `embed` do not say, or say otherwise."""
+    """Returns the problems with a teacher's choices that the settings `embed` leave open or contradict."""
     questions: Sequence[tuple[str, Callable[[str], object]]] = (
         ("pooling", lambda at: decided_pooling(folder, params.pooling, address=at)),
         ("prompt", lambda at: decided_prompt(folder, params.prompt, address=at)),
@@ -107,17 +107,17 @@ def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
 
 def own_prompts(folder: Path, address: str) -> dict[str, str]:
     """The prompts that a model's configuration has, by name, without empty ones."""
-    found = model_config(folder, address).get("prompts")
-    prompts = found.items() if isinstance(found, dict) else ()
+    declared = model_config(folder, address).get("prompts")
+    prompts = declared.items() if isinstance(declared, dict) else ()
     return {str(name): str(prompt) for name, prompt in prompts if prompt}
 
 
 def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
-    """What the teacher reads before every text.
+    """Returns the prompt that is put before every text.
 
     Args:
         folder: The model.
-        setting: What a person says; None: the model has no prompt of its own.
+        setting: The prompt in the settings; None if it is not set.
         address: The setting, to name in an error.
 
     Raises:
@@ -168,11 +168,11 @@ def check_width(folder: Path, setting: int | None, *, address: str) -> None:
 
 
 def room_for_texts(max_tokens: int, *, around: int, has_prompt: bool) -> int:
-    """How many tokens are left for a text of those that are read at once.
+    """Returns the number of tokens that are left for a text.
 
     Args:
         max_tokens: Read at once.
-        around: Of these, special tokens and the prompt's.
+        around: Number of special and prompt tokens.
         has_prompt: Without one, the person who set `max_tokens` has decided all of it.
 
     Raises:
@@ -218,20 +218,20 @@ def transformers_of(folder: Path, address: str) -> list[Path]:
     """The folders of a model's transformers, those behind a router included."""
     if not (folder / MODULES).is_file():
         return [folder]
-    found = []
+    folders = []
     for kind, path in modules_of(folder, address):
         if kind == TRANSFORMER:
-            found.append(folder / path)
+            folders.append(folder / path)
         elif kind in ROUTERS:
             router = _read_router(folder / path, address)
-            found += [
+            folders += [
                 folder / path / name for name, kind in router.kinds.items() if kind == TRANSFORMER
             ]
-    return found
+    return folders
 
 
 def decided_routes(folder: Path, *, address: str) -> dict[Role, str] | None:
-    """Which route of a router texts of each role take; None for a model without one.
+    """Returns the route of each role's texts through a router; None for a model without one.
 
     As sentence-transformers routes them: queries by `encode_query`, documents by `encode_document`, the
     texts of a corpus by `encode`.
@@ -264,7 +264,7 @@ def decided_routes(folder: Path, *, address: str) -> dict[Role, str] | None:
 
 
 def check_one_model(folder: Path, *, address: str) -> None:
-    """Raise for a model that a start cannot be made of: a router has a model for each of its routes."""
+    """Raise for a router, which has several models and cannot be a start."""
     if any(kind in ROUTERS for kind, _ in modules_of(folder, address)):
         raise TeachonceError(
             address,
@@ -302,16 +302,19 @@ class _Router:
 
 def _read_router(folder: Path, address: str) -> _Router:
     path = folder / "router_config.json"
-    found = read_object(path if path.is_file() else folder / "config.json", address)
+    router_config = read_object(path if path.is_file() else folder / "config.json", address)
     try:
-        routes = {str(name): list(modules) for name, modules in found["structure"].items()}
-        settings = found.get("parameters", {})
+        routes = {str(name): list(modules) for name, modules in router_config["structure"].items()}
+        settings = router_config.get("parameters", {})
         default = settings.get("default_route")
         if default is None and settings.get("allow_empty_key", True):
             default = next(iter(routes), None)
         return _Router(
             routes,
-            {str(name): str(kind).rpartition(".")[2] for name, kind in found["types"].items()},
+            {
+                str(name): str(kind).rpartition(".")[2]
+                for name, kind in router_config["types"].items()
+            },
             default,
             {
                 ast.literal_eval(rule): route
@@ -365,11 +368,11 @@ def read_object(path: Path, address: str) -> Mapping[str, Any]:
         TeachonceError: it is none.
     """
     try:
-        found = json.loads(regular.content(path, MAX_JSON_BYTES))
+        content = json.loads(regular.content(path, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise TeachonceError(
             address, f"{path} cannot be read ({shown(error)})", "fetch the file again"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise TeachonceError(address, f"{path} is no JSON object", "fetch the file again")
-    return found
+    return content

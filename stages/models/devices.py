@@ -44,7 +44,7 @@ def pick_device(setting: str) -> torch.device:
 
 
 def pick_precision(setting: str, device: torch.device) -> str:
-    """What a precision of training means; `auto` is bf16 where the device multiplies it faster."""
+    """Resolve a precision of training; `auto` is bf16 if the device multiplies it faster."""
     if setting != "auto":
         return setting
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def pick_precision(setting: str, device: torch.device) -> str:
 
 
 def batch_tokens_on(device: torch.device) -> int:
-    """What `embed.batch_tokens: auto` means."""
+    """Returns the value of `embed.batch_tokens: auto` for a device."""
     return BATCH_TOKENS.get(device.type, GPU_BATCH_TOKENS)
 
 

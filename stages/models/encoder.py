@@ -25,7 +25,7 @@ from stages.models.devices import AUTOCAST, Precision, autocast, batch_tokens_on
 from stages.models.folder import weights_bytes
 from stages.models.likeness import MIXED_PROBES, likeness, probes
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model, models_by_role
-from stages.models.packed import NOT_PACKED, Packed, Read
+from stages.models.packed import CANNOT_PACK, PackedReader, TokenizedTexts
 from stages.models.speed import Speed, measure
 from stages.models.windows import Windows, windows_of
 from stages.outcome import log
@@ -40,19 +40,19 @@ NO_LIMIT = sys.maxsize
 
 
 LEAST_LENGTH = 1e-5
-"""Of a vector that says how texts are to be read: float32 adds up values near 1 to within 1e-7 or so."""
+"""Shortest vector of a probe text that can be compared: float32 sums have errors of about 1e-7."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of some texts.
+    """Vectors of n texts with counts of tokens.
 
     Args:
-        vectors: (n, dim) float32, in the order of the texts, as the model's own pipeline returns them; the
-            first values of those, if only so many were asked for.
-        tokens: Tokens read, after cutting.
-        truncated: Texts that were longer than the limit; they were cut, or read in windows.
-        whole: (n, width) float32, all values; the same array as `vectors` if all were asked for.
+        vectors: (n, dim) float32, in the order of the texts, as the model's own pipeline returns them, cut
+            to `dim` values.
+        tokens: Number of tokens read, after truncation.
+        truncated: Number of texts longer than the limit; they were truncated, or read in windows.
+        whole: (n, width) float32, uncut; the same array as `vectors` if `dim` is None.
     """
 
     vectors: NDArray[np.float32]
@@ -64,22 +64,23 @@ class Encoded:
 class Encoder:
     """A loaded model that turns texts into vectors.
 
-    A transformer reads texts without padding where that is proved right (see `packed`); other models
-    read batches of similar length, padded to the longest.
+    A transformer reads texts without padding if a test shows that this gives the same vectors (see
+    `packed`); other models read batches of similar length, padded to the longest.
 
     Args:
-        folder: The model.
-        device: Where it runs.
-        precision: Of the matrix products; sums and what lies between layers stay float32.
-        max_tokens: Of a text, or of a window; at most what the model can read. None: what it reads by
-            itself.
-        or_fewer: A model with fewer positions than `max_tokens` reads what it can, and is not refused.
-        in_windows: A longer text is read in windows, and its vector is their mean; else it is cut.
-        batch_tokens: Tokens in a batch, padding included; None for what suits the device. Speed only.
-        prompt: Put before every text. The model's own prompts are not used: a person chose among them.
-        dim: Return the first so many values of each vector, with its length made 1 again if the model
-            ends in Normalize; None for all.
-        pooling: Of a transformers folder, which has no modules.json.
+        folder: Folder of the model.
+        device: The device that runs the model.
+        precision: Precision of matrix products; sums and activations between layers stay float32.
+        max_tokens: Truncation length of a text or a window, special tokens included. None for the model's
+            own.
+        or_fewer: Whether a model with fewer positions than `max_tokens` uses these, instead of an error.
+        in_windows: Whether a longer text is read in windows, whose mean is its vector, instead of
+            truncated.
+        batch_tokens: Tokens in a batch, padding included; None for a default by device. Changes speed only.
+        prompt: Text put before every text. The model's own prompts are not used.
+        dim: Number of first values of each vector to return, normalised again if the model ends in
+            Normalize; None for all.
+        pooling: Pooling of a transformers folder, which has no modules.json; None otherwise.
         trust_remote_code: Whether code in the model's folder may run.
     """
 
@@ -113,10 +114,10 @@ class Encoder:
             # A router has a model for each route; else one reads all texts.
             reader = self if role == "text" else copy(self)
             if role == "text" or model is not models["text"]:
-                reader._take(model, folder, max_tokens, in_windows, dim)
+                reader._use_model(model, folder, max_tokens, in_windows, dim)
                 self.by_role[role] = reader
 
-    def _take(
+    def _use_model(
         self,
         model: SentenceTransformer,
         folder: Path,
@@ -124,7 +125,7 @@ class Encoder:
         in_windows: bool,
         dim: int | None,
     ) -> None:
-        """Read texts with `model`, which has no router."""
+        """Set `model`, which has no router, as the one that reads texts."""
         self.model = model
         self.max_tokens = self._limit(max_tokens, folder)
         if self.max_tokens != NO_LIMIT:
@@ -136,14 +137,14 @@ class Encoder:
                 f"windows, but the tokenizer of the model in {folder} does not say where a token stands",
                 "set it to cut, or take a model with a tokenizer.json",
             )
-        self.room = self._room()
+        self.window_tokens = self._room()
         self.reader = self._reader()
         self.dim = self._dim(dim, folder)
         if self.precision != "fp32":
             self._cast_products(AUTOCAST[self.precision])
 
     def _room(self) -> int:
-        """Tokens of a text, or of a window, that are read behind the prompt."""
+        """Returns the number of tokens of a text or a window that fit behind the prompt."""
         tokenizer = self.model.tokenizer
         if self.max_tokens == NO_LIMIT or not hasattr(tokenizer, "num_special_tokens_to_add"):
             return self.max_tokens
@@ -152,7 +153,7 @@ class Encoder:
         return room_for_texts(self.max_tokens, around=around, has_prompt=bool(self.prompt))
 
     def _dim(self, wanted: int | None, folder: Path) -> int | None:
-        """How many values of a vector are returned; None if it is left as it is."""
+        """Returns the number of values to cut vectors to; None for no cut."""
         if wanted is None:
             return None
         width = self._vectors(self.reader.read(["width"], ""), precision="fp32").shape[1]
@@ -176,34 +177,34 @@ class Encoder:
         check_length(wanted, limit, address="embed.max_tokens", who=f"the model in {folder}")
         return wanted
 
-    def _reader(self) -> Packed | Padded:
-        """The fastest way of reading that gives each probe text the vector it has when it is read alone.
+    def _reader(self) -> PackedReader | PaddedReader:
+        """Returns the fastest reader that gives each probe text the vector that it has when read alone.
 
-        A batch is no judge: with padding on the left, say, a model may count its positions from there.
+        A padded batch is no reference: with padding on the left a model may count positions from there.
 
         Raises:
-            TeachonceError: what a text's vector is depends on the texts that are read with it.
+            TeachonceError: a text's vector depends on the other texts of its batch, even of equal length.
         """
-        padded = Padded(self.model)
+        padded = PaddedReader(self.model)
         if self.max_tokens == NO_LIMIT:
             return padded
         texts = [*MIXED_PROBES, *probes(self.max_tokens)]
-        # A text of no token cannot be read alone. Its vector is what a batch makes of it.
+        # A text without tokens cannot be read alone, so it is not compared.
         places = np.flatnonzero(padded.read(texts, self.prompt).lengths > 0)
-        alone = np.concatenate([self._probed(padded, [texts[place]]) for place in places])
-        # NaN is like nothing, and what is nearly 0 has rounding for a direction; `embed` refuses both.
+        alone = np.concatenate([self._probe_vectors(padded, [texts[place]]) for place in places])
+        # NaN equals nothing, and the direction of a vector near 0 is rounding error; `embed` refuses both.
         lengths = np.linalg.norm(alone, axis=1)
         judged = np.isfinite(lengths) & (lengths > LEAST_LENGTH)
         places, alone = places[judged], alone[judged]
         if not len(places):
             return padded
         try:
-            likeness(alone, self._probed(Packed(self.model), texts)[places])
-            return Packed(self.model)
-        except NOT_PACKED as error:
+            likeness(alone, self._probe_vectors(PackedReader(self.model), texts)[places])
+            return PackedReader(self.model)
+        except CANNOT_PACK as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             log.info("texts are padded for this model; without padding: %s", first_line)
-        # The last text is as long as any, and a batch of all would be as large as all of them.
+        # Without the last text, which is the longest possible: a batch padded to it would be very large.
         mixed = np.arange(len(texts) - 1)
         with torch.inference_mode():
             batch = padded.read(texts, self.prompt).forward(mixed).float().cpu().numpy()
@@ -212,9 +213,9 @@ class Encoder:
             return padded
         except ValueError as error:
             log.info("only texts of one length are read together; in other batches: %s", error)
-        equal_lengths = Padded(self.model, equal_lengths=True)
+        equal_lengths = PaddedReader(self.model, equal_lengths=True)
         try:
-            likeness(alone, self._probed(equal_lengths, texts)[places])
+            likeness(alone, self._probe_vectors(equal_lengths, texts)[places])
         except ValueError as error:
             raise TeachonceError(
                 self.device,
@@ -223,49 +224,51 @@ class Encoder:
             ) from None
         return equal_lengths
 
-    def _probed(self, reader: Packed | Padded, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _probe_vectors(
+        self, reader: PackedReader | PaddedReader, texts: Sequence[str]
+    ) -> NDArray[np.float32]:
         return self._vectors(reader.read(texts, self.prompt), precision="fp32")
 
     def _cast_products(self, dtype: torch.dtype) -> None:
-        """Keep the weights of matrix products as autocast would cast them, anew for every batch."""
+        """Cast the weights of matrix products once, which autocast would do for every batch."""
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
     def encode(self, texts: Sequence[str], *, role: Role = "text") -> NDArray[np.float32]:
-        """(n, dim) float32 vectors of `texts`, in their order."""
+        """Returns (n, dim) float32 vectors of n texts, in their order."""
         return self.encode_counted(texts, role=role).vectors
 
     def speed(self, texts: Sequence[str]) -> Speed:
-        """How fast it encodes texts of a corpus."""
+        """Measure the speed of encoding texts of the corpus."""
         return measure(self.encode, texts, self.torch_device)
 
     def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
-        """Vectors of `texts` with counts of what was read."""
+        """Returns vectors of `texts` with counts of tokens."""
         encoder = self.by_role.get(role, self)
         return encoder.encode_read(encoder.read(texts))
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Vectors of a corpus' texts."""
+        """Returns vectors of texts of the role `text`."""
         return self.encode_counted(texts)
 
     def as_teacher(self) -> Callable[[Sequence[str]], Encoded]:
-        """What `embed` calls: this, in two steps; or in one, if the second needs the tokenizer, too."""
-        return self if isinstance(self.reader, Packed) else self.encode_counted
+        """Returns an `Encode` for `embed`: in two steps, or one if the second needs the tokenizer, too."""
+        return self if isinstance(self.reader, PackedReader) else self.encode_counted
 
-    def read(self, texts: Sequence[str]) -> tuple[Windows | None, Read]:
-        """The first step, all on the CPU: tokens."""
+    def read(self, texts: Sequence[str]) -> tuple[Windows | None, TokenizedTexts]:
+        """First step, on the CPU: tokenise."""
         windows = self._windows(texts)
         return windows, self.reader.read(texts if windows is None else windows.texts, self.prompt)
 
-    def encode_read(self, windows_and_read: tuple[Windows | None, Read]) -> Encoded:
-        """The second step, on the device: vectors, with counts of what was read."""
+    def encode_read(self, windows_and_read: tuple[Windows | None, TokenizedTexts]) -> Encoded:
+        """Second step, on the device: returns vectors with counts of tokens."""
         windows, read = windows_and_read
         cut = np.minimum(read.lengths, self.max_tokens)
         whole = self._vectors(read, precision=self.precision)
         longer = int((read.lengths > cut).sum())
         if windows is not None:
-            whole, longer = windows.means(whole), windows.longer
+            whole, longer = windows.means(whole), windows.split_texts
             # The mean of vectors of length 1 is shorter.
             whole = unit(whole) if longer and ends_in_normalize(self.model) else whole
         return Encoded(
@@ -273,26 +276,29 @@ class Encoder:
         )
 
     def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """(n,) tokens of each of `texts` before cutting, with the prompt's; nothing is encoded."""
+        """Returns (n,) int64 tokens of each text before truncation, prompt included; encodes nothing."""
         return self.reader.read(texts, self.prompt).lengths
 
     def _windows(self, texts: Sequence[str]) -> Windows | None:
-        return windows_of(texts, self.model.tokenizer, room=self.room) if self.in_windows else None
+        return (
+            windows_of(texts, self.model.tokenizer, window_tokens=self.window_tokens)
+            if self.in_windows
+            else None
+        )
 
     def _first_values(self, whole: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, width) -> (n, dim) float32."""
+        """Cut (n, width) vectors to (n, dim) float32."""
         if self.dim is None:
             return whole
         first = whole[:, : self.dim]
-        # Judged by the model, not by the lengths of its vectors: all of a cache are scaled alike.
+        # By the model, not by the lengths of its vectors, so that all vectors of a cache are scaled alike.
         return unit(first) if ends_in_normalize(self.model) else np.ascontiguousarray(first)
 
     @torch.inference_mode()
-    def _vectors(self, read: Read, *, precision: Precision) -> NDArray[np.float32]:
-        """(n, dim) vectors of what was read, batch by batch, longest texts first.
+    def _vectors(self, read: TokenizedTexts, *, precision: Precision) -> NDArray[np.float32]:
+        """Returns (n, dim) vectors of tokenised texts, encoded in batches, longest texts first.
 
-        A batch that the device has no memory for is halved, and so is `batch_tokens` from then on; no
-        text is left out.
+        If the device runs out of memory, the batch and `batch_tokens` are halved; no text is left out.
         """
         cut = np.minimum(read.lengths, self.max_tokens)
         waiting = list(token_batches(cut, self.batch_tokens, equal_lengths=read.equal_lengths))
@@ -303,12 +309,12 @@ class Encoder:
                 with autocast(self.torch_device, precision):
                     batch = read.forward(places).float().cpu().numpy()
             except torch.OutOfMemoryError as error:
-                self._take_less(len(places), int(cut[places[0]]), error)
+                self._halve_batches(len(places), int(cut[places[0]]), error)
                 rest = np.concatenate([places, *waiting])
-                again = token_batches(
+                smaller_batches = token_batches(
                     cut[rest], self.batch_tokens, equal_lengths=read.equal_lengths
                 )
-                waiting = [rest[some] for some in again]
+                waiting = [rest[batch_places] for batch_places in smaller_batches]
                 continue
             if vectors is None:
                 vectors = np.empty((len(cut), batch.shape[1]), np.float32)
@@ -317,8 +323,8 @@ class Encoder:
             return np.empty((0, self.model.get_embedding_dimension() or 0), np.float32)
         return vectors
 
-    def _take_less(self, texts: int, longest: int, error: torch.OutOfMemoryError) -> None:
-        """Halve `batch_tokens` after a batch of so many texts did not fit."""
+    def _halve_batches(self, texts: int, longest: int, error: torch.OutOfMemoryError) -> None:
+        """Halve `batch_tokens` after a batch of `texts` texts did not fit into memory."""
         if texts == 1:
             raise TeachonceError(
                 str(self.torch_device),
@@ -331,23 +337,23 @@ class Encoder:
         log.info("no memory for %d texts: batches of %d tokens now", texts, self.batch_tokens)
 
 
-class Padded:
-    """Any model, as sentence-transformers runs it: a batch is padded to its longest text.
+class PaddedReader:
+    """Reads texts with any model, as sentence-transformers does: batches are padded to the longest text.
 
     Args:
-        model: Of sentence-transformers.
-        equal_lengths: Read only equally long texts together, so that nothing is padded.
+        model: The sentence-transformers model.
+        equal_lengths: Whether to batch only texts of equal length, so that nothing is padded.
     """
 
     def __init__(self, model: SentenceTransformer, *, equal_lengths: bool = False) -> None:
         self.model, self.equal_lengths = model, equal_lengths
 
-    def read(self, texts: Sequence[str], prompt: str) -> Read:
+    def read(self, texts: Sequence[str], prompt: str) -> TokenizedTexts:
         """Count the tokens; the model tokenises batch by batch."""
 
         def forward(places: NDArray[np.int64]) -> torch.Tensor:
-            some = [texts[place] for place in places]
-            features: dict[str, Any] = self.model.preprocess(some, prompt=prompt or None)
+            batch = [texts[place] for place in places]
+            features: dict[str, Any] = self.model.preprocess(batch, prompt=prompt or None)
             features = {
                 name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
                 for name, value in features.items()
@@ -355,7 +361,7 @@ class Padded:
             vectors: torch.Tensor = self.model(features)["sentence_embedding"]
             return vectors
 
-        return Read(
+        return TokenizedTexts(
             self._lengths([prompt + text for text in texts]),
             forward,
             equal_lengths=self.equal_lengths,
@@ -367,10 +373,10 @@ class Padded:
         tokenizer = self.model.tokenizer
         if not callable(tokenizer):  # word-level and static models count words
             return np.array([len(text.split()) + 2 for text in texts], np.int64)
-        found = tokenizer(
+        tokenized = tokenizer(
             texts, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
-        return np.array([len(ids) for ids in found["input_ids"]], np.int64)
+        return np.array([len(ids) for ids in tokenized["input_ids"]], np.int64)
 
 
 def token_batches(

@@ -1,4 +1,4 @@
-"""Which folder the name of a model means, and the hashes of the files that its loader reads.
+"""Resolve the name of a model to a folder, and hash the files that its loader reads.
 
 No torch here: `check` looks at models in a fraction of a second, and a fingerprint is a matter of
 bytes. Weights are read as safetensors only; a pickle is refused, not converted.
@@ -83,10 +83,10 @@ def find_model(
     Args:
         name: `package:<module>/<path>`, a folder (relative to `root`), or a name on the hub, which is
             looked up in the local cache first and fetched unless HF_HUB_OFFLINE is set.
-        revision: Of a hub name: branch, tag or commit; None for its default branch.
-        root: What relative folders start from.
+        revision: Branch, tag or commit of a hub model; None for its default branch.
+        root: Folder that relative names start from.
         address: The setting to name in an error, such as `embed.teacher`.
-        pooling: What a person has said that modules.json would say: then a hub's model may lack that file.
+        pooling: Pooling in the settings; with it a hub's model may lack modules.json. None for none.
 
     Raises:
         MissingError: it is not, or not as a whole, on this machine and cannot be fetched, or it stands for
@@ -182,23 +182,23 @@ def _hub_folder(name: str, revision: str | None, address: str, pooling: str | No
 
 
 def lacking(folder: Path) -> list[str]:
-    """What a whole model has and this folder does not, as names within the folder.
+    """Returns the names of files and folders that a complete model has and this folder lacks.
 
-    A folder that never had modules.json is whole for transformers; for us something must say the pooling.
+    A folder without modules.json is complete for transformers, but here the pooling must be known.
     """
     missing: list[str] = []
     paths = [""]
     if (folder / MODULES).is_file():
-        found = modules_of(folder, str(folder))
-        missing += [f"{path}/" for kind, path in found if path and _is_empty(folder / path, kind)]
-        paths += [path for _, path in found]
+        modules = modules_of(folder, str(folder))
+        missing += [f"{path}/" for kind, path in modules if path and _is_empty(folder / path, kind)]
+        paths += [path for _, path in modules]
     else:
-        found = [(TRANSFORMER, "")]
+        modules = [(TRANSFORMER, "")]
         missing.append(MODULES)
     # Without a vocabulary, transformers reads every word as unknown, without a word about it.
     missing += [
         f"{path}/tokenizer.json".lstrip("/")
-        for kind, path in found
+        for kind, path in modules
         if kind == TRANSFORMER and (folder / path).is_dir() and not _has_tokenizer(folder / path)
     ]
     for index in sorted({folder / path / SAFE_WEIGHTS[1] for path in paths}):
@@ -247,7 +247,7 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
 
     Args:
         folder: The model.
-        address: What to name in an error.
+        address: Name of the setting in errors.
         trust_remote_code: Whether code in the folder may run: it may read any file there.
 
     Raises:
@@ -324,16 +324,16 @@ def _is_own(folder: Path, address: str, trust_remote_code: bool) -> Callable[[st
 
 def _module_folders(folder: Path, address: str) -> list[str]:
     """The folders that modules.json and the configurations of its routers name, the inner ones first."""
-    found = []
+    names = []
     for kind, path in modules_of(folder, address):
-        found.append(path)
+        names.append(path)
         for name in ("router_config.json", "config.json") if kind in ROUTERS else ():
             try:
                 types = json.loads(regular.content(folder / path / name, MAX_JSON_BYTES))["types"]
-                found += [(PurePosixPath(path) / str(module)).as_posix() for module in types]
+                names += [(PurePosixPath(path) / str(module)).as_posix() for module in types]
             except (OSError, ValueError, TypeError, LookupError, RecursionError):
                 continue  # `stages.models.config` says what is wrong with it
-    return sorted({path for path in found if path not in {"", "."}}, reverse=True)
+    return sorted({path for path in names if path not in {"", "."}}, reverse=True)
 
 
 def is_same_model(

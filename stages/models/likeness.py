@@ -1,4 +1,4 @@
-"""Whether two models are the same: a handful of texts, and how alike their vectors are."""
+"""Compare two models by their vectors of a few probe texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LEAST_COSINE = 0.99999
 LENGTH_TOLERANCE = 1e-3
-"""How far a copy's vector may be from the model's own: in direction, and as a share of its length."""
+"""Lowest cosine, and largest relative difference in length, between a copy's vector and the model's own."""
 
 PROBES = (
     "A short sentence.",
@@ -29,14 +29,14 @@ LONG_PROBE = "the harbor keeps a lantern for every rocket and needle of a distan
 MIXED_PROBES = (LONG_PROBE, " ".join(reversed(LONG_PROBE.split())))
 """Texts of one length and longer than `PROBES`, so that a batch with those pads most of it."""
 LONGEST_PROBE = 2048
-"""Words: attention over more would take long."""
+"""Length in words; attention over more would take long."""
 
 
 def probes(limit: int | None) -> list[str]:
-    """Texts that a broken tokenizer, limit, mask or pooling would show on.
+    """Returns texts whose vectors reveal a wrong tokenizer, limit, mask or pooling.
 
     Args:
-        limit: How many tokens a model reads; the last text has more.
+        limit: Number of tokens that a model reads; the last text has more. None for no limit.
     """
     words = min(limit or LONGEST_PROBE, LONGEST_PROBE) + 8
     return [*PROBES, " ".join(itertools.islice(itertools.cycle(LONG_PROBE.split()), words))]
@@ -45,7 +45,7 @@ def probes(limit: int | None) -> list[str]:
 def encode(
     model: SentenceTransformer, texts: Sequence[str], *, prompt: str | None = None
 ) -> NDArray[np.float32]:
-    """(n, D) vectors, all in one batch, so that padding is seen, too; prompt None is the model's own."""
+    """Returns (n, D) vectors, encoded in one padded batch; prompt None is the model's own."""
     vectors: NDArray[np.float32] = model.encode(
         list(texts), prompt=prompt, batch_size=len(texts), show_progress_bar=False
     )
@@ -53,20 +53,20 @@ def encode(
 
 
 def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
-    """The lowest cosine between rows of `own` and `copied`.
+    """Returns the lowest cosine between rows of `own` and `copied`.
 
     Args:
         own: (n, D) vectors of the model.
         copied: (n, D) vectors of its copy.
 
     Raises:
-        ValueError: below `LEAST_COSINE` or not a number, other lengths, or another width.
+        ValueError: the cosine is below `LEAST_COSINE` or NaN, or lengths or widths differ.
     """
     if own.shape != copied.shape:
         raise ValueError(f"its vectors are {copied.shape[1]} wide, not {own.shape[1]}")
     lowest = float(row_cosines(own, copied).min())
     stretch = float(row_stretches(own, copied).max())
-    # Not `lowest < LEAST_COSINE`: a vector with NaN in it is like nothing.
+    # Not `lowest < LEAST_COSINE`, which is False for NaN.
     if not lowest >= LEAST_COSINE:
         raise ValueError(f"on a probe text the cosine of the two is {lowest:.6f}")
     if stretch > LENGTH_TOLERANCE:

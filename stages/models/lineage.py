@@ -1,4 +1,4 @@
-"""What a student was made of: the file `teachonce.json` in its folder, written by whoever trained it."""
+"""The lineage of a student: the file `teachonce.json` in its folder, written when it was trained."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     """
     path = folder / LINEAGE
     try:
-        found = json.loads(regular.content(path))
-        if not isinstance(found, dict):
+        lineage = json.loads(regular.content(path))
+        if not isinstance(lineage, dict):
             raise ValueError("no JSON object")
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, "no lineage", "train the student again") from error
-    return found
+    return lineage
 
 
-def left_the_teacher(lineage: Mapping[str, Any]) -> bool:
+def leaves_teacher_space(lineage: Mapping[str, Any]) -> bool:
     """Whether a model's vectors may lie anywhere.
 
     It learned similarities alone, which any rotation leaves as they are; or it was finetuned without a

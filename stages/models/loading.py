@@ -37,9 +37,9 @@ def load_model(
 
     Args:
         folder: The model.
-        device: Where it goes.
+        device: The device of the model.
         trust_remote_code: Whether code in its folder may run.
-        pooling: Of a transformers folder, which has no modules.json; None where that file says it.
+        pooling: Pooling of a transformers folder, which has no modules.json; None otherwise.
         setting: The setting that says `pooling`, to name in an error.
 
     Raises:
@@ -96,13 +96,13 @@ def _pad_with_some_token(model: SentenceTransformer) -> None:
 
 
 def limit_of_positions(model: SentenceTransformer) -> int | None:
-    """How many tokens of a text a model can read, whatever it reads by itself; None for any number."""
+    """Returns the largest number of tokens that a model can read; None for no limit."""
     limits = (_positions(module) for module in model.modules())
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _positions(module: nn.Module) -> int | None:
-    """The same of one module, if it is a transformer."""
+    """Returns the limit of one module; None if it is no transformer or has none."""
     body: Any = getattr(module, "auto_model", None)
     if body is None:
         return None
@@ -169,8 +169,8 @@ def models_by_role(
             modules += [module] if behind is None else list(behind[route])
         return SentenceTransformer(modules=modules, device=str(model.device)).eval()
 
-    made = {route: through(route) for route in set(routes.values())}
-    return {role: made[route] for role, route in routes.items()}
+    model_of_route = {route: through(route) for route in set(routes.values())}
+    return {role: model_of_route[route] for role, route in routes.items()}
 
 
 def ends_in_normalize(model: SentenceTransformer) -> bool:
@@ -191,8 +191,8 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
 
     Args:
         model: With finite weights.
-        folder: Where to.
-        address: What to name in an error.
+        folder: Destination folder.
+        address: Name of the model in errors.
 
     Raises:
         TeachonceError: a weight has NaN or Inf in it.

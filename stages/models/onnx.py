@@ -45,7 +45,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
     Args:
         model: In float32, on the CPU.
         path: A new file; more than 2 GB of weights go into a second one beside it.
-        address: What to name in an error.
+        address: Name of the model in errors.
 
     Raises:
         TeachonceError: an architecture that the exporter does not know.
@@ -81,20 +81,20 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
 
 
 def run_onnx(path: Path, model: SentenceTransformer, texts: Sequence[str]) -> NDArray[np.float32]:
-    """(n, D) vectors of `texts` from a graph, with the tokenizer of `model` and without a prompt."""
+    """Returns (n, D) vectors of `texts` from a graph, with `model`'s tokenizer and without a prompt."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     features: dict[str, Any] = model.preprocess(list(texts))
-    given = {name: features[name].numpy() for name in INPUTS}
-    [vectors] = session.run(["sentence_embedding"], given)
+    inputs = {name: features[name].numpy() for name in INPUTS}
+    [vectors] = session.run(["sentence_embedding"], inputs)
     found: NDArray[np.float32] = vectors
     return found
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What the exporter says is about its own parts and about torchvision, which nobody here needs."""
+    """Silence the exporter's messages, which concern its own parts and torchvision."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

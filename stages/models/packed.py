@@ -1,12 +1,11 @@
-"""A transformer that reads texts laid end to end, without padding.
+"""Read texts with a transformer as one packed sequence, without padding.
 
-Everything in a transformer but attention treats tokens one by one, so it does not mind whose token comes
-next. Attention is computed for each run of equally long texts, as an ordinary batch without a mask. No
-model is written again here: the attention function is exchanged through the interface that transformers
-has for it, and what follows the transformer (pooling, Dense, Normalize) reads each run as a batch.
+All layers of a transformer but attention process tokens one by one, so texts can be concatenated. Attention
+is computed for each run of equally long texts, as an ordinary batch without a mask. No model is rewritten:
+the attention function is replaced through the interface that transformers has for it, and the modules after
+the transformer (pooling, Dense, Normalize) read each run as a batch.
 
-Which models this is right for is not looked up but tried (`Encoder`): on a few texts it must give the
-model's own vectors.
+`Encoder` tests for which models this works: on a few texts it must give the model's own vectors.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "packed"
 
-NOT_PACKED = (ValueError, AttributeError, TypeError, NotImplementedError, RuntimeError)
-"""What models and tokenizers raise that cannot read texts laid end to end."""
+CANNOT_PACK = (ValueError, AttributeError, TypeError, NotImplementedError, RuntimeError)
+"""Errors raised by models and tokenizers that cannot read packed texts."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """Texts that a model has looked at and not yet turned into vectors.
+class TokenizedTexts:
+    """Texts that are tokenised but not yet encoded.
 
     Args:
-        lengths: (n,) tokens of each before cutting, special ones and the prompt's included.
-        forward: Places (m,) of some of them, equally long ones together -> their vectors (m, dim).
-        equal_lengths: Whether only equally long ones may be read together.
+        lengths: (n,) int64 tokens of each text before truncation, special and prompt tokens included.
+        forward: (m,) places of texts, equally long ones adjacent -> (m, dim) vectors.
+        equal_lengths: Whether only texts of equal length may be encoded together.
     """
 
     lengths: NDArray[np.int64]
@@ -46,12 +45,12 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring texts of one length.
+class LengthRun:
+    """A run of consecutive texts of equal length.
 
     Args:
-        texts: How many they are.
-        length: Tokens of each.
+        texts: Number of texts.
+        length: Number of tokens of each text.
     """
 
     texts: int
@@ -59,13 +58,13 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Of all its texts."""
+        """Number of tokens of all texts."""
         return self.texts * self.length
 
 
-def runs_of(lengths: Sequence[int]) -> list[Run]:
-    """The runs in a row of texts with so many tokens each."""
-    return [Run(len(list(group)), length) for length, group in groupby(lengths)]
+def length_runs(lengths: Sequence[int]) -> list[LengthRun]:
+    """Returns the runs in a sequence of texts with the given lengths in tokens."""
+    return [LengthRun(len(list(group)), length) for length, group in groupby(lengths)]
 
 
 def attention(
@@ -75,11 +74,11 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    runs: Sequence[Run],
+    runs: Sequence[LengthRun],
     sliding_window: int | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> tuple[Tensor, None]:
-    """Attention within each text of a row.
+    """Attention within each text of a packed sequence.
 
     Args:
         module: The attention layer.
@@ -87,9 +86,9 @@ def attention(
         key: (1, heads or fewer, tokens, width).
         value: Shaped as key.
         attention_mask: None, since nothing is padding.
-        runs: Which tokens are of one text.
-        sliding_window: Tokens this far apart, or further, do not see each other.
-        settings: What else the layer says, such as `scaling` and `is_causal`.
+        runs: The runs of texts in the sequence.
+        sliding_window: Distance in tokens from which tokens do not attend to each other; None for none.
+        settings: Further arguments of the layer, such as `scaling` and `is_causal`.
 
     Returns:
         (1, tokens, heads, width), and no attention weights.
@@ -116,39 +115,39 @@ def attention(
                 mask = _window(run.length, sliding_window, _is_causal(module, settings)).to(
                     query.device
                 )
-            made, _ = sdpa_attention_forward(module, q, k, v, mask, **settings)
-            parts.append(made.flatten(0, 1))
+            attended, _ = sdpa_attention_forward(module, q, k, v, mask, **settings)
+            parts.append(attended.flatten(0, 1))
     return torch.cat(parts)[None], None
 
 
-def _batch(states: Tensor, run: Run) -> Tensor:
+def _batch(states: Tensor, run: LengthRun) -> Tensor:
     """A view of one run: (heads, tokens of the run, width) -> (texts, heads, length, width)."""
     heads, _, width = states.shape
     return states.view(heads, run.texts, run.length, width).transpose(0, 1)
 
 
 def _window(length: int, width: int, causal: bool) -> Tensor:
-    """(1, 1, length, length): which token sees which."""
+    """Returns a (1, 1, length, length) mask of a sliding window."""
     place = torch.arange(length)
     apart = place[:, None] - place[None, :]
     return ((apart < width) & (apart >= 0 if causal else apart > -width))[None, None]
 
 
 def _is_causal(module: nn.Module, settings: dict[str, Any]) -> bool:
-    """As `sdpa_attention_forward` finds it out."""
-    given = settings.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
+    """Returns whether attention is causal, by the rule of `sdpa_attention_forward`."""
+    setting = settings.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if setting is None else setting)
 
 
 AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 
 
-class Packed:
-    """A transformer that reads texts end to end, and the modules after it.
+class PackedReader:
+    """Reads packed texts with a transformer and the modules after it.
 
     Args:
-        modules: Of sentence-transformers. Attention is exchanged for the time of a call only.
+        modules: The sentence-transformers modules. Attention is replaced during calls only.
 
     Raises:
         one of NOT_PACKED: it is no transformer with such an interface, or has no fast tokenizer.
@@ -172,20 +171,20 @@ class Packed:
         finally:
             self.body.set_attn_implementation(own)
 
-    def read(self, texts: Sequence[str], prompt: str) -> Read:
+    def read(self, texts: Sequence[str], prompt: str) -> TokenizedTexts:
         """Tokenise all texts, once."""
         ids, lengths = self._tokens([prompt + text for text in texts])
         in_prompt = (self.transformer._get_prompt_length(prompt) or 0) if prompt else 0
-        return Read(lengths, lambda places: self(ids, places, in_prompt))
+        return TokenizedTexts(lengths, lambda places: self(ids, places, in_prompt))
 
     def _tokens(self, texts: list[str]) -> tuple[list[list[int]], NDArray[np.int64]]:
-        """The tokens of each text, cut, and how many they were before."""
+        """Returns the truncated token ids of each text, and the lengths before truncation."""
         limit = self.transformer.max_seq_length
         core = self.tokenizer.backend_tokenizer
         core.no_truncation()
         core.no_padding()
-        # Twice as fast as calling the tokenizer itself, which is left to do the few that must be cut.
-        ids = [found.ids for found in core.encode_batch_fast(texts)]
+        # Twice as fast as the tokenizer itself, which only truncates the few long texts.
+        ids = [encoding.ids for encoding in core.encode_batch_fast(texts)]
         lengths = np.array([len(row) for row in ids], np.int64)
         for place in np.flatnonzero(lengths > limit):
             ids[place] = self.tokenizer(texts[place], truncation=True, max_length=limit)[
@@ -199,18 +198,18 @@ class Packed:
         places: NDArray[np.int64],
         in_prompt: int = 0,
     ) -> Tensor:
-        """The vectors of some texts.
+        """Encode some of the texts.
 
         Args:
-            ids: The tokens of each text.
-            places: (m,) of these; neighbours of one length make a run.
-            in_prompt: How many tokens of each are the prompt's.
+            ids: The token ids of each text.
+            places: (m,) int64 places of texts in `ids`; adjacent ones of equal length make a run.
+            in_prompt: Number of each text's tokens that belong to the prompt.
 
         Returns:
-            (m, dim), as the model's last module gives them.
+            (m, dim) vectors, as the model's last module returns them.
         """
         device: torch.device = self.body.device
-        runs = runs_of([len(ids[place]) for place in places])
+        runs = length_runs([len(ids[place]) for place in places])
         tokens = torch.from_numpy(np.concatenate([ids[place] for place in places]).astype(np.int64))
         positions = [torch.arange(run.length).repeat(run.texts) for run in runs]
         with self._attention():
@@ -221,11 +220,11 @@ class Packed:
             ).last_hidden_state[0]
         parts = torch.split(states, [run.tokens for run in runs])
         return torch.cat(
-            [self._finished(part, run, in_prompt) for part, run in zip(parts, runs, strict=True)]
+            [self._apply_head(part, run, in_prompt) for part, run in zip(parts, runs, strict=True)]
         )
 
-    def _finished(self, states: Tensor, run: Run, in_prompt: int) -> Tensor:
-        """What the modules after the transformer make of a run: (tokens, width) -> (texts, dim)."""
+    def _apply_head(self, states: Tensor, run: LengthRun, in_prompt: int) -> Tensor:
+        """Apply the modules after the transformer to a run: (tokens, width) -> (texts, dim)."""
         shape = (run.texts, run.length)
         features: dict[str, Any] = {
             "token_embeddings": states.view(*shape, -1),
@@ -239,7 +238,7 @@ class Packed:
 
 
 def first_position(body: nn.Module) -> int:
-    """The position of a text's first token: after that of padding, where the table has one (RoBERTa)."""
+    """Returns the position of a text's first token: 0, or after that of padding (RoBERTa)."""
     for module in body.modules():
         padding = getattr(module, "padding_idx", None)
         if padding is not None and hasattr(module, "position_embeddings"):

@@ -31,7 +31,7 @@ TOKENIZER_KEYS = (
     "padding_side",
     "truncation_side",
 )
-"""What of tokenizer_config.json both versions understand; all else that matters is in tokenizer.json."""
+"""Keys of tokenizer_config.json that both versions read; the rest is in tokenizer.json."""
 
 NO_LIMIT = 1_000_000
 """A tokenizer without a limit says 10**30, which older versions try to cut at."""
@@ -45,7 +45,7 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
     Args:
         model: In float32; it must not have encoded anything yet, since that leaves traces in its tokenizer.
         folder: Empty.
-        address: What to name in an error.
+        address: Name of the model in errors.
 
     Raises:
         TeachonceError: a module or a tokenizer that older versions lack, or a weight that is NaN or Inf.
@@ -89,7 +89,7 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
 
 
 def limit_of(model: SentenceTransformer) -> int | None:
-    """How many tokens of a text a model reads; None: all."""
+    """Returns the number of tokens that a model reads; None for no limit."""
     limit: int | None = model.max_seq_length
     return None if limit is None or limit > NO_LIMIT else limit
 
@@ -137,7 +137,7 @@ def tokenizer_config(config: Json, core: Json, *, inputs: list[str]) -> Json:
     Args:
         config: As saved.
         core: tokenizer.json.
-        inputs: What the tokenizer gives that the model takes.
+        inputs: Names of the tokenizer's outputs that the model takes.
     """
     kept = {key: config[key] for key in TOKENIZER_KEYS if config.get(key) is not None}
     before = core.get("pre_tokenizer") or {}
@@ -175,8 +175,8 @@ def _rewrite(path: Path, change: Callable[[Json], Json], address: str) -> None:
 
 
 def _read(path: Path) -> Json:
-    found: Json = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _write(path: Path, value: object) -> None:

@@ -1,4 +1,4 @@
-"""What this machine's processor says that it can do. No torch here."""
+"""The capabilities of this machine's processor. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLAGS = {
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What this processor says that it can do; nothing where the system does not tell."""
+    """Returns the feature flags of this processor; empty if the system does not list them."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -29,11 +29,11 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def slow_precision(precision: str, flags: Collection[str]) -> str | None:
-    """What to tell a person whose processor multiplies a precision slower than fp32; None if it does not.
+    """Returns a warning if this processor multiplies a precision more slowly than fp32; else None.
 
     Args:
-        precision: Of the teacher's products.
-        flags: Of the processor; none: it is not known what it can do.
+        precision: Precision of the teacher's matrix products.
+        flags: Feature flags of the processor; empty if unknown.
     """
     if not flags or FLAGS.get(precision, set(flags)) & set(flags):
         return None

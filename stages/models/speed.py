@@ -1,4 +1,4 @@
-"""How fast a model encodes texts, told so that models measured at different times can be compared.
+"""The speed of a model, measured so that models measured at different times can be compared.
 
 On a busy machine less is done in a second of CPU time, too: caches and memory are shared, and the clock may
 fall. So a fixed workload takes turns with the model, a twentieth of a second each. How many texts a model
@@ -34,7 +34,7 @@ TOKENS, WIDTH, HEADS, LENGTH, LAYERS = 256, 384, 12, 16, 4
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is.
+    """The speed of a model.
 
     Args:
         texts_per_second: Texts per CPU second of one thread; on other devices, per second of the wall.
@@ -91,22 +91,22 @@ class Reference:
 def measure(
     encode: Callable[[Sequence[str]], object], texts: Sequence[str], device: torch.device
 ) -> Speed:
-    """How fast `encode` reads `texts` on a device.
+    """Measure how fast `encode` encodes `texts` on a device.
 
     On a CPU torch has one thread meanwhile, and so have Rust's tokenizers; what is counted is the CPU time
     of the process. A few seconds for a model of MiniLM's size.
 
     Args:
         encode: Turns texts into vectors, and waits for them.
-        texts: At least one.
-        device: Where `encode` runs.
+        texts: At least one text.
+        device: The device that `encode` runs on.
     """
     with _one_thread():
         reference = Reference(device)
         encode(texts)
         reference()
         is_cpu = device.type == "cpu"
-        found = in_turns(
+        rates = in_turns(
             encode,
             texts,
             reference,
@@ -115,7 +115,7 @@ def measure(
             rounds=CPU_ROUNDS if is_cpu else GPU_ROUNDS,
             most_seconds=MOST_SECONDS,
         )
-        return Speed(*found, device=device_name(device))
+        return Speed(*rates, device=device_name(device))
 
 
 def in_turns(
@@ -134,13 +134,13 @@ def in_turns(
     for the time and for the quotient of the two times; for all texts, the sum over the pieces.
 
     Args:
-        encode: What is measured.
+        encode: The function to measure.
         texts: Cut into pieces of like texts: every so many-th.
-        reference: What it is compared with.
+        reference: The reference workload.
         clock: Seconds.
-        pieces: How many; at most one for each text.
-        rounds: How often each piece is read.
-        most_seconds: By the clock; no further round begins after them.
+        pieces: Number of pieces that texts are cut into; at most one for each text.
+        rounds: Number of times that each piece is encoded.
+        most_seconds: Seconds of wall-clock time after which no further round begins.
     """
     parts = [texts[first::pieces] for first in range(min(pieces, len(texts)))]
     turns: list[list[tuple[float, float]]] = []

@@ -1,7 +1,6 @@
-"""Texts longer than a model reads, in windows: each is read alone, and the text's vector is their mean.
+"""Read texts longer than a model's limit in windows; the mean of the windows' vectors is the text's vector.
 
-A window ends between two words where it can. The mean is weighted by the windows' tokens, so that a
-short last one counts as little as it says.
+A window ends between two words where possible. The mean is weighted by the windows' numbers of tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Windows:
-    """What is read of n texts.
+    """The windows of n texts.
 
     Args:
-        texts: m >= n windows; those of a text follow each other, and a text that fits is one.
-        owners: (m,) place of the text of each, ascending.
-        tokens: (m,) tokens of each, without special ones.
+        texts: m >= n windows; those of a text are adjacent, and a short text is one window.
+        owners: (m,) int64 place of each window's text, ascending.
+        tokens: (m,) int64 tokens of each window, without special tokens.
     """
 
     texts: list[str]
@@ -30,20 +29,20 @@ class Windows:
     tokens: NDArray[np.int64]
 
     @property
-    def longer(self) -> int:
-        """How many of the texts took more than one window."""
+    def split_texts(self) -> int:
+        """Number of texts with more than one window."""
         return int((np.bincount(self.owners) > 1).sum())
 
     def means(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(m, dim) vectors of windows -> (n, dim) of texts: v = sum_w tokens_w v_w / sum_w tokens_w."""
+        """Average (m, dim) vectors of windows to (n, dim): v = sum_w tokens_w v_w / sum_w tokens_w."""
         if not len(vectors):
             return vectors
         firsts = np.flatnonzero(np.diff(self.owners, prepend=-1))
-        # A text of no token is one window that counts alone.
+        # A text without tokens is one window, whose weight must not be 0.
         weights = np.maximum(self.tokens, 1).astype(np.float32)
         sums = np.add.reduceat(vectors * weights[:, None], firsts, axis=0)
         means = np.asarray(sums / np.add.reduceat(weights, firsts)[:, None], np.float32)
-        # One window is the text: its vector stays as it is, bit by bit.
+        # The vector of a text that is one window stays as it is, bit by bit.
         alone = np.diff(firsts, append=len(self.owners)) == 1
         means[alone] = vectors[firsts[alone]]
         return means
@@ -53,18 +52,18 @@ def windows_of(
     texts: Sequence[str],
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
     *,
-    room: int,
+    window_tokens: int,
 ) -> Windows:
-    """Cut texts into windows of at most `room` tokens.
+    """Cut texts into windows of at most `window_tokens` tokens.
 
     Args:
-        texts: n of them.
-        tokenizer: A fast one: it knows where in the text a token stands.
-        room: Tokens of a window, special ones and a prompt's not counted; at least 1.
+        texts: The n texts.
+        tokenizer: A fast tokenizer, which returns the offsets of tokens in the text.
+        window_tokens: Tokens of a window without special and prompt tokens, >= 1.
     """
     if not texts:
         return Windows([], np.empty(0, np.int64), np.empty(0, np.int64))
-    found = tokenizer(
+    offsets_of_texts = tokenizer(
         list(texts),
         add_special_tokens=False,
         truncation=False,
@@ -74,8 +73,8 @@ def windows_of(
         verbose=False,
     )["offset_mapping"]
     pieces, owners, tokens = [], [], []
-    for place, (text, offsets) in enumerate(zip(texts, found, strict=True)):
-        ends = _ends(text, offsets, room)
+    for place, (text, offsets) in enumerate(zip(texts, offsets_of_texts, strict=True)):
+        ends = _ends(text, offsets, window_tokens)
         for first, end in pairwise([0, *ends]):
             # The first window keeps what stands before its first token, the last what stands after.
             begin = offsets[first][0] if first else 0
@@ -86,12 +85,12 @@ def windows_of(
     return Windows(pieces, np.array(owners, np.int64), np.array(tokens, np.int64))
 
 
-def _ends(text: str, offsets: Sequence[tuple[int, int]], room: int) -> list[int]:
-    """After which tokens a window ends; the last is the text's last."""
+def _ends(text: str, offsets: Sequence[tuple[int, int]], window_tokens: int) -> list[int]:
+    """Returns the token counts after which windows end; the last is the text's."""
     ends: list[int] = []
     first = 0
-    while len(offsets) - first > room:
-        end = first + room
+    while len(offsets) - first > window_tokens:
+        end = first + window_tokens
         between = (place for place in range(end, first, -1) if _begins_word(text, offsets[place]))
         first = next(between, end)
         ends.append(first)

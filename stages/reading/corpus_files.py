@@ -82,13 +82,13 @@ CURE = "fetch or make the file again, or take it out of `shard.sources` in param
 
 @dataclass(frozen=True)
 class DatasetName:
-    """What `dataset:<name>[[:<config>]:<split>]` names.
+    """The parts of `dataset:<name>[[:<config>]:<split>]`.
 
     Args:
         name: A hub name, or the path of a folder.
         folder: That folder, if there is one: made by `save_to_disk`, or files that `load_dataset` reads.
-        split: Which split; None only where there is one.
-        config: Which of the dataset's configurations; None for its default.
+        split: Name of the split; None only if there is a single one.
+        config: Name of the dataset's configuration; None for its default.
     """
 
     name: str
@@ -101,7 +101,7 @@ class DatasetName:
 
 
 def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
-    """What the entries of `shard.sources` name, in their order; files of one pattern sorted by path.
+    """Returns the files and datasets of `shard.sources`, in order; files of one pattern sorted by path.
 
     Args:
         patterns: Globs (`**` too), relative to `root` or absolute or with `~`; or `dataset:...`.
@@ -111,17 +111,17 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
         Each once, at its first place.
 
     Raises:
-        TeachonceError: a pattern matches no file, or one whose ending nobody here reads.
+        TeachonceError: a pattern matches no file, or a file with an unsupported ending.
     """
-    found: dict[Path | DatasetName, Path | DatasetName] = {}
+    named_sources: dict[Path | DatasetName, Path | DatasetName] = {}
     for pattern in patterns:
         if pattern.startswith(DATASET):
             named = _dataset_name(pattern.removeprefix(DATASET), root)
-            found.setdefault(named, named)
+            named_sources.setdefault(named, named)
         else:
             for path in matching(pattern, root, address="shard.sources", endings=ENDINGS):
-                found.setdefault(path.resolve(), path)
-    return list(found.values())
+                named_sources.setdefault(path.resolve(), path)
+    return list(named_sources.values())
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
@@ -242,7 +242,7 @@ def _decoded(line: bytes) -> Item:
 
 
 def _json_text(field: str) -> Callable[[bytes], Item]:
-    """How to get the text out of a line of JSON. A blank line is an empty text, not a wrong line."""
+    """Returns a parser of JSON lines to texts. A blank line is an empty text, not a malformed line."""
 
     def parse(line: bytes) -> Item:
         text = _decoded(line)
@@ -252,16 +252,16 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
             record = json.loads(text)
         except (ValueError, RecursionError):  # brackets nested deeper than the parser goes
             return MALFORMED
-        found = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(found, str):
-            is_null = isinstance(record, dict) and field in record and found is None
+        value = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(value, str):
+            is_null = isinstance(record, dict) and field in record and value is None
             return NULL if is_null else MALFORMED
         try:
-            found.encode()
+            value.encode()
         except UnicodeEncodeError:
             # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
             return UNDECODABLE
-        return found
+        return value
 
     return parse
 
@@ -452,20 +452,20 @@ def _files_of(source: DatasetName) -> list[Path]:
 
 
 def _check_card(folder: Path) -> None:
-    """Raise if what a folder says of its configurations names files elsewhere: they would be fetched."""
-    found = [
+    """Raise if the dataset card of a folder names files elsewhere, which would be fetched."""
+    values = [
         config.get(key)
         for name in ("README.md", ".huggingface.yaml")
         for config in _configurations(folder / name)
         if isinstance(config, dict)
         for key in ("data_files", "data_dir")
     ]
-    while found:
-        value = found.pop()
+    while values:
+        value = values.pop()
         if isinstance(value, dict):
-            found += value.values()
+            values += value.values()
         elif isinstance(value, list):
-            found += value
+            values += value
         elif isinstance(value, str) and (
             "::" in value or "://" in value or value[:1] in {"/", "~"} or ".." in Path(value).parts
         ):
@@ -483,8 +483,8 @@ def _configurations(path: Path) -> list[Any]:
         except FileNotFoundError:
             return []
         card = path.suffix == ".md"
-        said: Any = DatasetCard(text).data.to_dict() if card else yaml.safe_load(text)  # type: ignore[no-untyped-call]
-    configs = said.get("configs") if isinstance(said, dict) else None
+        metadata: Any = DatasetCard(text).data.to_dict() if card else yaml.safe_load(text)  # type: ignore[no-untyped-call]
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
     return configs if isinstance(configs, list) else []
 
 

@@ -145,19 +145,19 @@ def beir_files(folder: Path, name: str) -> list[Path]:
     files = []
     for choices in wanted:
         paths = (folder / file for choice in choices for file in with_compressed(choice))
-        found = next((path for path in paths if is_regular(path, address)), None)
-        if found is None:
+        file = next((path for path in paths if is_regular(path, address)), None)
+        if file is None:
             raise MissingError(
                 address,
                 f"no {' or '.join(choices)} in {shown(folder)}",
                 _lacking_cure(folder, choices),
             )
-        files.append(found)
+        files.append(file)
     return files
 
 
 def _lacking_cure(folder: Path, choices: Sequence[str]) -> str:
-    """What to do where none of the names `choices` is in a folder in BEIR form."""
+    """Returns the cure if a folder in BEIR form has none of the files `choices`."""
     others = sorted((folder / "qrels").glob("*.tsv*")) if "qrels.tsv" in choices else []
     if others:
         ending = "".join(others[0].suffixes)
@@ -189,7 +189,7 @@ def read_beir(folder: Path, name: str) -> RetrievalSet:
 
 
 def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -> Iterator[str]:
-    """What training must not see: all STS sentences and all retrieval queries.
+    """Returns the text keys excluded from training: all STS sentences and all retrieval queries.
 
     Documents are left out: a retrieval set is searched, and nobody's corpus is free of them.
     """
@@ -218,10 +218,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield where, _decoded(line, where)
 
 
-def _without_last_blanks(found: Iterable[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
+def _without_last_blanks(file: Iterable[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
     """Lines with their numbers, from 1; blank ones only where another line follows."""
     blanks: list[tuple[int, bytes | None]] = []
-    for numbered in enumerate(found, 1):
+    for numbered in enumerate(file, 1):
         if numbered[1] is not None and not numbered[1].strip():
             blanks.append(numbered)
             continue

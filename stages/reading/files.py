@@ -101,34 +101,34 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
 
 
 def _expanded(pattern: Path, root: Path) -> list[Path]:
-    """What a glob matches, sorted, as the module `glob` finds it, but for three things.
+    """Returns the sorted matches of a glob, as the module `glob` does, with three differences.
 
-    That skips a folder that it may not list, without a word; it needs a minute for many `**`, and it
-    follows a link into a folder around it forty times.
+    The module silently skips a folder that it may not list, needs a minute for many `**`, and follows a
+    link to an enclosing folder forty times.
 
     Raises:
         StorageError: a folder may not be listed.
     """
-    found = {root / pattern.anchor}
+    paths = {root / pattern.anchor}
     parts = pattern.parts[1:] if pattern.anchor else pattern.parts
     for part, following in zip_longest(parts, parts[1:]):
         if part == following == "**":
             continue  # two of them mean what one does
         if part == "**":
-            found = {
-                path for folder in found for path in walk(folder, with_files=following is None)
+            paths = {
+                path for folder in paths for path in walk(folder, with_files=following is None)
             }
         elif has_magic(part):
-            found = {
+            paths = {
                 folder / name
-                for folder in found
+                for folder in paths
                 if folder.is_dir()
                 for name in _names(folder, hidden=part.startswith("."))
                 if fnmatchcase(name, part)
             }
         else:
-            found = {path for folder in found if _is_there(path := folder / part)}
-    return sorted(found, key=str)
+            paths = {path for folder in paths if _exists(path := folder / part)}
+    return sorted(paths, key=str)
 
 
 def walk(
@@ -171,8 +171,8 @@ def _names(folder: Path, *, hidden: bool) -> list[str]:
     return [name for name in names if hidden or not name.startswith(".")]
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something, if only a link to nothing."""
+def _exists(path: Path) -> bool:
+    """Whether a path exists, be it only a broken link."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -239,7 +239,7 @@ def files_below(folder: Path, address: str) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """What is there, in words."""
+    """Returns the kind of a file in words."""
     try:
         return regular.KINDS.get(stat.S_IFMT(path.stat().st_mode), "something unknown")
     except OSError:

@@ -132,7 +132,7 @@ def _wide_encoding(head: bytes) -> str | None:
 
 
 def converted(path: Path, command: str) -> str:
-    """What to type to change a file by a command that reads and writes a stream."""
+    """Returns a shell command that rewrites a file through a command that reads and writes a stream."""
     file = shlex.quote(str(path))
     unpack, pack = {
         ".gz": ("gzip -dc", " | gzip"),

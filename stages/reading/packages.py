@@ -18,7 +18,7 @@ from storage.errors import TeachonceError, shown
 from storage.regular import IrregularError
 
 READERS = ("docstring_parser", "sentencex")
-"""What `stages.reading.prose` imports, from the extra `demo`."""
+"""Packages of the extra `demo` that `stages.reading.prose` imports."""
 
 
 def missing(packages: Sequence[str]) -> list[str]:

@@ -336,8 +336,8 @@ def base_name(name: str) -> str:
 
 
 def _is_header_word(name: str) -> bool:
-    known = re.sub("[ -]", "_", name.casefold())
-    return known in HEADER_WORDS or base_name(known) in {*POSITIVE_WORDS, *NEGATIVE_WORDS}
+    word = re.sub("[ -]", "_", name.casefold())
+    return word in HEADER_WORDS or base_name(word) in {*POSITIVE_WORDS, *NEGATIVE_WORDS}
 
 
 def _csv_line(line: bytes | None) -> str:

@@ -64,27 +64,27 @@ class Triplet(NamedTuple):
 
 
 Row = Triplet | Rejected | None
-"""What a record gives: a row, what makes it none by the rules of reading, or a row that lacks an anchor or
-a positive (None)."""
+"""The result of a record: a triplet, a rejection by a rule of reading, or None if the anchor or the
+positive is missing."""
 
 
 def triplet_files(patterns: Sequence[str], root: Path) -> list[Path]:
-    """The files that `finetune.triplets` names, each once, in the order of the patterns.
+    """Returns the files that `finetune.triplets` names, each once, in the order of the patterns.
 
     Raises:
-        TeachonceError: a pattern matches no file, or one whose ending nobody here reads.
+        TeachonceError: a pattern matches no file, or a file with an unsupported ending.
     """
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for pattern in patterns:
         for path in matching(pattern, root, address="finetune.triplets", endings=ENDINGS):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def read_triplets(
     files: Sequence[Path], fields: Sequence[str], evaluation: Collection[bytes]
 ) -> tuple[list[Triplet], Counter[str]]:
-    """All right rows of `files`, in order, and how many were rejected by which rule.
+    """Returns all valid rows of `files`, in order, and the number of rejected rows by rule.
 
     Holds every row in memory, and logs of each file what it has.
 
@@ -101,7 +101,7 @@ def read_triplets(
     kept: dict[Triplet, None] = {}
     rejected = Counter(dict.fromkeys(RULES, 0))
     for path in files:
-        reader = _Reader(path, fields)
+        reader = _TripletReader(path, fields)
         counts: Counter[int] = Counter()
         for row in reader.rows():
             rule = _broken(row, kept, evaluation)
@@ -122,14 +122,14 @@ def look_at(path: Path, fields: Sequence[str]) -> None:
     Raises:
         TeachonceError: `read_triplets` would refuse it for its fields.
     """
-    reader = _Reader(path, fields)
+    reader = _TripletReader(path, fields)
     for row in islice(reader.rows(), LOOKED_AT):
         reader.understood += _broken(row, (), ()) not in NOT_READ
     reader.negatives += reader.names_negatives  # which may come later
     reader.check()
 
 
-class _Reader:
+class _TripletReader:
     """A file's rows, and what its fields say of it.
 
     Args:
@@ -208,18 +208,18 @@ class _Reader:
             log.info("finetune: %s: not used: %s", self.path, shown(", ".join(unused)))
 
     def _rows_of(self, record: Record) -> list[Row]:
-        """The rows of a record: one for each positive."""
-        found: tuple[list[Any], ...] = ([], [], [])
+        """Returns the rows of a record: one for each positive."""
+        values_by_role: tuple[list[Any], ...] = ([], [], [])
         for name, value in sorted(record.items(), key=self._order):
             role = self.file.role(name)
             if role is not None:
-                found[role[0]].append(value)
-        read = [_texts(values) for values in found]
+                values_by_role[role[0]].append(value)
+        read = [_texts(values) for values in values_by_role]
         for texts in read:
             if isinstance(texts, Rejected):
                 return [texts]
         anchors, positives, negatives = (texts for texts in read if isinstance(texts, list))
-        if len(anchors) > 1 or any(isinstance(value, list) for value in found[0]):
+        if len(anchors) > 1 or any(isinstance(value, list) for value in values_by_role[0]):
             return [Rejected("malformed")]
         if not anchors or not positives:
             return [None]
@@ -300,14 +300,16 @@ class _Reader:
         numbered: bool = False,
         but: str | None = None,
     ) -> str | None:
-        """The field with the first of some usual names that is there, and holds what it should."""
-        there = {
+        """Returns the first field with one of the usual names and a fitting type; None if there is none."""
+        field_names = {
             spelt.casefold(): spelt
             for name, kind in reversed(self.file.kinds.items())
             if kind in kinds
             for spelt in ([base_name(name), name] if numbered else [name])
         }
-        return next((shown(there[word]) for word in words if there.get(word, but) != but), None)
+        return next(
+            (shown(field_names[word]) for word in words if field_names.get(word, but) != but), None
+        )
 
     def _has(self) -> str:
         return shown(", ".join(f"{name} ({kind})" for name, kind in self.file.kinds.items()))
@@ -334,24 +336,24 @@ def _broken(row: Row, kept: Collection[Triplet], evaluation: Collection[bytes]) 
 
 
 def _texts(values: Sequence[Any]) -> list[str] | Rejected:
-    """The texts among values, stripped; lists are opened, nulls left out. Anything else is malformed."""
-    found: list[str] = []
+    """Returns the stripped texts among values; flattens lists, skips nulls. The rest is malformed."""
+    texts: list[str] = []
     for value in values:
         if isinstance(value, str):
             # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
             if not _is_utf8(value):
                 return Rejected("undecodable")
-            found.append(value.strip())
+            texts.append(value.strip())
         elif isinstance(value, Rejected):
             return value
         elif isinstance(value, list):
             inner = _texts(value)
             if isinstance(inner, Rejected):
                 return inner
-            found += inner
+            texts += inner
         elif value is not None:
             return Rejected("malformed")
-    return found
+    return texts
 
 
 def _is_utf8(text: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.models.lineage import left_the_teacher
+from stages.models.lineage import leaves_teacher_space
 from stages.params import TEACHER
 from stages.reporting import measures, table, templating
 from stages.reporting.results import Metrics
@@ -64,7 +64,7 @@ def model_card(
     return templating.markdown(
         "card.md",
         card=card,
-        left_the_teacher=left_the_teacher(lineage),
+        left_the_teacher=leaves_teacher_space(lineage),
         rows=rows,
         columns=columns,
         glossary=table.glossary(columns, rows),

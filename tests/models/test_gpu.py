@@ -15,9 +15,9 @@ import torch
 from stages import distill
 from stages.learning.student import Student, encode_ids
 from stages.mining.self_join import SelfJoin
-from stages.models.encoder import Encoder, Padded
+from stages.models.encoder import Encoder, PaddedReader
 from stages.models.loading import load_model
-from stages.models.packed import Packed
+from stages.models.packed import PackedReader
 from stages.vectors import row_cosines
 from storage.caches import Caches
 from storage.embeddings import Embeddings
@@ -53,9 +53,9 @@ def test_embed_on_a_gpu_stores_the_vectors_of_the_cpu(place, tiny_model, precisi
 def test_a_gpu_reads_texts_end_to_end_as_it_reads_them_padded(tiny_model, precision, near):
     texts = sentences(200)
     encoder = Encoder(tiny_model, device=GPU, max_tokens=16, precision=precision)
-    assert type(encoder.reader) is Packed
+    assert type(encoder.reader) is PackedReader
     packed = encoder.encode(texts)
-    encoder.reader = Padded(encoder.model)
+    encoder.reader = PaddedReader(encoder.model)
     assert np.abs(encoder.encode(texts) - packed).max() < near
 
 

@@ -9,9 +9,9 @@ import torch
 import transformers as tf
 
 from stages.learning.student import Student, encode_ids
-from stages.models.encoder import Encoder, Padded, token_batches
+from stages.models.encoder import Encoder, PaddedReader, token_batches
 from stages.models.loading import load_model, save_model
-from stages.models.packed import Packed, Run, runs_of
+from stages.models.packed import LengthRun, PackedReader, length_runs
 from stages.teaching.interface import ReadsAhead
 from tests.conftest import make_tiny_model, sentences
 
@@ -35,30 +35,36 @@ DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_positio
 
 # Family -> model class, config class, its settings, pooling, and how it is read.
 FAMILIES = {
-    "bert": (tf.BertModel, tf.BertConfig, BERT, "mean", Packed),
-    "roberta": (tf.RobertaModel, tf.RobertaConfig, BERT, "mean", Packed),
-    "xlm-roberta": (tf.XLMRobertaModel, tf.XLMRobertaConfig, BERT, "cls", Packed),
-    "distilbert": (tf.DistilBertModel, tf.DistilBertConfig, DISTIL, "mean", Packed),
-    "electra": (tf.ElectraModel, tf.ElectraConfig, BERT | {"embedding_size": 32}, "cls", Packed),
-    "modernbert": (tf.ModernBertModel, tf.ModernBertConfig, BERT | LOCAL, "mean", Packed),
-    "qwen3": (tf.Qwen3Model, tf.Qwen3Config, DECODER, "lasttoken", Packed),
+    "bert": (tf.BertModel, tf.BertConfig, BERT, "mean", PackedReader),
+    "roberta": (tf.RobertaModel, tf.RobertaConfig, BERT, "mean", PackedReader),
+    "xlm-roberta": (tf.XLMRobertaModel, tf.XLMRobertaConfig, BERT, "cls", PackedReader),
+    "distilbert": (tf.DistilBertModel, tf.DistilBertConfig, DISTIL, "mean", PackedReader),
+    "electra": (
+        tf.ElectraModel,
+        tf.ElectraConfig,
+        BERT | {"embedding_size": 32},
+        "cls",
+        PackedReader,
+    ),
+    "modernbert": (tf.ModernBertModel, tf.ModernBertConfig, BERT | LOCAL, "mean", PackedReader),
+    "qwen3": (tf.Qwen3Model, tf.Qwen3Config, DECODER, "lasttoken", PackedReader),
     "mistral": (
         tf.MistralModel,
         tf.MistralConfig,
         DECODER | {"sliding_window": WINDOW},
         "lasttoken",
-        Packed,
+        PackedReader,
     ),
     "gemma3": (
         tf.Gemma3TextModel,
         tf.Gemma3TextConfig,
         DECODER | {"sliding_window": WINDOW, "use_bidirectional_attention": True},
         "mean",
-        Packed,
+        PackedReader,
     ),
     # Their attention adds a bias by the distance of tokens in the whole row.
-    "mpnet": (tf.MPNetModel, tf.MPNetConfig, BERT | {"pad_token_id": 1}, "mean", Padded),
-    "t5": (tf.T5EncoderModel, tf.T5Config, T5, "mean", Padded),
+    "mpnet": (tf.MPNetModel, tf.MPNetConfig, BERT | {"pad_token_id": 1}, "mean", PaddedReader),
+    "t5": (tf.T5EncoderModel, tf.T5Config, T5, "mean", PaddedReader),
 }
 
 
@@ -118,7 +124,7 @@ def conv(tokenizer, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("kind", "reader"), [("left", Packed), ("conv", Padded)])
+@pytest.mark.parametrize(("kind", "reader"), [("left", PackedReader), ("conv", PaddedReader)])
 def test_a_texts_vector_is_the_one_it_has_alone(kind, reader, request):
     """Whatever `batch_tokens` puts beside it; sentence-transformers' own batches change it."""
     folder = request.getfixturevalue(kind)
@@ -170,7 +176,7 @@ def test_a_model_that_says_something_else_when_packed_is_padded(tokenizer, tmp_p
     folder = make(tmp_path / "m", tokenizer, model, config, settings | {"pad_token_id": 1}, pooling)
     caplog.set_level(logging.INFO, logger="teachonce")
     encoder = Encoder(folder, device=CPU, max_tokens=16)
-    assert type(encoder.reader) is Padded
+    assert type(encoder.reader) is PaddedReader
     assert "texts are padded for this model; without padding: on a probe text the" in caplog.text
     own = load_model(folder, device=CPU)
     own.max_seq_length = 16
@@ -184,8 +190,8 @@ def test_a_student_pads_what_cannot_be_packed(family, tokenizer, tmp_path, caplo
     caplog.set_level(logging.INFO, logger="teachonce")
     model = load_model(make(tmp_path / family, tokenizer, *parts), device=CPU)
     student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False)
-    assert (student.packed is not None) == (reader is Packed)
-    assert ("texts are padded for this student" in caplog.text) == (reader is Padded)
+    assert (student.packed is not None) == (reader is PackedReader)
+    assert ("texts are padded for this student" in caplog.text) == (reader is PaddedReader)
     rows = [np.array([2, *range(5, 5 + n), 3], np.int32) for n in (9, 1, 12, 4)]
     vectors = encode_ids(
         student.eval(), rows, pad_id=1, device=CPU, precision="fp32", gradient_caching=False
@@ -199,20 +205,20 @@ def test_the_model_itself_is_left_as_it_is(tiny_model):
     encoder = Encoder(tiny_model, device=CPU, max_tokens=16)
     texts = sentences(20)
     vectors = encoder.encode(texts)
-    assert type(encoder.reader) is Packed
+    assert type(encoder.reader) is PackedReader
     assert np.allclose(encoder.model.encode(texts), vectors, atol=2e-6)
 
 
 def test_runs_are_neighbours_of_one_length():
-    assert runs_of([5, 5, 3, 5]) == [Run(2, 5), Run(1, 3), Run(1, 5)]
-    assert [run.tokens for run in runs_of([5, 5, 3, 5])] == [10, 3, 5]
-    assert runs_of([]) == []
+    assert length_runs([5, 5, 3, 5]) == [LengthRun(2, 5), LengthRun(1, 3), LengthRun(1, 5)]
+    assert [run.tokens for run in length_runs([5, 5, 3, 5])] == [10, 3, 5]
+    assert length_runs([]) == []
 
 
 def test_tokens_are_counted_before_and_after_cutting(tiny_model):
     encoder = Encoder(tiny_model, device=CPU, max_tokens=12, prompt=PROMPT)
     texts = sentences(100)
-    assert type(encoder.reader) is Packed
+    assert type(encoder.reader) is PackedReader
     lengths = [len(encoder.model.tokenizer(PROMPT + text)["input_ids"]) for text in texts]
     assert encoder.reader.read(texts, PROMPT).lengths.tolist() == lengths
     made = encoder.encode_counted(texts)
@@ -233,7 +239,7 @@ def test_a_packed_teacher_reads_ahead_and_its_two_steps_are_the_one(tiny_model):
         assert np.array_equal(found.vectors, wanted.vectors)
         assert (found.tokens, found.truncated) == (wanted.tokens, wanted.truncated)
     # Padded, a model needs its tokenizer for every batch, and two threads must not share that.
-    encoder.reader = Padded(encoder.model)
+    encoder.reader = PaddedReader(encoder.model)
     assert not isinstance(encoder.as_teacher(), ReadsAhead)
 
 

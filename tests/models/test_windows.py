@@ -28,7 +28,7 @@ def count(tokenizer, text):
 
 def test_windows_hold_the_whole_text_and_no_more_than_there_is_room_for(tokenizer):
     texts = [LONG, "short", "", f"  {LONG}  "]
-    windows = windows_of(texts, tokenizer, room=ROOM)
+    windows = windows_of(texts, tokenizer, window_tokens=ROOM)
     for place, text in enumerate(texts):
         pieces = [
             piece
@@ -41,12 +41,12 @@ def test_windows_hold_the_whole_text_and_no_more_than_there_is_room_for(tokenize
         assert sum(count(tokenizer, piece) for piece in pieces) == count(tokenizer, text)
     assert windows.tokens.sum() == sum(count(tokenizer, text) for text in texts)
     assert windows.owners.tolist().count(1) == windows.owners.tolist().count(2) == 1
-    assert windows.longer == 2
+    assert windows.split_texts == 2
 
 
 def test_a_word_longer_than_a_window_is_cut_inside(tokenizer):
     word = "x" * 40
-    windows = windows_of([word], tokenizer, room=ROOM)
+    windows = windows_of([word], tokenizer, window_tokens=ROOM)
     assert "".join(windows.texts) == word
     assert len(windows.texts) > 1
 
@@ -66,14 +66,16 @@ def test_the_vector_of_a_long_text_is_the_mean_of_its_windows(tiny_model, tokeni
     cut, whole = Encoder(tiny_model, **options), Encoder(tiny_model, **options, in_windows=True)
     texts = ["short", LONG, sentences(1)[0][:20]]
     found = whole.encode_counted(texts)
-    windows = windows_of([LONG], tokenizer, room=ROOM)
+    windows = windows_of([LONG], tokenizer, window_tokens=ROOM)
     mean = np.array(slow_mean(cut.encode(windows.texts), windows.tokens.tolist()))
     assert found.vectors[1] == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
     assert np.allclose(np.linalg.norm(found.vectors, axis=1), 1, atol=1e-5)
     # What is left out when a text is cut is heard here.
     assert float(found.vectors[1] @ cut.encode([LONG])[0]) < 0.999
-    assert found.truncated == windows_of(texts, tokenizer, room=ROOM).longer
-    assert found.tokens == whole.lengths(windows_of(texts, tokenizer, room=ROOM).texts).sum()
+    assert found.truncated == windows_of(texts, tokenizer, window_tokens=ROOM).split_texts
+    assert (
+        found.tokens == whole.lengths(windows_of(texts, tokenizer, window_tokens=ROOM).texts).sum()
+    )
 
 
 def test_texts_that_fit_have_the_vectors_that_they_have_without_windows(tiny_model):

@@ -379,7 +379,7 @@ def test_keys_are_a_set(numbers):
     # Few distinct beginnings, so that many keys want the same slot.
     keys = [bytes([n % 7]) * 8 + n.to_bytes(8, "little") for n in numbers]
     keys = [key for key in keys if any(key)]
-    table, known = shard.Keys(), set()
+    table, known = shard.TextKeySet(), set()
     for key in keys:
         assert table.add(key) == (key not in known)
         known.add(key)
@@ -390,7 +390,7 @@ def test_keys_take_at_most_43_bytes_each_when_grown():
         hashlib.blake2b(n.to_bytes(4, "little"), digest_size=16).digest() for n in range(50_000)
     ]
     tracemalloc.start()
-    table = shard.Keys()
+    table = shard.TextKeySet()
     assert all(table.add(key) for key in keys)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
