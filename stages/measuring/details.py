@@ -82,7 +82,7 @@ def search_details(
         documents: (d, dim) float32 vectors.
         ignored: (q,) int64 place of the document to leave out for a query, as in `nearest`.
     """
-    chosen = _some(len(asked.queries))
+    chosen = _sample_places(len(asked.queries))
     results = nearest(
         queries[chosen], documents, RESULTS, None if ignored is None else ignored[chosen]
     )
@@ -111,7 +111,7 @@ def neighbour_details(vectors: NDArray[np.floating], texts: Sequence[str]) -> li
     """
     vectors = unit(vectors)
     searches = []
-    for place in _some(len(texts)):
+    for place in _sample_places(len(texts)):
         # One more than shown, since the text itself is among the first.
         nearest_places = nearest(vectors[place : place + 1], vectors, RESULTS + 1)[0]
         nearest_places = nearest_places[nearest_places != place][:RESULTS]
@@ -146,7 +146,7 @@ def _results(
     ]
 
 
-def _some(count: int) -> NDArray[np.int64]:
+def _sample_places(count: int) -> NDArray[np.int64]:
     """Places of a handful of things, evenly spaced."""
     return evenly(np.arange(count), min(SEARCHES, count))
 

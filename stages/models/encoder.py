@@ -137,13 +137,13 @@ class Encoder:
                 f"windows, but the tokenizer of the model in {folder} does not say where a token stands",
                 "set it to cut, or take a model with a tokenizer.json",
             )
-        self.window_tokens = self._room()
+        self.window_tokens = self._tokens_for_text()
         self.reader = self._reader()
         self.dim = self._dim(dim, folder)
         if self.precision != "fp32":
             self._cast_products(AUTOCAST[self.precision])
 
-    def _room(self) -> int:
+    def _tokens_for_text(self) -> int:
         """Returns the number of tokens of a text or a window that fit behind the prompt."""
         tokenizer = self.model.tokenizer
         if self.max_tokens == NO_LIMIT or not hasattr(tokenizer, "num_special_tokens_to_add"):

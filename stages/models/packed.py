@@ -150,7 +150,7 @@ class PackedReader:
         modules: The sentence-transformers modules. Attention is replaced during calls only.
 
     Raises:
-        one of NOT_PACKED: it is no transformer with such an interface, or has no fast tokenizer.
+        one of CANNOT_PACK: it is no transformer with such an interface, or has no fast tokenizer.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

@@ -137,12 +137,16 @@ def put(
     keys = [f"{folder}/{corpus.shard_digest(shard)}.arrow" for shard in range(len(corpus.objects))]
     text_keys = {shard: corpus.text_keys_in([shard]) for shard in range(len(keys))}
     todo = {shard: of for shard, of in text_keys.items() if store.find(keys[shard]) is None}
-    missing = _fill(imported, corpus, store, keys, todo, storage) if todo else np.empty(0, np.int64)
+    missing = (
+        _publish_shards(imported, corpus, store, keys, todo, storage)
+        if todo
+        else np.empty(0, np.int64)
+    )
     _check_all_there(imported, corpus, missing)
     return sum(int((imported.index.places(of) >= 0).sum()) for of in text_keys.values())
 
 
-def _fill(
+def _publish_shards(
     imported: ImportedVectors,
     corpus: Corpus,
     store: Store,

@@ -40,7 +40,7 @@ class Slow(HashTeacher):
 class Hangs(Remote):
     def __init__(self):
         self.url = "nowhere"
-    def ask(self, *_, **__):
+    def try_pull(self, *_, **__):
         return False
     def push(self, named, store):
         if named.key != probe_key(named.key.split("/")[1]):  # that one goes before all shards
