@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,10 @@ class Project:
 
     def __init__(self, path: str | Path) -> None:
         self._workspace = _workspace(Path(path).expanduser().resolve())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: all but the teacher, which another process loads when it needs it."""
+        return {name: value for name, value in vars(self).items() if name != "teacher"}
 
     def __repr__(self) -> str:
         return f"teachonce.open({str(self.root)!r})"

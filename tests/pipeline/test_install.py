@@ -91,6 +91,14 @@ def test_help_needs_nothing_heavy(installed, tmp_path):
     assert found == COMMANDS
 
 
+def test_the_door_for_python_opens(installed, tmp_path):
+    code = (
+        "import teachonce\ntry: teachonce.open('.')\nexcept teachonce.MissingError as e: print(e)"
+    )
+    ended = done(installed / "python", "-c", code, folder=tmp_path)
+    assert ended.stdout.startswith(f"{tmp_path}: no project: there is no params.yaml\n  cure: ")
+
+
 @pytest.mark.parametrize("command", ["check", "embed"])
 def test_a_folder_without_settings_is_told_so(installed, tmp_path, command):
     ended = run(installed / "teachonce", command, folder=tmp_path)
