@@ -209,7 +209,7 @@ def commands() -> str:
     for name, command in group.commands.items():
         panel = str(getattr(command, "rich_help_panel", None) or "Commands")
         panels.setdefault(panel, []).append(_command(name, command))
-    parts = [_fenced("text", "teachonce [-C DIR] COMMAND [OPTIONS] [ARGUMENTS]")]
+    parts = [_fenced("text", "teachonce [OPTIONS] COMMAND [OPTIONS] [ARGUMENTS]")]
     parts += [_parameters(group)]
     for panel, texts in panels.items():
         parts += [f"## {panel.partition(';')[0]}", *texts]

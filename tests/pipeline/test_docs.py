@@ -132,12 +132,13 @@ def check_typed(words):
 def check_ours(words, may_be_a_name=False):
     """It is a command with these arguments and options; a word that is not one ends in an error."""
     group = typer.main.get_command(app)
-    if words[0] == "-C":
-        words = words[2:]
-    name, *rest = words
-    if name.startswith("--"):
-        group.make_context("teachonce", list(words), resilient_parsing=True)
+    known = {option for parameter in group.params for option in parameter.opts} | {"--help"}
+    while words and words[0].startswith("-"):  # options before the command
+        assert words[0] in known
+        words = words[2:] if words[0] == "-C" else words[1:]
+    if not words:
         return
+    name, *rest = words
     assert name in group.commands, f"no command {name}"
     if rest or not may_be_a_name:
         group.commands[name].make_context(name, list(rest))
@@ -373,6 +374,11 @@ def test_generated_commands_are_all_commands_with_their_options():
             if parameter.param_type_name == "option" and parameter.name != "help":
                 assert f"`{parameter.opts[0]}`" in section, (name, parameter.name)
     assert "teachonce diff [OPTIONS] A B" in text
+    examples = re.findall(r"^Example: (.+)$", text, re.MULTILINE)
+    for example in examples:
+        for words in typed(example):
+            check_typed(words)
+    assert len(examples) >= 12
 
 
 def test_generated_modules_are_all_modules():
