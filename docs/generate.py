@@ -283,7 +283,8 @@ def errors() -> str:
     for room, problem, cure in sorted(set(raised())):
         rooms.setdefault(room, []).append([_code(problem), _code(cure)])
     return "\n\n".join(
-        f"### {room}/\n\n{markdown_table(['what is wrong', 'cure'], rows)}"
+        f"### {room}/\n\n{first_line(ROOT / room / '__init__.py')}\n\n"
+        f"{markdown_table(['what is wrong', 'cure'], rows)}"
         for room, rows in rooms.items()
     )
 
