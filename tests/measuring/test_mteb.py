@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.evaluate import retrieval_metrics
 from stages.measuring import mteb_tasks
+from stages.measuring.metrics import retrieval_metrics
 from stages.models.encoder import Encoder
 from stages.models.loading import load_model
 from stages.reading.evaluation_sets import RetrievalSet, read_sts

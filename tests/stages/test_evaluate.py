@@ -14,6 +14,7 @@ import zstandard
 
 from stages import evaluate, vectors
 from stages.measuring.documents import read_documents, write_documents
+from stages.measuring.metrics import retrieval_metrics, retrieval_scores
 from stages.models.speed import Speed
 from stages.params import EvaluateParams
 from stages.reading.evaluation_sets import (
@@ -480,7 +481,7 @@ def test_retrieval_metrics_are_those_of_the_loops():
         ],
         axis=0,
     )
-    fast = evaluate.retrieval_metrics(found, asked)
+    fast = retrieval_metrics(found, asked)
     assert list(fast) == ["ndcg@10", "mrr@10", "recall@100"]
     assert list(fast.values()) == pytest.approx(slow.tolist(), abs=1e-12)
 
@@ -532,7 +533,7 @@ def test_large_sets_are_resampled_less_often():
 def test_a_hit_at_rank_11_counts_for_recall_alone():
     documents = [f"d{i}" for i in range(12)]
     asked = RetrievalSet(documents, documents, ["q"], ["q"], {"q": {"d10": 1}})
-    found = evaluate.retrieval_metrics(np.arange(12)[None], asked)
+    found = retrieval_metrics(np.arange(12)[None], asked)
     assert found == {"ndcg@10": 0, "mrr@10": 0, "recall@100": 1}
 
 
@@ -951,7 +952,7 @@ def test_intervals_are_of_resampled_queries_and_pairs(tmp_path, corpus, embeddin
     queries, documents = (
         np.array([hashed(text) for text in texts]) for texts in (asked.queries, asked.documents)
     )
-    scores = evaluate.retrieval_scores(vectors.nearest(queries, documents, 100), asked)
+    scores = retrieval_scores(vectors.nearest(queries, documents, 100), asked)
     cosines = [slow_cosine(hashed(f"left {i}"), hashed(f"right {i}")) for i in range(20)]
     of_pairs = vectors.bootstrap_spearman(np.array(cosines), np.arange(20) % 4)
     drawn = {
