@@ -106,10 +106,10 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         Params.model_validate(content)
         problems = []
     except ValidationError as error:
-        found = error.errors()
+        errors = error.errors()
         by_address: dict[str, list[str]] = {}
-        for entry in found:
-            if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], found)):
+        for entry in errors:
+            if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], errors)):
                 by_address.setdefault(_address(entry["loc"]), []).append(_problem(entry))
         # Several sentences of one setting are of the types that it may have.
         problems = [
@@ -153,10 +153,10 @@ def store_folder(setting: str, root: Path) -> Path:
     return folder
 
 
-def _has_wrong_entries(location: tuple[int | str, ...], found: Sequence[Any]) -> bool:
+def _has_wrong_entries(location: tuple[int | str, ...], errors: Sequence[Any]) -> bool:
     """Whether entries of the list there are wrong: pydantic drops them and calls the list too short."""
     deeper = len(location) + 1
-    return any(len(e["loc"]) >= deeper and e["loc"][: deeper - 1] == location for e in found)
+    return any(len(e["loc"]) >= deeper and e["loc"][: deeper - 1] == location for e in errors)
 
 
 def _readable(raw: Mapping[str, Any]) -> Sections:
@@ -287,8 +287,8 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
         return f"no such setting{f'; did you mean {close[0]}?' if close else ''}"
     if entry["type"] in SENTENCES:
         problem = SENTENCES[entry["type"]].format(**entry.get("ctx", {}))
-    given = entry["input"]
-    return problem if isinstance(given, dict) else f"{problem}, got {shown(repr(given))}"
+    value = entry["input"]
+    return problem if isinstance(value, dict) else f"{problem}, got {shown(repr(value))}"
 
 
 def _known_names() -> list[str]:

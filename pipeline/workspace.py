@@ -93,14 +93,14 @@ class Workspace:
         Raises:
             MissingError: there is none.
         """
-        found = {
+        manifests = {
             path: self.manifest(kind) for kind, path in self.at.manifests.items() if path.exists()
         }
-        if not found:
+        if not manifests:
             raise MissingError(
                 self.at.corpus, "not there", "run `teachonce shard`, or `git pull` the manifests"
             )
-        return found
+        return manifests
 
     def manifest(self, kind: Kind) -> Manifest:
         """A manifest of the work tree; the store is told that it is in use.
@@ -231,11 +231,11 @@ class Workspace:
 
     def student(self, name: str, recipe: str | None, start: str | None) -> tuple[RecipeParams, str]:
         """The recipe and the name of the start of a student."""
-        known = self.params.students.get(name)
-        if known is None and (recipe is None or start is None):
+        declared = self.params.students.get(name)
+        if declared is None and (recipe is None or start is None):
             self.named("students", name)
-        recipe_name = recipe or (known.recipe if known else "")
-        start_name = start or (known.start if known else "")
+        recipe_name = recipe or (declared.recipe if declared else "")
+        start_name = start or (declared.start if declared else "")
         self.named("starts", start_name)
         params: RecipeParams = self.named("recipes", recipe_name)
         if name in {TEACHER, START_FOLDER, *self.params.starts}:
@@ -333,17 +333,19 @@ class Workspace:
 
     def made_of(self) -> dict[str, str]:
         """Start or student of params.yaml -> what it is made of, in a few words."""
-        found = {}
+        descriptions = {}
         for name, start in self.params.starts.items():
             layers = ", ".join(map(str, start.layers or ()))
-            found[name] = f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}"
+            descriptions[name] = (
+                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}"
+            )
         for name, student in self.params.students.items():
-            layers = found.get(student.start, "no such start")
-            found[name] = f"recipe {student.recipe}, start {student.start} ({layers})"
+            layers = descriptions.get(student.start, "no such start")
+            descriptions[name] = f"recipe {student.recipe}, start {student.start} ({layers})"
         finetuned = {
             f"{n}{FINETUNED}": f"{n}, then labelled rows" for n in self.params.finetune.students
         }
-        return found | finetuned
+        return descriptions | finetuned
 
     def lineage(self, name: str) -> dict[str, Any]:
         """What a student was made of."""
@@ -431,14 +433,14 @@ def _read_json(path: Path, command: str) -> dict[str, Any]:
     """A small file that a stage left."""
     cure = f"run `{command}`"
     try:
-        found = json.loads(regular.content(path))
+        content = json.loads(regular.content(path))
     except FileNotFoundError:
         raise MissingError(path, "not there", cure) from None
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, "no JSON", cure) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DamagedError(path, "no JSON object", cure)
-    return found
+    return content
 
 
 def _check_name(name: str) -> None:

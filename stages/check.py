@@ -166,34 +166,34 @@ class Survey:
     def sources(self) -> dict[str, Any]:
         """One entry for each stage that reads something from outside."""
         sections = self.sections
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         if self._can_read("docs", "packages"):
             packages = sections["docs"].packages
-            found["docs"] = self._entry(
+            entries["docs"] = self._entry(
                 "docs",
                 {"packages": list(packages)},
                 lambda: package_versions(packages),
             )
         if self._can_read("shard", "sources", "field"):
-            found["shard"] = self._shard(sections["shard"])
+            entries["shard"] = self._shard(sections["shard"])
         if self._can_read("evaluate", "sts", "retrieval"):
-            found["evaluation"] = self._evaluation(sections["evaluate"])
+            entries["evaluation"] = self._evaluation(sections["evaluate"])
         if self._can_read("finetune", "triplets", "dev"):
-            found["finetune"] = self._finetune(sections["finetune"])
+            entries["finetune"] = self._finetune(sections["finetune"])
         if self._can_read("embed", "teacher"):
-            teacher = found["teacher"] = self.teacher(sections["embed"])
-            found["starts"] = {
+            teacher = entries["teacher"] = self.teacher(sections["embed"])
+            entries["starts"] = {
                 name: teacher if start.from_ == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
         # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
-        found["neighbours"] = {
+        entries["neighbours"] = {
             name: recipe.reads_neighbours for name, recipe in sections.get("recipes", {}).items()
         }
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()
-        return found
+        return entries
 
     def teacher(self, params: EmbedParams) -> Entry:
         """The teacher's entry; its files may come from the committed one."""
@@ -430,8 +430,8 @@ class Survey:
 
     def _can_read(self, section: str, *settings: str) -> bool:
         """Whether these settings of a section are right, whatever is wrong beside them."""
-        found = self.sections.get(section)
-        return found is not None and all(hasattr(found, setting) for setting in settings)
+        params = self.sections.get(section)
+        return params is not None and all(hasattr(params, setting) for setting in settings)
 
     def _entry(
         self,
@@ -503,13 +503,13 @@ class RememberedHashes:
         remembered = isinstance(entry, list) and entry[:-1] == before
         if remembered and not self.read_data:
             return str(entry[-1])
-        found = sha256_of(path)
-        if remembered and entry[-1] != found:
+        sha256 = sha256_of(path)
+        if remembered and entry[-1] != sha256:
             log.warning("check: %s: other bytes, though no time of it changed", path)
         # What was written to meanwhile is hashed again next time.
         if [*durable.identity(path.stat())] == before and not unsettled:
-            self.known[as_utf8(path)] = [*before, found]
-        return found
+            self.known[as_utf8(path)] = [*before, sha256]
+        return sha256
 
     def save(self) -> None:
         """Write the memory for the next run."""
@@ -534,10 +534,10 @@ def _queue_notes(sections: Sections, corpus: Path) -> list[str]:
 def read_sources(path: Path) -> dict[str, Any]:
     """A data/sources.json that is there, or nothing."""
     try:
-        found = json.loads(regular.content(path))
+        content = json.loads(regular.content(path))
     except (OSError, ValueError, RecursionError, TeachonceError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def version_of(stage: str) -> int:

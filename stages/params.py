@@ -514,11 +514,13 @@ def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
         queue = getattr(objective, "queue", 0)
         if queue < rows:
             continue
-        said = f"{objective.name}: a queue of {queue:,}, and {rows:,} rows to train on"
+        queue_note = f"{objective.name}: a queue of {queue:,}, and {rows:,} rows to train on"
         if isinstance(objective, DiscoCkdObjective):
-            notes.append(f"{said}: it holds a row once for each epoch that it reaches back to")
+            notes.append(
+                f"{queue_note}: it holds a row once for each epoch that it reaches back to"
+            )
         else:
-            notes.append(f"{said}: each step is compared with all of them, each once")
+            notes.append(f"{queue_note}: each step is compared with all of them, each once")
     return list(dict.fromkeys(notes))
 
 
@@ -585,10 +587,12 @@ def _unknown_students(
     ]
     if finetuned and not getattr(finetune, "triplets", True):
         wrong.append(("finetune.triplets", "names no file, but finetune.students names students"))
-    made = [*students, *(f"{name}{FINETUNED}" for name in finetuned)]
+    student_names = [*students, *(f"{name}{FINETUNED}" for name in finetuned)]
     model = getattr(export, "model", None)
-    if model is not None and model not in made:
-        wrong.append(("export.model", f"no student named {model}; there are {sorted(made)}"))
+    if model is not None and model not in student_names:
+        wrong.append(
+            ("export.model", f"no student named {model}; there are {sorted(student_names)}")
+        )
     return wrong
 
 

@@ -99,12 +99,12 @@ def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:
     if not keys:
         return  # `shard` says by which rule each is lost
     split = Split(corpus="", heldout=heldout, evaluation=())
-    found = int(split.is_heldout(np.array(sorted(keys), "V16")).sum())
-    if found < LEAST_HELDOUT:
+    heldout_count = int(split.is_heldout(np.array(sorted(keys), "V16")).sum())
+    if heldout_count < LEAST_HELDOUT:
         raise TeachonceError(
             "split.heldout",
-            f"{heldout:g}, which holds out {found} of the {len(keys):,} texts of shard.sources; training "
-            f"is judged by {LEAST_HELDOUT} at least",
+            f"{heldout:g}, which holds out {heldout_count} of the {len(keys):,} texts of shard.sources; "
+            f"training is judged by {LEAST_HELDOUT} at least",
             "raise it, or give shard.sources more texts",
         )
 

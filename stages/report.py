@@ -55,21 +55,21 @@ def run(
         DamagedError: a file is not what its stage writes.
     """
     # All is read before anything is written: a report is of one moment or there is none.
-    found = {name: read_metrics(metrics(name), name) for name in models}
-    known = [
+    metrics_of_models = {name: read_metrics(metrics(name), name) for name in models}
+    evaluated = [
         Model(
             name,
-            found[name],
+            metrics_of_models[name],
             read_details(details(name), name),
             read_curve(curve(name), name),
             read_training(training(name), name),
         )
         for name in models
     ]
-    report = {"models": found}
+    report = {"models": metrics_of_models}
     write_json(out, report)
-    html = drawn(known, students=students, facts=facts, rank_by=rank_by, made_of=made_of)
+    html = drawn(evaluated, students=students, facts=facts, rank_by=rank_by, made_of=made_of)
     durable.replace(page, html.encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
-    sentence = verdict(found, students, rank_by)
+    sentence = verdict(metrics_of_models, students, rank_by)
     return Outcome("report", page, f"{count}: {sentence}" if sentence else count, report)

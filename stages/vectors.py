@@ -131,13 +131,13 @@ def _resampled(
     at_once = max(1, DRAWS_AT_ONCE // count)
     # Of the count alone: all models are judged on the same resamples of a set.
     draw = np.random.default_rng([0, count])
-    found = []
+    statistics = []
     for first in range(0, resamples, at_once):
         some = min(at_once, resamples - first)
         places = draw.integers(0, count, (some, count)) + count * np.arange(some)[:, None]
         drawn = np.bincount(places.ravel(), minlength=some * count).reshape(some, count)
-        found.append(statistic(drawn.astype(np.float64)))
-    return np.concatenate(found)
+        statistics.append(statistic(drawn.astype(np.float64)))
+    return np.concatenate(statistics)
 
 
 def _standard_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -153,8 +153,8 @@ def _correlation(means: NDArray[np.floating]) -> NDArray[np.float64]:
     """(r,) correlations from (r, 5) means of a, b, a^2, b^2 and a b; 0 where one side is constant."""
     a, b, aa, bb, ab = means.astype(np.float64).T
     spread = np.sqrt(np.maximum(aa - a * a, 0) * np.maximum(bb - b * b, 0))
-    known = spread > 1e-9
-    return np.asarray(np.where(known, (ab - a * b) / np.where(known, spread, 1), 0), np.float64)
+    varies = spread > 1e-9
+    return np.asarray(np.where(varies, (ab - a * b) / np.where(varies, spread, 1), 0), np.float64)
 
 
 def nearest(
@@ -178,7 +178,7 @@ def nearest(
     """
     depth = min(depth, len(documents))
     queries, documents = unit(queries), unit(documents)
-    found = np.empty((len(queries), depth), np.int64)
+    nearest_documents = np.empty((len(queries), depth), np.int64)
     for begin in range(0, len(queries), QUERIES_AT_ONCE):
         block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T
         for place, row in enumerate(block, begin):
@@ -187,10 +187,10 @@ def nearest(
             # Everything that ties with the last one stays, so that the stable sort sees it.
             least = np.partition(row, -depth)[-depth]
             kept = np.flatnonzero(row >= least)
-            found[place] = kept[np.argsort(-row[kept], kind="stable")[:depth]]
+            nearest_documents[place] = kept[np.argsort(-row[kept], kind="stable")[:depth]]
     if ignored is not None:
-        found[found == ignored[:, None]] = NO_DOCUMENT
-    return found
+        nearest_documents[nearest_documents == ignored[:, None]] = NO_DOCUMENT
+    return nearest_documents
 
 
 def rank_agreement(ours: NDArray[np.floating], teacher: NDArray[np.floating]) -> float:
@@ -229,8 +229,8 @@ def row_cosines(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDAr
     a, b = left.astype(np.float64), right.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: NDArray[np.float64] = np.einsum("nd,nd->n", a, b) / lengths
-    return found
+        row_values: NDArray[np.float64] = np.einsum("nd,nd->n", a, b) / lengths
+    return row_values
 
 
 def row_stretches(left: NDArray[np.floating], right: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -238,8 +238,8 @@ def row_stretches(left: NDArray[np.floating], right: NDArray[np.floating]) -> ND
     a = np.linalg.norm(left.astype(np.float64), axis=1)
     b = np.linalg.norm(right.astype(np.float64), axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: NDArray[np.float64] = np.abs(b / a - 1)
-    return found
+        stretches: NDArray[np.float64] = np.abs(b / a - 1)
+    return stretches
 
 
 def top_overlap(ours: NDArray[np.floating], teacher: NDArray[np.floating], count: int) -> float:

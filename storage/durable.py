@@ -55,16 +55,16 @@ LACKING = {
     *(errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY),
     *(errno.EINVAL, errno.EMLINK, errno.EXDEV),
 }
-"""What file systems say that have no hard links, no modes or no flush of a folder.
+"""Errors of file systems without hard links, modes or the flush of a folder.
 
-EPERM is also said where that is not allowed; then the rename is not, either, and that is told.
+EPERM can also mean a lack of permission; then the rename fails, too, and that error is raised.
 """
 
 QUOTED_ERRNO = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust quote an error of the operating system."""
+"""The form in which libraries written in Rust quote an error of the operating system."""
 
 TORCH_WRITER = "inline_container"
-"""Where in torch a file of weights is written; its errors do not say why."""
+"""Source file of torch's writer of weights, named in its errors, which give no cause."""
 
 READING_CURES = CURES | {
     errno.EACCES: "give yourself permission to read it, then run the same command again",
@@ -81,8 +81,8 @@ def named(path: Path, doing: str, *, but: type[OSError] | tuple[()] = ()) -> Ite
 
     Args:
         path: The file.
-        doing: What was tried, as in "writing".
-        but: What the caller has a better word for, and gets as it is.
+        doing: The attempted action, as in "writing".
+        but: Exceptions that are raised unchanged, since the caller handles them.
     """
     try:
         yield
@@ -121,11 +121,11 @@ def _named_in_libraries(path: Path, scratch: Path) -> Iterator[None]:
 
 
 def _refusal_in(error: BaseException) -> tuple[int, Path | None] | None:
-    """What the operating system refused, by an exception and those that it came from.
+    """Find an error of the operating system in an exception and its causes.
 
     Returns:
-        Its number (0 where only a failed write is known) and the file, if that is said; None if nothing
-        says that it refused anything.
+        The errno (0 if only a failed write is known) and the file, if it is named; None if there is no such
+        error.
     """
     link: BaseException | None = error
     while link is not None:
@@ -155,13 +155,13 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
-    """Make the immutable file `path` from what `write` puts into it.
+    """Create the immutable file `path` with the content that `write` writes.
 
     Its mode is 0444 less the umask, where there are modes.
 
     Returns:
-        True if this call made it; False if somebody else had made it before, in which case theirs is
-        untouched and ours is gone. Either way the name is on the disk when this returns.
+        True if this call created the file; False if it existed, which leaves it untouched and discards the
+        new content. In both cases the name is on the disk when this returns.
 
     Raises:
         StorageError: nothing of this call is left behind.
@@ -223,10 +223,10 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def move(path: Path, target: Path) -> None:
-    """Give `path`, whatever it is, the new name `target` on the same disk, in one step.
+    """Rename a file or folder to `target` on the same disk, in one step.
 
     Raises:
-        StorageError: it has its old name still.
+        StorageError: it failed; the old name is kept.
     """
     _make_folder(target.parent)
     with named(path, "moving"):
@@ -236,22 +236,22 @@ def move(path: Path, target: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file another name in its folder, in one step; one that is gone already is as good.
+    """Rename a file within its folder, in one step; does nothing if it is gone already.
 
-    It is not flushed: after a power cut it has one of the two names.
+    The rename is not flushed: after a power cut the file has one of the two names.
     """
     with named(path, "renaming"), suppress(FileNotFoundError):
         path.rename(target)
 
 
 def restore(path: Path, target: Path) -> bool:
-    """Give the file `path` the name `target` in its folder, unless there is a file of that name.
+    """Undo `rename`: give `path` the name `target`, unless a file of that name exists.
 
     Returns:
-        False if there is no `path` (any more).
+        False if `path` does not exist (any more).
 
     Raises:
-        StorageError: that is not allowed, or failed.
+        StorageError: it is not allowed, or failed.
     """
     with named(target, "putting back"):
         try:
@@ -264,21 +264,21 @@ def restore(path: Path, target: Path) -> bool:
 
 
 def touch(file: int | Path) -> None:
-    """Give a file, also an open one, the time of now, where that is allowed (for files of one's own)."""
+    """Set the time of a file or descriptor to now; a refusal is ignored (only owners may do that)."""
     with suppress(OSError):
         os.utime(file)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a whole folder; one that is gone already is as good.
+    """Delete a file, a link or a whole folder; does nothing if it is gone already.
 
     Raises:
-        StorageError: it, or a part of it, is still there.
+        StorageError: it failed; a part may be left.
     """
     with named(path, "deleting"):
         try:
             path.unlink(missing_ok=True)
-        except (IsADirectoryError, PermissionError):  # the second is macOS's word for a folder
+        except (IsADirectoryError, PermissionError):  # macOS raises the second for a folder
             if path.is_symlink() or not path.is_dir():
                 raise
             shutil.rmtree(path)
@@ -306,10 +306,10 @@ def _scratch_name(path: Path) -> Path:
 
 
 def _name(file: Path, target: Path) -> bool:
-    """Give `file` the name `target` in its folder, unless there is something of that name.
+    """Give `file` the name `target` in its folder, unless that name is taken.
 
     Returns:
-        False if there is. If not, `file` has its old name still, or no more.
+        False if it is taken. If True, `file` may or may not keep its old name, too.
     """
     with _if_supported():
         try:
@@ -331,7 +331,7 @@ def _name(file: Path, target: Path) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep all others on this machine that lock `folder` waiting, where there are locks."""
+    """Lock `folder` against other processes of this machine, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -345,7 +345,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _if_supported() -> Iterator[None]:
-    """Go on behind the block where the file system lacks what is tried in it."""
+    """Suppress the errors of an operation that the file system lacks; the block is left there."""
     try:
         yield
     except OSError as error:

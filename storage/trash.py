@@ -42,35 +42,35 @@ NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def name_aside(name: str, gc: str) -> str:
-    """The file name that the gc with the id `gc` gives to what it takes away."""
+    """Returns the file name that the gc with the id `gc` gives to an object that it takes away."""
     return f".{name}.{gc}.trash"
 
 
 def original(name: str) -> str | None:
-    """The file name that something taken away had before; None for other files."""
+    """Returns the file name that an object had before it was taken away; None for other files."""
     match = re.fullmatch(rf"\.(.+)\.{ID_PATTERN}\.trash", name)
     return match[1] if match else None
 
 
 def begin(root: Path) -> str:
-    """Say that a gc begins; returns its id."""
+    """Write the mark of a gc that begins; returns its id."""
     gc = secrets.token_hex(8)
     durable.publish(root / MARKS / gc, lambda _: None)
     return gc
 
 
 def end(root: Path, gc: str) -> None:
-    """Say that the gc with this id has nothing taken away any more."""
+    """Remove the mark of a gc, once it has no object taken away any more."""
     durable.remove(root / MARKS / gc)
 
 
 def take_away(path: Path, gc: str) -> None:
-    """Let the object `path` have no name that a stage asks for; one that is gone already is as good."""
+    """Rename the object `path`, so that no stage finds it; does nothing if it is gone already."""
     durable.rename(path, path.with_name(name_aside(path.name, gc)))
 
 
 def put_back(aside: Path) -> None:
-    """Give what was taken away its place again, unless there is an object meanwhile."""
+    """Rename an object back to its key, unless a new object has that name."""
     name = original(aside.name)
     assert name is not None, aside
     durable.restore(aside, aside.with_name(name))
@@ -78,13 +78,13 @@ def put_back(aside: Path) -> None:
 
 
 def take_back(root: Path, path: Path) -> bool:
-    """Whether an object that is not at its place was taken away by a gc, and has its place again now.
+    """Put an object back that a gc has taken away; returns whether it is at its place now.
 
     What may not be written does not come back.
 
     Args:
-        root: The store.
-        path: The place.
+        root: The folder of the store.
+        path: The path of the object.
     """
     with durable.named(root / MARKS, "listing"):
         try:

@@ -77,10 +77,10 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
     if setting is not None:
         own = _pooling_modes(folder, address)
         if own != [setting]:
-            said = " and ".join(own) if own else "no pooling"
+            own_pooling = " and ".join(own) if own else "no pooling"
             raise TeachonceError(
                 address,
-                f"{setting}, but {folder / MODULES} says {said}",
+                f"{setting}, but {folder / MODULES} says {own_pooling}",
                 "set it to null: the model knows its own pooling",
             )
     return None

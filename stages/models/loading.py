@@ -90,9 +90,9 @@ def _pad_with_some_token(model: SentenceTransformer) -> None:
         with contextlib.suppress(NotImplementedError, AttributeError):  # code of its maker's own
             words = body.get_input_embeddings().num_embeddings
         own = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0]
-        known = next(number for number in own if number is not None and number < words)
-        if known != tokenizer.pad_token_id:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        padding_id = next(number for number in own if number is not None and number < words)
+        if padding_id != tokenizer.pad_token_id:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id)
 
 
 def limit_of_positions(model: SentenceTransformer) -> int | None:
@@ -216,6 +216,6 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
     # Students learn without padding, or with padding on the right. On the left it moves the positions of a
     # model that counts them from the first token of a batch.
     path = folder / "tokenizer_config.json"
-    said = json.loads(path.read_bytes()) if path.is_file() else {}
-    if said.get("padding_side") == "left":
-        write_json(path, {**said, "padding_side": "right"})
+    tokenizer_config = json.loads(path.read_bytes()) if path.is_file() else {}
+    if tokenizer_config.get("padding_side") == "left":
+        write_json(path, {**tokenizer_config, "padding_side": "right"})

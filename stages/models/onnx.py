@@ -88,8 +88,8 @@ def run_onnx(path: Path, model: SentenceTransformer, texts: Sequence[str]) -> ND
     features: dict[str, Any] = model.preprocess(list(texts))
     inputs = {name: features[name].numpy() for name in INPUTS}
     [vectors] = session.run(["sentence_embedding"], inputs)
-    found: NDArray[np.float32] = vectors
-    return found
+    outputs: NDArray[np.float32] = vectors
+    return outputs
 
 
 @contextmanager

@@ -20,13 +20,13 @@ State = Literal["missing", "damaged", "unreadable", "another copy"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about an object that is not as its manifest says.
+    """A deviation of an object from its manifest.
 
     Args:
-        key: Its name.
-        state: `another copy` is no fault: whole, but not what the manifest names. `unreadable` says
-            nothing about the object: the operating system refused to open it.
-        said: What exactly.
+        key: The key of the object.
+        state: `another copy` is no fault: the object is intact, but the manifest names another copy.
+            `unreadable` says nothing about the object: the operating system refused to open it.
+        said: Description of the deviation.
     """
 
     key: str
@@ -37,17 +37,17 @@ class Finding:
 def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Finding | None:
     """Compare an object with what a manifest says of it.
 
-    Without `read` only its header is looked at, and its size: one of another size is read, since
-    another version of Arrow may lay the same values out differently, and a hole is another size too.
+    Without `read` only its header and size are compared. An object of another size is read whole, since
+    another version of Arrow may lay out the same values differently.
 
     Args:
-        store: Where it should be.
-        key: Its name.
-        named: What the manifest says; None for what no manifest names.
-        read: Read every value and compare the sha256.
+        store: The store of the object.
+        key: The key of the object.
+        named: The manifest's entry; None for an object that no manifest names.
+        read: Whether to read every value and compare the sha256.
 
     Returns:
-        None if all is well.
+        The deviation; None if there is none.
     """
     try:
         header, size = store.header(key)
@@ -69,7 +69,7 @@ def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Find
 
 
 def tokens_of(store: Store, texts: Iterable[Object]) -> Iterator[str]:
-    """The keys of all token ids in the store that were made of these text shards."""
+    """Yield the keys of all token ids in the store that were made from these text shards."""
     folder = store.root / "tokens"
     with durable.named(folder, "listing"):
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -77,7 +77,7 @@ def tokens_of(store: Store, texts: Iterable[Object]) -> Iterator[str]:
     for name in sorted(name for name in names if re.fullmatch(DIGEST_PATTERN, name)):
         for entry in entries:
             path = folder / name / entry.key.rpartition("/")[2]
-            # A link that leads nowhere is there too: `examine` says what is wrong with it.
+            # Broken links are included: `examine` reports them.
             if path.exists() or path.is_symlink():
                 yield path.relative_to(store.root).as_posix()
 
@@ -86,7 +86,7 @@ def quarantine(store: Store, key: str) -> Path | None:
     """Read an object; if it fails its own check, move it away so that it can be made again.
 
     Returns:
-        Where it is now; None if it is whole, or not there.
+        The new path; None if the object is intact, or missing.
 
     Raises:
         StorageError: it cannot be opened or moved; it is where it was.
@@ -103,7 +103,7 @@ def quarantine(store: Store, key: str) -> Path | None:
         target = store.root / QUARANTINE / name
         durable.move(path, target)
         if target.lstat().st_ino != before:
-            # While this one was read, somebody else mended it: what was moved is the new one.
+            # It was repaired by somebody else while this process read it: the new object was moved.
             durable.move(target, path)
             return None
         return target

@@ -1,9 +1,9 @@
-"""What is in a store, who names it, and what could go.
+"""Take the inventory of a store: its files by kind, its refs, and the objects that could be deleted.
 
-Nothing here changes anything. A file is an object if its name is a key, a scratch file if it is named as
-`durable` names those of an object or a ref, and lies where that would lie; and so on for what `gc` takes
-away and for what `repair` moves. All others are foreign: somebody else's, listed and left alone. A person
-may have pointed `store` to a folder of his own.
+Nothing here changes the store. A file whose name is a key is an object; one with the name that `durable`
+gives to the scratch file of an object or a ref, in the right folder, is a scratch file; files that `gc`
+takes away and that `repair` quarantines have names of their own, too. All others are foreign: they are
+listed and never touched, since a user may have pointed `store` to a folder with other files.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from storage.store import KEY_PATTERN, digest
 
 QUARANTINE = "quarantine"
 QUARANTINED_PATTERN = rf"{KEY_PATTERN.replace('/', '_')}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{8}}"
-"""What `upkeep.quarantine` calls what it moves there."""
+"""Names that `upkeep.quarantine` gives to quarantined objects."""
 
 WRITTEN_PATTERN = rf"{KEY_PATTERN}|{REFS}/{REF_PATTERN}|{trash.MARKS}/{trash.ID_PATTERN}"
-"""All that is written into a store."""
+"""Names of all files that are written into a store."""
 
 SHOWN_DIGITS = 8
 
 DAY = 86_400.0
-"""Seconds. A scratch file is written in seconds to minutes and changes until it is done, so one that has
-not changed for a day has no worker. (The process id in its name does not help: in a shared store it may
-be that of another machine.)"""
+"""Seconds. A scratch file is written within minutes and changes until it is complete, so one that has not
+changed for a day was abandoned. (The process id in its name does not help: in a shared store it may be of
+another machine.)"""
 
 
 class Note(BaseModel):
@@ -55,10 +55,10 @@ class Ref:
     """A manifest that keeps its objects in the store, for one holder.
 
     Args:
-        name: Of its file, without `.json`.
-        manifest: It.
-        made: by, on, at, in: the holder and since when; with the maker, if that is somebody else.
-        seen: When the holder last used it, by the day (seconds).
+        name: The file's name without `.json`.
+        manifest: The manifest.
+        made: by, on, at, in of the holder; with the prefix `maker_` those of the maker if it is another.
+        seen: Time of the holder's last use, in seconds since the epoch, renewed once a day.
     """
 
     name: str
@@ -68,43 +68,43 @@ class Ref:
 
     @property
     def holder(self) -> str:
-        """Who has it, since when and where, for people."""
+        """The holder as a phrase for messages."""
         return holders.describe(self.made)
 
     @property
     def maker(self) -> str:
-        """Who made it, where and when, for people."""
+        """The maker as a phrase for messages."""
         return holders.describe(holders.maker_in(self.made))
 
     @property
     def manifest_digest(self) -> str:
-        """The same for all holders of a manifest."""
+        """The digest of the manifest, equal for all its holders."""
         return self.name.partition(".")[0]
 
     @property
     def full_name(self) -> str:
-        """The digests of the manifest and of its holder, also of the first one."""
+        """The digests of manifest and holder, also if the file's name lacks the holder's."""
         return f"{self.manifest_digest}.{holders.holder_digest(self.made)}"
 
     @property
     def is_gone(self) -> bool:
-        """Whether the holder's folder is no more; of a folder of another machine nobody here knows."""
+        """Whether the holder's folder was deleted; False for a folder on another machine."""
         if self.made.get("on") != platform.node() or not self.made.get("in"):
             return False
-        if "\\x" in self.made["in"]:  # bytes that are no UTF-8, see `as_utf8`: it is not looked for
+        if "\\x" in self.made["in"]:  # may be the escape of a byte that is no UTF-8, see `as_utf8`
             return False
         try:
             Path(os.fsdecode(self.made["in"].encode())).stat()
         except (FileNotFoundError, NotADirectoryError):
             return True
         except (OSError, ValueError):
-            return False  # not to be looked at by this user
+            return False  # not visible to this user
         return False
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the store: its name below the root, size, and when it was written (seconds)."""
+    """A file of the store: its name below the root, size in bytes, and mtime in seconds since the epoch."""
 
     name: str
     bytes: int
@@ -112,21 +112,21 @@ class File:
 
     @property
     def folder(self) -> str:
-        """All objects of one teacher, tokenizer or mining; all texts."""
+        """Name of its folder: the objects of one teacher, tokenizer or mining, or all texts."""
         return self.name.rpartition("/")[0]
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """All files of a store but its refs, each list in the order of names.
+    """All files of a store but its refs, sorted by name.
 
     Args:
         objects: Files whose name is a key.
-        scratch: What writers have not finished, or left when they died.
-        aside: What a gc has taken away and not deleted yet: one that runs, or was killed.
-        marks: Each says that a gc has begun and not ended.
-        quarantine: What `repair` moved away; a folder counts as one.
-        foreign: Everything else.
+        scratch: Scratch files of living or dead writers.
+        aside: Objects that a running or killed gc has taken away and not yet deleted.
+        marks: Files that each mark a gc that has begun and not ended.
+        quarantine: Objects that `repair` moved away; a folder counts as one.
+        foreign: All other files.
     """
 
     objects: tuple[File, ...]
@@ -206,18 +206,18 @@ def _kind(name: str, mode: int) -> str:
 
 
 def key_aside(name: str) -> str | None:
-    """The key that a file had before a gc took it away; None for other files."""
+    """Returns the key that a file had before a gc took it away; None for other files."""
     folder, _, last = name.rpartition("/")
     before = trash.original(last)
     return before and f"{folder}/{before}"
 
 
 def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
-    """Every ref of a store by name, and an error for each file among them that is none.
+    """Returns the refs of a store, sorted by name, and an error for each unreadable one.
 
     Raises:
-        MissingError: the store has no folder of refs, so nobody knows what is kept.
-        StorageError: it cannot be listed.
+        MissingError: the store has no folder of refs, so it is unknown which objects are needed.
+        StorageError: the folder cannot be listed.
     """
     folder = root / REFS
     with durable.named(folder, "looking for it"):
@@ -246,7 +246,7 @@ def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
 def _read_ref(path: Path) -> Ref:
     cure = f"restore it, or if nobody needs it: `teachonce gc --forget {path.stem}`"
     try:
-        # A link or a device here is nobody's ref.
+        # A link or a device is no ref.
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a plain file")
@@ -268,15 +268,15 @@ def _read_ref(path: Path) -> Ref:
 
 
 def find_ref(root: Path, prefix: str) -> Path:
-    """The one file in refs/ whose name begins with `prefix`, readable or not.
+    """Returns the one file in refs/ whose name begins with `prefix`, readable or not.
 
     Args:
-        root: The store.
-        prefix: At least the first four characters of a manifest's digest; after a dot those of a holder's,
-            where there are several. The whole name of a file means that one.
+        root: The folder of the store.
+        prefix: At least the first four characters of a manifest's digest; if it has several holders, then
+            a dot and the first characters of a holder's digest. Or the whole name of a file.
 
     Raises:
-        TeachonceError: none does, or more than one.
+        TeachonceError: no file matches, or more than one.
     """
     folder = root / REFS
     manifest, _, holder = prefix.partition(".")
@@ -301,13 +301,13 @@ def find_ref(root: Path, prefix: str) -> Path:
 
 
 def short_name(full_name: str, *, alone: bool) -> str:
-    """What `find_ref` takes for a ref: digits of the manifest, and of the holder unless it is alone."""
+    """Returns a prefix for `find_ref`: digits of the manifest, and of the holder if it has several."""
     manifest, _, holder = full_name.partition(".")
     return manifest[:SHOWN_DIGITS] + ("" if alone else f".{holder[:SHOWN_DIGITS]}")
 
 
 def _names_of_refs(folder: Path) -> dict[Path, str]:
-    """File -> its full name; of one that cannot be read, what its file is called."""
+    """Returns file -> full name of the ref; the file's name for an unreadable one."""
     with durable.named(folder, "listing"):
         if not folder.is_dir():
             return {}
@@ -336,7 +336,7 @@ def _described(path: Path, name: str) -> str:
 
 
 def orphans(objects: Iterable[File], refs: Iterable[Ref]) -> list[File]:
-    """The objects that no ref keeps.
+    """Returns the objects that no ref keeps.
 
     A ref keeps what its manifest names. Token ids stand in no manifest: they are kept as long as the
     texts that they were made of. Neither do a teacher's vectors of the probe texts: they are kept as long
@@ -359,13 +359,13 @@ def _last(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `gc` would delete, and what of the same kind it would not.
+    """The files that `gc` would delete, and those of the same kinds that it would keep.
 
     Args:
-        orphans: Objects that no ref keeps.
-        young: Such objects, but in a folder that somebody may be working on.
-        scratch: Scratch files of dead writers.
-        live: Scratch files that may be those of living ones.
+        orphans: Objects that no ref keeps, to be deleted.
+        young: Such objects in a folder that may be in use, to be kept.
+        scratch: Scratch files of dead writers, to be deleted.
+        live: Scratch files of writers that may be alive, to be kept.
     """
 
     orphans: tuple[File, ...]
@@ -375,7 +375,7 @@ class Sweep:
 
 
 def plan_sweep(inventory: Inventory, refs: Sequence[Ref], *, now: float, grace: float) -> Sweep:
-    """Decide what can go.
+    """Decide which files can be deleted.
 
     A worker writes its manifest, and so its ref, when it is done; until then its objects are orphans.
     A teacher pass takes weeks, so it is not the age of each object that counts but that of the folder:
@@ -386,10 +386,11 @@ def plan_sweep(inventory: Inventory, refs: Sequence[Ref], *, now: float, grace: 
     then seen as one that is done.
 
     Args:
-        inventory: What is there.
-        refs: Whose objects are kept.
-        now: Seconds, by the clock of the machine whose file times are compared.
-        grace: Seconds, >= 0; 0 spares no orphan. Scratch files are spared for a day whatever it is.
+        inventory: The files of the store.
+        refs: The refs whose objects are kept.
+        now: Seconds since the epoch, by the clock that sets the file times.
+        grace: Seconds, >= 0, for which a folder in use is spared; 0 spares no orphan. Scratch files are
+            spared for a day in any case.
     """
     unnamed = orphans(inventory.objects, refs)
     newest: dict[str, float] = defaultdict(float)
