@@ -99,8 +99,8 @@ def test_a_prompt_that_leaves_no_room_is_refused(tiny_model):
             "embed.max_tokens: 8, but special tokens and the prompt take 5 of them: 3 are left for a text, "
             "and it takes at least 4\n  cure: set it to 9 or more, or shorten embed.prompt"
         )
-        assert Encoder(tiny_model, max_tokens=9, **options).room == 4
-    assert Encoder(tiny_model, device=CPU, max_tokens=4).room == 2
+        assert Encoder(tiny_model, max_tokens=9, **options).window_tokens == 4
+    assert Encoder(tiny_model, device=CPU, max_tokens=4).window_tokens == 2
 
 
 def test_windows_are_part_of_the_fingerprint_and_cutting_keeps_the_old_one():

@@ -20,7 +20,7 @@ from pipeline.commands import diff
 from pipeline.settings import load_params
 from stages.check import RememberedHashes
 from stages.measuring.documents import read_documents
-from stages.models import folder
+from stages.models import folder as model_folder
 from stages.models.config import read_object
 from stages.models.lineage import read_lineage
 from stages.reading.corpus_files import read, source_files
@@ -53,7 +53,7 @@ def setting(request, tmp_path):
 
 
 def model_files(folder):
-    return folder.model_files(folder, address="embed.teacher")
+    return model_folder.model_files(folder, address="embed.teacher")
 
 
 def read_imported(vectors, texts):
@@ -205,7 +205,7 @@ READERS = {
     "a training": lambda path: read_training(path, "kd"),
     "a curve": lambda path: read_curve(path, "kd"),
     "a model's file": lambda path: read_object(path, "embed.teacher"),
-    "modules": lambda path: folder.modules_of(path.parent, "embed.teacher"),
+    "modules": lambda path: model_folder.modules_of(path.parent, "embed.teacher"),
     "a hash": RememberedHashes(Path("nowhere")),
     "lines": lambda path: list(read(path.rename(path.with_suffix(".txt")), "text")),
     "parquet": lambda path: list(read(path.rename(path.with_suffix(".parquet")), "text")),
@@ -246,7 +246,9 @@ def test_a_configuration_of_gigabytes_is_refused_unread(tmp_path, name):
     path.parent.mkdir(exist_ok=True)
     os.close(os.open(path, os.O_CREAT))
     os.truncate(path, 8 << 30)
-    call = folder.modules_of if name == "modules.json" else lambda _, at: read_object(path, at)
+    call = (
+        model_folder.modules_of if name == "modules.json" else lambda _, at: read_object(path, at)
+    )
     assert "has 8,589,934,592 bytes, where 10,000,000 are the most" in str(
         refused(call, folder, "embed.teacher")
     )
