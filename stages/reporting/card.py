@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.models.lineage import leaves_teacher_space
 from stages.params import TEACHER
-from stages.reporting import measures, table, templating
+from stages.reporting import columns, legend, measures, templating
 from stages.reporting.results import Metrics
 
 
@@ -53,8 +53,8 @@ def model_card(
         facts: Label -> text, shown in this order.
     """
     models = {name: metrics[name] for name in (TEACHER, card.name) if metrics.get(name)}
-    rows = table.rows(models)
-    columns = table.columns(rows, [card.name])
+    rows = columns.rows(models)
+    shown = columns.columns(rows, [card.name])
     blocks = {
         "Recipe": lineage.get("recipe"),
         "Then finetuned on labelled pairs or triplets": lineage.get("finetuned"),
@@ -66,9 +66,9 @@ def model_card(
         card=card,
         left_the_teacher=leaves_teacher_space(lineage),
         rows=rows,
-        columns=columns,
-        glossary=table.glossary(columns, rows),
-        notes=table.notes(models, [card.name]),
+        columns=shown,
+        glossary=legend.glossary(shown, rows),
+        notes=legend.notes(models, [card.name]),
         origin=_origin(lineage, facts),
         blocks={title: block for title, block in blocks.items() if block},
         trained_on=lineage.get("recipe", {}).get("max_tokens"),

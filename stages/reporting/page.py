@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from stages.params import TEACHER
-from stages.reporting import measures, sections, table, templating
+from stages.reporting import columns, legend, measures, sections, templating
 from stages.reporting.results import Metrics, Model
 
 ON_TOP = ("project", "teacher", "corpus")
@@ -39,8 +39,8 @@ def page(
     """
     trained = [model.name for model in models if model.name in students]
     subject = sections.Subject({model.name: model for model in models}, trained, rank_by)
-    metrics, rows = subject.metrics, table.rows(subject.metrics)
-    columns = table.columns(rows, trained)
+    metrics, rows = subject.metrics, columns.rows(subject.metrics)
+    shown = columns.columns(rows, trained)
     ties = measures.ties(metrics, trained, rank_by)
     timed = measures.measured(metrics, measures.of("sentences_per_second"))
     disagreements = sections.disagreements(subject)
@@ -55,11 +55,11 @@ def page(
         tones=subject.tones,
         made_of=made_of or {},
         rows=rows,
-        part_of=table.part_of,
-        columns=columns,
-        glossary=table.glossary(columns, rows),
+        part_of=columns.part_of,
+        columns=shown,
+        glossary=legend.glossary(shown, rows),
         leaders={subject.best, *ties} if len(trained) > 1 else set(),
-        notes=table.notes(metrics, trained, rank_by),
+        notes=legend.notes(metrics, trained, rank_by),
         quality=sections.quality(subject),
         starts=subject.starts,
         trade_off=sections.trade_off(subject),

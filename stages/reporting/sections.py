@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from stages.params import FINETUNED, TEACHER
 from stages.reporting import charts, measures
+from stages.reporting.columns import MOST_SETS, qualities
 from stages.reporting.results import Disagreement, Metrics, Model, Result
 from stages.reporting.svg import cut
-from stages.reporting.table import MOST_SETS, qualities
 
 HUES = 6  # classes hue0 ... hue5 of style.css
 MOST_DISAGREEMENTS = 8  # of a student
