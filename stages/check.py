@@ -92,16 +92,16 @@ def run(
     """Look at everything and write the two files.
 
     Args:
-        problems: What is wrong with params.yaml itself.
+        problems: Problems of params.yaml itself.
         sections: The sections that are right.
         root: The work tree.
-        raw: Where `docs` writes; files below it are its outputs, not sources.
+        raw: Output folder of `docs`; files below it are its outputs, not sources.
         memory: Hashes remembered by path and identity.
         corpus: data/corpus.json; it need not be there yet.
         out: data/sources.json.
         versions: data/versions.yaml.
         read_data: Hash every file anew, whatever is remembered.
-        flags: What this machine's processor can do, if the teacher runs on it.
+        flags: Feature flags of this machine's processor, if the teacher runs on it.
 
     Raises:
         SettingsError: lists everything wrong.
@@ -142,7 +142,7 @@ class Survey:
     Args:
         sections: The sections of params.yaml that could be read.
         root: The work tree.
-        raw: Where `docs` writes.
+        raw: Output folder of `docs`.
         memory: Hashes remembered by path and identity.
         committed: The data/sources.json that is there; what is not on this machine is taken from it,
             as long as the settings that name it are the same.

@@ -38,7 +38,7 @@ def run(
     Args:
         params: Settings.
         folder: The student.
-        lineage: Its `teachonce.json`.
+        lineage: The content of the student's `teachonce.json`.
         metrics: Model -> flat metrics, for the card; as many as there are.
         facts: Label -> text, for the card.
         trust_remote_code: Whether code in the folder of the student may run; it goes along.

@@ -1,7 +1,7 @@
-"""Which mined neighbours each recipe reads, in a file for each, so that DVC retrains nobody without need.
+"""Write a file for each recipe with the mined neighbours it reads, so that DVC retrains only if needed.
 
-DVC knows no dependency that only some entries of a template have, so every `distill` depends on the file of
-its recipe: of one that reads no neighbours it never changes, however often they are mined anew.
+In a DVC template all entries have the same dependencies, so every `distill` depends on the file of its
+recipe. The file of a recipe that reads no neighbours never changes, however often they are mined.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def run(recipes: Mapping[str, RecipeParams], *, negatives: Manifest, out: Path) 
     """Write the files.
 
     Args:
-        recipes: All of params.yaml, by name.
-        negatives: What was mined.
-        out: The folder, replaced as a whole.
+        recipes: All recipes of params.yaml, by name.
+        negatives: The manifest of the mined negatives.
+        out: Destination folder, replaced atomically.
     """
     reading = [name for name, recipe in recipes.items() if recipe.reads_neighbours]
     with durable.replace_folder(out) as scratch:

@@ -1,4 +1,4 @@
-"""What a stage says when it is done, and while it is not."""
+"""The outcome of a stage, and its progress in the log."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage made.
+    """The result of a stage.
 
     Args:
-        stage: Its name.
+        stage: Name of the stage.
         made: The file or folder it left, or the URL it was sent to.
         summary: One sentence for a person: what was done, in numbers.
         facts: The same and more for a program (`--json`).
@@ -62,22 +62,22 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """What a call takes."""
+    """Returns the seconds that a call takes."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 class Progress:
-    """A line on stderr now and then: how far, how fast, how long still.
+    """Logs progress now and then: units done, rate, and time left.
 
-    Every five seconds at first, then rarer, so that a night's log can be read in the morning.
+    A line every five seconds at first, then less often, so that a night's log stays short.
 
     Args:
         stage: Printed first on each line.
         total: Units of work in all.
-        unit: What is counted, such as "texts".
-        done: Units that were there already; they count as progress but not as speed.
+        unit: Name of the units, such as "texts".
+        done: Units done before this run; they count as progress, but not for the rate.
     """
 
     def __init__(self, stage: str, *, total: int, unit: str, done: int = 0) -> None:
@@ -87,7 +87,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return max(time.monotonic() - self.started, 1e-9)
 
     @property

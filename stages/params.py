@@ -38,17 +38,17 @@ LEAST_TEMPERATURE = 0.01
 """A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP."""
 
 PREFIXES = ("dataset:", "package:", "imported:")
-"""What may stand before a path, or makes something else of it."""
+"""Prefixes of values that are no plain path."""
 
 REMOTE_URLS = ("s3", "s3a", "file", "memory")
 
 
 def path_problem(value: str, no_url: str) -> str | None:
-    """Why a value cannot be meant as a path; taken as one, it would be a folder of that odd name.
+    """Returns why a value is no path on this machine; None if it may be one.
 
     Args:
-        value: What was written.
-        no_url: What to write in place of a URL.
+        value: The value in params.yaml.
+        no_url: Advice for a value that is a URL.
     """
     for prefix in PREFIXES:
         value = value.removeprefix(prefix)
@@ -103,7 +103,7 @@ ModelPlace = Annotated[
 ]
 
 Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
-"""How the vectors of a text's tokens become that of the text, as sentence-transformers names it."""
+"""Pooling of token vectors to a text's vector, by the names of sentence-transformers."""
 
 TEACHER = "teacher"
 IMPORTED = "imported:"
@@ -111,10 +111,10 @@ FINETUNED = "-finetuned"
 START_FOLDER = "start"
 
 LEAST_HELDOUT = 10
-"""Rows held out, by whose vectors a student in training is judged."""
+"""Smallest number of held-out rows that can score a student during training."""
 
 DOCS_TEXT, DOCS_PAIR = "text", ("anchor", "positive")
-"""Under which names the stage `docs` writes texts and pairs."""
+"""Field names of the texts and pairs that the stage `docs` writes."""
 
 
 class Section(BaseModel):
@@ -176,7 +176,7 @@ class EmbedParams(Section):
 
     @property
     def is_imported(self) -> bool:
-        """Whether the vectors come from `teachonce import`: no model here reads texts as they need."""
+        """Whether the vectors come from `teachonce import`: their model, prompt and pooling are unknown."""
         return self.teacher.startswith(IMPORTED)
 
 
@@ -503,10 +503,10 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
 
 
 def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
-    """What it means that queues of a recipe are not smaller than the number of rows to train on.
+    """Returns a note for each queue of a recipe that is not smaller than the number of training rows.
 
     Args:
-        recipe: Its objectives may have queues.
+        recipe: The recipe with the objectives.
         rows: To train on.
     """
     notes = []
@@ -525,12 +525,12 @@ def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
 
 
 def check_recipe_widths(widths: Sequence[int], dim: int, *, recipe: str) -> None:
-    """Raise if values of a student's vector are to serve alone that are all of it, or more.
+    """Raise if a Matryoshka width is not smaller than the width of the student's vectors.
 
     Args:
-        widths: Of the recipe.
+        widths: The widths of the recipe.
         dim: Values of the teacher's vectors.
-        recipe: Its name, to name in an error.
+        recipe: Name of the recipe, for errors.
     """
     for width in widths:
         if width >= dim:

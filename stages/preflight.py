@@ -44,7 +44,7 @@ def check_onnx(packages: Sequence[str] = ONNX) -> None:
     """Raise unless the extra `onnx` is installed.
 
     Args:
-        packages: Of that extra.
+        packages: The packages of that extra.
     """
     if lacking := missing(packages):
         raise TeachonceError(
@@ -80,7 +80,7 @@ def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:
     """Raise if so few texts of a small corpus are held out that no student can be judged.
 
     Args:
-        params: Which texts.
+        params: The settings `shard`.
         heldout: Share of them.
         root: The work tree.
     """
@@ -119,7 +119,7 @@ def other_fields(sections: Sections, *, texts: bool, pairs: bool) -> list[Proble
     """Names of fields that are not those in the files that the stage `docs` writes.
 
     Args:
-        sections: Of params.yaml.
+        sections: The sections of params.yaml.
         texts: Whether these files are the corpus.
         pairs: Whether they are what is finetuned on.
     """

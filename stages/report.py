@@ -36,7 +36,7 @@ def run(
 
     Args:
         models: Teacher, starts, students.
-        students: Those of `models` that were trained.
+        students: The trained models among `models`.
         metrics: Model -> the metrics that `evaluate` left.
         details: Model -> the details that `evaluate` left.
         curve: Model -> the CSV that its training left, if it was trained here.

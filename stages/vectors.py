@@ -1,4 +1,4 @@
-"""How alike two orders are: a model's and the teacher's, or a model's and people's. No torch here."""
+"""Cosines, rank correlations, bootstrap intervals and nearest rows, in numpy. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ QUERIES_AT_ONCE = 256
 NO_DOCUMENT = -1
 
 RESAMPLES, LEAST_RESAMPLES = 1000, 200
-"""Of a bootstrap; the ends of an interval of a thousand stand still to a twentieth of its width."""
+"""Resamples of a bootstrap; with a thousand the ends of an interval vary by a twentieth of its width."""
 MOST_DRAWS, DRAWS_AT_ONCE = 20_000_000, 2_000_000
-"""A second's work, and 16 MB."""
+"""Draws in all, about a second, and draws in memory at once, 16 MB."""
 
 MOST_ROWS = 1000
-"""Half a million pairs of rows: the third digit stands still, and it takes a second."""
+"""Rows compared pairwise: half a million pairs take a second and fix the third digit."""
 
 
 def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -74,7 +74,7 @@ def interval(resampled: NDArray[np.floating], value: float) -> tuple[float, floa
 
     Args:
         resampled: (r,) values of resamples.
-        value: Of the sample itself.
+        value: The value of the sample itself.
     """
     low, high = np.quantile(resampled, [0.025, 0.975])
     return min(float(low), value), max(float(high), value)
@@ -170,7 +170,7 @@ def nearest(
     Args:
         queries: (q, dim), any length.
         documents: (d, dim), any length, d >= 1.
-        depth: How many; at most d are given.
+        depth: Number of documents per query, >= 1; at most d are returned.
         ignored: (q,) place of the document that is no result of a query; NO_DOCUMENT for no such document.
 
     Returns:

@@ -19,8 +19,8 @@ class Caches:
         corpus: Texts.
         embeddings: The teacher's vectors of `corpus`.
         negatives: Mined from both; None where no objective reads them.
-        split: Which rows are for what.
-        store: Where all of this lies, and where token ids are kept.
+        split: The split of the rows.
+        store: The store of all these, and of token ids.
     """
 
     corpus: Corpus

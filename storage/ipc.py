@@ -46,8 +46,8 @@ def unpacked_bytes(metadata: Buffer, body: Buffer, *, is_dictionary: bool) -> in
     """How many bytes the buffers of a batch say they unpack to; 0 if it is not compressed.
 
     Args:
-        metadata: Of the message, verified by pyarrow.
-        body: Of the message.
+        metadata: Metadata of the message, verified by pyarrow.
+        body: Body of the message.
         is_dictionary: Whether it holds a dictionary.
 
     Raises:

@@ -16,7 +16,7 @@ from storage import durable
 from storage.errors import TeachonceError
 
 MOST_BYTES = 64 << 20
-"""Of a file that is read as a whole, where nothing less is said."""
+"""Default size limit in bytes of a file that is read as a whole."""
 
 KINDS = {
     stat.S_IFREG: "a file",
@@ -26,13 +26,13 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What may stand in a place. Where a file is wanted, no other is opened: a pipe without a writer hangs."""
+"""Names of file types. Only regular files are opened: a pipe without a writer would hang."""
 
 CURE = "put a file in its place, or remove it"
 
 
 class IrregularError(TeachonceError):
-    """What stands under the name of a file is none to read, or too large to be the one that is meant."""
+    """A path is no regular file, or the file is larger than allowed."""
 
 
 def opened(path: Path) -> BufferedReader:

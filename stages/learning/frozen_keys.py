@@ -33,7 +33,7 @@ class FrozenInfoNce(torch.autograd.Function):
         """The loss, a scalar.
 
         Args:
-            ctx: Of autograd.
+            ctx: The context of autograd.
             anchors: (B, W) h, float32 of length 1; learns.
             scale: a, a scalar; may learn.
             own_keys: (B, W) k_own, float32 of length 1. It always counts.

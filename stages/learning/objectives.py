@@ -359,7 +359,7 @@ class Temperature(nn.Module):
     """A temperature that may be learned, as the logarithm of its inverse; then never below 0.01.
 
     Args:
-        start: Where it begins, > 0; at least 0.01 if it is learned.
+        start: Initial value, > 0; at least 0.01 if it is learned.
         learnable: Whether training moves it.
     """
 

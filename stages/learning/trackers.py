@@ -27,8 +27,8 @@ def tracking(setting: str, name: str, folder: Path) -> Iterator[Track]:
 
     Args:
         setting: `tracker` of params.yaml.
-        name: Of the student.
-        folder: Where tensorboard and wandb write; mlflow has a place of its own.
+        name: Name of the student.
+        folder: Folder for tensorboard and wandb; mlflow uses its own.
 
     Yields:
         Where the rows of the curve go; nowhere for `none`, and on all ranks but the first.

@@ -39,7 +39,7 @@ class Speed:
     Args:
         texts_per_second: Texts per CPU second of one thread; on other devices, per second of the wall.
         texts_per_reference: Texts in the time of one pass of `Reference`, measured in turns with it.
-        device: Where; speeds are compared within one device only.
+        device: Name of the device; speeds on different devices are not comparable.
     """
 
     texts_per_second: float

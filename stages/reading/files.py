@@ -68,7 +68,7 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
         pattern: A glob (`**` too), relative to `root` or absolute or with `~`.
         root: The work tree.
         address: The setting to name in an error.
-        endings: Those that somebody reads.
+        endings: Supported endings of file names.
 
     Raises:
         MissingError: it matches no file.

@@ -76,7 +76,7 @@ class LabelledFile:
     """One labelled file.
 
     Args:
-        path: Its ending, before .gz or .zst, says what it is.
+        path: Path of the file; its ending, before .gz or .zst, says its format.
         fields: Names of anchor, positive and negative.
     """
 
