@@ -282,6 +282,21 @@ def test_functions_named_on_the_pages_are_in_the_file_named_before_them():
     assert looked >= 5
 
 
+def test_names_of_the_code_on_the_pages_are_in_the_code():
+    """Classes and constants; what other tools have stands on a page of its own."""
+    source = "".join(
+        path.read_text() for top in GENERATE.PACKAGES for path in (ROOT / top).rglob("*.py")
+    )
+    environment = {"AWS_ENDPOINT_URL", "OMP_NUM_THREADS", "HF_HUB_OFFLINE"}  # variables of others
+    known = set(re.findall(r"\w+", source)) | environment
+    looked = 0
+    for page, code in inline():
+        if re.fullmatch(r"[A-Z]+[a-z]+\w+|[A-Z]+_[A-Z_]+", code) and "coming-from" not in page:
+            assert code in known, f"{page}: {code}"
+            looked += 1
+    assert looked > 10
+
+
 def as_pattern(template):
     return ".*".join(map(re.escape, template.split("…")))
 
