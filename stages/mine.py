@@ -12,8 +12,9 @@ Held-out and evaluation rows neither get lists nor appear in any: their lists ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,36 @@ def may_join(
         and k <= LONGEST_JOIN
         and join_bytes(rows, k, dim, itemsize, tile=tile_on(device)) <= available
     )
+
+
+def exact_seconds(
+    params: MineParams, sample: NDArray[np.floating], *, itemsize: int, device: torch.device
+) -> Callable[[int], float]:
+    """Rows -> seconds of exact search among them: those of the way that `Miner` would choose.
+
+    Args:
+        params: Of the stage.
+        sample: (m, dim) some vectors.
+        itemsize: Bytes of a stored value.
+        device: Where.
+    """
+    import torch
+
+    from stages.mining.self_join import flat_cost, join_cost
+
+    device = device if device.type in EXACT_ROWS else torch.device("cpu")
+    dim, memory = sample.shape[1], params.memory_mb << 20
+    k = min(params.range_max + 1, len(sample))
+    flat, join = flat_cost(sample, k, device), cache(lambda: join_cost(sample, k, device))
+
+    def seconds(rows: int) -> float:
+        by_faiss = flat.seconds_for(rows, asked=rows)
+        if not may_join(rows, k, dim, itemsize=itemsize, memory=memory, device=device):
+            return by_faiss
+        by_join = join().seconds_for(rows)
+        return by_join if device.type == "cuda" else min(by_join, by_faiss)
+
+    return seconds
 
 
 def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) -> MineParams:

@@ -1,165 +1,282 @@
-"""`teachonce plan`: what embed, mine, distill, finetune and evaluate will take here, as a table."""
+"""`teachonce plan`: what embed, mine, distill, finetune and evaluate will take here, as a table.
+
+Rates measured on a sample, times counts. The code of the stages itself runs on some of the texts, in a
+scratch store: models read, rows are mined, students take steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.workspace import Workspace
-from stages.outcome import Facts, Outcome, clock
-from stages.params import TEACHER
+from stages import embed, evaluate, mine
+from stages.outcome import Facts, Outcome, clock, seconds_of
+from stages.params import FINETUNED, TEACHER, TrainingParams
+from stages.reading.evaluation_sets import beir_folder, read_beir
+from stages.teaching.reuse import unknown_rows
+from stages.teaching.sharing import lacking_shards
+from stages.vectors import MOST_ROWS, unit
+from storage import embeddings, negatives
+from storage.caches import Caches
+from storage.column import text_keys_of
+from storage.corpus import Corpus, put_texts, text_key
 from storage.errors import MissingError, TeachonceError
+from storage.manifest import Manifest, fingerprint
+from storage.split import Split
+from storage.store import Store
 
-if TYPE_CHECKING:
-    from stages.plan import Labelled, Load
-
-COUNTED, EXTRAPOLATED = "counted", "extrapolated"
+SAMPLE = 16_384  # texts of a sample, at most: as many vectors as the queue of most recipes holds
+CHARACTERS = 4  # of a token, in most languages that are written in letters
+OBJECT_BYTES = 1100  # of an Arrow file beside its rows
 
 
 def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     """Measure on a sample of this work tree's corpus; nothing is written.
 
-    Where labelled rows or evaluation sets are not there yet, what reads them is not planned, and its facts
-    say why (`not_planned`).
-
     Raises:
         MissingError: there is no corpus yet, or no teacher where one is needed.
     """
-    from stages.plan import run as measure
-
-    corpus = here.corpus()
-    files, is_here = here.teacher()
-    unplanned: dict[str, str] = {}
-    labelled = evaluation = None
-    try:
-        evaluation = _evaluation(here)
-        labelled = _labelled(here) if here.params.finetune.students else None
-    except TeachonceError as error:
-        stage = "evaluate and finetune" if evaluation is None else "finetune"
-        unplanned[stage] = f"{error.where}: {error.problem}"
-    outcome = measure(
-        here.params,
-        files=files,
-        corpus=corpus,
-        store=here.store,
-        remote=here.remote(),
-        load_teacher=(lambda: here.encoder(TEACHER)) if is_here else None,
-        starts={
-            name: _folder(here, student.start) for name, student in here.params.students.items()
-        },
-        labelled=labelled,
-        evaluation=evaluation,
-        seconds=seconds,
-        seed=seed,
-    )
-    return replace(outcome, facts={**outcome.facts, "not_planned": unplanned})
+    plan = Plan(here, here.corpus(), seconds, seed)
+    vectors = plan.embed()
+    with tempfile.TemporaryDirectory(prefix="teachonce-plan-") as scratch:
+        caches = plan.sampled(vectors.shape[1], Store(Path(scratch)))
+        plan.distill(plan.mine(vectors, caches))
+    for stage, do in (("finetune", plan.finetune), ("evaluate", plan.evaluate)):
+        try:
+            do()
+        except TeachonceError as error:  # its files are not there yet
+            plan.not_planned[stage] = f"{error.where}: {error.problem}; {error.cure}"
+    total = clock(sum(stage["seconds"] for stage in plan.extrapolated.values()))
+    told = f"about {total} in all on this machine as busy as it is now; nothing was written"
+    return Outcome("plan", here.store.root, told, plan.facts)
 
 
-def _evaluation(here: Workspace) -> Load:
-    """All texts of the evaluation sets.
+class Plan:
+    """A method for each stage, called in their order.
 
-    Raises:
-        TeachonceError: a file that is not there, or is not what it should be.
+    Args:
+        here: The work tree. What it lacks beside a corpus and a teacher is told, and not planned.
+        corpus: Its texts.
+        seconds: To measure the teacher; each other measurement has half of it.
+        seed: Of the samples.
     """
-    from stages.plan import Load
-    from stages.reading import evaluation_sets
 
-    params, root = here.params.evaluate, here.at.root
-    texts: list[str] = []
-    for name, pattern in params.sts.items():
-        texts += evaluation_sets.read_sts(
-            evaluation_sets.sts_files(pattern, root, f"evaluate.sts.{name}")
-        ).texts
-    for name, setting in params.retrieval.items():
-        found = evaluation_sets.read_beir(evaluation_sets.beir_folder(setting, root, name), name)
-        texts += [*found.queries, *found.documents]
-    return Load.of(texts, params.max_tokens or here.params.embed.max_tokens)
+    def __init__(self, here: Workspace, corpus: Corpus, seconds: float, seed: int) -> None:
+        self.here, self.params, self.corpus, self.seconds = here, here.params, corpus, seconds
+        self.draw = np.random.default_rng(seed).permutation
+        self.texts = corpus.take(self.draw(corpus.rows)[:SAMPLE])
+        try:
+            split = here.split()
+        except TeachonceError:  # it will be this one, less the rows that evaluation sets have
+            share = self.params.split.heldout
+            split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
+        self.train, heldout = len(split.train_rows(corpus)), len(split.heldout_rows(corpus))
+        self.judged = min(heldout, MOST_ROWS)
+        kinds = ("counted", "measured", "extrapolated", "not_planned")
+        self.facts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+        self.counted, self.measured, self.extrapolated, self.not_planned = self.facts.values()
+
+    def embed(self) -> NDArray[Any]:
+        """Plan what neither store nor remote has; returns (m, dim) some vectors of the teacher."""
+        importing = seconds_of(partial(import_module, "stages.models.encoder"))  # embed does, too
+        from stages.models.devices import pick_device
+        from stages.models.speed import rate_of
+
+        self.device = pick_device(self.params.device)
+        params, corpus, store = self.params.embed, self.corpus, self.here.store
+        files, load_teacher = self.here.teacher()
+        teacher = fingerprint(embed.recipe(params, files))
+        keys = embed.keys_of(teacher, corpus)
+        shards = lacking_shards(keys, store, self.here.remote())
+        older = set(store.keys(f"vectors/{teacher}")) - set(keys) if params.reuse else ()
+        new = unknown_rows(corpus, shards, store, sorted(older))
+        rows, took = sum(corpus.objects[shard].rows for shard in shards), 0.0
+        self.counted |= {"texts": corpus.rows, "shards": len(keys), "shards_to_embed": len(shards)}
+        self.counted |= {"texts_to_embed": len(new), "texts_to_reuse": rows - len(new)}
+        if len(new) and load_teacher is None:
+            why = f"{len(shards)} shards are to embed, and it is not here to be measured"
+            raise MissingError("embed.teacher", why, "run `teachonce plan` where the teacher is")
+        if len(new):
+            load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])
+            at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)
+            at["load_seconds"] += importing
+            self.measured[TEACHER] = at
+            took = at["load_seconds"] + len(new) / at["texts_per_second"]
+        else:
+            vectors = embeddings.vectors_of(store.glance(keys[0]))
+        size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
+        self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
+        return vectors
+
+    def sampled(self, dim: int, store: Store) -> Caches:
+        """Caches of the sample: random vectors, no neighbours yet, as many rows held out as judge."""
+        put = put_texts(store, [(text, text_key(text)) for text in self.texts])
+        corpus = Corpus(store, Manifest(kind="corpus", recipe={}, parent=None, objects=(put,)))
+        drawn = unit(np.random.default_rng(0).standard_normal((corpus.rows, dim), np.float32))
+        keys, storage = text_keys_of(corpus.batch(0)), self.params.embed.storage
+        do = partial(embeddings.put_vectors, vectors=drawn, text_keys=keys, storage=storage)
+        put = do(store, embed.keys_of(fingerprint({}), corpus)[0], facts={})
+        manifest = Manifest(kind="embeddings", recipe={}, parent=None, objects=(put,))
+        vectors = embeddings.Embeddings(store, manifest, corpus)
+        share = min(0.5, self.judged / corpus.rows)
+        split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
+        return Caches(corpus, vectors, None, split, store)
+
+    def mine(self, vectors: NDArray[Any], caches: Caches) -> Caches:
+        """Plan mining, by that of the sample and the teacher's (m, dim) vectors; adds what was mined."""
+        params, rows, out = self.params.mine, self.train, caches.store.root / "mined"
+        corpus, known, split = caches.corpus, caches.embeddings, caches.split
+        sample = max(1, len(split.train_rows(corpus)))
+        index = mine.resolve(params, rows=rows, dim=known.dim, device=self.device)
+        # Random vectors are not alike: what the filters would say of them is for nobody to mend.
+        accepted = {"range_min": 0, "min_score": None, "max_score": 1.0, "min_recall": 0.0}
+        here = params.model_copy(update=accepted | {"index": index["name"] if index else "flat"})
+        some = vectors if len(vectors) > MOST_ROWS else known.shard(0)
+        size = known.shard(0).itemsize
+        search = mine.exact_seconds(params, some, itemsize=size, device=self.device)
+        do = partial(mine.run, here, corpus=corpus, embeddings=known, split=split)
+        do = partial(do, store=caches.store, out=out, facts=out.with_name("facts"))
+        took = seconds_of(partial(do, device=self.device))
+        if index is None:
+            took = max(0.0, took - search(sample)) * rows / sample + search(rows)
+        else:
+            took *= rows * math.log(rows) / (sample * math.log(sample))
+        size = self.corpus.rows * negatives.row_bytes(params.neighbours)
+        size += len(self.corpus.objects) * OBJECT_BYTES
+        self.extrapolated["mine"] = {"seconds": took, "bytes": size}
+        found, parent = Manifest.load(out, "negatives"), mine.parent_of(known, split)
+        lists = negatives.Negatives(caches.store, found, corpus, mined_from=parent)
+        return replace(caches, negatives=lists)
+
+    def distill(self, caches: Caches) -> None:
+        """Plan each student whose start is made, by some of its steps and an evaluation."""
+        from stages.distill import prepare
+        from stages.learning.loop import measure
+        from stages.learning.token_rows import token_rows
+        from stages.models.devices import pick_precision
+        from stages.models.loading import load_model
+
+        device, texts, corpus = self.device, self.texts, caches.corpus
+        how: dict[str, Any] = {
+            "device": device,
+            "trust_remote_code": self.params.embed.trust_remote_code,
+        }
+        for name, student in self.params.students.items():
+            try:
+                start = self.here.model_folder(student.start)
+            except MissingError:
+                self.not_planned[f"distill {name}"] = f"run `teachonce start {student.start}` first"
+                continue
+            recipe = self.params.recipes[student.recipe]
+            precision, most = pick_precision(recipe.precision, device), recipe.max_tokens
+            recipe = recipe.model_copy(update={"precision": precision})
+            ids = partial(token_rows, load_model(start, **how).tokenizer, start, corpus=corpus)
+            # Next to nothing if another student has made them.
+            token_seconds = seconds_of(partial(ids, store=caches.store, max_tokens=most))
+            task = prepare(recipe, start=start, caches=caches, **how)
+            steps, a_step, a_score = measure(task, task.setup(), recipe, self.seconds / 2)
+            a_text, batch = characters(texts, most) / len(texts), len(task.setup().batches(0)[0])
+            at = {"steps": steps, "steps_per_hour": 3600 / a_step, "token_seconds": token_seconds}
+            at["learned_per_second"] = batch * a_text / a_step  # characters
+            at["judged_per_second"] = len(task.heldout) * a_text / a_score
+            took = seconds_to_learn(recipe, at, self.train, a_text, self.judged * a_text)
+            took["seconds"] += token_seconds * self.corpus.rows / len(texts)
+            self.measured[f"distill {name}"], self.extrapolated[f"distill {name}"] = at, took
+
+    def finetune(self) -> None:
+        """Plan each finetuning: as fast as its student learns, by the characters that it reads."""
+        from stages.learning.judges import Labels
+
+        params, most = self.params.finetune, self.params.finetune.max_tokens
+        names = [name for name in params.students if f"distill {name}" in self.measured]
+        if not params.students:
+            return
+        labels = Labels.read(params, self.here.at.root, ())
+        for name in names:
+            at, rows = self.measured[f"distill {name}"], len(labels.learned)
+            a_row = characters((t for row in labels.learned for t in row.texts), most) / rows
+            if params.distill_weight:
+                a_text = characters(self.texts, most) / len(self.texts)
+                a_row += a_text * params.distill_rows / min(params.batch_size, rows)
+            judged = characters(labels.judge.texts, most)
+            took = seconds_to_learn(params, at, rows, a_row, judged)
+            self.extrapolated[f"finetune {name}"] = took
+
+    def evaluate(self) -> None:
+        """Plan the evaluation of each model; students are as fast as their start."""
+        from stages.models.speed import CPU_PIECES, CPU_ROUNDS, Reference, rate_of
+
+        params, root = self.params, self.here.at.root
+        models = {TEACHER: [TEACHER]} if TEACHER in self.measured else {}
+        if not models:
+            self.not_planned["evaluate teacher"] = "not measured, since there is nothing to embed"
+        for name, student in params.students.items():
+            if f"distill {name}" in self.measured:
+                finetuned = [f"{name}{FINETUNED}"] if name in params.finetune.students else []
+                models.setdefault(student.start, [student.start]).extend([name, *finetuned])
+        pool = list(self.here.evaluation_texts())
+        for name, setting in params.evaluate.retrieval.items():
+            pool += read_beir(beir_folder(setting, root, name), name).documents
+        pool += self.texts[: self.judged]
+        pool += (CPU_ROUNDS + 1) * self.texts[: params.evaluate.speed_texts]
+        some = [pool[place] for place in self.draw(len(pool))[:SAMPLE]]
+        # The speed is compared with a fixed workload.
+        turns = (1 + CPU_PIECES * CPU_ROUNDS) * min(map(seconds_of, 3 * [Reference(self.device)]))
+        for name, alike in models.items():
+            load = partial(self.here.encoder, name, for_sets=True)
+            at, _ = rate_of(load, some, evaluate.TEXTS_AT_ONCE, self.seconds / 2)
+            self.measured[f"evaluate {name}"] = at
+            took = turns + 2 * at["load_seconds"] + len(pool) / at["texts_per_second"]
+            self.extrapolated |= {f"evaluate {model}": {"seconds": took} for model in alike}
 
 
-def _labelled(here: Workspace) -> Labelled:
-    """The labelled rows, without those of evaluation sets left out: they are few.
-
-    Raises:
-        TeachonceError: the same.
-    """
-    from stages.learning.judges import Labels
-    from stages.plan import Labelled, Load
-
-    params = here.params.finetune
-    labels = Labels.read(params, here.at.root, ())
-    learned = (text for row in labels.learned for text in row.texts)
-    return Labelled(
-        len(labels.learned),
-        Load.of(learned, params.max_tokens),
-        Load.of(labels.judge.texts, params.max_tokens),
-    )
+def seconds_to_learn(
+    params: TrainingParams, at: dict[str, Any], rows: int, a_row: float, judged: float
+) -> dict[str, float]:
+    """Steps and seconds of a training: `a_row` characters are read of a row, `judged` to score once."""
+    batch = min(params.batch_size, rows)
+    steps = params.epochs * (rows // batch)
+    read, scores = steps * batch * a_row, 1 + math.ceil(steps / params.evaluate_every)
+    seconds = read / at["learned_per_second"] + scores * judged / at["judged_per_second"]
+    return {"steps": steps, "seconds": seconds}
 
 
-def _folder(here: Workspace, start: str) -> Path | None:
-    try:
-        return here.model_folder(start)
-    except MissingError:
-        return None
+def characters(texts: Iterable[str], max_tokens: int) -> int:
+    """Of all texts together, as far as they are read."""
+    return sum(min(len(text), CHARACTERS * max_tokens) for text in texts)
 
 
 def lines(facts: Facts) -> Iterator[str]:
     """A line for each number: what, how much, how it is known."""
-    for what, value, known in _rows(facts):
-        yield f"{what:<28}{value:>18}  {known}".rstrip()
-
-
-def _rows(facts: Facts) -> Iterator[tuple[str, str, str]]:
-    counted, measured, said = (facts[kind] for kind in (COUNTED, "measured", EXTRAPOLATED))
-    yield "texts", f"{counted['texts']:,}", f"{COUNTED}, in {counted['shards']:,} shards"
-    yield (
-        "to embed",
-        f"{counted['texts_to_embed']:,}",
-        f"{COUNTED}, in {counted['shards_to_embed']:,} shards",
-    )
+    counted, shards = facts["counted"], "counted, in {:,} shards"
+    rows = [
+        ("texts", f"{counted['texts']:,}", shards.format(counted["shards"])),
+        ("to embed", f"{counted['texts_to_embed']:,}", shards.format(counted["shards_to_embed"])),
+    ]
     if counted["texts_to_reuse"]:
-        yield "to copy from older shards", f"{counted['texts_to_reuse']:,}", COUNTED
-    if "teacher" in measured:
-        at = measured["teacher"]
-        sampled = f"measured, {at['texts']:,} texts"
-        yield "tokens of a text", f"{at['tokens_per_text']:.1f}", sampled
-        yield f"longer than {at['max_tokens']:,} tokens", f"{100 * at['truncated']:.1f} %", sampled
-        clocked = f"measured, {at['encoded']:,} texts in {at['seconds']:.1f} s"
-        yield "teacher, tokens/s", f"{at['tokens_per_second']:,.0f}", f"{clocked} on {at['device']}"
-        yield "teacher, texts/s", f"{at['texts_per_second']:,.1f}", clocked
-        yield "teacher, to load", f"{at['load_seconds']:.1f} s", "measured"
-    yield "embed", clock(said["embed"]["seconds"]), f"{EXTRAPOLATED}, loading included"
-    yield "  vectors", _size(said["embed"]["bytes"]), EXTRAPOLATED
-    yield "mine", clock(said["mine"]["seconds"]), EXTRAPOLATED
-    yield "  negatives", _size(said["mine"]["bytes"]), EXTRAPOLATED
-    for name, pace in measured["students"].items():
-        student = said["students"][name]
-        yield (
-            f"distill {name}, steps/hour",
-            f"{pace['steps_per_hour']:,.0f}",
-            f"measured, {pace['steps']:,} steps",
-        )
-        yield (
-            f"distill {name}",
-            clock(student["seconds"]),
-            f"{EXTRAPOLATED}, {student['steps']:,} steps if it is not stopped early",
-        )
-    for name, found in said["finetune"].items():
-        steps = f"{found['steps']:,} steps if it is not stopped early"
-        yield f"finetune {name}", clock(found["seconds"]), f"{EXTRAPOLATED}, {steps}"
-    if said["evaluate"]:
-        models = said["evaluate"].values()
-        seconds = sum(found["seconds"] for found in models)
-        without = (
-            "" if TEACHER in said["evaluate"] else " without the teacher, which was not measured"
-        )
-        yield "evaluate", clock(seconds), f"{EXTRAPOLATED}, {len(models)} models{without}"
-    for stage, why in facts["not_planned"].items():
-        yield stage, "?", why
-    for name, start in facts["starts_missing"].items():
-        yield f"distill {name}", "?", f"run `teachonce start {start}` first"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+        rows.append(("to copy from older shards", f"{counted['texts_to_reuse']:,}", "counted"))
+    if at := facts["measured"].get(TEACHER):
+        known = f"measured, {at['texts']:,} texts in {at['seconds']:.1f} s on {at['device']}"
+        rows += [
+            ("tokens of a text", f"{at['tokens_per_text']:.1f}", known),
+            (f"longer than {at['max_tokens']:,} tokens", f"{100 * at['truncated']:.1f} %", known),
+            ("teacher, tokens/s", f"{at['tokens_per_second']:,.0f}", known),
+            ("teacher, texts/s", f"{at['texts_per_second']:,.1f}", known),
+            ("teacher, to load", f"{at['load_seconds']:.1f} s", "measured"),
+        ]
+    for what, took in facts["extrapolated"].items():
+        size = f", {took['bytes'] / 1e6:,.1f} MB on disk" if "bytes" in took else ""
+        steps = f", {took['steps']:,} steps if it is not stopped early" if "steps" in took else ""
+        rows.append((what, clock(took["seconds"]), f"extrapolated{size}{steps}"))
+    rows += [(what, "?", why) for what, why in facts["not_planned"].items()]
+    return (f"{what:<28}{value:>18}  {known}" for what, value, known in rows)

@@ -434,7 +434,7 @@ def join_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> Joi
     """Measure the parts of a self-join on a sample.
 
     Args:
-        sample: (m, dim) some of the vectors, m >= `sample_rows_for(k, device)`.
+        sample: (m, dim) some of the vectors, m >= k; best the rows of a tile.
         k: Length of a list.
         device: The device of the self-join.
     """
@@ -446,11 +446,6 @@ def join_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> Joi
     two_blocks = sample[: tile_on(device)]
     tile, first_lists = seconds_of_tiles(two_blocks, k, product, device)
     return JoinCost(product, tile, first_lists, block=len(two_blocks) / 2)
-
-
-def sample_rows_for(k: int, device: torch.device) -> int:
-    """Returns the sample size that is enough to measure a tile."""
-    return max(tile_on(device) // 4, k)
 
 
 def flat_cost(sample: NDArray[np.floating], k: int, device: torch.device) -> FlatCost:

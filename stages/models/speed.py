@@ -12,12 +12,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from stages.models.devices import device_name
+from stages.outcome import seconds_of
 
 CPU_PIECES, CPU_ROUNDS = 16, 3
 """A piece of 256 short texts takes a 12-layer model of 384 dimensions a tenth of a second."""
@@ -30,6 +34,10 @@ MOST_SECONDS = 20.0
 
 TOKENS, WIDTH, HEADS, LENGTH, LAYERS = 256, 384, 12, 16, 4
 """Of the reference. Changed, it makes all `texts_per_reference` measured before incomparable."""
+
+
+CALLS = 8
+"""A longest call takes about so much of the time that is given for a rate."""
 
 
 @dataclass(frozen=True)
@@ -191,3 +199,38 @@ def _wall(device: torch.device) -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter()
+
+
+def rate_of(
+    load: Callable[[], Any], texts: Sequence[str], most: int, seconds: float
+) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """How fast a model reads texts like a sample, as the wall clock sees it, and the vectors that it makes.
+
+    Texts of a call are sorted by length and cut into batches, so small calls are slower: they grow to
+    `most` texts, or to what time allows. What is read until then is the warm-up.
+
+    Args:
+        load: Returns an `Encoder`.
+        texts: The sample, one text or more, in random order.
+        most: Texts of a call.
+        seconds: To read; the last call may go beyond.
+
+    Returns:
+        Its limit, seconds to load it, texts and tokens per second, tokens of a text, share cut; (n, dim).
+    """
+    started = time.perf_counter()
+    model = load()
+    load_seconds, most = time.perf_counter() - started, min(most, len(texts))
+    size = min(4, most)  # a model may need seconds for each
+    while seconds_of(partial(model.encode_counted, texts[:size])) < seconds / CALLS and size < most:
+        size = min(2 * size, most)
+    calls, read, started = [], 0, time.perf_counter()
+    while read < len(texts) and time.perf_counter() - started < seconds:
+        calls.append(model.encode_counted(texts[read : read + size]))
+        read = min(read + size, len(texts))
+    taken, tokens = time.perf_counter() - started, sum(call.tokens for call in calls)
+    at = {"device": model.device, "max_tokens": model.max_tokens, "load_seconds": load_seconds}
+    at |= {"texts": read, "seconds": taken, "texts_per_second": read / taken}
+    at |= {"tokens_per_second": tokens / taken, "tokens_per_text": tokens / read}
+    at |= {"truncated": sum(call.truncated for call in calls) / read}
+    return at, np.concatenate([call.vectors for call in calls])

@@ -8,6 +8,7 @@ last bits from one that the teacher encoded in one go: it is *another copy*.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from stages.outcome import log
 from storage.column import MAPS, KeyIndex, text_keys_of
+from storage.corpus import Corpus
 from storage.embeddings import ReusedRows, check_received
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.store import Store
@@ -130,3 +132,22 @@ def _open_checked(store: Store, key: str, storage: str) -> pa.RecordBatch:
         path = store.path(key)
         raise DamagedError(path, str(error), f"ask who made it, or rm -f '{path}'") from error
     return batch
+
+
+def unknown_rows(
+    corpus: Corpus, shards: Sequence[int], store: Store, older: Sequence[str]
+) -> NDArray[np.int64]:
+    """(n,) ids of the rows of `shards` whose texts stand in none of the `older` vectors, ascending.
+
+    As `ReusableVectors` will find, but of older shards text keys alone are read: one that is damaged counts here.
+    """
+    if not shards:
+        return np.empty(0, np.int64)
+    rows = np.concatenate([np.arange(*corpus.starts[shard : shard + 2]) for shard in shards])
+    unknown = np.ones(len(rows), bool)
+    index = KeyIndex(corpus.text_keys_in(shards))
+    for key in older:
+        with suppress(TeachonceError):
+            places = index.places(text_keys_of(store.glance(key)))
+            unknown[places[places >= 0]] = False
+    return rows[unknown]

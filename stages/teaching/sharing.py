@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -185,3 +186,26 @@ def push_probe_record(entry: Object, store: Store, remote: Remote) -> None:
         remote.push(entry, store)
     except (AnotherCopyError, DamagedError) as error:
         log.info("%s: not sent: %s", entry.key, error.problem)
+
+
+def lacking_shards(keys: Sequence[str], store: Store, remote: Remote | None) -> list[int]:
+    """Which of the shards whose vectors have these keys neither a store nor a remote has; none is opened.
+
+    Raises:
+        RemoteError: the remote cannot be asked.
+    """
+    here = {
+        key for folder in {key.rpartition("/")[0] for key in keys} for key in store.keys(folder)
+    }
+    lacking = [shard for shard, key in enumerate(keys) if key not in here]
+    if remote is None:
+        return lacking
+
+    def is_there(shard: int) -> bool:
+        with suppress(DamagedError):  # it is made here, as if nothing were there
+            return remote.find(keys[shard]) is not None
+        return False
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        there = list(pool.map(is_there, lacking))
+    return [shard for shard, found in zip(lacking, there, strict=True) if not found]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,16 +13,21 @@ import pytest
 import torch
 import yaml
 
-from pipeline.commands.plan import lines
-from stages import embed, plan, start
+from pipeline.commands import plan
+from pipeline.workspace import Workspace
+from stages import embed, start
+from stages.learning.loop import MOST_STEPS
 from stages.models.encoder import Encoder
-from stages.params import Params, StartParams
+from stages.models.speed import rate_of
+from stages.params import StartParams
 from storage import negatives
 from storage.corpus import text_key
 from storage.embeddings import row_bytes
 from storage.errors import MissingError
 from storage.manifest import fingerprint
 from storage.remote import Remote
+from storage.split import Split
+from storage.store import Store
 from tests.conftest import HashTeacher, Made, embed_params, sentences
 
 ROOT = Path(__file__).parents[2]
@@ -33,50 +39,55 @@ TEACHER = fingerprint(embed.recipe(embed_params(), FILES))
 class SlowTeacher(HashTeacher):
     """A teacher that needs a known time for each token, and tells how large its calls were."""
 
-    device, max_tokens, in_windows = "a desk", 8, False
+    device, max_tokens = "a desk", 8
 
     def __init__(self, *, token_seconds, dim=16):
         super().__init__(dim)
         self.token_seconds, self.calls, self.slept = token_seconds, [], []
 
-    def lengths(self, texts):
-        return np.array([len(text.split()) for text in texts])
-
     def encode_counted(self, texts):
         self.calls.append(len(texts))
-        tokens = int(np.minimum(self.lengths(texts), self.max_tokens).sum())
+        words = np.array([len(text.split()) for text in texts])
+        tokens = int(np.minimum(words, self.max_tokens).sum())
         self.slept.append(tokens * self.token_seconds)
         time.sleep(self.slept[-1])
-        return Made(self(texts).vectors, tokens=tokens, truncated=0)
+        longer = int((words > self.max_tokens).sum())
+        return Made(self(texts).vectors, tokens=tokens, truncated=longer)
 
 
-def settings(**sections):
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    content["embed"] = embed_params().model_dump()
-    content["device"] = "cpu"
-    for section, changes in sections.items():
-        content[section] |= changes
-    del content["x-recipe"]  # there for its anchor
-    return Params.model_validate(content)
+class Tree(Workspace):
+    """A work tree around a corpus, whose teacher is at hand, or is not on this machine."""
+
+    def __init__(self, place, corpus, teacher=None, *, remote=None, half=None, **sections):
+        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        content |= {"store": "store", "device": "cpu"}
+        content["embed"] = embed_params().model_dump()
+        content["starts"]["other"] = {"from": "teacher", "layers": [0]}
+        content["students"]["ckd"]["start"] = "other"
+        content["evaluate"]["retrieval"] = {}
+        for section, changes in sections.items():
+            content[section] |= changes
+        (place.root / "params.yaml").write_text(yaml.safe_dump(content))
+        super().__init__(place.root)
+        self.given, self.fake, self.shared = corpus, teacher, remote
+        if half is not None:
+            shutil.copytree(half, self.at.start("half"), dirs_exist_ok=True)
+
+    def corpus(self):
+        return self.given
+
+    def remote(self):
+        return self.shared
+
+    def teacher(self):
+        return FILES, None if self.fake is None else self.load_teacher
+
+    def encoder(self, name, *, for_sets=False):
+        return self.fake if name == "teacher" else super().encoder(name, for_sets=for_sets)
 
 
-def planned(
-    place, corpus, teacher=None, *, params=None, remote=None, starts=None, seconds=0.2, **texts
-):
-    outcome = plan.run(
-        params or settings(),
-        files=FILES,
-        corpus=corpus,
-        store=place.store,
-        remote=remote,
-        load_teacher=None if teacher is None else lambda: teacher,
-        starts=starts or {},
-        labelled=texts.get("labelled"),
-        evaluation=texts.get("evaluation"),
-        seconds=seconds,
-        seed=0,
-    )
-    return outcome.facts | {"not_planned": {}}
+def planned(place, corpus, teacher=None, *, seconds=0.2, **settings):
+    return plan.run(Tree(place, corpus, teacher, **settings), seconds=seconds, seed=0).facts
 
 
 def snapshot(folder):
@@ -89,10 +100,12 @@ def snapshot(folder):
 
 def test_counts_are_exact_and_rates_are_the_teachers(place):
     texts = sentences(1000)
-    corpus, teacher = place.corpus(texts), SlowTeacher(token_seconds=1e-4)
-    before = snapshot(place.root)
-    facts = planned(place, corpus, teacher)
+    here = Tree(place, place.corpus(texts), SlowTeacher(token_seconds=1e-4))
+    corpus, before = here.corpus(), snapshot(place.root)
+    outcome = plan.run(here, seconds=20, seed=0)
     assert snapshot(place.root) == before
+    assert outcome.summary.endswith("nothing was written")
+    facts = outcome.facts
     assert facts["counted"] == {
         "texts": 1000,
         "shards": len(corpus.objects),
@@ -105,31 +118,28 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
     assert at["texts"] == 1000
     assert at["tokens_per_text"] == pytest.approx(sum(min(n, 8) for n in words) / 1000)
     assert at["truncated"] == sum(n > 8 for n in words) / 1000 > 0
-    assert said["tokens"] == sum(min(n, 8) for n in words)
     assert at["tokens_per_second"] <= 10_000  # nothing can be faster than its sleep
-    assert said["seconds"] == pytest.approx(
-        at["load_seconds"] + said["tokens"] / at["tokens_per_second"]
-    )
-    assert at["dim"] == 16
+    assert said["seconds"] == pytest.approx(at["load_seconds"] + 1000 / at["texts_per_second"])
+    assert at["texts_per_second"] == 1000 / at["seconds"]
     assert facts["extrapolated"]["mine"]["seconds"] > 0
 
 
-def test_calls_grow_to_a_shard_and_only_then_the_clock_runs(place):
+def test_calls_grow_to_a_shard_and_only_then_the_clock_runs():
     texts = sentences(300)
     teacher = SlowTeacher(token_seconds=0)
-    at, vectors = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=20)
+    at, vectors = rate_of(lambda: teacher, texts, 64, 20)
     assert teacher.calls == [4, 8, 16, 32, 64, 64, 64, 64, 64, 44]
-    assert at.encoded == len(vectors) == 300
+    assert at["texts"] == len(vectors) == 300
     assert np.array_equal(vectors, teacher(texts).vectors)
     # Time that is short makes calls smaller, and the last one may go beyond.
     teacher = SlowTeacher(token_seconds=1e-3)
-    at, _ = plan.teacher_rate(lambda: teacher, texts, most=64, seconds=0.4)
+    at, _ = rate_of(lambda: teacher, texts, 64, 0.4)
     assert set(teacher.calls[:2]) <= {4, 8}
     assert max(teacher.calls) <= 16
-    assert at.encoded < 300
+    assert at["texts"] < 300
     # The call that passed the time was the last one.
-    measured = teacher.slept[-(at.encoded // teacher.calls[-1]) :]
-    assert sum(measured[:-1]) < 0.4 <= at.seconds
+    measured = teacher.slept[-(at["texts"] // teacher.calls[-1]) :]
+    assert sum(measured[:-1]) < 0.4 <= at["seconds"]
 
 
 def test_what_the_store_or_the_remote_has_is_not_to_embed(place, tmp_path):
@@ -144,8 +154,8 @@ def test_what_the_store_or_the_remote_has_is_not_to_embed(place, tmp_path):
     counted = planned(place, grown, teacher)["counted"]
     assert (counted["texts_to_embed"], counted["texts_to_reuse"]) == (200, 400 - shared)
     assert counted["shards_to_embed"] == len(grown.objects) - len(both)
-    without = settings(embed={"reuse": False})
-    counted = planned(place, grown, teacher, params=without)["counted"]
+    without = {"embed": embed_params(reuse=False).model_dump()}
+    counted = planned(place, grown, teacher, **without)["counted"]
     assert (counted["texts_to_embed"], counted["texts_to_reuse"]) == (600 - shared, 0)
     # Another store that shares a remote with this one.
     (tmp_path / "remote").mkdir()
@@ -156,6 +166,16 @@ def test_what_the_store_or_the_remote_has_is_not_to_embed(place, tmp_path):
     counted = planned(place, grown, teacher, remote=remote)["counted"]
     assert (counted["texts_to_embed"], counted["texts_to_reuse"]) == (600 - shared, 0)
     assert not any(place.store.path(entry.key).exists() for entry in place.embeddings.objects)
+    # What embed does not take is not there: a shard of the remote that is cut off.
+    damaged = next(
+        entry
+        for entry in place.embeddings.objects
+        if entry.key.split("/")[-1] in {one.key.split("/")[-1] for one in grown.objects}
+    )
+    (tmp_path / "remote" / damaged.key).chmod(0o644)
+    (tmp_path / "remote" / damaged.key).write_bytes(b"ARROW1 but no more")
+    counted = planned(place, grown, teacher, remote=remote)["counted"]
+    assert counted["texts_to_embed"] == 600 - shared + damaged.rows
 
 
 def test_where_all_is_embedded_no_teacher_is_loaded(place):
@@ -165,16 +185,20 @@ def test_where_all_is_embedded_no_teacher_is_loaded(place):
     place.embed(corpus, HashTeacher(dim=24), files=FILES)
     facts = planned(place, corpus)
     assert facts["counted"]["texts_to_embed"] == 0
-    assert facts["extrapolated"]["embed"] == {"tokens": 0, "seconds": 0.0, "bytes": 0}
-    assert "teacher" not in facts["measured"]
+    assert facts["extrapolated"]["embed"] == {"seconds": 0.0, "bytes": 0}
+    assert not {"teacher", "evaluate teacher"} & set(facts["measured"] | facts["extrapolated"])
+    assert facts["not_planned"]["evaluate teacher"].startswith(
+        "not measured, since there is nothing"
+    )
 
 
 @pytest.mark.parametrize("storage", ["float16", "float32", "int8"])
 def test_bytes_are_those_of_the_files(place, storage):
     corpus = place.corpus(sentences(500), rows_per_shard=128)
-    params = settings(embed={"storage": storage})
-    said = planned(place, corpus, SlowTeacher(token_seconds=0, dim=48), params=params)
-    place.embed(corpus, HashTeacher(48), files=FILES, params=params.embed)
+    params = embed_params(storage=storage)
+    teacher = SlowTeacher(token_seconds=0, dim=48)
+    said = planned(place, corpus, teacher, embed=params.model_dump())
+    place.embed(corpus, HashTeacher(48), files=FILES, params=params)
     off = said["extrapolated"]["embed"]["bytes"] - place.embeddings.size
     assert abs(off) < 500 * len(corpus.objects)
     assert row_bytes(48, storage) == {"float16": 112, "float32": 208, "int8": 68}[storage]
@@ -190,17 +214,19 @@ def test_bytes_are_those_of_the_files(place, storage):
     assert entry.bytes == pytest.approx(2000 * negatives.row_bytes(16), rel=0.01)
 
 
-def test_a_sample_is_drawn_from_all_rows_without_repeats():
-    rows = np.arange(10_000, 20_000)
-    chosen = plan.draw(rows, 2000, seed=3, in_order=False)
-    assert len(set(chosen)) == 2000
-    assert set(chosen) <= set(rows)
-    assert abs(chosen.mean() - rows.mean()) < 300  # five standard errors
-    assert not (np.diff(chosen) > 0).all()
-    ordered = plan.draw(rows, 2000, seed=3, in_order=True)
-    assert list(ordered) == sorted(chosen)
-    assert list(plan.draw(rows, 2000, seed=4, in_order=True)) != list(ordered)
-    assert list(plan.draw(rows, 20_000, seed=0, in_order=True)) == list(rows)
+def test_a_sample_is_drawn_from_all_rows_without_repeats(place, monkeypatch):
+    texts = sentences(1000)
+    here = Tree(place, place.corpus(texts))
+
+    def drawn(seed):
+        return [texts.index(text) for text in plan.Plan(here, here.corpus(), 1, seed).texts]
+
+    assert sorted(drawn(3)) == list(range(1000))
+    monkeypatch.setattr(plan, "SAMPLE", 200)
+    rows = drawn(3)
+    assert len(set(rows)) == 200
+    assert abs(np.mean(rows) - 499.5) < 100  # five standard errors
+    assert drawn(3) == rows != drawn(4)
 
 
 @pytest.fixture(scope="module")
@@ -213,119 +239,131 @@ def half(tiny_model, tmp_path_factory):
 
 def test_students_take_real_steps_before_there_is_a_vector(place, half):
     corpus = place.corpus(sentences(600))
+    here = Tree(place, corpus, SlowTeacher(token_seconds=0), half=half, mine={"neighbours": 8})
     before = snapshot(place.root)
-    params = settings(mine={"neighbours": 8})
-    facts = planned(
-        place,
-        corpus,
-        SlowTeacher(token_seconds=0),
-        params=params,
-        starts={"kd": half, "ckd": None},
-    )
+    facts = plan.run(here, seconds=0.2, seed=0).facts
     assert snapshot(place.root) == before
-    assert list(facts["measured"]["students"]) == ["kd"]
-    assert facts["starts_missing"] == {"ckd": "half"}
-    pace, said = facts["measured"]["students"]["kd"], facts["extrapolated"]["students"]["kd"]
-    assert said["steps"] == round(600 * 0.97) // 128
-    assert pace["steps_per_hour"] == 3600 / pace["step_seconds"]
+    at, said = facts["measured"]["distill kd"], facts["extrapolated"]["distill kd"]
+    assert "distill ckd" not in facts["measured"] | facts["extrapolated"]
+    assert facts["not_planned"]["distill ckd"] == "run `teachonce start other` first"
+    heldout = len(heldout_of(here))
+    train = 600 - heldout
+    assert said["steps"] == train // 128 == 4
     # 4 steps, evaluations before the first and after the last, the ids of all 600 texts.
+    a_text = sum(map(len, sentences(600))) / 600
     assert said["seconds"] == pytest.approx(
-        pace["token_seconds"] + 4 * pace["step_seconds"] + 2 * pace["evaluation_seconds"]
+        at["token_seconds"]
+        + 4 * 3600 / at["steps_per_hour"]
+        + 2 * heldout * a_text / at["judged_per_second"]
     )
-    assert 0 < pace["steps"] <= plan.MOST_STEPS
-    shown = "\n".join(lines(facts))
+    assert 0 < at["steps"] <= MOST_STEPS
+    shown = "\n".join(plan.lines(facts))
     assert (
-        "distill ckd                                  ?  run `teachonce start half` first" in shown
+        "distill ckd                                  ?  run `teachonce start other` first" in shown
     )
+    assert "extrapolated, 4 steps if it is not stopped early" in shown
 
 
 def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half):
     texts = sentences(600)
-    params = settings(
-        mine={"neighbours": 8},
-        finetune={"students": ["kd"], "distill_rows": 64, "epochs": 2, "evaluate_every": 3},
-    )
-    usual = plan.Load.of(texts, 64)
-    assert usual == plan.Load(600, sum(map(len, texts)))
-    assert plan.Load.of(["a" * 100, "b"], 8) == plan.Load(2, 33)
-    # 1,000 rows of two texts, as long as those of the corpus; 50 are judged; 300 are evaluated.
-    size = usual.characters / 600
-    labelled = plan.Labelled(
-        1000, plan.Load(2000, round(2000 * size)), plan.Load(50, round(50 * size))
-    )
-    facts = planned(
+    pairs, pool = sentences(1200, seed=5), sentences(300, seed=6)
+    rows = [{"anchor": a, "positive": b} for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    (place.root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = [f"{i}\t{pool[i]}\t{pool[150 + i]}\n" for i in range(150)]
+    (place.root / "dev.tsv").write_text("".join(scored))
+    tune = {"students": ["kd"], "distill_rows": 64, "epochs": 2, "evaluate_every": 3}
+    tune |= {"triplets": ["pairs.jsonl"], "dev": "dev.tsv", "max_tokens": 8}
+    here = Tree(
         place,
         place.corpus(texts),
         SlowTeacher(token_seconds=1e-4),
-        params=params,
-        starts={"kd": half, "ckd": None},
-        labelled=labelled,
-        evaluation=plan.Load(300, round(300 * size)),
+        half=half,
+        mine={"neighbours": 8},
+        finetune=tune,
+        evaluate={"sts": {"some": "dev.tsv"}},
     )
-    said, pace = facts["extrapolated"], facts["measured"]["students"]["kd"]
-    assert list(said["finetune"]) == ["kd"] and pace["evaluated"] > 10
-    a_text = pace["evaluation_seconds"] / pace["evaluated"]
-    # 2 epochs of 7 steps, each of 256 labelled texts and 64 cached ones where distill reads 128.
-    steps, evaluations = 14, 1 + 5
-    found = said["finetune"]["kd"]
-    assert found["steps"] == steps
+    facts = plan.run(here, seconds=0.2, seed=0).facts
+    said, at = facts["extrapolated"], facts["measured"]["distill kd"]
+    # 2 epochs of 4 steps of 128 pairs beside 64 cached texts, none read beyond 8 tokens; 300 texts judge.
+    a_pair = sum(min(len(text), 32) for text in pairs) / 600
+    a_text = sum(min(len(text), 32) for text in texts) / 600
+    judged = sum(min(len(text), 32) for text in pool)
+    found = said["finetune kd"]
+    assert found["steps"] == 8
     assert found["seconds"] == pytest.approx(
-        steps * pace["step_seconds"] * 320 / 128 + evaluations * 50 * a_text, rel=1e-3
+        8 * (128 * a_pair + 64 * a_text) / at["learned_per_second"]
+        + (1 + 3) * judged / at["judged_per_second"]
     )
-    assert list(said["evaluate"]) == ["teacher", "half", "kd", "kd-finetuned"]
-    for model, seconds in (
-        ("kd", a_text),
-        ("teacher", 1 / facts["measured"]["teacher"]["texts_per_second"]),
-    ):
-        speed = min(20, 8 * params.evaluate.speed_texts * seconds)
-        wanted = (300 + 18) * seconds + speed
-        assert said["evaluate"][model]["seconds"] == pytest.approx(wanted, rel=1e-3)
-    shown = "\n".join(lines(facts))
-    assert "finetune kd " in shown and "14 steps if it is not stopped early" in shown
-    assert "extrapolated, 4 models\n" in shown + "\n"
-    del said["evaluate"]["teacher"]  # as where all is embedded
-    shown = "\n".join(lines(facts))
-    assert "extrapolated, 3 models without the teacher, which was not measured" in shown
+    models = ["teacher", "half", "kd", "kd-finetuned"]
+    assert [what for what in said if what.startswith("evaluate")] == [
+        f"evaluate {m}" for m in models
+    ]
+    assert not any(what.startswith("finetune") for what in facts["not_planned"])
+    turns = []  # of the fixed workload, 49 times: as long for every model
+    for model in models:
+        rate = facts["measured"]["evaluate teacher" if model == "teacher" else "evaluate half"]
+        read = 300 + len(heldout_of(here)) + 4 * 256
+        wanted = 2 * rate["load_seconds"] + read / rate["texts_per_second"]
+        turns.append(said[f"evaluate {model}"]["seconds"] - wanted)
+    assert 0 < turns[0] == pytest.approx(turns[1]) == pytest.approx(turns[2])
+    assert facts["measured"]["evaluate teacher"]["tokens_per_second"] <= 10_000
+    shown = "\n".join(plan.lines(facts))
+    assert "finetune kd " in shown and "8 steps if it is not stopped early" in shown
+    (place.root / "dev.tsv").write_text("no score\n")
+    missing = plan.run(here, seconds=0.2, seed=0).facts["not_planned"]
+    assert missing["finetune"].endswith(
+        "dev.tsv:1: 1 of 3 columns; " + missing["evaluate"].split("; ")[1]
+    )
 
 
-def test_a_student_of_neighbours_gets_neighbours_and_as_many_held_out(place, half):
-    texts = sentences(300)
-    params = settings(mine={"neighbours": 8})
-    caches = plan.sampled_caches(
-        params, texts, rows=3000, dim=32, store=place.store, recipe=params.recipes["ckd"]
-    )
-    assert caches.negatives.rows_of(np.arange(300))[0].shape == (300, 8)
-    assert caches.corpus.texts(0) == texts
+def heldout_of(here):
+    corpus = here.corpus()
+    split = Split(corpus=corpus.manifest.content, heldout=0.03, evaluation=())
+    return split.heldout_rows(corpus)
+
+
+def test_the_sample_has_neighbours_and_as_many_held_out_as_judge(place, tmp_path):
+    texts = sentences(3000)
+    here = Tree(place, place.corpus(texts), mine={"neighbours": 8}, split={"heldout": 0.03})
+    made = plan.Plan(here, here.corpus(), 1, 0)
+    assert made.judged == len(heldout_of(here))
+    made.texts = made.texts[:300]
+    caches = made.sampled(32, Store(tmp_path / "scratch"))
+    assert caches.corpus.texts(0) == made.texts
     assert np.allclose(np.linalg.norm(caches.embeddings.shard(0), axis=1), 1)
-    # 3 % of 3,000 rows are 90 of these 300: chance decides which.
-    assert abs(len(caches.split.heldout_rows(caches.corpus)) - 90) < 40
-    kd = params.recipes["kd"]
-    caches = plan.sampled_caches(params, texts, rows=3000, dim=32, store=place.store, recipe=kd)
-    assert caches.negatives is None
+    # As many of these 300 as of all 3,000: chance decides which.
+    assert abs(len(caches.split.heldout_rows(caches.corpus)) - made.judged) < 40
+    caches = made.mine(caches.embeddings.shard(0), caches)
+    ids, cosines = caches.negatives.rows_of(caches.split.train_rows(caches.corpus))
+    assert ids.shape == (len(ids), 8) and (ids >= 0).all()
+    assert (np.diff(cosines, axis=1) <= 0).all()
 
 
-def test_mining_is_planned_by_the_parts_of_its_way():
-    """What they add up to: test_self_join. How that agrees with the clock: benchmarks/plan.py."""
-    params, sample = settings().mine, np.ones((1, 64), np.float32)
-    none, few, many = (
-        plan.mining_seconds(params, rows=rows, sample=sample, itemsize=2, device=CPU)
-        for rows in (0, 1_000, 300_000)
-    )
-    assert none == 0
-    assert many > 10 * few > 0
+@pytest.mark.parametrize("index", ["flat", "hnsw"])
+def test_mining_grows_with_its_rows(place, tmp_path, index):
+    """How exact search grows: test_self_join. How it agrees with the clock: benchmarks/plan.py."""
+    here = Tree(place, place.corpus(sentences(600)), mine={"index": index})
+    made = plan.Plan(here, here.corpus(), 1, 0)
+    caches = made.sampled(64, Store(tmp_path / "scratch"))
+    vectors, seconds = caches.embeddings.shard(0), []
+    for made.train in (600, 300_000):
+        made.mine(vectors, made.sampled(64, Store(tmp_path / f"scratch-{made.train}")))
+        seconds.append(made.extrapolated["mine"]["seconds"])
+    assert seconds[1] > 100 * seconds[0] > 0
 
 
 def test_the_share_that_is_cut_is_embeds(place, tiny_model):
     """The same tokenizer, the same limit, the prompt in front: all of a small corpus is counted."""
     texts = sentences(300)
     corpus = place.corpus(texts)
-    params = settings(embed={"max_tokens": 9, "prompt": "amber basin "})
+    params = embed_params(max_tokens=9, prompt="amber basin ")
     encoder = Encoder(tiny_model, device=CPU, max_tokens=9, prompt="amber basin ")
-    at = planned(place, corpus, encoder, params=params)
-    facts = place.embed(corpus, encoder.encode_counted, files=FILES, params=params.embed).facts
-    assert 0.1 < at["measured"]["teacher"]["truncated"] < 1
-    assert at["measured"]["teacher"]["truncated"] == facts["truncated"] / facts["texts"]
-    assert at["extrapolated"]["embed"]["tokens"] == facts["tokens"]
+    facts = planned(place, corpus, encoder, seconds=20, embed=params.model_dump())
+    at = facts["measured"]["teacher"]
+    facts = place.embed(corpus, encoder.encode_counted, files=FILES, params=params).facts
+    assert 0.1 < at["truncated"] < 1
+    assert at["truncated"] == facts["truncated"] / facts["texts"]
+    assert at["tokens_per_text"] == facts["tokens"] / facts["texts"]
 
 
 def teachonce(folder, *words):
@@ -371,17 +409,15 @@ def test_the_command_says_how_each_number_is_known(tmp_path, tiny_model):
         "teacher, texts/s",
         "teacher, to load",
         "embed",
-        "vectors",
         "mine",
-        "negatives",
-        "evaluate",
-        "finetune",
+        "evaluate teacher",
         "distill ckd",
         "distill kd",
+        "finetune",
     ]
     known = [line[46:].split(",")[0].strip() for line in table]
-    *known, lacking, no_ckd, no_kd = known
-    assert known == [*2 * ["counted"], *5 * ["measured"], *5 * ["extrapolated"]]
+    *known, no_ckd, no_kd, lacking = known
+    assert known == [*2 * ["counted"], *5 * ["measured"], *3 * ["extrapolated"]]
     assert lacking.startswith("finetune.triplets")  # the docs were not written
     assert no_ckd == no_kd == "run `teachonce start half` first"
     assert last.endswith("nothing was written")
@@ -391,6 +427,5 @@ def test_the_command_says_how_each_number_is_known(tmp_path, tiny_model):
         "counted",
         "measured",
         "extrapolated",
-        "starts_missing",
         "not_planned",
     }

@@ -273,6 +273,25 @@ def test_a_few_rows_are_not_worth_measuring(world, monkeypatch):
         searcher.search(None, asked=300, device=CPU)
 
 
+def test_a_plan_expects_the_way_that_is_taken(monkeypatch):
+    """FAISS below `FEWEST_JOINED` rows and beyond the memory, the faster way else."""
+    sample = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float16)
+    flat = self_join.FlatCost(seconds=2.0, rows=1000)
+    join = self_join.JoinCost(torch.float32, tile=0.5, first_lists=0.0, block=1000)
+    monkeypatch.setattr(self_join, "flat_cost", lambda *_: flat)
+    monkeypatch.setattr(self_join, "join_cost", lambda *_: join)
+
+    def expected(rows, **changes):
+        seconds = mine.exact_seconds(params(**changes), sample, itemsize=2, device=CPU)
+        return seconds(rows)
+
+    assert expected(4_000) == pytest.approx(2.0 * 16)
+    assert expected(10_000) == pytest.approx(0.5 * 100 / 2)
+    assert expected(10_000, memory_mb=1) == pytest.approx(2.0 * 100)
+    flat = self_join.FlatCost(seconds=0.1, rows=1000)
+    assert expected(10_000) == pytest.approx(0.1 * 100)
+
+
 def test_exact_lists_keep_their_fingerprint():
     """Whatever finds them: lists that older versions mined stay where they are."""
     settings = params(neighbours=16, range_max=64, max_score=0.9)
