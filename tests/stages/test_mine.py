@@ -286,10 +286,11 @@ def test_a_plan_expects_the_way_that_is_taken(monkeypatch):
         return seconds(rows)
 
     assert expected(4_000) == pytest.approx(2.0 * 16)
-    assert expected(10_000) == pytest.approx(0.5 * 100 / 2)
-    assert expected(10_000, memory_mb=1) == pytest.approx(2.0 * 100)
+    assert expected(10_000) == pytest.approx(0.5 * 10**2 / 2)
+    assert expected(100_000, memory_mb=64) == pytest.approx(2.0 * 100**2)
+    assert expected(100_000, memory_mb=1024) == pytest.approx(0.5 * 100**2 / 2)
     flat = self_join.FlatCost(seconds=0.1, rows=1000)
-    assert expected(10_000) == pytest.approx(0.1 * 100)
+    assert expected(10_000) == pytest.approx(0.1 * 10**2)
 
 
 def test_exact_lists_keep_their_fingerprint():
