@@ -139,7 +139,7 @@ def unknown_rows(
 ) -> NDArray[np.int64]:
     """(n,) ids of the rows of `shards` whose texts stand in none of the `older` vectors, ascending.
 
-    As `ReusableVectors` will find, but of older shards text keys alone are read: one that is damaged counts here.
+    As `ReusableVectors` finds, but text keys alone are read: an older shard that is damaged counts here.
     """
     if not shards:
         return np.empty(0, np.int64)
