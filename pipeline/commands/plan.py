@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -183,10 +184,13 @@ class Plan:
             ids = partial(token_rows, load_model(start, **how).tokenizer, start, corpus=corpus)
             # Next to nothing if another student has made them.
             token_seconds = seconds_of(partial(ids, store=caches.store, max_tokens=most))
+            begun = time.perf_counter()
             task = prepare(recipe, start=start, caches=caches, **how)
+            load_seconds = time.perf_counter() - begun
             steps, a_step, a_score = measure(task, task.setup(), recipe, self.seconds / 2)
             a_text, batch = characters(texts, most) / len(texts), len(task.setup().batches(0)[0])
             at = {"steps": steps, "steps_per_hour": 3600 / a_step, "token_seconds": token_seconds}
+            at["load_seconds"] = load_seconds
             at["learned_per_second"] = batch * a_text / a_step  # characters
             at["judged_per_second"] = len(task.heldout) * a_text / a_score
             took = seconds_to_learn(recipe, at, self.train, a_text, self.judged * a_text)
@@ -248,7 +252,7 @@ def seconds_to_learn(
     steps = params.epochs * (rows // batch)
     read, scores = steps * batch * a_row, 1 + math.ceil(steps / params.evaluate_every)
     seconds = read / at["learned_per_second"] + scores * judged / at["judged_per_second"]
-    return {"steps": steps, "seconds": seconds}
+    return {"steps": steps, "seconds": at["load_seconds"] + seconds}
 
 
 def characters(texts: Iterable[str], max_tokens: int) -> int:

@@ -252,7 +252,8 @@ def test_students_take_real_steps_before_there_is_a_vector(place, half):
     # 4 steps, evaluations before the first and after the last, the ids of all 600 texts.
     a_text = sum(map(len, sentences(600))) / 600
     assert said["seconds"] == pytest.approx(
-        at["token_seconds"]
+        at["load_seconds"]
+        + at["token_seconds"]
         + 4 * 3600 / at["steps_per_hour"]
         + 2 * heldout * a_text / at["judged_per_second"]
     )
@@ -291,7 +292,8 @@ def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half)
     found = said["finetune kd"]
     assert found["steps"] == 8
     assert found["seconds"] == pytest.approx(
-        8 * (128 * a_pair + 64 * a_text) / at["learned_per_second"]
+        at["load_seconds"]
+        + 8 * (128 * a_pair + 64 * a_text) / at["learned_per_second"]
         + (1 + 3) * judged / at["judged_per_second"]
     )
     models = ["teacher", "half", "kd", "kd-finetuned"]
@@ -326,6 +328,7 @@ def test_the_sample_has_neighbours_and_as_many_held_out_as_judge(place, tmp_path
     texts = sentences(3000)
     here = Tree(place, place.corpus(texts), mine={"neighbours": 8}, split={"heldout": 0.03})
     made = plan.Plan(here, here.corpus(), 1, 0)
+    made.device = CPU
     assert made.judged == len(heldout_of(here))
     made.texts = made.texts[:300]
     caches = made.sampled(32, Store(tmp_path / "scratch"))
@@ -344,6 +347,7 @@ def test_mining_grows_with_its_rows(place, tmp_path, index):
     """How exact search grows: test_self_join. How it agrees with the clock: benchmarks/plan.py."""
     here = Tree(place, place.corpus(sentences(600)), mine={"index": index})
     made = plan.Plan(here, here.corpus(), 1, 0)
+    made.device = CPU
     caches = made.sampled(64, Store(tmp_path / "scratch"))
     vectors, seconds = caches.embeddings.shard(0), []
     for made.train in (600, 300_000):
