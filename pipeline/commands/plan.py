@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.workspace import Workspace
-from stages import embed, evaluate, mine
+from stages import embed, mine
+from stages.measuring.metrics import TEXTS_AT_ONCE
 from stages.outcome import Facts, Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER, TrainingParams
 from stages.reading.evaluation_sets import beir_folder, read_beir
@@ -238,7 +239,7 @@ class Plan:
         turns = (1 + CPU_PIECES * CPU_ROUNDS) * min(map(seconds_of, 3 * [Reference(self.device)]))
         for name, alike in models.items():
             load = partial(self.here.encoder, name, for_sets=True)
-            at, _ = rate_of(load, some, evaluate.TEXTS_AT_ONCE, self.seconds / 2)
+            at, _ = rate_of(load, some, TEXTS_AT_ONCE, self.seconds / 2)
             self.measured[f"evaluate {name}"] = at
             took = turns + 2 * at["load_seconds"] + len(pool) / at["texts_per_second"]
             self.extrapolated |= {f"evaluate {model}": {"seconds": took} for model in alike}
