@@ -1,7 +1,7 @@
 """A model's own configuration, and the choices that it leaves to the user.
 
-No torch here: `check` asks before anything is computed. The loader asks the same functions again, since a
-stage can run without `check`; so nothing is guessed by either.
+Imports no torch: `check` calls these functions before anything is computed. The loader calls them again,
+since a stage can run without `check`; neither guesses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ POOLING_FLAGS = {
 
 
 def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str | None:
-    """The pooling that a transformer without modules.json gets; None where that file decides.
+    """Returns the pooling of a transformer without modules.json; None if that file exists and decides.
 
     Args:
         folder: The model.
@@ -54,7 +54,7 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
         address: The setting, to name in an error.
 
     Raises:
-        TeachonceError: neither the model nor the setting says it, or they say different things.
+        TeachonceError: neither the model nor the setting names a pooling, or they contradict each other.
     """
     kind = model_config(folder, address).get("model_type") or DENSE
     if kind != DENSE:
@@ -106,7 +106,7 @@ def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
 
 
 def own_prompts(folder: Path, address: str) -> dict[str, str]:
-    """The prompts that a model's configuration has, by name, without empty ones."""
+    """Returns the non-empty prompts in a model's configuration, by name."""
     declared = model_config(folder, address).get("prompts")
     prompts = declared.items() if isinstance(declared, dict) else ()
     return {str(name): str(prompt) for name, prompt in prompts if prompt}
@@ -121,7 +121,7 @@ def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
         address: The setting, to name in an error.
 
     Raises:
-        TeachonceError: nobody said it, and the model has prompts.
+        TeachonceError: the setting is null, and the model has prompts to choose from.
     """
     own = own_prompts(folder, address) if setting is None else {}
     if own:
@@ -139,9 +139,9 @@ def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
 
 
 def check_similarity(folder: Path, setting: str | None, *, address: str) -> None:
-    """Raise if a model compares its vectors by what ranks them otherwise than cosine, and nobody knows.
+    """Raise if a model's own similarity ranks otherwise than cosine, and the settings do not accept that.
 
-    Dot products and distances of vectors of length 1 rank as their cosines do.
+    Dot products and distances of unit vectors rank like their cosines.
     """
     own = model_config(folder, address).get("similarity_fn_name") or "cosine"
     same = own == "cosine" or (
@@ -157,7 +157,7 @@ def check_similarity(folder: Path, setting: str | None, *, address: str) -> None
 
 
 def check_width(folder: Path, setting: int | None, *, address: str) -> None:
-    """Raise if a model itself keeps only the first so many values of each vector, and nobody decided."""
+    """Raise if a model cuts its vectors to a smaller width, and `embed.dim` is not set."""
     own = model_config(folder, address).get("truncate_dim")
     if own is not None and setting is None:
         raise TeachonceError(
@@ -171,12 +171,12 @@ def room_for_texts(max_tokens: int, *, around: int, has_prompt: bool) -> int:
     """Returns the number of tokens that are left for a text.
 
     Args:
-        max_tokens: Read at once.
+        max_tokens: Number of tokens that are read at once.
         around: Number of special and prompt tokens.
-        has_prompt: Without one, the person who set `max_tokens` has decided all of it.
+        has_prompt: Whether there is a prompt; without one any `max_tokens` is accepted.
 
     Raises:
-        TeachonceError: so few that texts would become alike.
+        TeachonceError: too few tokens are left to tell texts apart.
     """
     room = max_tokens - around
     least = LEAST_ROOM if has_prompt else 1
@@ -215,7 +215,7 @@ def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
 
 
 def transformers_of(folder: Path, address: str) -> list[Path]:
-    """The folders of a model's transformers, those behind a router included."""
+    """Returns the folders of a model's transformers, those behind a router included."""
     if not (folder / MODULES).is_file():
         return [folder]
     folders = []
@@ -280,7 +280,7 @@ class _Router:
     Args:
         routes: Name -> the modules that a text passes, by name.
         kinds: Module -> its kind.
-        default: The route of texts that no rule is about.
+        default: The route of texts without a rule.
         rules: (task, modality) -> route; None stands for any.
     """
 
@@ -290,7 +290,7 @@ class _Router:
     rules: Mapping[Any, str]
 
     def route(self, task: str | None) -> str | None:
-        """The route of texts with this task, as sentence-transformers finds it; None for none."""
+        """Returns the route of texts with this task, by sentence-transformers' rules; None for none."""
         for rule in ((task, TEXTS), (task, None), (None, TEXTS), (None, None)):
             if rule in self.rules:
                 return self.rules[rule]
@@ -340,13 +340,13 @@ def _last_kinds(folder: Path, address: str) -> set[str]:
 
 
 def model_config(folder: Path, address: str) -> Mapping[str, Any]:
-    """config_sentence_transformers.json, or nothing: older models have none."""
+    """Returns the content of config_sentence_transformers.json; empty for older models without it."""
     path = folder / "config_sentence_transformers.json"
     return read_object(path, address) if path.is_file() else {}
 
 
 def _pooling_modes(folder: Path, address: str) -> list[str]:
-    """The modes of all pooling modules of a model."""
+    """Returns the modes of all pooling modules of a model."""
     modes: list[str] = []
     for kind, path in modules_of(folder, address):
         if kind == "Pooling":
@@ -362,10 +362,10 @@ def _pooling_modes(folder: Path, address: str) -> list[str]:
 
 
 def read_object(path: Path, address: str) -> Mapping[str, Any]:
-    """A JSON object of a model.
+    """Read a JSON object from a model's folder.
 
     Raises:
-        TeachonceError: it is none.
+        TeachonceError: the file is missing, or holds no JSON object.
     """
     try:
         content = json.loads(regular.content(path, MAX_JSON_BYTES))

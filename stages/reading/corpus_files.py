@@ -1,10 +1,10 @@
-"""Corpus files to texts: one item a line or a cell, in order, in bounded memory.
+"""Read corpus files: one item for each line or cell, in order, in bounded memory.
 
-Every line of a text file and every cell of a column gives exactly one item: a text, or the name of the
-rule by which it is none. Nothing is dropped here, so whoever counts the items has read the whole corpus.
-A file that ends before it should is an error, never a shorter corpus.
+Every line of a text file and every cell of a column gives exactly one item: a text, or the rule that
+rejects it. Nothing is dropped here, so the items can be counted. A truncated file is an error, never a
+shorter corpus.
 
-Longer than 200 lines because every format is here, each with its own way of hiding that it was cut off.
+Long because every format is here, each with its own way of hiding that a file was truncated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rule = Literal["undecodable", "malformed", "too_long"]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line or cell that gives no text.
+    """A line or cell without a valid text.
 
     Args:
         rule: `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or
@@ -86,7 +86,8 @@ class DatasetName:
 
     Args:
         name: A hub name, or the path of a folder.
-        folder: That folder, if there is one: made by `save_to_disk`, or files that `load_dataset` reads.
+        folder: The folder of that name, made by `save_to_disk` or readable by `load_dataset`; None for a
+            hub name.
         split: Name of the split; None only if there is a single one.
         config: Name of the dataset's configuration; None for its default.
     """
@@ -108,7 +109,7 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
         root: The work tree.
 
     Returns:
-        Each once, at its first place.
+        Each file or dataset once, at its first place.
 
     Raises:
         TeachonceError: a pattern matches no file, or a file with an unsupported ending.
@@ -125,10 +126,10 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
-    """The files behind `sources`: for a dataset in a folder its files, for one on the hub none.
+    """Returns the files of `sources`, those of datasets in folders included; none for datasets on the hub.
 
     Raises:
-        TeachonceError: as `sources`; or a file of lines is none from its start on.
+        TeachonceError: as `sources`; or the start of a file of lines is not UTF-8 with line feeds.
     """
     files: list[Path] = []
     for source in sources(patterns, root):
@@ -145,11 +146,11 @@ def source_files(patterns: Sequence[str], root: Path) -> list[Path]:
 
 
 def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
-    """One item for each line of a text file, each cell of a column, in order.
+    """Yield one item for each line of a text file or each cell of a column, in order.
 
     Args:
         source: One of `sources`.
-        field: The JSON key or the column that holds the text; a `.txt` has none and ignores it.
+        field: The JSON key or the column that holds the text; ignored for `.txt`.
 
     Raises:
         TeachonceError: the source is damaged or truncated, has no such column, or no line has the field.
@@ -173,7 +174,7 @@ def _items_of(path: Path, field: str) -> Iterator[Item]:
 def _some_with_field(
     items: Iterator[Item], source: Path | DatasetName, field: str
 ) -> Iterator[Item]:
-    """The items; an error at the end if each of them was malformed (blank lines aside)."""
+    """Yield the items; raises at the end if all of them were malformed (blank lines aside)."""
     malformed = others = 0
     for item in items:
         if item is MALFORMED:
@@ -193,7 +194,7 @@ def _some_with_field(
 
 
 def _dataset_name(name: str, root: Path) -> DatasetName:
-    """A folder may have a colon in its name, so a folder of the whole name goes first."""
+    """Parse a dataset's name; a folder of the whole name goes first, since folders may have colons."""
     folder = located(name, root, "shard.sources")
     if folder.is_dir():
         return DatasetName(name, folder, None)
@@ -287,7 +288,7 @@ def _parquet_items(path: Path, field: str) -> Iterator[Item]:
 
 
 def for_arrow(path: Path) -> pa.OSFile:
-    """A regular file; pyarrow itself opens no name that is not UTF-8."""
+    """Open a regular file for pyarrow, which opens no name that is not UTF-8."""
     regular.check(path)
     return pa.OSFile(os.fsencode(path))
 
@@ -298,7 +299,7 @@ def _check_expansion(packed: int, unpacked: int) -> None:
 
 
 def _arrow_items(path: Path, field: str) -> Iterator[Item]:
-    """Cells of an Arrow file or of an Arrow stream, which is what `datasets` writes."""
+    """Yield the cells of an Arrow file, or of an Arrow stream as `datasets` writes it."""
     with reading(path, CURE), _mapped(path) as source:
         if source.read(6) == b"ARROW1":
             _check_arrow_sizes(source, 8)
@@ -322,7 +323,7 @@ def _mapped(path: Path) -> pa.MemoryMappedFile:
 
 
 def _check_arrow_sizes(source: pa.MemoryMappedFile, start: int) -> None:
-    """Look at the front of each message, from `start` on; no body is unpacked."""
+    """Check the sizes in the header of each message, from `start` on, without unpacking a body."""
     source.seek(start)
     for message in pa.ipc.MessageReader.open_stream(source):
         if message.type in {"record batch", "dictionary"}:
@@ -333,7 +334,7 @@ def _check_arrow_sizes(source: pa.MemoryMappedFile, start: int) -> None:
 
 
 def _check_stream_end(source: pa.MemoryMappedFile) -> None:
-    """Raise unless the stream was ended by its writer, and nothing stands behind its end."""
+    """Raise unless the stream has an end mark and nothing after it."""
     read_to, size = source.tell(), source.size()
     if read_to != size:
         raise ValueError(f"{size - read_to} bytes follow the end of the Arrow stream")
@@ -343,7 +344,7 @@ def _check_stream_end(source: pa.MemoryMappedFile) -> None:
 
 
 def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) -> int:
-    """Where the column `field` stands. Raises unless there is one such column, and it holds text."""
+    """Returns the number of the column `field`; raises unless there is one such column, of texts."""
     places = schema.get_all_field_indices(field)
     cure = "set `shard.field` in params.yaml to the column that holds the text"
     if len(places) != 1:
@@ -370,7 +371,7 @@ def _holds_text(kind: pa.DataType) -> bool:
 
 
 def cells(column: pa.Array) -> Iterator[Item]:
-    """One item a cell. Arrow checks neither offsets nor UTF-8 on reading, so both are checked here."""
+    """Yield one item a cell. Checks offsets and UTF-8, since Arrow does not when it reads."""
     if pa.types.is_null(column.type):
         yield from repeat(NULL, len(column))
         return
@@ -406,10 +407,10 @@ def _as_bytes(column: pa.Array) -> pa.Array:
 
 
 def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
-    """Cells of a dataset: one saved on disk is mapped, another is streamed and never held whole.
+    """Yield the cells of a dataset: a saved one is memory-mapped, others are streamed.
 
-    Files of a folder that are read here are read one by one: `datasets` casts all of them to the types of
-    the first, which are those of nulls where it has no text.
+    The files of a folder are read one by one: `datasets` would cast all of them to the types of the first,
+    which has nulls if it has no text.
     """
     try:
         files = _files_of(source)
@@ -435,7 +436,7 @@ def _dataset_items(source: DatasetName, field: str) -> Iterator[Item]:
 
 
 def _files_of(source: DatasetName) -> list[Path]:
-    """The files of a split of a folder, regular and in it; none for what is saved on disk or on the hub."""
+    """Returns the regular files of a split of a folder; none for a saved dataset or one on the hub."""
     import datasets
 
     if source.folder is None or _is_saved(source.folder):
@@ -473,7 +474,7 @@ def _check_card(folder: Path) -> None:
 
 
 def _configurations(path: Path) -> list[Any]:
-    """`configs` of a README or of a YAML file, as `datasets` reads them."""
+    """Returns the `configs` of a README or a YAML file, as `datasets` reads them."""
     import yaml
     from huggingface_hub import DatasetCard
 
@@ -513,7 +514,7 @@ def _loaded(source: DatasetName) -> Any:  # noqa: ANN401 - one of four classes o
 
 
 def _one_split(source: DatasetName, loaded: Any) -> Any:  # noqa: ANN401 - as above
-    """The dataset itself, or the one split meant. Raises where the name leaves it open."""
+    """Returns the dataset or its split; raises if the name does not determine one."""
     if not isinstance(loaded, dict):
         return loaded
     wanted = source.split or (next(iter(loaded)) if len(loaded) == 1 else None)

@@ -1,8 +1,8 @@
-"""Files of lines, plain or compressed: bytes in, lines out, in bounded memory.
+"""Read lines from plain or compressed files, in bounded memory.
 
 Lines end at a line feed and nowhere else: `str.splitlines` and text mode also cut at U+2028, U+0085 or
-a lone carriage return, and shift every row after it. A file that has no other line ends than carriage
-returns, or that is UTF-16 or UTF-32, is refused: read as UTF-8, it would be one text, or letters with NULs
+a lone carriage return, and shift every row after it. A file with carriage returns as its only line
+ends, or in UTF-16 or UTF-32, is refused: read as UTF-8, it would be a single text, or letters with NULs
 between them.
 """
 
@@ -52,7 +52,7 @@ def has_control_characters(text: str) -> bool:
 
 
 def lines(path: Path) -> Iterator[bytes | None]:
-    """The lines of a file, without line ends and a byte order mark; None for one that is too long.
+    """Yield the lines of a file, without line ends and byte order mark; None for a line that is too long.
 
     Args:
         path: Compressed if its name ends in .gz or .zst.
@@ -68,11 +68,11 @@ def lines(path: Path) -> Iterator[bytes | None]:
 
 
 def content(path: Path, most: int) -> bytes:
-    """All bytes of a file, unpacked, without a byte order mark.
+    """Returns all bytes of a file, unpacked, without a byte order mark.
 
     Args:
         path: Compressed if its name ends in .gz or .zst.
-        most: Bytes that are held at once.
+        most: Largest number of unpacked bytes.
 
     Raises:
         TeachonceError: it is UTF-16 or UTF-32.
@@ -90,7 +90,7 @@ def content(path: Path, most: int) -> bytes:
 
 
 def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The content, a small piece first; raises TeachonceError if it is UTF-16 or UTF-32."""
+    """Yield the content in pieces, a small one first; raises TeachonceError for UTF-16 or UTF-32."""
     unpack = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)
     chunks = unpack(path, file)
     head = b""
@@ -101,7 +101,7 @@ def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def check_start(path: Path) -> None:
-    """Read the first line only: enough to know that the file is UTF-8 with line feeds.
+    """Check by the first line that the file is UTF-8 with line feeds.
 
     Raises:
         As `lines`.
@@ -110,7 +110,7 @@ def check_start(path: Path) -> None:
 
 
 def _refuse_wide(path: Path, head: bytes) -> None:
-    """Raise if a file begins as UTF-16 or UTF-32 does: with its mark, or NULs at every second byte."""
+    """Raise if a file begins like UTF-16 or UTF-32: with a mark, or a NUL at every second byte."""
     marked = next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None)
     name = marked or _wide_encoding(head[:HEAD_BYTES])
     if name is not None:
@@ -120,7 +120,7 @@ def _refuse_wide(path: Path, head: bytes) -> None:
 
 
 def _wide_encoding(head: bytes) -> str | None:
-    """The encoding without a mark that the places of NULs speak of, or None."""
+    """Returns the encoding without a mark that the places of NULs suggest, or None."""
     if head.count(0) < FEWEST_NULS:
         return None
     # Of each four bytes, which are NUL in nearly all characters that a Western text is made of.
@@ -142,7 +142,7 @@ def converted(path: Path, command: str) -> str:
 
 
 def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their line feed and one carriage return before it; None for one that is too long."""
+    """Yield lines without line feed or CR LF; None for a line that is too long."""
     held = bytearray()
     too_long = has_feed = has_return = False
     for chunk in chunks:
@@ -183,7 +183,7 @@ def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _pieces(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    """The content; a small piece first, since `check` reads no more of thousands of files."""
+    """Yield the content in pieces, a small one first: `check` reads no more of thousands of files."""
     size = HEAD_BYTES
     while chunk := file.read(size):
         yield chunk
@@ -191,9 +191,9 @@ def _pieces(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The content of all frames.
+    """Yield the content of all frames.
 
-    The readers of `zstandard` end without a word at a truncated frame; an object for each frame knows
+    The readers of `zstandard` end silently at a truncated frame; a decompressor for each frame knows
     whether its frame is complete. Truncation between two frames cannot be seen in any zstd file.
     """
     _refuse_empty(file)
@@ -210,6 +210,6 @@ def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _refuse_empty(file: BinaryIO) -> None:
-    """Nothing compressed is still a header: a file of no bytes was cut off, or never written."""
+    """Raise for a compressed file of no bytes: even empty content has a header."""
     if os.fstat(file.fileno()).st_size == 0:
         raise EOFError

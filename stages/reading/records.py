@@ -1,12 +1,12 @@
-"""Labelled files to records: what stands in each line, row or element, by the name of its field.
+"""Read labelled files: one record of named fields for each line, row or element.
 
-JSON lines, one JSON array of all records, TSV, CSV and Parquet. Nothing is judged here: a record has all
-fields of its row that were asked for, whatever they hold. What has no names (a JSON array as a line, a
-table without a header line) is read by place, in the order of `finetune.fields`.
+JSON lines, one JSON array of all records, TSV, CSV and Parquet. Values are not
+validated here: a record has all requested fields of its row. Rows without names (a JSON array as a line, a
+table without a header line) are read by position, in the order of `finetune.fields`.
 
 A header line is one that has the names of anchor and positive that `finetune.fields` says, or one whose
 every cell is a name that such files usually have (`HEADER_WORDS`). Anything else is data; a first line
-that looks like a header by its words and is none by this rule is an error, never a row.
+that looks like a header but is none by this rule is an error, never a row.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class LabelledFile:
         self._roles: dict[str, tuple[int, int] | None] = {}
 
     def records(self) -> Iterator[Record | Rejected]:
-        """One for each line, row or element.
+        """Yield one record for each line, row or element.
 
         Raises:
-            TeachonceError: the file is damaged, or it cannot be told which of its columns is what.
+            TeachonceError: the file is damaged, or the meaning of its columns is ambiguous.
         """
         name = unpacked_name(self.path)
         with reading(self.path, CURE):
@@ -106,7 +106,7 @@ class LabelledFile:
                 yield from self._from_table(rows)
 
     def role(self, name: str) -> tuple[int, int] | None:
-        """Place in `fields` and number of a field: 0 for `negative` itself, 3 for `negative_3`."""
+        """Returns a field's place in `fields` and its number: 0 for `negative`, 3 for `negative_3`."""
         if name not in self._roles:
             self._roles[name] = self._role(name)
         return self._roles[name]
@@ -130,7 +130,7 @@ class LabelledFile:
     # --- JSON
 
     def _from_json(self) -> Iterator[Record | Rejected]:
-        """An array of objects or arrays, over any lines, is all of the file; else lines are records."""
+        """Read one JSON array of all records, or else a record from each line."""
         first = next((line for line in lines(self.path) if line is None or line.strip()), b"")
         if first is None or begins_array_of_records(first):
             try:
@@ -148,7 +148,7 @@ class LabelledFile:
     def _without_header(
         self, records: Iterator[Record | Rejected | list[Any]]
     ) -> Iterator[Record | Rejected]:
-        """Arrays as records; the first one may name what stands where in the others."""
+        """Turn arrays into records; the first array may hold the names of the fields."""
         names: list[str] | None = None
         for number, record in enumerate(records):
             if not isinstance(record, list):
@@ -176,7 +176,7 @@ class LabelledFile:
         return value if isinstance(value, dict | list) else Rejected("malformed")
 
     def _by_place(self, row: Sequence[Any]) -> Record:
-        """A row without names: all from the third on are negatives."""
+        """Turn a row without names into a record: from the third on, cells are negatives."""
         anchor, positive, negative = self.fields
         numbered = (f"{negative}_{number}" for number in range(1, len(row) - 1))
         return dict(zip([anchor, positive, *numbered], row, strict=False))
@@ -185,7 +185,7 @@ class LabelledFile:
 
     def _tsv_rows(self) -> Iterator[list[str] | Rejected]:
         for line in lines(self.path):
-            # Bytes that are no UTF-8 become lone surrogates: whoever uses that cell will notice.
+            # Bytes that are no UTF-8 become lone surrogates, which the reader of the cell rejects.
             yield (
                 Rejected("too_long")
                 if line is None
@@ -195,7 +195,7 @@ class LabelledFile:
     def _csv_rows(self) -> Iterator[list[str] | Rejected]:
         decoded = (_csv_line(line) for line in lines(self.path))
         csv.field_size_limit(16 << 20)
-        # Strict: else a quote that nobody closes makes one cell of the rest of the file.
+        # Strict: otherwise an unclosed quote would turn the rest of the file into one cell.
         reader = csv.reader(decoded, strict=True)
         try:
             yield from reader
@@ -238,7 +238,7 @@ class LabelledFile:
                 yield record
 
     def _header(self, table: Sequence[list[str]]) -> list[str] | None:
-        """The names in the header line; None if the first line is data."""
+        """Returns the names in the header line; None if the first line is data."""
         if not table:
             return None
         names = [cell.strip().strip('"') for cell in table[0]]
@@ -276,7 +276,7 @@ class LabelledFile:
         )
 
     def _check_nameless(self, table: Sequence[list[str]]) -> None:
-        """Without names there are two or three columns, and all hold texts."""
+        """Raise unless a table without names has two or three columns, all of texts."""
         cure = (
             f"write a header line: {shown(self._header_line())} (and {shown(self.fields[2])}_1, "
             f"{shown(self.fields[2])}_2, … for several) above these texts, any other name above the rest"
@@ -292,7 +292,7 @@ class LabelledFile:
             column = [
                 row[place].strip() for row in table if len(row) > place and row[place].strip()
             ]
-            # The first line may be a header of names that nobody knows.
+            # The first line may be a header of unknown names.
             if column and all(map(_is_grade_or_id, column[1:] or column)):
                 raise TeachonceError(
                     self.path,
@@ -326,7 +326,7 @@ class LabelledFile:
 
 
 def is_grade(name: str) -> bool:
-    """Whether a field of this name says how much the texts beside it belong together."""
+    """Whether a field of this name holds a similarity grade of the row's texts."""
     return name.casefold() in GRADE_WORDS
 
 
@@ -357,7 +357,7 @@ def _is_grade_or_id(text: str) -> bool:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """Cells as Python values; one that is no UTF-8 as `Rejected`."""
+    """Yield cells as Python values, and `Rejected` for a cell that is no UTF-8."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if _holds_text(kind):
         return [
