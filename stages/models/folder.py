@@ -1,7 +1,7 @@
 """Resolve the name of a model to a folder, and hash the files that its loader reads.
 
-No torch here: `check` looks at models in a fraction of a second, and a fingerprint is a matter of
-bytes. Weights are read as safetensors only; a pickle is refused, not converted.
+Imports no torch: `check` examines models in a fraction of a second, and a fingerprint needs bytes only.
+Weights are read as safetensors only; a pickle is refused, not converted.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def find_model(
     address: str,
     pooling: str | None = None,
 ) -> Path:
-    """The folder a model's name means.
+    """Returns the folder that a model's name means.
 
     Args:
         name: `package:<module>/<path>`, a folder (relative to `root`), or a name on the hub, which is
@@ -130,10 +130,10 @@ def _package_folder(name: str, address: str) -> Path:
 
 
 def _hub_folder(name: str, revision: str | None, address: str, pooling: str | None) -> Path:
-    """The snapshot of a model in the hub's cache, made whole where the hub can be reached.
+    """Returns the snapshot of a model in the hub's cache, completed if the hub can be reached.
 
-    What is in the cache may be a part: other programs fetch single files, such as weights without
-    modules.json, and a download may have been cut off.
+    A snapshot may be incomplete: other programs fetch single files, such as weights without modules.json,
+    and a download may have been interrupted.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -215,7 +215,7 @@ def lacking(folder: Path) -> list[str]:
 
 
 def _is_empty(folder: Path, kind: str) -> bool:
-    """Whether the files that a module needs are not there."""
+    """Whether the files that a module needs are missing."""
     return kind in WITH_FILES and not any(path.is_file() for path in folder.rglob("*"))
 
 
@@ -226,7 +226,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _shards(index: Path, address: str) -> list[str]:
-    """The files that an index of weights names."""
+    """Returns the files that an index of weights names."""
     try:
         return sorted(
             {
@@ -243,15 +243,15 @@ def _shards(index: Path, address: str) -> list[str]:
 
 
 def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) -> list[Path]:
-    """The files of a model that its loader reads, sorted by name.
+    """Returns the files of a model that its loader reads, sorted by name.
 
     Args:
-        folder: The model.
+        folder: Folder of the model.
         address: Name of the setting in errors.
         trust_remote_code: Whether code in the folder may run: it may read any file there.
 
     Raises:
-        TeachonceError: no configuration, no safetensors, or weights that were cut off.
+        TeachonceError: the configuration or safetensors are missing, or weights are truncated.
     """
     own = partial(_own_files, folder, address=address, trust_remote_code=trust_remote_code)
     files = [path for path in own(*READ_PATTERNS) if is_regular(path, address)]
@@ -284,14 +284,14 @@ def model_files(folder: Path, *, address: str, trust_remote_code: bool = False) 
 
 
 def _may_be_read(path: Path) -> bool:
-    """Whether code of a model's maker may read a file: all but what is known to be foreign."""
+    """Whether the maker's code may read a file: any file but known foreign ones."""
     name = path.name.lower()
     named = name in {"dockerfile", "makefile", "citation.cff"}
     return not (named or name.startswith(".") or name.endswith(FOREIGN_ENDINGS))
 
 
 def _own_files(folder: Path, *patterns: str, address: str, trust_remote_code: bool) -> list[Path]:
-    """The files by these names that are the model's, sorted by name."""
+    """Returns the files with these names that belong to the model, sorted by name."""
     own = _is_own(folder, address, trust_remote_code)
     return sorted(
         path
@@ -323,7 +323,7 @@ def _is_own(folder: Path, address: str, trust_remote_code: bool) -> Callable[[st
 
 
 def _module_folders(folder: Path, address: str) -> list[str]:
-    """The folders that modules.json and the configurations of its routers name, the inner ones first."""
+    """Returns the folders that modules.json and configurations of routers name, inner ones first."""
     names = []
     for kind, path in modules_of(folder, address):
         names.append(path)
@@ -341,7 +341,7 @@ def is_same_model(
 ) -> bool:
     """Whether the hashes of `before` are those of `files` and of files that no loader reads.
 
-    Such files were part of fingerprints once; what was made under these names stays good.
+    Older versions hashed such files, too; caches under those fingerprints stay valid.
     """
     own = _is_own(folder, str(folder), trust_remote_code)
     return all(
@@ -382,7 +382,7 @@ def _check_modules(folder: Path, address: str, trust_remote_code: bool) -> None:
 
 
 def modules_of(folder: Path, address: str) -> list[tuple[str, str]]:
-    """Kind and path of each module of modules.json, as ("Pooling", "1_Pooling"); none without the file."""
+    """Returns kind and path of each module, as ("Pooling", "1_Pooling"); empty without modules.json."""
     file = folder / MODULES
     if not file.is_file():
         return []
@@ -399,10 +399,10 @@ def modules_of(folder: Path, address: str) -> list[tuple[str, str]]:
 
 
 def read_header(path: Path, address: str) -> dict[str, tuple[int, ...]]:
-    """Tensor -> its shape, from the head of a file of weights.
+    """Returns tensor -> shape, from the header of a file of weights.
 
     Raises:
-        TeachonceError: the header does not parse, or the file is not as long as it says: a cut download.
+        TeachonceError: the header is malformed, or the file is truncated.
     """
     with regular.opened(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -428,19 +428,19 @@ def read_header(path: Path, address: str) -> dict[str, tuple[int, ...]]:
 def file_hashes(
     folder: Path, *, address: str, sha256: Hash, trust_remote_code: bool = False
 ) -> dict[str, str]:
-    """Name within the folder -> sha256, for each file that the loader reads."""
+    """Returns name within the folder -> sha256, for each file that the loader reads."""
     files = model_files(folder, address=address, trust_remote_code=trust_remote_code)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as hex."""
+    """Returns the sha256 of a file, as hex."""
     with regular.opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_bytes(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Bytes of a model's weights on disk."""
+    """Returns the bytes of a model's weights on disk."""
     weights = _own_files(
         folder, "*.safetensors", address=str(folder), trust_remote_code=trust_remote_code
     )

@@ -1,4 +1,4 @@
-"""Model folders: loaded and saved by sentence-transformers, with the checks that it leaves out."""
+"""Load and save models with sentence-transformers, with checks that it lacks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load_model(
     pooling: str | None = None,
     setting: str = "embed.pooling",
 ) -> SentenceTransformer:
-    """A sentence-transformers model in float32.
+    """Load a sentence-transformers model in float32.
 
     The dtype is always given: transformers 5 would take the checkpoint's own.
 
     Args:
-        folder: The model.
+        folder: Folder of the model.
         device: The device of the model.
         trust_remote_code: Whether code in its folder may run.
         pooling: Pooling of a transformers folder, which has no modules.json; None otherwise.
@@ -77,9 +77,9 @@ def load_model(
 
 
 def _pad_with_some_token(model: SentenceTransformer) -> None:
-    """Give a token of padding to tokenizers that have none that the model knows; the mask hides which.
+    """Set a padding token that the model knows, if the tokenizer has none; the mask hides it anyway.
 
-    GPT-2 and Llama have none. Others were given one after their model was made.
+    GPT-2 and Llama have none; others have one that was added after the model was trained.
     """
     for module in model.modules():
         body: Any = getattr(module, "auto_model", None)
@@ -120,7 +120,7 @@ def _read_no_more_than_there_are_positions(model: SentenceTransformer) -> None:
 
 
 def _check_vocabulary(model: SentenceTransformer, folder: Path) -> None:
-    """Raise for a tokenizer of special tokens alone: transformers makes one where the file is missing."""
+    """Raise for a tokenizer with special tokens only: transformers makes one if the file is missing."""
     for module in model.modules():
         tokenizer: Any = getattr(module, "tokenizer", None)
         special = getattr(tokenizer, "all_special_ids", None)
@@ -135,7 +135,7 @@ def _check_vocabulary(model: SentenceTransformer, folder: Path) -> None:
 def _pooled(
     model: SentenceTransformer, pooling: str, folder: Path, setting: str
 ) -> SentenceTransformer:
-    """A transformer with this pooling instead of the one that sentence-transformers guessed."""
+    """Returns a transformer with this pooling instead of the one that sentence-transformers guessed."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     if not (len(model) == 2 and isinstance(model[1], Pooling)):
@@ -151,10 +151,10 @@ def _pooled(
 def models_by_role(
     model: SentenceTransformer, routes: Mapping[Role, str] | None
 ) -> dict[Role, SentenceTransformer]:
-    """Role -> a model without a router that reads texts of this role; those share their weights.
+    """Returns role -> a model without a router for texts of this role; the models share weights.
 
     Args:
-        model: As it was loaded.
+        model: The loaded model.
         routes: Role -> the route of the model's router; None if it has none.
     """
     from sentence_transformers import SentenceTransformer
@@ -186,11 +186,11 @@ def is_normalize(module: nn.Module) -> bool:
 def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> None:
     """Write a start or a student; equal weights give equal files (no card with a date in it).
 
-    What is saved here reads texts as they are and is compared by cosine, so it says nothing else: prompts,
-    another similarity or a cut of the model that it came from would be applied by `encode`.
+    The saved configuration has no prompts, other similarity or cut of the original model: `encode` would
+    apply them, but students read texts without a prompt and are compared by cosine.
 
     Args:
-        model: With finite weights.
+        model: The model, with finite weights.
         folder: Destination folder.
         address: Name of the model in errors.
 

@@ -1,8 +1,7 @@
-"""A model as a folder that sentence-transformers 3.4 with transformers 4.57 and every later one read alike.
+"""Write models as folders that sentence-transformers >= 3.4 with transformers >= 4.57 read alike.
 
-The installed sentence-transformers writes names that older ones do not know (its modules moved, keys
-were renamed), but still reads the old ones, as it must for nearly every model on the hub. So a saved
-folder is rewritten with the old names. The weights are left as they are.
+The installed sentence-transformers writes names of modules and keys that older versions do not know, but it
+still reads the old names. So a saved folder is rewritten with the old names. The weights are unchanged.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
     """Write a model into an empty folder: safetensors, stock modules, names that all versions know.
 
     Args:
-        model: In float32; it must not have encoded anything yet, since that leaves traces in its tokenizer.
-        folder: Empty.
+        model: The model in float32, before its first `encode`, which would change its tokenizer's state.
+        folder: An empty folder.
         address: Name of the model in errors.
 
     Raises:
@@ -95,13 +94,13 @@ def limit_of(model: SentenceTransformer) -> int | None:
 
 
 def old_ones_read(model: SentenceTransformer) -> bool:
-    """Whether transformers 4 gives the same vectors: it does not know where 5 keeps rotary settings."""
+    """Whether transformers 4 gives the same vectors: it ignores rotary settings as version 5 saves them."""
     body: Any = model[0].auto_model
     return getattr(body.config, "rope_parameters", None) is None
 
 
 def pooling_config(config: Json) -> Json:
-    """A flag for each mode."""
+    """Returns the old form of a pooling configuration: a flag for each mode."""
     modes = config["pooling_mode"]
     active = {modes} if isinstance(modes, str) else set(modes)
     return {
@@ -112,10 +111,10 @@ def pooling_config(config: Json) -> Json:
 
 
 def dense_config(config: Json) -> Json:
-    """Without the keys that came later.
+    """Returns the configuration of a dense layer without newer keys.
 
     Raises:
-        ValueError: such a key is used.
+        ValueError: a newer key is set.
     """
     used = {
         key for key in DENSE_LATER if config.get(key, "sentence_embedding") != "sentence_embedding"
@@ -127,16 +126,16 @@ def dense_config(config: Json) -> Json:
 
 
 def model_config(config: Json) -> Json:
-    """Without the versions that wrote it: an older library would warn that it is older."""
+    """Returns the model's configuration without versions, which would make older libraries warn."""
     return {key: config[key] for key in ("prompts", "default_prompt_name", "similarity_fn_name")}
 
 
 def tokenizer_config(config: Json, core: Json, *, inputs: list[str]) -> Json:
-    """tokenizer_config.json for a class that takes tokenizer.json as it is, under its old name.
+    """Returns tokenizer_config.json with the old name of a class that reads tokenizer.json unchanged.
 
     Args:
-        config: As saved.
-        core: tokenizer.json.
+        config: The saved tokenizer_config.json.
+        core: The content of tokenizer.json.
         inputs: Names of the tokenizer's outputs that the model takes.
     """
     kept = {key: config[key] for key in TOKENIZER_KEYS if config.get(key) is not None}
@@ -159,7 +158,7 @@ def _is_stock(module: object) -> bool:
 
 
 def _inputs(model: SentenceTransformer) -> list[str]:
-    """Older versions hand a model all that its tokenizer gives, and DistilBERT takes no token types."""
+    """Returns the model's inputs: older versions pass all outputs of the tokenizer to the model."""
     body: Any = model[0].auto_model
     taken = inspect.signature(body.forward).parameters
     return [name for name in model.tokenizer.model_input_names if name in taken]

@@ -1,8 +1,8 @@
 """The speed of a model, measured so that models measured at different times can be compared.
 
-On a busy machine less is done in a second of CPU time, too: caches and memory are shared, and the clock may
-fall. So a fixed workload takes turns with the model, a twentieth of a second each. How many texts a model
-reads in the time of one pass of that workload (`texts_per_reference`) stays when the machine slows both.
+A busy machine also does less per second of CPU time, since caches and memory are shared and the clock may
+fall. So a fixed workload takes turns with the model, a twentieth of a second each. The number of texts in
+the time of one pass of that workload (`texts_per_reference`) does not change when the machine slows both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Speed:
     """The speed of a model.
 
     Args:
-        texts_per_second: Texts per CPU second of one thread; on other devices, per second of the wall.
+        texts_per_second: Texts per CPU second of one thread; on other devices per second of wall-clock
+            time.
         texts_per_reference: Texts in the time of one pass of `Reference`, measured in turns with it.
         device: Name of the device; speeds on different devices are not comparable.
     """
@@ -101,11 +102,11 @@ def measure(
 ) -> Speed:
     """Measure how fast `encode` encodes `texts` on a device.
 
-    On a CPU torch has one thread meanwhile, and so have Rust's tokenizers; what is counted is the CPU time
-    of the process. A few seconds for a model of MiniLM's size.
+    On a CPU torch and the tokenizers run in one thread, and the CPU time of the process is measured. Takes
+    a few seconds for a model of MiniLM's size.
 
     Args:
-        encode: Turns texts into vectors, and waits for them.
+        encode: Encodes texts, and waits for the device.
         texts: At least one text.
         device: The device that `encode` runs on.
     """
@@ -136,7 +137,7 @@ def in_turns(
     rounds: int,
     most_seconds: float,
 ) -> tuple[float, float]:
-    """Texts per second, and texts per pass of the reference.
+    """Returns texts per second, and texts per pass of the reference.
 
     Each piece of the texts takes its turn after a pass of the reference. Of its rounds the median counts,
     for the time and for the quotient of the two times; for all texts, the sum over the pieces.
@@ -168,7 +169,7 @@ def _turn(
     reference: Callable[[], object],
     clock: Callable[[], float],
 ) -> tuple[float, float]:
-    """Seconds of `encode`, and of the reference just before it."""
+    """Returns the seconds of `encode`, and of the reference just before it."""
     begin = clock()
     reference()
     middle = clock()
@@ -178,7 +179,7 @@ def _turn(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch and Rust's tokenizers compute in the thread that calls them."""
+    """Limit torch and the tokenizers to the calling thread."""
     threads, rust = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -193,7 +194,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _wall(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Wait for the device; returns the wall-clock time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

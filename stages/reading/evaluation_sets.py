@@ -33,12 +33,12 @@ QRELS_CURE = "write a header line, then each line as query id, tab, document id,
 
 @dataclass(frozen=True)
 class StsSet:
-    """Pairs of sentences and how alike people found them.
+    """Pairs of sentences with human similarity scores.
 
     Args:
-        scores: (n,) on any scale, higher is more alike; at least two different ones.
-        first: n sentences.
-        second: n sentences.
+        scores: (n,) float64 scores on any scale, higher is more similar; at least two differ.
+        first: The n first sentences.
+        second: The n second sentences.
     """
 
     scores: NDArray[np.float64]
@@ -56,11 +56,11 @@ class RetrievalSet:
     """Documents, and queries that have at least one relevant document among them.
 
     Args:
-        document_ids: Distinct, in the order of the file.
-        documents: Title and text of each.
-        query_ids: Distinct, in the order of the file.
-        queries: The text of each.
-        relevant: Query id -> document id -> score of at least 1; no query's is empty.
+        document_ids: Distinct document ids, in the order of the file.
+        documents: Title and text of each document.
+        query_ids: Distinct query ids, in the order of the file.
+        queries: Text of each query.
+        relevant: Query id -> document id -> score, >= 1; each query has at least one document.
     """
 
     document_ids: list[str]
@@ -86,7 +86,7 @@ class RetrievalSet:
 
 
 def sts_files(pattern: str, root: Path, address: str) -> list[Path]:
-    """The files of an STS set, sorted.
+    """Returns the files of an STS set, sorted.
 
     Args:
         pattern: A glob, relative to `root` unless it is absolute or begins with `~`.
@@ -94,7 +94,7 @@ def sts_files(pattern: str, root: Path, address: str) -> list[Path]:
         address: The setting to name in an error, such as `evaluate.sts.STSB`.
 
     Raises:
-        TeachonceError: no file matches, or something that is no file does.
+        TeachonceError: no file matches, or a match is no regular file.
     """
     return matching(pattern, root, address=address, endings=ANY_ENDING)
 
@@ -127,18 +127,18 @@ def read_sts(files: Sequence[Path]) -> StsSet:
 
 
 def beir_folder(setting: str, root: Path, name: str) -> Path:
-    """The folder that `setting` names: relative to `root`, absolute, or beginning with `~`."""
+    """Returns the folder that `setting` names: relative to `root`, absolute, or beginning with `~`."""
     return located(setting, root, f"evaluate.retrieval.{name}")
 
 
 def beir_files(folder: Path, name: str) -> list[Path]:
-    """The three files read for the retrieval set `name`: documents, queries, judgements.
+    """Returns the three files of the retrieval set `name`: documents, queries, judgements.
 
     Judgements are in qrels/test.tsv, as BEIR has them, or else in qrels.tsv.
 
     Raises:
-        MissingError: one of them is not there.
-        TeachonceError: something that is no file has its name.
+        MissingError: a file is missing.
+        TeachonceError: a path is no regular file.
     """
     address = f"evaluate.retrieval.{name}"
     wanted = (("corpus.jsonl",), ("queries.jsonl",), ("qrels/test.tsv", "qrels.tsv"))
@@ -167,12 +167,11 @@ def _lacking_cure(folder: Path, choices: Sequence[str]) -> str:
 
 
 def read_beir(folder: Path, name: str) -> RetrievalSet:
-    """The retrieval set `name`. Queries without a relevant document are left out.
+    """Read the retrieval set `name`, without queries that have no relevant document.
 
     Raises:
-        TeachonceError: names the first wrong line: not as the format wants it, an id or a judgement
-            that was there before, a judgement of an unknown query or document; or the file of
-            judgements, if no query has a relevant document.
+        TeachonceError: a line is malformed, repeats an id or a judgement, or judges an unknown query or
+            document (names the line); or no query has a relevant document (names the file).
     """
     corpus, asked, judged = beir_files(folder, name)
     documents = _by_id(corpus, _titled)
@@ -191,7 +190,7 @@ def read_beir(folder: Path, name: str) -> RetrievalSet:
 def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -> Iterator[str]:
     """Returns the text keys excluded from training: all STS sentences and all retrieval queries.
 
-    Documents are left out: a retrieval set is searched, and nobody's corpus is free of them.
+    Documents are not excluded, since corpora commonly hold them.
     """
     for pairs in sts:
         yield from pairs.texts
@@ -200,13 +199,13 @@ def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -
 
 
 def evaluation_keys(text: str) -> set[bytes]:
-    """Keys of a text as `shard` would clean it, and of each of its sentences."""
+    """Yield the keys of a text as `shard` would clean it, and of each of its sentences."""
     sentences = SENTENCE_END.split(text)
     return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of each line, without its LF or CR LF."""
+    """Yield (file:line, text) of each line, without its LF or CR LF."""
     with reading(path, "give yourself permission to read it, or fetch it again"):
         for number, line in _without_last_blanks(lines(path)):
             where = f"{path}:{number}"
@@ -219,7 +218,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _without_last_blanks(file: Iterable[bytes | None]) -> Iterator[tuple[int, bytes | None]]:
-    """Lines with their numbers, from 1; blank ones only where another line follows."""
+    """Yield lines with their numbers, from 1, without trailing blank lines."""
     blanks: list[tuple[int, bytes | None]] = []
     for numbered in enumerate(file, 1):
         if numbered[1] is not None and not numbered[1].strip():
@@ -249,7 +248,7 @@ def _finite(field: str, where: str) -> float:
 
 
 def _by_id(path: Path, text_of: Callable[[dict[str, Any], str], str]) -> dict[str, str]:
-    """Id -> text of each line of a JSONL file, in its order."""
+    """Returns id -> text of each line of a JSONL file, in order."""
     texts: dict[str, str] = {}
     for where, line in _lines(path):
         try:
@@ -284,7 +283,7 @@ def _string(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _titled(record: dict[str, Any], where: str) -> str:
-    """A document's text, after its title if it has one."""
+    """Returns a document's title, if any, and text."""
     text = _string(record, "text", where)
     title = _string(record, "title", where) if record.get("title") else ""
     return f"{title} {text}" if title else text
@@ -293,7 +292,7 @@ def _titled(record: dict[str, Any], where: str) -> str:
 def _relevant(
     path: Path, queries: Container[str], documents: Container[str]
 ) -> dict[str, dict[str, int]]:
-    """Query id -> document id -> score, of the judgements above 0."""
+    """Returns query id -> document id -> score, of the judgements above 0."""
     relevant: dict[str, dict[str, int]] = {}
     seen: set[tuple[str, str]] = set()
     for line_number, (where, line) in enumerate(_lines(path)):
@@ -327,7 +326,7 @@ def _check_header(line: str, where: str) -> None:
 
 
 def _judgement(line: str, where: str) -> tuple[str, str, int]:
-    """Query id, document id and score of one line."""
+    """Returns query id, document id and score of one line."""
     fields = line.split("\t")
     try:
         query, document, score = fields

@@ -1,4 +1,4 @@
-"""Files that settings name, by globs or by path, and errors that say which of them is wrong or damaged."""
+"""Find the files that settings name by path or glob, and name them in errors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ ANY_ENDING = ("",)
 
 
 def with_compressed(*endings: str) -> tuple[str, ...]:
-    """Each ending of a file of lines, plain and compressed: `.txt`, `.txt.gz`, `.txt.zst`."""
+    """Returns an ending, plain and compressed: `.txt`, `.txt.gz`, `.txt.zst`."""
     return (*endings, *(ending + packed for ending in endings for packed in COMPRESSED_ENDINGS))
 
 
 def unpacked_name(path: Path) -> str:
-    """The name in lower case without `.gz` or `.zst`: its ending says what the lines are."""
+    """Returns the name in lower case without `.gz` or `.zst`, so that its ending tells the format."""
     return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def located(setting: str, root: Path, address: str) -> Path:
-    """The path that a setting means: relative to `root`, absolute, or beginning with `~`.
+    """Returns the path that a setting names: relative to `root`, absolute, or beginning with `~`.
 
     Args:
         setting: A path or a glob.
@@ -59,9 +59,9 @@ def located(setting: str, root: Path, address: str) -> Path:
 
 
 def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) -> list[Path]:
-    """Files that one glob names, sorted; a file of exactly that name wins over what a glob would mean.
+    """Returns the files that a glob matches, sorted; or the one file of exactly that name, if it exists.
 
-    Nothing that matches is left out in silence. A folder is passed over only where the pattern reads
+    No match is skipped silently. A folder is passed over only where the pattern reads
     files in it too (as `**` does), or there is none in it to read.
 
     Args:
@@ -138,13 +138,13 @@ def walk(
     hidden: bool = False,
     within: Sequence[tuple[int, int]] = (),
 ) -> Iterator[Path]:
-    """A folder and all that is below it; links are followed, but not into a folder around them.
+    """Yield a folder and all paths below it; links are followed, but not to an enclosing folder.
 
     Args:
-        folder: Nothing is found if it is none.
-        with_files: False: folders only.
-        hidden: Also names that begin with a dot.
-        within: Device and inode of the folders on the way to it.
+        folder: The folder; yields nothing if it is none.
+        with_files: Whether to yield files, too.
+        hidden: Whether to yield names that begin with a dot.
+        within: Device and inode of the enclosing folders.
 
     Raises:
         StorageError: a folder may not be listed.
@@ -183,7 +183,7 @@ def _exists(path: Path) -> bool:
 def _only_files(
     matches: Sequence[Path], pattern: str, *, address: str, endings: Sequence[str]
 ) -> list[Path]:
-    """The files among the matches. Raises for the first match that would otherwise be lost."""
+    """Returns the files among the matches; raises for the first match that cannot be read."""
     files = [path for path in matches if path.is_file()]
     reached = {folder for file in files for folder in file.parents}
     for path in matches:
@@ -202,7 +202,7 @@ def _only_files(
 
 
 def _may_be_passed_over(folder: Path, pattern: str, endings: Sequence[str]) -> bool:
-    """Whether a folder of which the pattern reads no file was not meant, and has none to read."""
+    """Whether a matched folder may be skipped, since it holds no readable file."""
     name = folder.name.lower()
     if Path(pattern).name not in {"*", "**"} or any(name.endswith(e) for e in endings if e):
         return False
@@ -214,10 +214,10 @@ def _may_be_passed_over(folder: Path, pattern: str, endings: Sequence[str]) -> b
 
 
 def is_regular(path: Path, address: str) -> bool:
-    """Whether a file is there, False if nothing is.
+    """Whether a regular file exists; False if the path does not exist.
 
     Raises:
-        TeachonceError: something else is: a folder, a link to nothing, a pipe, a socket or a device.
+        TeachonceError: the path is a folder, a broken link, a pipe, a socket or a device.
     """
     with durable.named(path, "looking for the file"):
         if path.is_file():
@@ -228,7 +228,7 @@ def is_regular(path: Path, address: str) -> bool:
 
 
 def files_below(folder: Path, address: str) -> list[Path]:
-    """All files in a folder and the folders in it, sorted by path; links to folders are followed.
+    """Returns all files in a folder and its subfolders, sorted by path; links to folders are followed.
 
     Raises:
         TeachonceError: something in it is neither a file nor a folder.
@@ -258,7 +258,7 @@ def _regular_again(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path, cure: str) -> Iterator[None]:
-    """Turn what a damaged or unreadable file raises inside into an error that names the file."""
+    """Turn errors of a damaged or unreadable file inside the block into one that names the file."""
     try:
         yield
     except TeachonceError:

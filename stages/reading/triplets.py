@@ -1,8 +1,8 @@
-"""Labelled files to triplets: read, cleaned by named rules, every reject counted.
+"""Read labelled files as triplets, cleaned by named rules; every rejected row is counted.
 
-A row is an anchor, a positive (what should be near it) and any number of negatives (what looks near and
-is not). Without one it is a pair: the other rows of a batch are its negatives. A record with several
-positives becomes as many rows.
+A row is an anchor, a positive (a text that should be near it) and any number of hard negatives (similar
+texts that should not). A row without negatives is a pair, with in-batch negatives only. A record with
+several positives becomes several rows.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def read_triplets(
 ) -> tuple[list[Triplet], Counter[str]]:
     """Returns all valid rows of `files`, in order, and the number of rejected rows by rule.
 
-    Holds every row in memory, and logs of each file what it has.
+    Holds every row in memory, and logs the counts of each file.
 
     Args:
         files: See `stages.reading.records` for what is read.
@@ -117,7 +117,7 @@ def read_triplets(
 
 
 def look_at(path: Path, fields: Sequence[str]) -> None:
-    """Read the first rows of a file, for what can be said before anything is computed.
+    """Check the fields of a file by its first rows, before anything is computed.
 
     Raises:
         TeachonceError: `read_triplets` would refuse it for its fields.
@@ -130,7 +130,7 @@ def look_at(path: Path, fields: Sequence[str]) -> None:
 
 
 class _TripletReader:
-    """A file's rows, and what its fields say of it.
+    """Reads the rows of one file, and checks its fields.
 
     Args:
         path: The file.
@@ -153,7 +153,7 @@ class _TripletReader:
         return any((self.file.role(name) or (0,))[0] == 2 for name in self.file.kinds)
 
     def rows(self) -> Iterator[Row]:
-        """One row or more for each record."""
+        """Yield one row or more for each record."""
         for record in self.file.records():
             self.records += 1
             if isinstance(record, Rejected):
@@ -166,7 +166,7 @@ class _TripletReader:
                 yield row
 
     def check(self) -> None:
-        """Refuse a file that would teach nothing, or something else than its rows say."""
+        """Raise for a file without usable rows, or with fields that would be misread."""
         unread = [name for name in self.file.kinds if self._is_unread_negative(name)]
         if self.graded and not self.negatives:
             raise TeachonceError(
@@ -282,7 +282,7 @@ class _TripletReader:
         return base_name(name).casefold() in NEGATIVE_WORDS
 
     def _names_to_set(self) -> str:
-        """The cure that names the fields of a usual layout, as far as they are known."""
+        """Returns the cure with the field names of a usual layout, if they are known."""
         anchor = self._first_of(ANCHOR_WORDS, {"text"})
         texts = {"text", "list of texts"}
         positive = self._first_of(POSITIVE_WORDS, texts, numbered=True, but=anchor)
@@ -316,7 +316,7 @@ class _TripletReader:
 
 
 def _broken(row: Row, kept: Collection[Triplet], evaluation: Collection[bytes]) -> str | None:
-    """The rule that a row breaks, or None."""
+    """Returns the rule that a row breaks, or None."""
     if row is None:
         return "missing"
     if isinstance(row, Rejected):
