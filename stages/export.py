@@ -1,4 +1,4 @@
-"""A trained student -> a folder of stock modules that anyone can load, and that was loaded to prove it."""
+"""Export a trained student as a folder of stock modules, and check that copy by loading it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run(
     """Write the export of a student.
 
     Args:
-        params: Settings.
-        folder: The student.
+        params: The settings `export`.
+        folder: Folder of the student.
         lineage: The content of the student's `teachonce.json`.
         metrics: Model -> flat metrics, for the card; as many as there are.
         facts: Label -> text, for the card.
@@ -112,7 +112,7 @@ def _card(params: ExportParams, model: SentenceTransformer, copy: Path, *, dropp
 
 
 def _drop_projection(model: SentenceTransformer, folder: Path) -> None:
-    """Take the last Dense module out of a model: it is the projection, as its lineage says."""
+    """Remove the last Dense module of a model, which is the projection by its lineage."""
     dense = [place for place, module in enumerate(model) if type(module).__name__ == "Dense"]
     if not dense:
         raise DamagedError(
@@ -126,7 +126,7 @@ def _drop_projection(model: SentenceTransformer, folder: Path) -> None:
 def _check_copy(
     model: SentenceTransformer, copy: Path, out: Path, trust_remote_code: bool
 ) -> float:
-    """The lowest cosine between a model's vectors and those of its copy in safetensors."""
+    """Returns the lowest cosine between a model's vectors and those of its copy in safetensors."""
     from stages.models.likeness import encode, likeness, probes
     from stages.models.loading import load_model
     from stages.models.portable import limit_of

@@ -18,7 +18,7 @@ VERSION = 1  # raise it when a code change writes other files for the same recip
 
 
 def run(recipes: Mapping[str, RecipeParams], *, negatives: Manifest, out: Path) -> Outcome:
-    """Write the files.
+    """Write a file for each recipe.
 
     Args:
         recipes: All recipes of params.yaml, by name.

@@ -1,4 +1,4 @@
-"""Corpus files -> text shards: texts are read, cleaned by named rules, and cut by content.
+"""Read the corpus files, clean the texts by named rules, and cut them into shards by content.
 
 Nothing is shuffled and nothing is held out here: a text that is added or removed must move the borders
 of its own shard only, so that the vectors of all others stay valid.
@@ -51,10 +51,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def recipe(params: ShardParams) -> dict[str, object]:
-    """Settings that decide which of the texts read become rows, and where shards end.
+    """Returns the settings that decide which texts become rows, and where shards end.
 
-    `sources` and `field` are not among them: they say where texts come from, and the same texts from
-    elsewhere (renamed files, another format) are the same corpus.
+    `sources` and `field` are left out: the same texts from elsewhere (renamed files, another format) are
+    the same corpus.
     """
     return {
         # Not VERSION: a corpus in which its rise changes no row keeps its manifest, and nothing that
@@ -131,7 +131,7 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
 
 
 def losses(read: int, rejected: Mapping[str, int]) -> dict[str, int]:
-    """The rules by which a noticeable part of the texts is lost; of duplicates and empty lines none is."""
+    """Returns the rules that reject a noticeable share of texts, without duplicates and empty lines."""
     texts = read - rejected["empty"]
     return {rule: rejected[rule] for rule in CURES if is_noticeable(rejected[rule], texts)}
 
@@ -139,18 +139,18 @@ def losses(read: int, rejected: Mapping[str, int]) -> dict[str, int]:
 def make_again(
     params: ShardParams, *, root: Path, store: Store, keys: Collection[str]
 ) -> list[str]:
-    """Publish those of the text shards `keys` that the sources still give, and nothing else.
+    """Publish those of the text shards `keys` that the sources still yield, and nothing else.
 
-    A shard is named by its texts, so what is published is what was lost, to the bit.
+    A shard is named by its texts, so it is the lost one, to the bit.
 
     Args:
         params: The settings `shard`.
         root: The work tree.
         store: The store for the shards.
-        keys: Names of text shards.
+        keys: Keys of text shards.
 
     Returns:
-        Those that the sources do not give any more.
+        The keys of those that the sources no longer yield.
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable.
@@ -200,7 +200,7 @@ def clean(items: Iterable[Item], params: ShardParams, rejected: Counter[str]) ->
 
 
 def _wrong_length(text: str, params: ShardParams) -> str | None:
-    """The rule that a stripped text breaks by its length in characters, or None."""
+    """Returns the rule that a stripped text breaks by its length in characters, or None."""
     if not text:
         return "empty"
     if len(text) < params.min_chars:

@@ -1,4 +1,4 @@
-"""A student before training: some layers of the teacher, or any model as it is."""
+"""Write a start, a student before training: some layers of the teacher, or any model as it is."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run(
     """Write the start as a sentence-transformers folder.
 
     Args:
-        params: Settings.
+        params: The settings of the start.
         name: Name of the start.
-        folder: The model it is cut from.
+        folder: Folder of the model that it is cut from.
         trust_remote_code: Whether code in that folder may run.
         out: The folder to write.
         pooling: Pooling of that model if it has no modules.json; the start gets one. None otherwise.

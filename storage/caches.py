@@ -1,4 +1,4 @@
-"""The caches of one corpus, opened together: all that a student learns from."""
+"""The caches of one corpus that a student learns from, opened together."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class Caches:
-    """Texts, the teacher's vectors of them, mined neighbours if somebody asks for them, and the split.
+    """A corpus, the teacher's vectors, mined neighbours if an objective needs them, and the split.
 
     Args:
-        corpus: Texts.
+        corpus: The texts.
         embeddings: The teacher's vectors of `corpus`.
-        negatives: Mined from both; None where no objective reads them.
+        negatives: Mined neighbours; None if no objective reads them.
         split: The split of the rows.
         store: The store of all these, and of token ids.
     """

@@ -1,4 +1,4 @@
-"""What has to be known of Arrow files before pyarrow acts on them.
+"""Checks of Arrow files that must come before pyarrow reads them.
 
 pyarrow unpacks a batch as soon as it is asked for, and a kilobyte of zstd can say "gigabytes of zeros".
 Whether a batch is compressed stands in the flatbuffer before its body, and to how much at the front of
@@ -19,10 +19,10 @@ FOOTER_END = 10  # after the footer: its length in 4 bytes, and the magic
 
 
 def first_batch(file: Buffer) -> tuple[int, bool]:
-    """Where the first batch of an Arrow file starts, and whether it is compressed.
+    """Returns the offset of the first batch of an Arrow file, and whether it is compressed.
 
     Args:
-        file: All of its bytes; pyarrow has opened it, so there is a footer, and a batch in it.
+        file: All bytes of the file; pyarrow has opened it, so it has a footer and a batch.
 
     Raises:
         ValueError: an offset leads out of the file.
@@ -43,12 +43,12 @@ def first_batch(file: Buffer) -> tuple[int, bool]:
 
 
 def unpacked_bytes(metadata: Buffer, body: Buffer, *, is_dictionary: bool) -> int:
-    """How many bytes the buffers of a batch say they unpack to; 0 if it is not compressed.
+    """Returns the declared unpacked bytes of a batch's buffers; 0 if it is not compressed.
 
     Args:
         metadata: Metadata of the message, verified by pyarrow.
         body: Body of the message.
-        is_dictionary: Whether it holds a dictionary.
+        is_dictionary: Whether the message holds a dictionary.
 
     Raises:
         ValueError: an offset leads out of the message.
@@ -79,12 +79,12 @@ def _number(form: str, view: memoryview, place: int) -> int:
 
 
 def _follow(view: memoryview, place: int) -> int:
-    """Where the offset at `place` leads."""
+    """Returns the target of the offset at `place`."""
     return place + _number("<I", view, place)
 
 
 def _field(view: memoryview, table: int, number: int) -> int:
-    """How far into `table` its field `number` stands; 0 if the table has none."""
+    """Returns the offset of field `number` in `table`; 0 if the table lacks it."""
     vtable = table - _number("<i", view, table)
     place = 4 + 2 * number
     return _number("<H", view, vtable + place) if place < _number("<H", view, vtable) else 0

@@ -1,10 +1,10 @@
-"""The probe texts: a fixed handful whose vectors say whether a teacher still is the one of its cache.
+"""The probe texts: a fixed set whose vectors show whether a teacher is still the one of its cache.
 
 Their vectors are kept beside the others of a teacher, as an ordinary object, since these texts are a shard
 like any other: `vectors/<teacher fingerprint>/<digest of the probe texts>.arrow`. No manifest names it. It
 is kept as long as any vectors of that teacher are.
 
-Never change a text: the digest would be another one, and every cache would begin its record anew.
+Never change a text: the digest would change, and every cache would lose its record.
 (`stages/models/likeness.py` has texts for another question, whether a copy of a student is the student;
 these depend on the model's limit and include texts that no corpus has, such as an empty one.)
 """
@@ -46,10 +46,10 @@ PROBE_DIGEST = text_digest(PROBE_TEXTS)
 
 
 def probe_key(teacher: str) -> str:
-    """The key of the probe texts' vectors by the teacher with this fingerprint."""
+    """Returns the key of the probe texts' vectors by the teacher with this fingerprint."""
     return f"vectors/{teacher}/{PROBE_DIGEST}.arrow"
 
 
 def probe_text_keys() -> NDArray[np.bytes_]:
-    """(16,) V16."""
+    """Returns the (16,) V16 text keys of the probe texts."""
     return np.frombuffer(b"".join(map(text_key, PROBE_TEXTS)), dtype=f"V{TEXT_KEY_BYTES}")

@@ -1,7 +1,7 @@
-"""The one door for reading: a regular file of the size that it says, and nothing that waits.
+"""The one door for reading: only regular files are opened.
 
-Under the name of a file may stand a pipe, a device, or a link to one, which Git carries. Opened as a file,
-a pipe waits for ever and /dev/zero never ends. Other libraries open by name: before them goes `check`.
+A path may lead to a pipe or a device, also through a link in Git. Opened as a file, a pipe blocks forever
+and /dev/zero never ends. Call `check` before a library opens a file by its name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class IrregularError(TeachonceError):
 
 
 def opened(path: Path) -> BufferedReader:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Raises:
-        IrregularError: it is a folder, a pipe, a socket or a device, or says that it is empty and is not,
-            as files of the kernel do (/proc): such a one may have no end.
-        OSError: the operating system refused, or there is none.
+        IrregularError: the path is a folder, a pipe, a socket or a device, or a file with content and size
+            0, as in /proc: such a file may have no end.
+        OSError: the operating system refused, or the file does not exist.
     """
     try:
         # Else a pipe is waited for, and a terminal becomes that of this process.
@@ -65,15 +65,15 @@ def opened(path: Path) -> BufferedReader:
 
 
 def content(path: Path, most: int = MOST_BYTES) -> bytes:
-    """All bytes of a file.
+    """Returns all bytes of a file.
 
     Args:
         path: The file.
-        most: Bytes beyond which it is not read.
+        most: Largest size in bytes that is read.
 
     Raises:
-        FileNotFoundError: there is none.
-        IrregularError: as `opened`; or it is larger.
+        FileNotFoundError: the file does not exist.
+        IrregularError: as `opened`; or the file is larger than `most`.
         StorageError: the operating system refused.
     """
     with durable.named(path, "reading", but=FileNotFoundError), opened(path) as file:

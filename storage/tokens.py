@@ -1,4 +1,4 @@
-"""A student's token ids of a corpus: made once, read by every run with the same tokenizer."""
+"""A student's token ids of a corpus: computed once, read by every run with the same tokenizer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tokens(Column):
         return np.concatenate(counts).astype(np.int32) if counts else np.empty(0, np.int32)
 
     def rows_of(self, ids: NDArray[np.integer]) -> list[NDArray[np.int32]]:
-        """Token ids of some rows, in the order of `ids`; views of the mapped files."""
+        """Returns the token ids of rows, in the order of `ids`, as views of the mapped files."""
         taken: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(ids)
         for shard, places, rows in self.by_shard(ids):
             offsets = self._offsets(shard)

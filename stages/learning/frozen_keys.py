@@ -30,14 +30,14 @@ class FrozenInfoNce(torch.autograd.Function):
         left_out: Tensor,
         chunks: Iterable[Tensor],
     ) -> Tensor:
-        """The loss, a scalar.
+        """Returns the scalar loss.
 
         Args:
             ctx: The context of autograd.
-            anchors: (B, W) h, float32 of length 1; learns.
-            scale: a, a scalar; may learn.
-            own_keys: (B, W) k_own, float32 of length 1. It always counts.
-            left_out: (B, C) True where a key does not count; each anchor's own is to be left out there.
+            anchors: (B, W) float32 h of unit length; has a gradient.
+            scale: Scalar a; may have a gradient.
+            own_keys: (B, W) float32 positives k_own of unit length, always in the denominator.
+            left_out: (B, C) mask of keys outside the denominator; must include each anchor's positive.
             chunks: (n, W) of the C keys in turn, of length 1, in the type in which they are multiplied;
                 sums are float32.
         """
@@ -60,6 +60,6 @@ class FrozenInfoNce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's own
-        """Gradients of `anchors` and `scale`."""
+        """Returns the gradients of `anchors` and `scale`."""
         anchors, scale, pull = ctx.saved_tensors
         return gradient * scale * pull, gradient * (anchors * pull).sum(), None, None, None

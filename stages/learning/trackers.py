@@ -1,4 +1,4 @@
-"""A dashboard that shows a training while it runs: one that accelerate drives, or none.
+"""Log a training run to a dashboard: one that accelerate supports, or none.
 
 accelerate and the dashboard's own package are imported only where one is chosen.
 """
@@ -23,7 +23,7 @@ Track = Callable[[Row], None]
 
 @contextmanager
 def tracking(setting: str, name: str, folder: Path) -> Iterator[Track]:
-    """Open the dashboard, close it on the way out.
+    """Open the dashboard, and close it at the end.
 
     Args:
         setting: `tracker` of params.yaml.
@@ -31,10 +31,11 @@ def tracking(setting: str, name: str, folder: Path) -> Iterator[Track]:
         folder: Folder for tensorboard and wandb; mlflow uses its own.
 
     Yields:
-        Where the rows of the curve go; nowhere for `none`, and on all ranks but the first.
+        A function that logs a row of the curve; it does nothing for `none`, and on all ranks but the first.
 
     Raises:
-        TeachonceError: its package, or accelerate, is not installed; or it does not start.
+        TeachonceError: the dashboard's package or accelerate is not installed, or the dashboard fails to
+            start.
     """
     if setting == "none" or not ranks.is_first():
         yield lambda _: None

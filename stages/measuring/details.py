@@ -33,9 +33,9 @@ def likeness_details(
     """Compare a model's cosines over all pairs of some texts with the teacher's.
 
     Args:
-        ours: (n, any width), n >= 3.
-        teacher: (n, any width).
-        texts: n of them.
+        ours: (n, any width) vectors of the model, n >= 3.
+        teacher: (n, any width) vectors of the teacher.
+        texts: The n texts.
 
     Returns:
         similarities: counts of both between EDGES. scatter: some 400 (teacher, model) points, half of

@@ -1,4 +1,4 @@
-"""Where a model runs, and in which precision its matrix products are."""
+"""Devices, and the precision of matrix products."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(setting: str) -> torch.device:
-    """The device a setting means; `auto` is the first of CUDA, MPS, CPU that is there."""
+    """Returns the device of a setting; `auto` is the first available of CUDA, MPS and CPU."""
     if setting == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -60,7 +60,7 @@ def batch_tokens_on(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """A name under which speeds may be compared, such as `AMD EPYC, 2 threads`."""
+    """Returns a name for comparing speeds, such as `AMD EPYC, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -78,7 +78,7 @@ def device_name(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context in which matrix products run at `precision`."""
+    """Returns the context in which matrix products run at `precision`."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=AUTOCAST[precision])

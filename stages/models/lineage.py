@@ -14,7 +14,7 @@ LINEAGE = "teachonce.json"
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """The lineage of the model in `folder`; empty if it was not trained here.
+    """Returns the lineage of the model in `folder`; empty if it was not trained by teachonce.
 
     Raises:
         DamagedError: the file is no JSON object.
@@ -32,11 +32,11 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 
 
 def leaves_teacher_space(lineage: Mapping[str, Any]) -> bool:
-    """Whether a model's vectors may lie anywhere.
+    """Whether a model's vectors may be outside the teacher's space.
 
-    It learned similarities alone, which any rotation leaves as they are; or it was finetuned without a
-    term on the teacher's vectors. Who learned differences (`comparative`, centred `kd`) may have moved, but
-    not turned.
+    That is so if it learned similarities only, which any rotation preserves, or was finetuned without a
+    term on the teacher's vectors. A model that learned differences (`comparative`, centred `kd`) may be
+    shifted, but not rotated.
     """
     if (finetuned := lineage.get("finetuned")) is not None:
         return not finetuned["recipe"]["distill_weight"]

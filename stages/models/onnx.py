@@ -1,4 +1,4 @@
-"""A model as one ONNX graph: token ids and mask in, token vectors and the text's vector out."""
+"""Write a model as an ONNX graph: token ids and mask in, token vectors and the text's vector out."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Graph(nn.Module):
 
 
 def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
-    """Write the graph of a model in float32; batch and length are free.
+    """Write the graph of a model in float32, with dynamic batch size and length.
 
     Args:
-        model: In float32, on the CPU.
-        path: A new file; more than 2 GB of weights go into a second one beside it.
+        model: The model in float32, on the CPU.
+        path: The file to write; more than 2 GB of weights go into a second file beside it.
         address: Name of the model in errors.
 
     Raises:
-        TeachonceError: an architecture that the exporter does not know.
+        TeachonceError: the exporter does not support the architecture.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 

@@ -45,6 +45,6 @@ def slow_precision(precision: str, flags: Collection[str]) -> str | None:
 
 
 def may_have_gpu() -> bool:
-    """Whether `device: auto` may be no CPU, as far as that is seen without torch: CUDA, ROCm or MPS."""
+    """Whether `device: auto` may mean a GPU (CUDA, ROCm or MPS), judged without torch."""
     devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
     return sys.platform == "darwin" or any(Path(device).exists() for device in devices)

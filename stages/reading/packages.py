@@ -22,12 +22,12 @@ READERS = ("docstring_parser", "sentencex")
 
 
 def missing(packages: Sequence[str]) -> list[str]:
-    """Those that are not installed; nothing is imported."""
+    """Returns the packages that are not installed; imports nothing."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
-    """Import name -> version of the distribution that has it; nothing is imported.
+    """Returns import name -> version of its distribution; imports nothing.
 
     A module of the standard library has the version of Python. Where several distributions share an
     import name, their versions are joined by `+`.
@@ -65,7 +65,7 @@ def _not_installed(name: str) -> TeachonceError:
 
 
 def docstrings(name: str) -> Iterator[str]:
-    """The documentation strings of a package, by path and line; a file that does not parse has none."""
+    """Yield the docstrings of a package, by path and line; skips files that do not parse."""
     for path in _source_paths(name):
         try:
             content = regular.content(path)
@@ -84,7 +84,7 @@ def docstrings(name: str) -> Iterator[str]:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Parsing makes millions of nodes without a cycle; looking for one took a third of the time."""
+    """Pause the garbage collector: parsing makes millions of nodes without cycles, a third of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -95,7 +95,7 @@ def without_collector() -> Iterator[None]:
 
 
 def _documented(node: ast.AST) -> Iterator[str]:
-    """The strings of a module, its classes and functions, and theirs, in the order of the file."""
+    """Yield the docstrings of a module, its classes and functions, in the order of the file."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text:
@@ -107,7 +107,7 @@ def _documented(node: ast.AST) -> Iterator[str]:
 
 
 def _source_paths(name: str) -> list[Path]:
-    """The .py files of a package or module, sorted, without its tests.
+    """Returns the sorted .py files of a package or module, without its tests.
 
     Only the top-level name is looked up: for a dotted one, Python would import what stands before it.
     """

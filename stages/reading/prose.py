@@ -1,4 +1,4 @@
-"""Documentation string -> English sentences, and which of them a person would call one."""
+"""Split a docstring into English sentences, and judge which of them are prose."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FOOTNOTE = re.compile(r"\s*\[[\w#]+\]_+")
 
 
 def paragraphs(docstring: str) -> list[list[str]]:
-    """The sentences of each paragraph: of the summary, then of the description.
+    """Returns the sentences of each paragraph: of the summary, then of the description.
 
-    Sections (arguments, returns, notes, examples of any convention) are left out, and of the rest whatever
-    is no prose.
+    Sections (arguments, returns, notes, examples of any convention) and sentences that are no prose are
+    left out.
     """
     # Here, and below: the extra `demo` has them, and a project with texts of its own needs neither.
     import docstring_parser
@@ -54,7 +54,7 @@ def _sentences(block: str) -> list[str]:
 
 
 def unwrapped(text: str) -> str:
-    """A paragraph without the inline markup of reST and Markdown: what a reader of the page would see."""
+    """Returns a paragraph without the inline markup of reST and Markdown."""
     return FOOTNOTE.sub("", STARS.sub(r"\2", LINK.sub(r"\1", TICKS.sub(r"\1", text))))
 
 

@@ -1,4 +1,4 @@
-"""What differs between two manifests of one kind."""
+"""The differences between two manifests of one kind."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from storage.store import canonical_json
 
 @dataclass(frozen=True)
 class Difference:
-    """Two manifests, A and B, side by side.
+    """The differences between two manifests, A and B.
 
     Args:
-        kind: (A's, B's) if they hold different things, or None.
+        kind: (A's, B's) if the kinds differ, or None.
         recipe: Setting (nested ones dotted) -> {"a": value, "b": value}; a side that lacks it is left out.
-        parent: (A's, B's) if they were made from different things, or None.
+        parent: (A's, B's) if the parents differ, or None.
         only_a: Keys that only A names.
         only_b: Keys that only B names.
-        copies: Keys that both name, but not the same copy.
-        common: Keys that both name, and the same copy.
+        copies: Keys that both name with different copies.
+        common: Keys that both name with the same copy.
         moved: Whether both name the same keys in another order, so that rows have other ids.
     """
 
@@ -61,7 +61,7 @@ def compare(a: Manifest, b: Manifest) -> Difference:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings in which two recipes differ: dotted name -> {"a": value, "b": value}."""
+    """Returns the settings in which two recipes differ: dotted name -> {"a": value, "b": value}."""
     ours, theirs = dict(_flat(a)), dict(_flat(b))
     return {
         name: {side: flat[name] for side, flat in (("a", ours), ("b", theirs)) if name in flat}
