@@ -2,6 +2,8 @@
 
 `import teachonce` re-exports what stands here. Nothing heavy is imported at the top: pyarrow comes with
 the first project that is opened, torch with the first dataset or model.
+
+This file is long because every public method has its shapes, errors and an example in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A work tree with its settings: opens what stages need, by name."""
+"""A work tree with its settings: opens what stages need, by name.
+
+This file is long because everything that any stage is given is opened here, and nowhere else.
+"""
 
 from __future__ import annotations
 

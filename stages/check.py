@@ -3,6 +3,8 @@
 DVC sees neither a misspelt setting nor a new file under a glob. This stage always runs, takes about a
 second, lists all that is wrong at once, and leaves hashes of what comes from outside (data/sources.json)
 and the VERSION of each stage (data/versions.yaml); the other stages name these as their parameters.
+
+This file is long because all questions go to one survey, which hashes each file once for all of them.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ def run(
 ) -> Outcome:
     """Train one student. With several ranks, each calls this and the first one writes.
 
+    It is long because it reads in the order in which a run happens: start, task, training, what is left.
+
     Args:
         params: The recipe.
         name: Name of the student.

@@ -3,6 +3,9 @@
 Each shard is published when it is finished, under the teacher's fingerprint and the digest of its texts. A
 shard that is in the store is a cache hit, whoever made it, and a text in an older shard of the same teacher
 has its vector copied from there. If no text is missing, no teacher is loaded.
+
+This file is long because the order of its steps (copy, fetch, encode, check, publish, hand over) is what
+keeps finished work from being lost; it is read as a whole.
 """
 
 from __future__ import annotations

@@ -83,6 +83,8 @@ def run(
 ) -> Outcome:
     """Measure the model `name` and write its metrics to `out`: flat keys, the same for all models.
 
+    It is long because it reads in the order in which a model is measured: sets, rows, speed, results.
+
     Paths in `params` are relative to `root`. The held-out rows of `corpus` (of at least one row in all)
     show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of
     likeness, a handful of searches) goes to `details`. The teacher leaves its vectors of documents in

@@ -2,6 +2,8 @@
 
 The training loop is that of `distill`. A kd term on cached rows may be added, so that the student does not
 forget its teacher; like everything after `mine`, it needs no teacher.
+
+This file is long because the task, its batches and the rehearsal of cached rows change together.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ def run(
     trust_remote_code: bool = False,
 ) -> Outcome:
     """Finetune one student. With several ranks, each calls this and the first one writes.
+
+    It is long because it reads in the order in which a run happens: rows, student, training, what is left.
 
     Args:
         params: The settings `finetune`.

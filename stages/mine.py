@@ -7,6 +7,8 @@ one of two methods, whichever is estimated to be faster: a self-join, all lists 
 resumes; a self-join publishes at its end and starts over, so it is limited to EXACT_ROWS.
 
 Held-out and evaluation rows neither get lists nor appear in any: their lists are empty.
+
+This file is long because the stage and the miner share how shards are grouped, searched and published.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A setting is either part of its stage's `recipe` (it changes the result by more than last bits) or only
 decides where and how fast the work is done; the second kind is marked "speed only" here.
+
+This file is long because it holds every setting of every stage.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ anew.
 
 What was written is taken away by `move`, `rename` and `remove`, which only the upkeep of the store calls;
 `restore` undoes a `rename`.
+
+This file is long because it is the only place that writes, and says for each step what a crash leaves.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ file, and gets its name in the store after it has proved itself. A remote is bel
 What makes a name appear whole: on S3 a put is one step, and `If-None-Match` refuses a name that is taken;
 a folder goes through `durable`. Where a server ignores that condition, the worst is a second upload of the
 same thing: same key, same origin.
+
+This file is long because a folder and an object store have one contract, kept by one class.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ An object is an Arrow IPC file with one record batch, uncompressed, so that a ma
 array itself. Its schema metadata holds a header: format, its own key, rows, facts of its making, and
 the sha256 of all of that together with every value. So a swapped, renamed, truncated or corrupted object is
 detected before any of it is used.
+
+This file is long because naming, checking, publishing and opening an object must agree to the byte.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from storage.upkeep.inventory import read_refs
 def run(workspace: Workspace) -> tuple[Outcome, TeachonceError | None]:
     """Move damaged objects into quarantine, and make them and the missing ones again; nothing else.
 
+    It is long because all damage is examined, moved and made again in one order that loses nothing.
+
     Every object of this work tree's manifests is read. Intact objects stay, other copies included. Missing
     ones are fetched from the remote; else texts are made from the sources, vectors by the teacher and
     negatives from the vectors. Token ids are left to the stages that need them. Nothing is made with other

@@ -11,6 +11,8 @@ vectors here. The student's vectors are what the saved student will return: of l
 teacher's are, else of any length. A function that compares directions normalises them itself. Where
 W < D (Matryoshka) the student is compared with the first W values of a vector (`narrow`), and P_T and
 the teacher's similarities are those of whole vectors.
+
+This file is long because the formulas are read side by side; each function stands for itself.
 """
 
 from __future__ import annotations

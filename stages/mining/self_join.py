@@ -23,6 +23,9 @@ dim * 2^-24 each; four times that covers the tile's sum, the exact one and both 
 keeps a GPU to it). At last the tile
 rounds to bfloat16, up or down; limits are rounded down to bfloat16, so a score that is not below the
 limit is not below it after rounding either.
+
+This file is long because one argument holds it together: the lists are exact only if the margin, the
+limits and the order of the tiles are all as described here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Imports no torch: `check` calls these functions before anything is computed. The loader calls them again,
 since a stage can run without `check`; neither guesses.
+
+This file is long because each choice is read from several generations of configuration files.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Batches are cut from the texts of one call alone (sorted by length, a bounded number of tokens each),
 so the same shard gives the same vectors whatever was encoded before it in the process.
+
+This file is long because a reader for each kind of model (packed, padded, routed, in windows) is chosen and
+proved right in one place.
 """
 
 from __future__ import annotations

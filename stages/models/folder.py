@@ -2,6 +2,8 @@
 
 Imports no torch: `check` examines models in a fraction of a second, and a fingerprint needs bytes only.
 Weights are read as safetensors only; a pickle is refused, not converted.
+
+This file is long because loaders read many files under many names, and a hash must miss none of them.
 """
 
 from __future__ import annotations

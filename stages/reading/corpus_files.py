@@ -4,7 +4,7 @@ Every line of a text file and every cell of a column gives exactly one item: a t
 rejects it. Nothing is dropped here, so the items can be counted. A truncated file is an error, never a
 shorter corpus.
 
-Long because every format is here, each with its own way of hiding that a file was truncated.
+This file is long because every format is here, each with its own way of hiding that a file was truncated.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ table without a header line) are read by position, in the order of `finetune.fie
 A header line is one that has the names of anchor and positive that `finetune.fields` says, or one whose
 every cell is a name that such files usually have (`HEADER_WORDS`). Anything else is data; a first line
 that looks like a header but is none by this rule is an error, never a row.
+
+This file is long because every format of labelled files is here.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Nothing here changes the store. A file whose name is a key is an object; one wit
 gives to the scratch file of an object or a ref, in the right folder, is a scratch file; files that `gc`
 takes away and that `repair` quarantines have names of their own, too. All others are foreign: they are
 listed and never touched, since a user may have pointed `store` to a folder with other files.
+
+This file is long because every kind of file in a store is recognised here, by one rule.
 """
 
 from __future__ import annotations

@@ -188,6 +188,26 @@ def test_each_room_says_what_lives_there():
             assert init.read_text().startswith('"""'), init
 
 
+def test_what_is_long_says_why():
+    """A file of more than 350 lines, or a function of more than 60 beside its docstring."""
+    silent = []
+    for top in ("pipeline", "stages", "storage", "teachonce"):
+        for path in (ROOT / top).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            for node in (tree, *ast.walk(tree)):
+                if isinstance(node, ast.Module):
+                    length, most = len(path.read_text().splitlines()), 350
+                elif isinstance(node, ast.FunctionDef):
+                    first = node.body[0]
+                    told = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                    length, most = node.end_lineno - node.lineno + 1 - told, 60
+                else:
+                    continue
+                if length > most and "long because" not in (ast.get_docstring(node) or ""):
+                    silent.append((str(path.relative_to(ROOT)), getattr(node, "name", ""), length))
+    assert silent == []
+
+
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     result = CliRunner().invoke(app, ["--help"])
     found = [word for word in re.findall(r"│ (\w+) ", result.output) if word in COMMANDS]
