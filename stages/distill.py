@@ -240,7 +240,6 @@ class DistillTask(nn.Module):
             caches.negatives,
             train=self.rows,
             rows_of_step=self._rows_of_step,
-            text_keys=caches.corpus.text_keys,
             seed=params.seed,
             device=device,
             precision=params.precision,

@@ -58,7 +58,6 @@ class CandidateSource:
         negatives: Mined neighbours; None if no objective needs them.
         train: (n,) int64 ids of the training rows, ascending; queues are drawn from these.
         rows_of_step: Step -> row ids of its batch.
-        text_keys: (rows of the corpus,) V16 text keys.
         seed: The seed of the recipe.
         device: The device of the tensors.
         precision: Precision of `ckd`'s dot products; its queue is kept in that type.
@@ -71,15 +70,12 @@ class CandidateSource:
         *,
         train: NDArray[np.int64],
         rows_of_step: Callable[[int], NDArray[np.int64]],
-        text_keys: NDArray[np.bytes_],
         seed: int,
         device: torch.device,
         precision: str = "fp32",
     ) -> None:
         self.embeddings, self.negatives, self.train = embeddings, negatives, train
         self.rows_of_step = rows_of_step
-        # Half a text key is enough for the mask: 1 in 1e19 pairs is masked wrongly.
-        self.half_keys = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)[:, 0]
         self.seed, self.device, self.precision = seed, device, precision
         # Two queues, for a recipe whose objectives need two types.
         self._queue = lru_cache(maxsize=2)(self._draw_queue)
@@ -100,7 +96,8 @@ class CandidateSource:
             not_negative = np.arange(len(ids))[:, None] == np.arange(len(rows))[None, :]
         else:
             candidate_rows = rows if queue is None else np.concatenate([rows, queue.rows])
-            not_negative = self.half_keys[ids][:, None] == self.half_keys[candidate_rows][None, :]
+            # No text stands in a corpus twice, so a row's own text is the row itself.
+            not_negative = ids[:, None] == candidate_rows[None, :]
         if queue is not None:
             not_negative[:, len(rows) :] |= _is_among(queue.rows, rows)
         return Candidates(

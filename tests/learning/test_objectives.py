@@ -340,7 +340,6 @@ def source(place):
         Negatives(place.store, manifest, corpus, mined_from="p"),
         train=train,
         rows_of_step=lambda step: 10 * step + np.arange(10),
-        text_keys=corpus.text_keys,
         seed=7,
         device=torch.device("cpu"),
     )
@@ -448,16 +447,6 @@ def test_only_ckd_has_its_queue_in_the_type_of_its_products(source):
     assert drawn.queue.dtype == torch.bfloat16
     assert exact.queue.dtype == torch.float32
     assert torch.equal(drawn.queue, exact.queue.bfloat16())
-
-
-def test_rows_of_equal_text_are_told_by_their_key(source):
-    source.half_keys[5] = source.half_keys[11]
-    drawn = source.draw(ckd_objective(queue=0, neighbours=2), np.array([11, 3]), step=0)
-    # Rows: 11, 3, then neighbours 4, 5, 12, 13; row 5 now has the text of row 11.
-    assert drawn.not_negative.tolist() == [
-        [True, False, False, True, False, False],
-        [False, True, False, False, False, False],
-    ]
 
 
 def test_the_queue_of_disco_holds_the_rows_of_past_steps_the_newest_batch_first(source):
