@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from pipeline.workspace import Workspace
 from stages import embed, mine
-from stages.measuring.metrics import TEXTS_AT_ONCE
 from stages.outcome import Facts, Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER, TrainingParams
 from stages.reading.evaluation_sets import beir_folder, read_beir
@@ -219,6 +218,7 @@ class Plan:
 
     def evaluate(self) -> None:
         """Plan the evaluation of each model; students are as fast as their start."""
+        from stages.measuring.metrics import TEXTS_AT_ONCE
         from stages.models.speed import CPU_PIECES, CPU_ROUNDS, Reference, rate_of
 
         params, root = self.params, self.here.at.root
