@@ -1,6 +1,6 @@
 """What `teachonce plan` says beside what is then taken: two corpora, two teachers, CPU seconds.
 
-    python benchmarks/plan.py --texts CORPUS.jsonl[.zst] [--rows 1000]
+    python benchmarks/plan.py --texts CORPUS.jsonl[.zst] [--rows 1500]
 
 The corpora are the demo's sentences (`teachonce docs`) and those of the file, of each `--rows`. The first
 has the demo's teacher (all-MiniLM-L6-v2: 6 layers, 384 values), the second a BERT of random weights (3
@@ -58,7 +58,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=1500)
     args = parser.parse_args()
     rows = [
         row
@@ -97,7 +97,7 @@ def compared(corpus, teacher, args):
         pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[: args.rows]))
         for words in (("shard",), ("split",), ("start", "half")):
             command(root, *words)
-        plan = json.loads(command(root, "plan", "--seconds", "10", "--json")[0])["facts"][
+        plan = json.loads(command(root, "plan", "--json")[0])["facts"][
             "extrapolated"
         ]
         name = "MiniLM" if teacher == MINILM else "random"
@@ -114,7 +114,7 @@ def prepare(root, corpus, teacher, args):
     params = yaml.safe_load((root / "params.yaml").read_text())
     params |= {"store": "store", "device": "cpu"}
     params["docs"]["max_texts"] = args.rows
-    params["docs"]["packages"] = ["numpy"]
+    params["docs"]["packages"] = ["numpy", "scipy", "torch"]
     params["embed"]["teacher"] = teacher
     params["starts"]["half"]["layers"] = [0, 2]
     del params["students"]["ckd"]
