@@ -97,9 +97,7 @@ def compared(corpus, teacher, args):
         pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[: args.rows]))
         for words in (("shard",), ("split",), ("start", "half")):
             command(root, *words)
-        plan = json.loads(command(root, "plan", "--json")[0])["facts"][
-            "extrapolated"
-        ]
+        plan = json.loads(command(root, "plan", "--json")[0])["facts"]["extrapolated"]
         name = "MiniLM" if teacher == MINILM else "random"
         for stage, said in plan.items():
             if stage in ("evaluate half", "evaluate kd-finetuned"):
