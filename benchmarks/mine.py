@@ -31,7 +31,7 @@ from sentence_transformers.util import mine_hard_negatives, semantic_search
 
 from stages import mine
 from stages.mining import filters
-from stages.mining.faiss_search import found_of
+from stages.mining.faiss_search import hits_in
 from stages.mining.self_join import SelfJoin, join_cost, tile_on
 from stages.models.devices import device_name, pick_device
 from stages.params import MineParams
@@ -237,7 +237,7 @@ def proof(stored, unit, k, device):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     join = joined(stored, k, device)
     extra = resident("VmHWM") - before
-    return found_of(join.nearest(rows), exact).mean() / k, extra
+    return hits_in(join.nearest(rows), exact).mean() / k, extra
 
 
 def resident(what):
