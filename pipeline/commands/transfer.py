@@ -8,9 +8,10 @@ are in no manifest: each machine makes its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from stages.outcome import Outcome, Progress, log
 from stages.teaching.sharing import TRANSFERS, push_probe_record
@@ -141,27 +142,37 @@ def _each(
     progress = Progress(stage, total=len(objects), unit="objects")
     workers = threads(objects)
     pool = ThreadPoolExecutor(workers, thread_name_prefix=stage)
-    futures: dict[Future[None], Object] = {
-        pool.submit(move, entry, result): entry for entry in objects
-    }
-    counted, bytes_moved, failed_in_a_row = 0, 0, 0
     # All transfers under way when a remote dies fail; a single failure proves nothing, so at least two.
     most_in_a_row = max(2, workers)
+    failed_in_a_row, lock = 0, Lock()
+
+    def move_unless_unreachable(entry: Object) -> None:
+        # Counted here and not where results are read, which a busy machine may do long after.
+        nonlocal failed_in_a_row
+        if failed_in_a_row >= most_in_a_row:
+            raise CancelledError
+        failed = False
+        try:
+            move(entry, result)
+        except RemoteError:
+            failed = True
+            raise
+        finally:
+            with lock:
+                failed_in_a_row = failed_in_a_row + 1 if failed else 0
+
+    futures = [pool.submit(move_unless_unreachable, entry) for entry in objects]
+    counted, bytes_moved = 0, 0
     try:
         for future in as_completed(futures):
             try:
                 future.result()
-                failed_in_a_row = 0
-            except RemoteError as error:
-                if error.is_of_all:
+            except CancelledError:
+                break
+            except TeachonceError as error:
+                if isinstance(error, RemoteError) and error.is_of_all:
                     raise
                 result.problems.append(error)
-                failed_in_a_row += 1
-                if failed_in_a_row == most_in_a_row:
-                    break
-            except TeachonceError as error:
-                result.problems.append(error)
-                failed_in_a_row = 0  # the remote answers
             new = result.moved[counted:]  # only these: to add up all of them each time is quadratic
             counted, bytes_moved = (
                 counted + len(new),
