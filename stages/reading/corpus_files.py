@@ -164,11 +164,18 @@ def read(source: Path | DatasetName, field: str) -> Iterator[Item]:
 
 
 def _items_of(path: Path, field: str) -> Iterator[Item]:
-    if path.name.lower().endswith(".parquet"):
-        return _parquet_items(path, field)
-    if path.name.lower().endswith(".arrow"):
-        return _arrow_items(path, field)
-    return _line_items(path, field)
+    """Returns the items of a file with one of `ENDINGS`; the ending says who reads it."""
+    match Path(unpacked_name(path)).suffix:
+        case ".parquet":
+            return _parquet_items(path, field)
+        case ".arrow":
+            return _arrow_items(path, field)
+        case ".jsonl":
+            return _line_items(path, _json_text(field))
+        case ".txt":
+            return _line_items(path, _decoded)
+        case other:
+            raise ValueError(f"{path}: {other} is in ENDINGS, but no function reads it")
 
 
 def _some_with_field(
@@ -212,9 +219,7 @@ def _dataset_name(name: str, root: Path) -> DatasetName:
 # --- lines
 
 
-def _line_items(path: Path, field: str) -> Iterator[Item]:
-    name = unpacked_name(path)
-    parse = _json_text(field) if name.endswith(".jsonl") else _decoded
+def _line_items(path: Path, parse: Callable[[bytes], Item]) -> Iterator[Item]:
     with reading(path, CURE):
         for number, line in enumerate(lines(path)):
             if number == 0 and parse is not _decoded and line and begins_array_of_records(line):

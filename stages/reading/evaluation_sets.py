@@ -188,7 +188,7 @@ def read_beir(folder: Path, name: str) -> RetrievalSet:
 
 
 def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -> Iterator[str]:
-    """Returns the text keys excluded from training: all STS sentences and all retrieval queries.
+    """Yield the texts that are kept away from training: all STS sentences and all retrieval queries.
 
     Documents are not excluded, since corpora commonly hold them.
     """
@@ -199,7 +199,7 @@ def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -
 
 
 def evaluation_keys(text: str) -> set[bytes]:
-    """Yield the keys of a text as `shard` would clean it, and of each of its sentences."""
+    """Returns the keys of a text as `shard` would clean it, and of each of its sentences."""
     sentences = SENTENCE_END.split(text)
     return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
 

@@ -1,6 +1,7 @@
 """Objectives of the related methods: each formula beside its slow definition, in double precision."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from stages.params import (
     ComparativeObjective,
     DecoupledObjective,
     DiscoCkdObjective,
+    DiscoKdObjective,
     GramObjective,
     KdObjective,
+    Objective,
     RelationalObjective,
     SkewObjective,
 )
@@ -228,6 +231,7 @@ def test_gram_is_its_definition(width, temperature):
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
 
+WITHOUT_CANDIDATES = {"kd", "disco_kd"}
 PARAMS = [
     KdObjective(name="kd", weight=1.0, centred=False),
     CkdObjective(
@@ -264,7 +268,13 @@ PARAMS = [
     ),
     ComparativeObjective(name="comparative", weight=1.0),
     GramObjective(name="gram", weight=1.0, temperature=None),
+    DiscoKdObjective(name="disco_kd", weight=1.0),
 ]
+
+
+def test_each_objective_of_the_settings_is_taught_below():
+    union = get_args(get_args(Objective)[0])
+    assert {type(params) for params in PARAMS} == set(union)
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=lambda params: params.name)
@@ -273,11 +283,11 @@ def test_every_objective_teaches_vectors_to_become_the_teachers(params):
     candidates = some_candidates()
     if params.name in {"comparative", "gram"}:
         candidates = of_batch(candidates)
-    elif params.name != "kd":
+    elif params.name not in WITHOUT_CANDIDATES:
         # At equal temperatures the teacher's own vectors are the best there is.
         params = params.model_copy(update={"teacher_temperature": TAU})
     teacher = candidates.vectors[:ROWS]
-    given = None if params.name == "kd" else candidates
+    given = None if params.name in WITHOUT_CANDIDATES else candidates
     objectives = Objectives([params])
     vectors = drawn(seed=3).requires_grad_()
     adam = torch.optim.Adam([vectors], lr=0.05)

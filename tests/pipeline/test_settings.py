@@ -167,7 +167,7 @@ def test_check_says_that_a_queue_is_larger_than_the_corpus(project, caplog):
 
 
 def test_sections_for_anchors_are_left_out_and_what_they_bring_is_checked(tmp_path):
-    text = SHIPPED.read_text().replace("  batch_size: 128\n", "  batch_size: 1\n", 1)
+    text = SHIPPED.read_text().replace("  batch_size: 128 ", "  batch_size: 1 ", 1)
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(SettingsError) as caught:
         load_params(tmp_path / "params.yaml")
