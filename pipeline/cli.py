@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.printing import Line, as_json_object, place_of, say, show, show_lines
+from pipeline.printing import LogLine, as_json_object, place_of, say, show, show_lines
 from storage import durable
 from storage.errors import DamagedError, TeachonceError, shown
 
@@ -890,7 +890,7 @@ def main() -> None:
         # A character that this terminal's locale has not, or a name that is no UTF-8, ends no command.
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Line("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(LogLine("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     # Other people's deprecations are for developers; the tests turn them into errors.

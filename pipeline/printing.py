@@ -1,6 +1,6 @@
 """What commands print and log: results for a person or as JSON, and the one door to the terminal.
 
-All that is printed goes through `say`, all that is logged through `Line`: neither lets a control character
+What is printed goes through `say`, what is logged through `LogLine`: neither lets a control character
 of a name or a text reach the terminal.
 """
 
@@ -105,7 +105,7 @@ def say(text: str, *, err: bool = False) -> None:
             raise
 
 
-class Line(logging.Formatter):
+class LogLine(logging.Formatter):
     """A line of the log, through the same door."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -54,7 +54,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of the table.
 
     Args:
@@ -100,7 +100,7 @@ def part_of(row: str) -> str:
 
 def columns(
     models: Mapping[str, Metrics], students: Collection[str], *, most_sets: float = math.inf
-) -> list[Column]:
+) -> list[TableColumn]:
     """Every column that some model has a number for, in the order of the table.
 
     Args:
@@ -111,7 +111,7 @@ def columns(
     drawn = [_quality(quality, models, students) for quality in qualities(models, most_sets)]
     drawn += [
         _amount("texts\nper s", measured(models, of("sentences_per_second")), 5),
-        Column("speed-\nup", _speedups(models), 7),
+        TableColumn("speed-\nup", _speedups(models), 7),
         _amount("million\nweights", measured(models, millions), 2),
         _amount("MB", measured(models, of("megabytes")), 6),
     ]
@@ -153,7 +153,9 @@ def qualities(models: Mapping[str, Metrics], most_sets: float = math.inf) -> lis
     return every_quality
 
 
-def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collection[str]) -> Column:
+def _quality(
+    quality: Quality, models: Mapping[str, Metrics], students: Collection[str]
+) -> TableColumn:
     values = measured(models, quality.measure)
     intervals = {name: ends(models[name], quality.measure) for name in values}
     # One column has one number of decimals: that of its narrowest interval.
@@ -176,13 +178,15 @@ def _quality(quality: Quality, models: Mapping[str, Metrics], students: Collecti
             or tied(models[name], models[best], quality.measure)
         )
     }
-    return Column(quality.title, cells, quality.keep, frozenset(bold))
+    return TableColumn(quality.title, cells, quality.keep, frozenset(bold))
 
 
-def _amount(title: str, values: Mapping[str, float], keep: int) -> Column:
+def _amount(title: str, values: Mapping[str, float], keep: int) -> TableColumn:
     """A column of sizes: as many decimals for all as the smallest needs."""
     decimals = 1 if min(values.values(), default=0) < 100 else 0
-    return Column(title, {name: f"{value:,.{decimals}f}" for name, value in values.items()}, keep)
+    return TableColumn(
+        title, {name: f"{value:,.{decimals}f}" for name, value in values.items()}, keep
+    )
 
 
 def _speedups(models: Mapping[str, Metrics]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stages.reporting.columns import Column, names_of_sets
+from stages.reporting.columns import TableColumn, names_of_sets
 from stages.reporting.measures import (
     SPEED,
     devices,
@@ -27,7 +27,7 @@ GLOSSARY = {
 }
 
 
-def glossary(titled: Sequence[Column], shown: Collection[str]) -> dict[str, str]:
+def glossary(titled: Sequence[TableColumn], shown: Collection[str]) -> dict[str, str]:
     """Term -> meaning, of the terms in the titles of the columns and in the names of the rows."""
     titles = " ".join(column.name for column in titled).lower()
     terms = {term: meaning for term, meaning in GLOSSARY.items() if term.lower() in titles}

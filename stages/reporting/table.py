@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.params import TEACHER
-from stages.reporting.columns import GAP, MOST_SETS, Column, columns, part_of, rows
+from stages.reporting.columns import GAP, MOST_SETS, TableColumn, columns, part_of, rows
 from stages.reporting.legend import notes
 from stages.reporting.measures import verdict
 from stages.reporting.results import Metrics
@@ -66,7 +66,7 @@ def table(
     return drawn
 
 
-def _fitting(every_column: Sequence[Column], width: int) -> list[Column]:
+def _fitting(every_column: Sequence[TableColumn], width: int) -> list[TableColumn]:
     """The columns that fit into `width` characters, in their order."""
     kept = list(every_column)
     while kept and sum(column.width for column in kept) > width:

@@ -188,6 +188,16 @@ def test_each_room_says_what_lives_there():
             assert init.read_text().startswith('"""'), init
 
 
+def test_each_class_has_a_name_of_its_own():
+    places = {}
+    for top in ("pipeline", "stages", "storage", "teachonce"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_what_is_long_says_why():
     """A file of more than 350 lines, or a function of more than 60 beside its docstring."""
     silent = []

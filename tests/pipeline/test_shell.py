@@ -61,7 +61,7 @@ def test_what_is_printed_and_logged_goes_through_one_door(capsys, monkeypatch):
     )
     assert said.err == SAFE + "\n"
     record = logging.LogRecord("teachonce", logging.INFO, "", 0, "read %s", (HOSTILE,), None)
-    assert printing.Line("%(message)s").format(record) == f"read {SAFE}"
+    assert printing.LogLine("%(message)s").format(record) == f"read {SAFE}"
     source = "".join(path.read_text() for path in sorted((ROOT / "pipeline").rglob("*.py")))
     assert source.count("typer.echo(") == 1
 
