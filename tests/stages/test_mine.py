@@ -378,7 +378,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from stages import mine
-from stages.learning import self_join
+from stages.mining import self_join
 from stages.mining.faiss_search import load_faiss
 from stages.params import MineParams
 
