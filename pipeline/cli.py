@@ -597,7 +597,8 @@ def report(
 @app.command(rich_help_panel=STAGES)
 def plan(
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="To measure the teacher; each student gets half of it.")
+        float,
+        typer.Option(min=0.1, help="To measure the teacher; every other measurement has half."),
     ] = 20.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     as_json: Json = False,

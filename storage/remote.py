@@ -427,7 +427,7 @@ def _is_transport(error: Exception) -> bool:
 def _is_json(content: bytes) -> bool:
     try:
         json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -168,7 +168,7 @@ def _each(
             try:
                 future.result()
             except CancelledError:
-                break
+                continue  # not `break`: the failures that ended it may come after this one
             except TeachonceError as error:
                 if isinstance(error, RemoteError) and error.is_of_all:
                     raise

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -398,6 +399,21 @@ def test_a_dead_remote_is_not_asked_for_every_object(shaky, tmp_path):
     with pytest.raises(RemoteError, match="failed 8 times"):
         transfer.push(manifests, store=here.store, remote=remote_at(shaky))
     assert len(Shaky.asked) < len(objects_of(manifests)) * ATTEMPTS / 2
+
+
+def test_a_dead_remote_is_told_in_whatever_order_results_are_read(shaky, tmp_path, monkeypatch):
+    """A busy machine may read last what failed first: then nothing was moved, and no ref may be sent."""
+
+    def cancelled_first(futures):
+        done = wait(futures).done
+        return sorted(done, key=lambda future: isinstance(future.exception(), RemoteError))
+
+    monkeypatch.setattr(transfer, "as_completed", cancelled_first)
+    here, manifests = furnished(tmp_path / "here", sentences(3000))
+    Shaky.fails = staticmethod(lambda number: OSError(errno.EIO, "down"))
+    with pytest.raises(RemoteError, match=r"failed 8 times.*; 86 of 86 objects were not moved"):
+        transfer.push(manifests, store=here.store, remote=remote_at(shaky))
+    assert files_of_shaky() == {}
 
 
 @pytest.mark.parametrize("error", [PermissionError("no"), NotADirectoryError("no")])
@@ -1350,14 +1366,15 @@ def test_a_name_without_content_is_nothing(url, tmp_path):
     assert again == whole
 
 
-def test_a_ref_that_was_cut_is_replaced_and_a_whole_one_stays(url, tmp_path):
+@pytest.mark.parametrize("damaged", [lambda whole: whole[:-40], lambda _: b"[" * 100_000])
+def test_a_ref_that_was_cut_is_replaced_and_a_whole_one_stays(url, tmp_path, damaged):
     here, manifests = furnished(tmp_path / "here", sentences(20))
     transfer.push(manifests, store=here.store, remote=remote_at(url))
     files, root = fsspec.url_to_fs(url)
     name = f"{root}/{here.embeddings.ref}"
     whole = files.cat_file(name)
     files.rm_file(name)
-    files.pipe_file(name, whole[:-40])
+    files.pipe_file(name, damaged(whole))
     pushed = transfer.push(manifests, store=here.store, remote=remote_at(url))
     assert (pushed.facts["objects_moved"], pushed.facts["notes"]) == (0, 1)
     written = files.cat_file(name)
