@@ -99,7 +99,8 @@ class Plan:
         teacher = fingerprint(embed.recipe(params, files))
         keys = embed.keys_of(teacher, corpus)
         shards = lacking_shards(keys, store, self.here.remote())
-        older = set(store.keys(f"vectors/{teacher}")) - set(keys) if params.reuse else ()
+        stored = store.keys(f"vectors/{teacher}")
+        older = set(stored) - set(keys) if params.reuse else ()
         new = unknown_rows(corpus, shards, store, sorted(older))
         rows, took = sum(corpus.objects[shard].rows for shard in shards), 0.0
         self.counted |= {"texts": corpus.rows, "shards": len(keys), "shards_to_embed": len(shards)}
@@ -113,8 +114,11 @@ class Plan:
             at["load_seconds"] += importing
             self.measured[TEACHER] = at
             took = at["load_seconds"] + len(new) / at["texts_per_second"]
+        elif here := sorted(set(stored) & set(keys)) or stored:
+            vectors = embeddings.vectors_of(store.glance(here[0]))
         else:
-            vectors = embeddings.vectors_of(store.glance(keys[0]))
+            cure = "run `teachonce embed`, which fetches them, first"
+            raise MissingError("plan", "all vectors are on the remote", cure)
         size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
         self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
         return vectors

@@ -28,7 +28,7 @@ from storage.manifest import fingerprint
 from storage.remote import Remote
 from storage.split import Split
 from storage.store import Store
-from tests.conftest import HashTeacher, Made, embed_params, sentences
+from tests.conftest import HashTeacher, Made, embed_params, probe_of, sentences
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -176,6 +176,32 @@ def test_what_the_store_or_the_remote_has_is_not_to_embed(place, tmp_path):
     (tmp_path / "remote" / damaged.key).write_bytes(b"ARROW1 but no more")
     counted = planned(place, grown, teacher, remote=remote)["counted"]
     assert counted["texts_to_embed"] == 600 - shared + damaged.rows
+
+
+def test_any_vectors_of_the_teacher_that_are_here_serve_where_none_are_to_embed(place, tmp_path):
+    texts = sentences(600)
+    corpus = place.corpus(texts)
+    place.embed(corpus, HashTeacher(), files=FILES)
+    entries = place.embeddings.objects
+    # Every text is in an older shard, and the first shard of this corpus is in no store.
+    later = place.corpus(texts[1:])
+    assert later.objects[0].key.split("/")[-1] not in {e.key.split("/")[-1] for e in entries}
+    counted = planned(place, later)["counted"]
+    assert (counted["texts_to_embed"], counted["texts_to_reuse"]) == (0, later.objects[0].rows)
+    # One shard of several here, the others on the remote; then all of them there.
+    (tmp_path / "remote").mkdir()
+    remote = Remote(str(tmp_path / "remote"))
+    for entry in entries:
+        remote.push(entry, place.store)
+    for entry in entries[:-1]:
+        place.store.path(entry.key).unlink()
+    assert planned(place, corpus, remote=remote)["counted"]["shards_to_embed"] == 0
+    place.store.path(entries[-1].key).unlink()
+    place.store.path(probe_of(place.embeddings)).unlink()
+    with pytest.raises(
+        MissingError, match=r"all vectors are on the remote\n  cure: run `teachonce embed`"
+    ):
+        planned(place, corpus, remote=remote)
 
 
 def test_where_all_is_embedded_no_teacher_is_loaded(place):
