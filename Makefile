@@ -37,7 +37,7 @@ faults: install ## thousands of counted faults against the store: kills, power l
 coverage: ## `make test`; fails if it leaves out a line or branch of storage/
 	$(MAKE) test ARGS="--cov=storage --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100"
 
-slow: install $(VENV)/extras ## tests with a real teacher, DVC repositories, a browser and new environments
+slow: install $(VENV)/extras $(VENV)/docs ## tests with a real teacher, DVC repositories, a browser and new environments
 	$(SIDE_BY_SIDE) pytest -q -n 2 --dist loadfile -m "slow and not gpu and not faults"
 
 check: rules test ## what a change must pass before a review, fastest failure first
