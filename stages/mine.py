@@ -108,6 +108,13 @@ def resolve(
         )
     chosen = "flat" if exact else wanted
     log.info("mine: index %s: %s", chosen, "as set" if params.index != "auto" else reason)
+    if params.index == "auto" and exact and rows > limit:
+        log.warning(
+            "mine: exact search among %s rows may take days: raise mine.memory_mb to %d or more, if this "
+            "machine has it; `teachonce plan` says how long each takes",
+            f"{rows:,}",
+            megabytes,
+        )
     if exact:
         return None
     return index_settings(wanted, rows=rows, k=min(params.range_max + 1, rows))

@@ -27,7 +27,7 @@ class FrozenInfoNce(torch.autograd.Function):
         anchors: Tensor,
         scale: Tensor,
         own_keys: Tensor,
-        left_out: Tensor,
+        not_negative: Tensor,
         chunks: Iterable[Tensor],
     ) -> Tensor:
         """Returns the scalar loss.
@@ -37,7 +37,7 @@ class FrozenInfoNce(torch.autograd.Function):
             anchors: (B, W) float32 h of unit length; has a gradient.
             scale: Scalar a; may have a gradient.
             own_keys: (B, W) float32 positives k_own of unit length, always in the denominator.
-            left_out: (B, C) mask of keys outside the denominator; must include each anchor's positive.
+            not_negative: (B, C) mask of keys outside the denominator; must include each anchor's positive.
             chunks: (n, W) of the C keys in turn, of length 1, in the type in which they are multiplied;
                 sums are float32.
         """
@@ -46,9 +46,9 @@ class FrozenInfoNce(torch.autograd.Function):
         highest, total, pulled = own_logits, torch.ones_like(own_logits), own_keys
         queries, first = scale * anchors, 0
         for keys in chunks:
-            without = left_out[:, first : first + len(keys)]
+            masked = not_negative[:, first : first + len(keys)]
             first += len(keys)
-            logits = (queries.to(keys.dtype) @ keys.T).float().masked_fill_(without, -torch.inf)
+            logits = (queries.to(keys.dtype) @ keys.T).float().masked_fill_(masked, -torch.inf)
             rescale, highest = highest, torch.maximum(highest, logits.amax(dim=1))
             rescale = (rescale - highest).exp()
             shares = logits.sub_(highest[:, None]).exp_()

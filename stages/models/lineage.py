@@ -12,6 +12,9 @@ from storage.errors import DamagedError
 
 LINEAGE = "teachonce.json"
 
+SIMILARITIES_ONLY = {"gram"}
+"""Objectives whose loss stays the same if all of a student's vectors are rotated together."""
+
 
 def read_lineage(folder: Path) -> dict[str, Any]:
     """Returns the lineage of the model in `folder`; empty if it was not trained by teachonce.
@@ -41,4 +44,4 @@ def leaves_teacher_space(lineage: Mapping[str, Any]) -> bool:
     if (finetuned := lineage.get("finetuned")) is not None:
         return not finetuned["recipe"]["distill_weight"]
     learned = {objective["name"] for objective in lineage.get("recipe", {}).get("objectives", [])}
-    return learned == {"gram"}
+    return bool(learned) and learned <= SIMILARITIES_ONLY

@@ -21,6 +21,7 @@ from stages.learning.objectives import (
     relational,
     skew,
 )
+from stages.models.lineage import SIMILARITIES_ONLY
 from stages.params import (
     CkdObjective,
     ComparativeObjective,
@@ -232,6 +233,7 @@ def test_gram_is_its_definition(width, temperature):
 
 
 WITHOUT_CANDIDATES = {"kd", "disco_kd"}
+OF_THE_BATCH = {"comparative", "gram"}  # they look at no other rows
 PARAMS = [
     KdObjective(name="kd", weight=1.0, centred=False),
     CkdObjective(
@@ -281,7 +283,7 @@ def test_each_objective_of_the_settings_is_taught_below():
 def test_every_objective_teaches_vectors_to_become_the_teachers(params):
     """Free vectors under each objective alone come to the teacher's."""
     candidates = some_candidates()
-    if params.name in {"comparative", "gram"}:
+    if params.name in OF_THE_BATCH:
         candidates = of_batch(candidates)
     elif params.name not in WITHOUT_CANDIDATES:
         # At equal temperatures the teacher's own vectors are the best there is.
@@ -306,6 +308,23 @@ def test_every_objective_teaches_vectors_to_become_the_teachers(params):
         # Each row is nearest to its own text: rows 1 and 2 have the same.
         nearest = (ours @ teacher.T).argmax(dim=1)
         assert all(candidates.not_negative[row, found] for row, found in enumerate(nearest))
+
+
+@pytest.mark.parametrize("params", PARAMS, ids=lambda params: params.name)
+def test_those_that_a_rotation_leaves_alone_are_named(params):
+    """Their students may leave the teacher's space; of all others it is said that they stay there."""
+    candidates = some_candidates()
+    if params.name in OF_THE_BATCH:
+        candidates = of_batch(candidates)
+    teacher = candidates.vectors[:ROWS]
+    given = None if params.name in WITHOUT_CANDIDATES else candidates
+    objectives = Objectives([params])
+    rotation, _ = torch.linalg.qr(drawn(seed=4).T @ drawn(seed=4) + torch.eye(WIDTH))
+    ours, rotated = (
+        float(objectives({params.deleted: vectors}, teacher, [given])[0].detach())
+        for vectors in (drawn(seed=3), drawn(seed=3) @ rotation)
+    )
+    assert (ours == pytest.approx(rotated, rel=1e-4)) == (params.name in SIMILARITIES_ONLY)
 
 
 def test_disco_ckd_begins_at_a_scale_of_e_and_learns_it():

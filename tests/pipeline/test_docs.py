@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.settings import load_params
-from stages.params import Params
+from stages.params import Objective, Params
 from tests.conftest import make_tiny_model, sentences
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +251,17 @@ def test_what_goes_into_params_yaml_is_right(code, tmp_path):
     load_params(tmp_path / "params.yaml")
 
 
+def test_students_alone_depend_on_what_those_of_the_whole_project_do():
+    """The dvc.yaml of another repository: mining anew retrains the same students as here."""
+    [code] = [found.values[0] for found in blocks("yaml") if "\nstages:" in f"\n{found.values[0]}"]
+    alone, whole = (
+        yaml.safe_load(text)["stages"] for text in (code, (ROOT / "dvc.yaml").read_text())
+    )
+    assert alone["distill"]["do"]["deps"] == whole["distill"]["do"]["deps"]
+    assert alone["neighbours"]["deps"] == whole["neighbours"]["deps"]
+    assert alone.keys() == {"neighbours", "distill"}
+
+
 # What is said
 
 
@@ -378,7 +390,7 @@ def test_generated_settings_are_all_settings_with_their_values():
     assert row in text
     assert "| `range_max` | a whole number > 0 | `64` |" in text
     assert "learning_rate: 2.0e-4" in text
-    assert text.count("#### `") == 9  # objectives
+    assert text.count("#### `") == len(get_args(get_args(Objective)[0]))
 
 
 def test_generated_commands_are_all_commands_with_their_options():

@@ -331,6 +331,12 @@ def test_auto_picks_by_rows_device_and_memory_and_says_why(
     assert (None if index is None else index["name"]) == chosen
     assert f"mine: index {chosen or 'flat'}: " in caplog.text
     assert why in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if rows > 400_000 and chosen is None and device == "cpu":
+        [warning] = warnings
+        assert "among 400,001 rows may take days: raise mine.memory_mb to 109 or more" in warning
+    else:
+        assert not warnings
 
 
 def test_auto_stays_what_it_was_for_lists_that_exist():
