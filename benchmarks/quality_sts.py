@@ -36,6 +36,9 @@ PROTOTYPE = {
     "kd-finetuned": 74.43,
 }
 
+# Recipes that stand beside the others on a start of their own.
+STARTS = {"shared_layers": ("twice", {"from": "teacher", "layers": [0, 2, 5], "passes": 2})}
+
 
 def main():
     """Prepare the folder, run the stages, print the table."""
@@ -50,10 +53,12 @@ def main():
     args = parser.parse_args()
     params = prepare(args.data.resolve(), args.work, args.rows)
     students = args.only or list(params["students"])
-    stages = [["check"], ["shard"], ["split"], ["embed"], ["start", "half"], ["mine"]]
+    starts = list(dict.fromkeys(["half", *(STARTS[s][0] for s in students if s in STARTS)]))
+    stages = [["check"], ["shard"], ["split"], ["embed"], ["mine"]]
+    stages += [["start", start] for start in starts]
     for stage in stages:
         run(args.work, *stage)
-    models = ["teacher", "half"]
+    models = ["teacher", *starts]
     for student in students:
         runs = [("distill", student)]
         if student in args.finetune:
@@ -87,7 +92,11 @@ def prepare(data, work, rows):
         "sts": {"STS12": str(data / "sts/STS12/*.tsv"), "STSB-dev": str(data / "sts/STSB/dev.tsv")},
         "retrieval": {},
     }
-    params["students"] = {name: {"recipe": name, "start": "half"} for name in params["recipes"]}
+    params["starts"] |= dict(STARTS.values())
+    params["students"] = {
+        name: {"recipe": name, "start": STARTS.get(name, ("half",))[0]}
+        for name in params["recipes"]
+    }
     params["finetune"] |= {
         "students": list(params["students"]),
         "triplets": [str(data / "nli/triplets.jsonl.zst")],

@@ -339,8 +339,9 @@ class Workspace:
         descriptions = {}
         for name, start in self.params.starts.items():
             layers = ", ".join(map(str, start.layers or ()))
+            read = "" if start.passes is None else f", read {start.passes} times"
             descriptions[name] = (
-                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}"
+                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}{read}"
             )
         for name, student in self.params.students.items():
             layers = descriptions.get(student.start, "no such start")

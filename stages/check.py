@@ -23,6 +23,7 @@ from stages.models.abilities import (
     check_exportable,
     check_layers_of,
     check_length,
+    check_passes_of,
     check_trainable,
     token_limit_of,
     width_of,
@@ -251,9 +252,7 @@ class Survey:
         address, who = f"starts.{name}.from", f"the start {name}"
         if not self._ask(partial(check_one_model, folder, address=address)):
             return
-        if start.layers is not None:
-            at = f"starts.{name}.layers"
-            self._ask(partial(check_layers_of, folder, start.layers, address=at))
+        self._ask_layers(name, start, folder)
         students = {
             student: params.recipe
             for student, params in self.sections.get("students", {}).items()
@@ -273,6 +272,14 @@ class Survey:
         exported = getattr(self.sections.get("export"), "model", "").removesuffix(FINETUNED)
         if exported in students:
             self._ask(partial(check_exportable, folder, address="export.model"))
+
+    def _ask_layers(self, name: str, start: StartParams, folder: Path) -> None:
+        """Whether a model has the layers of a start, and they can share weights if it asks for that."""
+        at = f"starts.{name}"
+        if start.layers is not None:
+            self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
+        if start.passes is not None:
+            self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
 
     def _ask_length(self, wanted: int, folder: Path, address: str, who: str) -> None:
         def question() -> None:

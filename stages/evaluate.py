@@ -142,11 +142,13 @@ def run(
         del encoder
     encoder = load(for_sets=False)
     likeness, shown_details = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
+    copies = encoder.copied_parameters
     metrics: dict[str, Fact] = {
         **set_metrics,
         **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
         "parameters": encoder.parameters,
+        **({"parameters_in_file": encoder.parameters + copies} if copies else {}),
         "megabytes": round(encoder.megabytes, 3),
     }
     if name == TEACHER:

@@ -51,6 +51,7 @@ def run(
     from stages.models.loading import load_model
     from stages.models.onnx import write_onnx
     from stages.models.portable import save_portable
+    from stages.models.shared_layers import copied
 
     if params.onnx:
         check_onnx()
@@ -71,10 +72,14 @@ def run(
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
         (scratch / "README.md").write_text(text, encoding="utf-8")
         megabytes = weights_bytes(scratch) / 1e6
+        copies = 4 * copied(model) / 1e6  # float32
+        shared = (
+            f" instead of {megabytes - copies:.1f}: shared layers are expanded" if copies else ""
+        )
     return Outcome(
         stage="export",
         made=out,
-        summary=f"{params.model} as {' and '.join(cosines)}, {megabytes:.1f} MB, vectors of "
+        summary=f"{params.model} as {' and '.join(cosines)}, {megabytes:.1f} MB{shared}, vectors of "
         f"{card.dim} numbers in {_space(params, lineage)}; read back: lowest "
         f"cosine to the model's own {min(cosines.values()):.6f}",
         facts={
@@ -84,6 +89,7 @@ def run(
             "dim": card.dim,
             "max_tokens": card.max_tokens,
             "megabytes": round(megabytes, 3),
+            **({"megabytes_of_copies": round(copies, 3)} if copies else {}),
             "cosine": {form: round(cosine, 7) for form, cosine in cosines.items()},
         },
     )

@@ -213,6 +213,8 @@ class StartParams(Section):
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None  # kept, in this order
     # As embed.pooling, which says it of the teacher; it may be left out.
     pooling: Pooling | None = None
+    # How often the layers are read, with the same weights; they may be left out, and are then read once.
+    passes: Annotated[int, Field(ge=2, le=8)] | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -1,4 +1,7 @@
-"""Write a start, a student before training: some layers of the teacher, or any model as it is."""
+"""Write a start, a student before training: some layers of the teacher, or any model as it is.
+
+Its layers may be read several times with the same weights (`stages.models.shared_layers`).
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ def run(
     """
     from stages.learning.student import keep_layers
     from stages.models.loading import load_model, save_model
+    from stages.models.shared_layers import copied, separate, share_layers
 
     check_one_model(folder, address=f"starts.{name}.from")
     model = load_model(
@@ -48,9 +52,14 @@ def run(
         pooling=pooling,
         setting="embed.pooling" if params.from_ == TEACHER else f"starts.{name}.pooling",
     )
+    if params.layers is not None or params.passes is not None:
+        separate(model)  # layers of a model are taken one by one
     if params.layers is not None:
         keep_layers(model, params.layers, address=f"starts.{name}.layers")
+    if params.passes is not None:
+        share_layers(model, params.passes, address=f"starts.{name}.passes")
     prompts = own_prompts(folder, str(folder))
+    copies = copied(model)
     parameters = sum(weight.numel() for weight in model.parameters())
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=f"starts.{name}.from")
@@ -59,6 +68,7 @@ def run(
         stage="start",
         made=out,
         summary=f"{layers} of {params.from_}, {parameters / 1e6:.1f} million parameters"
+        + (f" ({(parameters + copies) / 1e6:.1f} with copies of shared layers)" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
         facts={"parameters": parameters, "dim": model.get_embedding_dimension()},
     )

@@ -69,7 +69,10 @@ def environment(*, log, checkpoint_seconds=0.0, die_at=""):
     }
 
 
-def furnish(root, teacher, *, recipes, finetune):
+HALF = {"from": "teacher", "layers": [0, 3]}
+
+
+def furnish(root, teacher, *, recipes, finetune, start=HALF):
     """Settings, texts, labels, and what the pipeline makes of them before `distill`.
 
     Args:
@@ -77,12 +80,13 @@ def furnish(root, teacher, *, recipes, finetune):
         teacher: A tiny model's.
         recipes: Name -> what differs from the shipped ckd; each has a student of its name.
         finetune: What differs in that section.
+        start: What all students start from.
     """
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params |= {
         "store": "store",
         "device": "cpu",
-        "starts": {"half": {"from": "teacher", "layers": [0, 3]}},
+        "starts": {"half": start},
     }
     params["docs"]["packages"] = []
     params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 64}

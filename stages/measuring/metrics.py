@@ -58,7 +58,11 @@ class EvaluatedModel(Protocol):
 
     @property
     def parameters(self) -> int:
-        """Number of weights."""
+        """Number of weights; one that several layers share counts once."""
+
+    @property
+    def copied_parameters(self) -> int:
+        """How many more numbers its file has: copies of weights that layers share."""
 
     @property
     def megabytes(self) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from stages.models.config import POOLING_FLAGS, read_object, transformers_of
 from stages.models.folder import MODULES, TRANSFORMER, modules_of, read_header
 from stages.models.portable import STOCK
+from stages.models.shared_layers import check_swappable
 from storage import regular
 from storage.errors import TeachonceError, shown
 
@@ -125,6 +126,16 @@ def check_layers_of(folder: Path, layers: Sequence[int], *, address: str) -> Non
                 min(stored_layers, int(config.get("num_hidden_layers") or stored_layers)) or None
             )
             check_layers(layers, count, kind=str(config["model_type"]), address=address)
+
+
+def check_passes_of(folder: Path, *, address: str) -> None:
+    """Raise if the layers of the model in a folder cannot share weights."""
+    check_layers_of(folder, [0], address=address)
+    for config, shapes in _transformers(folder, address)[:1]:
+        first = re.compile(r"(^|.*\.)encoder\.layer\.0\.")
+        layer = {name: shape for name, shape in shapes.items() if first.match(name)}
+        kind = str(config.get("model_type"))
+        check_swappable(layer, kind=kind, address=address)
 
 
 def check_trainable(folder: Path, *, address: str) -> None:

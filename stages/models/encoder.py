@@ -29,6 +29,7 @@ from stages.models.folder import weights_bytes
 from stages.models.likeness import MIXED_PROBES, likeness, probes
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model, models_by_role
 from stages.models.packed import CANNOT_PACK, PackedReader, TokenizedTexts
+from stages.models.shared_layers import copied
 from stages.models.speed import Speed, measure
 from stages.models.windows import Windows, windows_of
 from stages.outcome import log
@@ -110,6 +111,7 @@ class Encoder:
         self.prompt, self.or_fewer = prompt, or_fewer
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in whole.parameters())
+        self.copied_parameters = copied(whole)
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
         self.by_role: dict[Role, Encoder] = {}
         models = models_by_role(whole, decided_routes(folder, address=str(folder)))

@@ -16,6 +16,7 @@ from stages.models.abilities import token_limit
 from stages.models.config import Role, decided_pooling
 from stages.models.folder import model_files
 from stages.models.packed import first_position
+from stages.models.shared_layers import expanded, tie
 from stages.outcome import write_json
 from storage.errors import TeachonceError, shown
 
@@ -44,7 +45,8 @@ def load_model(
 
     Raises:
         TeachonceError: it cannot be loaded, or only by running code or unpickling weights of its maker, or
-            nothing says how it pools.
+            nothing says how it pools,
+            or layers that its config.json says to share weights do not.
     """
     model_files(folder, address=str(folder), trust_remote_code=trust_remote_code)
     pooling = decided_pooling(folder, pooling, address=setting)
@@ -70,6 +72,7 @@ def load_model(
             "check that `SentenceTransformer(folder)` works; a model with code of its own needs "
             "embed.trust_remote_code: true",
         ) from error
+    tie(model, folder)
     _check_vocabulary(model, folder)
     _pad_with_some_token(model)
     _read_no_more_than_there_are_positions(model)
@@ -187,7 +190,8 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
     """Write a start or a student; equal weights give equal files (no card with a date in it).
 
     The saved configuration has no prompts, other similarity or cut of the original model: `encode` would
-    apply them, but students read texts without a prompt and are compared by cosine.
+    apply them, but students read texts without a prompt and are compared by cosine. Each layer has a copy
+    of the weights that it shares, so that any program reads them.
 
     Args:
         model: The model, with finite weights.
@@ -209,7 +213,8 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
     model.default_prompt_name = None
     model.similarity_fn_name = "cosine"
     model.truncate_dim = None
-    model.save(str(folder), create_model_card=False, safe_serialization=True)
+    with expanded(model):
+        model.save(str(folder), create_model_card=False, safe_serialization=True)
     # sentence-transformers writes the code of a module into its folder, and looks for it at the top.
     for code in sorted(folder.glob("*/*.py")):
         code.replace(folder / code.name)

@@ -40,7 +40,13 @@ def notes(
     models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
 ) -> list[str]:
     """Sentences without which the table cannot be read: which student is best, how things were measured."""
-    said = [_rule(models, students, rank_by), _cut(models), _ignored(models), _speed(models)]
+    said = [
+        _rule(models, students, rank_by),
+        _cut(models),
+        _ignored(models),
+        _shared(models),
+        _speed(models),
+    ]
     return [note for note in said if note]
 
 
@@ -73,6 +79,15 @@ def _ignored(models: Mapping[str, Metrics]) -> str:
     """In which searches a document with the query's own id was no result."""
     names = names_of_sets(models, "retrieval.", ".identical_ids_ignored")
     return f"A document with the query's own id is no result in {listed(names)}." if names else ""
+
+
+def _shared(models: Mapping[str, Metrics]) -> str:
+    """Which models count a weight once that several layers share, and how large their files are."""
+    said = [
+        f"{name} ({count / 1e6:.1f} million in its file)"
+        for name, count in measured(models, of("parameters_in_file")).items()
+    ]
+    return f"Weights that layers share are counted once in {listed(said)}." if said else ""
 
 
 def _speed(models: Mapping[str, Metrics]) -> str:

@@ -19,7 +19,7 @@ from storage.upkeep.inventory import take_inventory
 from tests.conftest import HashTeacher, sentences
 from tests.pipeline.test_upkeep import Tree, write_params
 from tests.processes import COMMAND as TRAINING
-from tests.processes import environment, furnish
+from tests.processes import HALF, environment, furnish
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,11 +131,14 @@ RECIPE = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(tmp_path, tiny_model):
+@pytest.mark.parametrize("start", [HALF, HALF | {"passes": 2}])
+def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(
+    tmp_path, tiny_model, start
+):
     """Anywhere: before a step, some steps after a checkpoint, or while a checkpoint is written."""
     root = tmp_path / "tree"
     root.mkdir()
-    furnish(root, tiny_model, recipes={"both": RECIPE}, finetune={})
+    furnish(root, tiny_model, recipes={"both": RECIPE}, finetune={}, start=start)
 
     def train(**how):
         return subprocess.run(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stages.learning import ranks
 from stages.learning.loop import make_optimizer, take_step
 from storage.errors import TeachonceError
-from tests.processes import COMMAND, environment, furnish
+from tests.processes import COMMAND, HALF, environment, furnish
 from tests.stages.test_distill import recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -167,6 +167,25 @@ def test_two_ranks_finetune_the_student_of_one(root):
     assert len(one.curve["step"]) == 5
     assert one.facts["best_step"] > 0
     assert_same(one, two, start=root / "models/mixed")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_layers_that_share_weights_as_one_does(tmp_path, tiny_model):
+    start = HALF | {"passes": 2}
+    furnish(tmp_path, tiny_model, recipes={"mixed": MIXED}, finetune=LABELLED, start=start)
+    for command in ("distill", "finetune"):
+        two, one = (train(tmp_path, command, "mixed", on=on) for on in (2, 1))
+        assert_one_voice(two)
+        before = {"distill": "models/start/half", "finetune": "models/mixed"}[command]
+        assert_same(one, two, start=tmp_path / before)
+        for trained in (one, two):
+            for name in ("query", "key"):
+                path = "encoder.layer.{}.attention.self.{}.weight"
+                own, other = (
+                    path.format(0, name),
+                    path.format(2, {"query": "key"}.get(name, "query")),
+                )
+                assert torch.equal(trained.weights[own], trained.weights[other])
 
 
 @pytest.mark.slow

@@ -346,5 +346,5 @@ def test_every_setting_has_one_place():
     for section in (Params, RecipeParams, *Params.__base__.__subclasses__()):
         for name, field in section.model_fields.items():
             # A key of entries that users write, which came later: their entries still load.
-            optional = (section.__name__, name) in {("StartParams", "pooling")}
+            optional = section.__name__ == "StartParams" and name in {"pooling", "passes"}
             assert field.is_required() != optional, f"{section.__name__}.{name} has a default"

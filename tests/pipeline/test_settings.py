@@ -1214,6 +1214,38 @@ def test_check_says_which_layers_cannot_be_taken(project, config, shapes, layers
     assert problems_of(project, change) == ({} if said is None else {"starts.half.layers": said})
 
 
+QUERY, KEY = (f"encoder.layer.0.attention.self.{name}.weight" for name in ("query", "key"))
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "said"),
+    [
+        (BERT, {QUERY: [4, 4], KEY: [4, 4]}, None),
+        (BERT, {f"bert.{QUERY}": [4, 4], f"bert.{KEY}": [4, 4]}, None),
+        (
+            BERT,
+            {QUERY: [4, 4], KEY: [2, 4]},
+            "the layers of bert have no weights of queries and keys",
+        ),
+        (BERT, LAYERS, "the layers of bert have no weights of queries and keys"),
+        (
+            {"model_type": "llama"},
+            {"layers.0.mlp.weight": [2]},
+            "layers can be taken from BERT-like models",
+        ),
+    ],
+)
+def test_check_says_which_layers_cannot_share_weights(project, config, shapes, said):
+    make_transformer(project / "other", config, shapes)
+
+    def change(content):
+        content["starts"]["half"] = {"from": "other", "layers": None, "passes": 2}
+
+    found = problems_of(project, change)
+    assert list(found) == ([] if said is None else ["starts.half.passes"])
+    assert said is None or found["starts.half.passes"].startswith(said)
+
+
 def test_check_refuses_code_that_may_not_run(project):
     make_transformer(project / "own", {"model_type": "mine", "auto_map": {}}, {"w": [2]})
     (project / "own/modeling_mine.py").write_text("")
