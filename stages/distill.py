@@ -52,6 +52,11 @@ def recipe(params: RecipeParams) -> dict[str, Any]:
     return {"version": VERSION, **params.model_dump(mode="json")}
 
 
+def resolved(params: RecipeParams, device: torch.device) -> RecipeParams:
+    """Returns a recipe with `precision: auto` replaced by what it means on a device."""
+    return params.model_copy(update={"precision": pick_precision(params.precision, device)})
+
+
 def run(
     params: RecipeParams,
     *,
@@ -86,7 +91,7 @@ def run(
     Raises:
         TeachonceError: too few rows, or a loss that is NaN or infinite.
     """
-    params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
+    params = resolved(params, device)
     run_name = fingerprint(
         {
             **recipe(params),

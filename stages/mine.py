@@ -14,9 +14,9 @@ This file is long because the stage and the miner share how shards are grouped, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from stages.mining.faiss_search import NearestRows
+    from stages.mining.self_join import FlatCost, JoinCost, RowsOf
 
 VERSION = 1
 
@@ -120,59 +121,74 @@ def resolve(
     return index_settings(wanted, rows=rows, k=min(params.range_max + 1, rows))
 
 
-def may_join(
-    rows: int, k: int, dim: int, *, itemsize: int, memory: int, device: torch.device
-) -> bool:
-    """Whether a self-join of all rows is possible within the limits of rows, list length and memory.
+class ExactCosts:
+    """What exact search costs, by FAISS or a self-join; each is measured on a sample when first needed.
 
     Args:
-        rows: Number of training rows.
-        k: Length of a list.
-        dim: Width of the vectors.
-        itemsize: Bytes of a stored value.
-        memory: Bytes of memory allowed on a CPU; on a GPU its free memory counts.
-        device: The device of the self-join.
+        params: The settings `mine`.
+        rows_of: (m,) numbers of vectors -> (m, dim) vectors as they are stored.
+        count: Number of vectors that the sample is drawn from.
+        device: The device of the search; another than a GPU of CUDA counts as a CPU.
     """
-    import torch
 
-    from stages.mining.self_join import join_bytes, tile_on
+    def __init__(
+        self, params: MineParams, rows_of: RowsOf, count: int, device: torch.device
+    ) -> None:
+        import torch
 
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return (
-        FEWEST_JOINED <= rows <= EXACT_ROWS[device.type]
-        and k <= LONGEST_JOIN
-        and join_bytes(rows, k, dim, itemsize, tile=tile_on(device)) <= available
-    )
+        from stages.mining.self_join import tile_on
 
+        self.device = device if device.type in EXACT_ROWS else torch.device("cpu")
+        self.rows_of, self.count, self.tile = rows_of, count, tile_on(self.device)
+        self.k, self.memory = min(params.range_max + 1, count), params.memory_mb << 20
 
-def exact_seconds(
-    params: MineParams, sample: NDArray[np.floating], *, itemsize: int, device: torch.device
-) -> Callable[[int], float]:
-    """Rows -> seconds of exact search among them: those of the way that `Miner` would choose.
+    @cached_property
+    def sample(self) -> NDArray[np.floating]:
+        """(m, dim) some vectors, at most as many as a tile has rows."""
+        draw = np.random.default_rng(0)
+        return self.rows_of(draw.choice(self.count, min(self.count, self.tile), replace=False))
 
-    Args:
-        params: Of the stage.
-        sample: (m, dim) some vectors.
-        itemsize: Bytes of a stored value.
-        device: Where.
-    """
-    import torch
+    @cached_property
+    def flat(self) -> FlatCost:
+        """What FAISS costs."""
+        from stages.mining.self_join import flat_cost
 
-    from stages.mining.self_join import flat_cost, join_cost
+        return flat_cost(self.sample, self.k, self.device)
 
-    device = device if device.type in EXACT_ROWS else torch.device("cpu")
-    dim, memory = sample.shape[1], params.memory_mb << 20
-    k = min(params.range_max + 1, len(sample))
-    flat, join = flat_cost(sample, k, device), cache(lambda: join_cost(sample, k, device))
+    @cached_property
+    def join(self) -> JoinCost:
+        """What a self-join costs."""
+        from stages.mining.self_join import join_cost
 
-    def seconds(rows: int) -> float:
-        by_faiss = flat.seconds_for(rows, asked=rows)
-        if not may_join(rows, k, dim, itemsize=itemsize, memory=memory, device=device):
-            return by_faiss
-        by_join = join().seconds_for(rows)
-        return by_join if device.type == "cuda" else min(by_join, by_faiss)
+        return join_cost(self.sample, self.k, self.device)
 
-    return seconds
+    def join_for(self, rows: int, *, asked: int) -> JoinCost | None:
+        """Returns the cost of a self-join where that is the way to `asked` lists of all rows, else None."""
+        if not self._may_join(rows):
+            return None
+        # On a GPU the alternative may be FAISS on the CPU (if it was built without GPUs), so join always.
+        is_faster = self.device.type == "cuda" or self.join.seconds_for(
+            rows
+        ) < self.flat.seconds_for(rows, asked=asked)
+        return self.join if is_faster else None
+
+    def seconds_for(self, rows: int) -> float:
+        """Returns the seconds of the lists of all of `rows` rows."""
+        join = self.join_for(rows, asked=rows)
+        return join.seconds_for(rows) if join else self.flat.seconds_for(rows, asked=rows)
+
+    def _may_join(self, rows: int) -> bool:
+        """Whether a self-join is possible within the limits of rows, list length and memory."""
+        import torch
+
+        from stages.mining.self_join import join_bytes
+
+        on_gpu = self.device.type == "cuda"
+        available = torch.cuda.mem_get_info(self.device)[0] if on_gpu else self.memory
+        one = self.rows_of(np.zeros(1, np.int64))
+        size = join_bytes(rows, self.k, one.shape[1], one.itemsize, tile=self.tile)
+        limits = FEWEST_JOINED <= rows <= EXACT_ROWS[self.device.type] and self.k <= LONGEST_JOIN
+        return limits and size <= available
 
 
 def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) -> MineParams:
@@ -330,15 +346,14 @@ class Miner:
     ) -> None:
         self.params, self.corpus, self.embeddings, self.train = params, corpus, embeddings, train
         self.k = min(params.range_max + 1, len(train))
-        self.memory = params.memory_mb << 20
         # Sample rows of the recall measurement, and how many of their k nearest the index returned.
         self.recall_rows: NDArray[np.int64] | None = None
         self.recall_found = np.empty(0, np.int64)
         # A quarter each for a block of the corpus, for the next block being read, for queries with their
         # candidates (id, cosine, text key, masks of the filters: 64 bytes), and for FAISS itself.
-        vector = embeddings.dim * 4
-        self.block_rows = max(1024, self.memory // 4 // vector)
-        self.query_rows = int(np.clip(self.memory // 4 // (vector + 64 * self.k), 64, QUERY_ROWS))
+        vector, quarter = embeddings.dim * 4, params.memory_mb << 18
+        self.block_rows = max(1024, quarter // vector)
+        self.query_rows = int(np.clip(quarter // (vector + 64 * self.k), 64, QUERY_ROWS))
 
     def train_rows_of(self, shard: int) -> int:
         """Returns the number of training rows in a shard."""
@@ -382,43 +397,35 @@ class Miner:
 
     def _exact(self, asked: int, device: torch.device) -> NearestRows:
         """Returns a finished self-join where it fits and is estimated to be faster, else FAISS search."""
-        import torch
-
-        from stages.mining.self_join import SelfJoin, flat_cost, join_cost, tile_on
+        from stages.mining.self_join import SelfJoin
 
         if not asked:
             return self.flat(device)
-        if device.type != "cuda":
-            device = torch.device("cpu")
-        rows, dim = len(self.train), self.embeddings.dim
-        size = self.rows_of(np.zeros(1, np.int64)).dtype.itemsize
-        if not may_join(rows, self.k, dim, itemsize=size, memory=self.memory, device=device):
-            return self.flat(device)
-        sample_rows = np.random.default_rng(0).choice(
-            rows, min(rows, tile_on(device)), replace=False
+        costs, rows = (
+            ExactCosts(self.params, self.rows_of, len(self.train), device),
+            len(self.train),
         )
-        sample = self.rows_of(sample_rows)
-        cost = join_cost(sample, self.k, device)
-        join_seconds = cost.seconds_for(rows)
-        flat_seconds = flat_cost(sample, self.k, device).seconds_for(rows, asked=asked)
-        # On a GPU the alternative may be FAISS on the CPU (if it was built without GPUs), so join always.
-        if device.type == "cpu" and join_seconds >= flat_seconds:
-            return self.flat(device)
+        cost = costs.join_for(rows, asked=asked)
+        if cost is None:
+            return self.flat(costs.device)
+        expected = ""
+        if costs.device.type == "cpu":
+            by_faiss = costs.flat.seconds_for(rows, asked=asked)
+            expected = f", about {clock(cost.seconds_for(rows))} (FAISS: {clock(by_faiss)})"
+        product = str(cost.product).removeprefix("torch.")
         log.info(
             "mine: a self-join in %s on %s%s; killed, it begins again",
-            str(cost.product).removeprefix("torch."),
-            device,
-            f", about {clock(join_seconds)} (FAISS: {clock(flat_seconds)})"
-            if device.type == "cpu"
-            else "",
+            product,
+            costs.device,
+            expected,
         )
         join = SelfJoin(
             self.rows_of,
             rows,
             self.k,
-            device=device,
+            device=costs.device,
             product=cost.product,
-            tile=tile_on(device),
+            tile=costs.tile,
         )
         progress = Progress("mine", total=join.steps, unit="tiles")
         for _ in join.run():

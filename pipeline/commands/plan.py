@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -22,22 +22,20 @@ from numpy.typing import NDArray
 from pipeline.workspace import Workspace
 from stages import embed, mine
 from stages.outcome import Facts, Outcome, clock, seconds_of
-from stages.params import FINETUNED, TEACHER, TrainingParams
+from stages.params import FINETUNED, TEACHER
 from stages.reading.evaluation_sets import beir_folder, read_beir
-from stages.teaching.reuse import unknown_rows
+from stages.teaching.reuse import ReusableVectors
 from stages.teaching.sharing import lacking_shards
-from stages.vectors import MOST_ROWS, unit
+from stages.vectors import MOST_ROWS
 from storage import embeddings, negatives
 from storage.caches import Caches
-from storage.column import text_keys_of
-from storage.corpus import Corpus, put_texts, text_key
+from storage.corpus import Corpus
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.split import Split
 from storage.store import Store
 
 SAMPLE = 16_384  # texts of a sample, at most: as many vectors as the queue of most recipes holds
-CHARACTERS = 4  # of a token, in most languages that are written in letters
 OBJECT_BYTES = 1100  # of an Arrow file beside its rows
 
 
@@ -50,8 +48,7 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     plan = Plan(here, here.corpus(), seconds, seed)
     vectors = plan.embed()
     with tempfile.TemporaryDirectory(prefix="teachonce-plan-") as scratch:
-        caches = plan.sampled(vectors.shape[1], Store(Path(scratch)))
-        plan.distill(plan.mine(vectors, caches))
+        plan.distill(plan.mine(vectors, Store(Path(scratch))))
     for stage, do in (("finetune", plan.finetune), ("evaluate", plan.evaluate)):
         try:
             do()
@@ -63,14 +60,7 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
 
 
 class Plan:
-    """A method for each stage, called in their order.
-
-    Args:
-        here: The work tree. What it lacks beside a corpus and a teacher is told, and not planned.
-        corpus: Its texts.
-        seconds: To measure the teacher; each other measurement has half of it.
-        seed: Of the samples.
-    """
+    """A method for each stage, called in their order; what the work tree lacks is told, and not planned."""
 
     def __init__(self, here: Workspace, corpus: Corpus, seconds: float, seed: int) -> None:
         self.here, self.params, self.corpus, self.seconds = here, here.params, corpus, seconds
@@ -100,8 +90,11 @@ class Plan:
         keys = embed.keys_of(teacher, corpus)
         shards = lacking_shards(keys, store, self.here.remote())
         stored = store.keys(f"vectors/{teacher}")
-        older = set(stored) - set(keys) if params.reuse else ()
-        new = unknown_rows(corpus, shards, store, sorted(older))
+        older = sorted(set(stored) - set(keys)) if params.reuse else []
+        todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
+        known = ReusableVectors(store, older, todo, storage=params.storage, checked=False)
+        unknown = [corpus.starts[shard] + known.missing_rows(shard) for shard in shards]
+        new = np.concatenate([np.empty(0, np.int64), *unknown])
         rows, took = sum(corpus.objects[shard].rows for shard in shards), 0.0
         self.counted |= {"texts": corpus.rows, "shards": len(keys), "shards_to_embed": len(shards)}
         self.counted |= {"texts_to_embed": len(new), "texts_to_reuse": rows - len(new)}
@@ -123,107 +116,90 @@ class Plan:
         self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
         return vectors
 
-    def sampled(self, dim: int, store: Store) -> Caches:
-        """Caches of the sample: random vectors, no neighbours yet, as many rows held out as judge."""
-        put = put_texts(store, [(text, text_key(text)) for text in self.texts])
-        corpus = Corpus(store, Manifest(kind="corpus", recipe={}, parent=None, objects=(put,)))
-        drawn = unit(np.random.default_rng(0).standard_normal((corpus.rows, dim), np.float32))
-        keys, storage = text_keys_of(corpus.batch(0)), self.params.embed.storage
-        do = partial(embeddings.put_vectors, vectors=drawn, text_keys=keys, storage=storage)
-        put = do(store, embed.keys_of(fingerprint({}), corpus)[0], facts={})
-        manifest = Manifest(kind="embeddings", recipe={}, parent=None, objects=(put,))
-        vectors = embeddings.Embeddings(store, manifest, corpus)
-        share = min(0.5, self.judged / corpus.rows)
-        split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
-        return Caches(corpus, vectors, None, split, store)
+    def mine(self, vectors: NDArray[Any], store: Store) -> Caches:
+        """Plan mining, by the sample's and the teacher's (m, dim) vectors; returns caches of the sample."""
+        from stages.learning.rehearsal import random_caches
 
-    def mine(self, vectors: NDArray[Any], caches: Caches) -> Caches:
-        """Plan mining, by that of the sample and the teacher's (m, dim) vectors; adds what was mined."""
-        params, rows, out = self.params.mine, self.train, caches.store.root / "mined"
+        dim, storage = vectors.shape[1], self.params.embed.storage
+        caches = random_caches(self.texts, dim, heldout=self.judged, storage=storage, store=store)
+        params, rows, out = self.params.mine, self.train, store.root / "mined"
         corpus, known, split = caches.corpus, caches.embeddings, caches.split
-        sample = max(1, len(split.train_rows(corpus)))
+        sample = len(split.train_rows(corpus))
         index = mine.resolve(params, rows=rows, dim=known.dim, device=self.device)
         # Random vectors are not alike: what the filters would say of them is for nobody to mend.
         accepted = {"range_min": 0, "min_score": None, "max_score": 1.0, "min_recall": 0.0}
         here = params.model_copy(update=accepted | {"index": index["name"] if index else "flat"})
-        some = vectors if len(vectors) > MOST_ROWS else known.shard(0)
-        size = known.shard(0).itemsize
-        search = mine.exact_seconds(params, some, itemsize=size, device=self.device)
+        some = vectors.astype(known.shard(0).dtype) if len(vectors) > MOST_ROWS else known.shard(0)
+        costs = mine.ExactCosts(params, lambda places: some[places], len(some), self.device)
         do = partial(mine.run, here, corpus=corpus, embeddings=known, split=split)
-        do = partial(do, store=caches.store, out=out, facts=out.with_name("facts"))
+        do = partial(do, store=store, out=out, facts=out.with_name("facts"))
         took = seconds_of(partial(do, device=self.device))
         if index is None:
-            took = max(0.0, took - search(sample)) * rows / sample + search(rows)
+            others = max(0.0, took - costs.seconds_for(sample))  # filters, files
+            took = others * rows / sample + costs.seconds_for(rows)
         else:
             took *= rows * math.log(rows) / (sample * math.log(sample))
         size = self.corpus.rows * negatives.row_bytes(params.neighbours)
         size += len(self.corpus.objects) * OBJECT_BYTES
         self.extrapolated["mine"] = {"seconds": took, "bytes": size}
         found, parent = Manifest.load(out, "negatives"), mine.parent_of(known, split)
-        lists = negatives.Negatives(caches.store, found, corpus, mined_from=parent)
+        lists = negatives.Negatives(store, found, corpus, mined_from=parent)
         return replace(caches, negatives=lists)
 
     def distill(self, caches: Caches) -> None:
         """Plan each student whose start is made, by some of its steps and an evaluation."""
-        from stages.distill import prepare
-        from stages.learning.loop import measure
+        from stages.distill import prepare, resolved
+        from stages.learning.rehearsal import characters, measure, training
         from stages.learning.token_rows import token_rows
-        from stages.models.devices import pick_precision
         from stages.models.loading import load_model
 
-        device, texts, corpus = self.device, self.texts, caches.corpus
-        how: dict[str, Any] = {
-            "device": device,
-            "trust_remote_code": self.params.embed.trust_remote_code,
-        }
+        how: dict[str, Any] = {"device": self.device}
+        how["trust_remote_code"] = self.params.embed.trust_remote_code
         for name, student in self.params.students.items():
             try:
                 start = self.here.model_folder(student.start)
             except MissingError:
                 self.not_planned[f"distill {name}"] = f"run `teachonce start {student.start}` first"
                 continue
-            recipe = self.params.recipes[student.recipe]
-            precision, most = pick_precision(recipe.precision, device), recipe.max_tokens
-            recipe = recipe.model_copy(update={"precision": precision})
-            ids = partial(token_rows, load_model(start, **how).tokenizer, start, corpus=corpus)
+            recipe = resolved(self.params.recipes[student.recipe], self.device)
+            ids = partial(token_rows, load_model(start, **how).tokenizer, start)
+            ids = partial(ids, corpus=caches.corpus, store=caches.store)
             # Next to nothing if another student has made them.
-            token_seconds = seconds_of(partial(ids, store=caches.store, max_tokens=most))
+            token_seconds = seconds_of(partial(ids, max_tokens=recipe.max_tokens))
             begun = time.perf_counter()
             task = prepare(recipe, start=start, caches=caches, **how)
             load_seconds = time.perf_counter() - begun
-            steps, a_step, a_score = measure(task, task.setup(), recipe, self.seconds / 2)
-            a_text, batch = characters(texts, most) / len(texts), len(task.setup().batches(0)[0])
-            at = {"steps": steps, "steps_per_hour": 3600 / a_step, "token_seconds": token_seconds}
-            at["load_seconds"] = load_seconds
-            at["learned_per_second"] = batch * a_text / a_step  # characters
-            at["judged_per_second"] = len(task.heldout) * a_text / a_score
-            took = seconds_to_learn(recipe, at, self.train, a_text, self.judged * a_text)
-            took["seconds"] += token_seconds * self.corpus.rows / len(texts)
+            a_row = characters(self.texts, recipe.max_tokens) / len(self.texts)
+            judged = len(task.heldout) * a_row
+            at = measure(task, task.setup(), recipe, self.seconds / 2, a_row=a_row, judged=judged)
+            at |= {"token_seconds": token_seconds, "load_seconds": load_seconds}
+            took = training(recipe, at, self.train, a_row=a_row, judged=self.judged * a_row)
+            took["seconds"] += token_seconds * self.corpus.rows / len(self.texts)
             self.measured[f"distill {name}"], self.extrapolated[f"distill {name}"] = at, took
 
     def finetune(self) -> None:
         """Plan each finetuning: as fast as its student learns, by the characters that it reads."""
         from stages.learning.judges import Labels
+        from stages.learning.rehearsal import characters, training
 
         params, most = self.params.finetune, self.params.finetune.max_tokens
-        names = [name for name in params.students if f"distill {name}" in self.measured]
         if not params.students:
             return
         labels = Labels.read(params, self.here.at.root, ())
-        for name in names:
-            at, rows = self.measured[f"distill {name}"], len(labels.learned)
-            a_row = characters((t for row in labels.learned for t in row.texts), most) / rows
-            if params.distill_weight:
-                a_text = characters(self.texts, most) / len(self.texts)
-                a_row += a_text * params.distill_rows / min(params.batch_size, rows)
-            judged = characters(labels.judge.texts, most)
-            took = seconds_to_learn(params, at, rows, a_row, judged)
-            self.extrapolated[f"finetune {name}"] = took
+        rows, judged = len(labels.learned), characters(labels.judge.texts, most)
+        a_row = characters((text for row in labels.learned for text in row.texts), most) / rows
+        if params.distill_weight:
+            a_text = characters(self.texts, most) / len(self.texts)
+            a_row += a_text * params.distill_rows / min(params.batch_size, rows)
+        for name in params.students:
+            if at := self.measured.get(f"distill {name}"):
+                took = training(params, at, rows, a_row=a_row, judged=judged)
+                self.extrapolated[f"finetune {name}"] = took
 
     def evaluate(self) -> None:
         """Plan the evaluation of each model; students are as fast as their start."""
         from stages.measuring.metrics import TEXTS_AT_ONCE
-        from stages.models.speed import CPU_PIECES, CPU_ROUNDS, Reference, rate_of
+        from stages.models.speed import CPU_ROUNDS, rate_of, reference_seconds
 
         params, root = self.params, self.here.at.root
         models = {TEACHER: [TEACHER]} if TEACHER in self.measured else {}
@@ -239,30 +215,13 @@ class Plan:
         pool += self.texts[: self.judged]
         pool += (CPU_ROUNDS + 1) * self.texts[: params.evaluate.speed_texts]
         some = [pool[place] for place in self.draw(len(pool))[:SAMPLE]]
-        # The speed is compared with a fixed workload.
-        turns = (1 + CPU_PIECES * CPU_ROUNDS) * min(map(seconds_of, 3 * [Reference(self.device)]))
+        turns = reference_seconds(self.device)
         for name, alike in models.items():
             load = partial(self.here.encoder, name, for_sets=True)
             at, _ = rate_of(load, some, TEXTS_AT_ONCE, self.seconds / 2)
             self.measured[f"evaluate {name}"] = at
             took = turns + 2 * at["load_seconds"] + len(pool) / at["texts_per_second"]
             self.extrapolated |= {f"evaluate {model}": {"seconds": took} for model in alike}
-
-
-def seconds_to_learn(
-    params: TrainingParams, at: dict[str, Any], rows: int, a_row: float, judged: float
-) -> dict[str, float]:
-    """Steps and seconds of a training: `a_row` characters are read of a row, `judged` to score once."""
-    batch = min(params.batch_size, rows)
-    steps = params.epochs * (rows // batch)
-    read, scores = steps * batch * a_row, 1 + math.ceil(steps / params.evaluate_every)
-    seconds = read / at["learned_per_second"] + scores * judged / at["judged_per_second"]
-    return {"steps": steps, "seconds": at["load_seconds"] + seconds}
-
-
-def characters(texts: Iterable[str], max_tokens: int) -> int:
-    """Of all texts together, as far as they are read."""
-    return sum(min(len(text), CHARACTERS * max_tokens) for text in texts)
 
 
 def lines(facts: Facts) -> Iterator[str]:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from stages.learning.checkpoints import (
 )
 from stages.learning.objectives import Temperature
 from stages.learning.trackers import Track
-from stages.outcome import Progress, log, seconds_of
+from stages.outcome import Progress, log
 from stages.params import TrainingParams
 from storage.errors import TeachonceError
 
@@ -35,9 +34,6 @@ CHECKPOINT_SECONDS = 60.0
 """Seconds between two checkpoints; a killed run loses this much work at most."""
 
 BETAS = (0.9, 0.98)  # DisCo's
-
-WARM_STEPS, MOST_STEPS = 2, 50
-"""Of a measurement: 2 that are not counted, and at most 50 that are."""
 
 CURE = (
     "lower learning_rate, set clip: 1.0 or precision: fp32, lower the weights of objectives that are very "
@@ -127,25 +123,6 @@ def train(
             saved = time.monotonic()
     model.load_state_dict(best)
     return state
-
-
-def measure(
-    model: nn.Module, setup: TrainingSetup, params: TrainingParams, seconds: float
-) -> tuple[int, float, float]:
-    """Take some of the first steps, for `seconds` or `MOST_STEPS`, and score once.
-
-    Returns:
-        How many were taken after a warm-up; seconds of one, and of a score.
-    """
-    optimizer, batches, taken = make_optimizer(model, params), setup.batches(0), list[float]()
-    while len(taken) < WARM_STEPS + MOST_STEPS and sum(taken[WARM_STEPS:]) <= seconds:
-        step, rows = len(taken), batches[len(taken) % len(batches)]
-        taken.append(
-            seconds_of(partial(take_step, model, optimizer, setup, rows, step, MOST_STEPS, params))
-        )
-    model.eval()
-    mean = sum(taken[WARM_STEPS:]) / (len(taken) - WARM_STEPS)
-    return len(taken) - WARM_STEPS, mean, seconds_of(setup.score)
 
 
 def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:

@@ -127,6 +127,11 @@ def measure(
         return Speed(*rates, device=device_name(device))
 
 
+def reference_seconds(device: torch.device) -> float:
+    """Returns the seconds that the reference takes of one `measure` on a CPU."""
+    return (1 + CPU_PIECES * CPU_ROUNDS) * min(map(seconds_of, 3 * [Reference(device)]))
+
+
 def in_turns(
     encode: Callable[[Sequence[str]], object],
     texts: Sequence[str],

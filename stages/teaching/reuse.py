@@ -8,7 +8,6 @@ last bits from one that the teacher encoded in one go: it is *another copy*.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 
 from stages.outcome import log
 from storage.column import MAPS, KeyIndex, text_keys_of
-from storage.corpus import Corpus
 from storage.embeddings import ReusedRows, check_received
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.store import Store
@@ -32,13 +30,15 @@ class ReusableVectors:
 
     Memory: 8 bytes for each missing row, and up to 40 more during the search. The search reads text keys
     only, one shard at a time. A shard that provides a row is read whole and compared with its sha256 first;
-    if that fails, a warning is logged and the shard provides nothing.
+    if that fails, a warning is logged and the shard provides nothing. A plan counts only: then no shard is
+    read whole, and one that turns out to be damaged later has been counted.
 
     Args:
         store: The store with the older shards.
         older: Sorted keys of vectors of one teacher, without the keys of the missing shards.
         todo: Missing shard -> its (rows,) V16 text keys.
         storage: The setting `embed.storage`.
+        checked: Whether shards that provide rows are read whole and checked.
     """
 
     def __init__(
@@ -48,23 +48,24 @@ class ReusableVectors:
         todo: Mapping[int, NDArray[np.bytes_]],
         *,
         storage: str,
+        checked: bool = True,
     ) -> None:
-        ends = np.cumsum([len(keys) for keys in todo.values()]).tolist()
-        starts = [0, *ends[:-1]]
-        self._parts = {s: slice(a, b) for s, a, b in zip(todo, starts, ends, strict=True)}
-        self._source = np.full(ends[-1], -1, np.int32)
-        self._row = np.empty(ends[-1], np.int32)
+        starts = np.cumsum([0, *(len(keys) for keys in todo.values())]).tolist()
+        self._parts = dict(zip(todo, map(slice, starts, starts[1:]), strict=True))
+        total = starts[-1]
+        self._source = np.full(total, -1, np.int32)
+        self._row = np.empty(total, np.int32)
         self._batch = lru_cache(MAPS)(lambda number: _open_checked(store, older[number], storage))
-        used = 0
-        left = ends[-1]
-        index = KeyIndex(np.concatenate(list(todo.values()))) if older else None
+        used, left = 0, total
+        index = KeyIndex(np.concatenate(list(todo.values()))) if older and todo else None
         for number, key in enumerate(older):
             if not left or index is None:
                 break
             try:
-                if not len(self._new_matches(index, store.glance(key))[0]):
+                batch = store.glance(key)
+                if not len(self._new_matches(index, batch)[0]):
                     continue
-                batch = self._batch(number)
+                batch = self._batch(number) if checked else batch
             except TeachonceError as error:
                 log.warning(
                     "embed: nothing is taken from a shard that cannot be trusted: %s", error
@@ -77,8 +78,8 @@ class ReusableVectors:
         if used:
             log.info(
                 "embed: %s of %s texts to do are in %s older shards",
-                f"{ends[-1] - left:,}",
-                f"{ends[-1]:,}",
+                f"{total - left:,}",
+                f"{total:,}",
                 f"{used:,}",
             )
 
@@ -132,22 +133,3 @@ def _open_checked(store: Store, key: str, storage: str) -> pa.RecordBatch:
         path = store.path(key)
         raise DamagedError(path, str(error), f"ask who made it, or rm -f '{path}'") from error
     return batch
-
-
-def unknown_rows(
-    corpus: Corpus, shards: Sequence[int], store: Store, older: Sequence[str]
-) -> NDArray[np.int64]:
-    """(n,) ids of the rows of `shards` whose texts stand in none of the `older` vectors, ascending.
-
-    As `ReusableVectors` finds, but text keys alone are read: an older shard that is damaged counts here.
-    """
-    if not shards:
-        return np.empty(0, np.int64)
-    rows = np.concatenate([np.arange(*corpus.starts[shard : shard + 2]) for shard in shards])
-    unknown = np.ones(len(rows), bool)
-    index = KeyIndex(corpus.text_keys_in(shards))
-    for key in older:
-        with suppress(TeachonceError):
-            places = index.places(text_keys_of(store.glance(key)))
-            unknown[places[places >= 0]] = False
-    return rows[unknown]

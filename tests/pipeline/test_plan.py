@@ -16,7 +16,7 @@ import yaml
 from pipeline.commands import plan
 from pipeline.workspace import Workspace
 from stages import embed, start
-from stages.learning.loop import MOST_STEPS
+from stages.learning.rehearsal import MOST_STEPS
 from stages.models.encoder import Encoder
 from stages.models.speed import rate_of
 from stages.params import StartParams
@@ -357,12 +357,11 @@ def test_the_sample_has_neighbours_and_as_many_held_out_as_judge(place, tmp_path
     made.device = CPU
     assert made.judged == len(heldout_of(here))
     made.texts = made.texts[:300]
-    caches = made.sampled(32, Store(tmp_path / "scratch"))
+    caches = made.mine(np.ones((9, 32), np.float32), Store(tmp_path / "scratch"))
     assert caches.corpus.texts(0) == made.texts
     assert np.allclose(np.linalg.norm(caches.embeddings.shard(0), axis=1), 1)
     # As many of these 300 as of all 3,000: chance decides which.
     assert abs(len(caches.split.heldout_rows(caches.corpus)) - made.judged) < 40
-    caches = made.mine(caches.embeddings.shard(0), caches)
     ids, cosines = caches.negatives.rows_of(caches.split.train_rows(caches.corpus))
     assert ids.shape == (len(ids), 8) and (ids >= 0).all()
     assert (np.diff(cosines, axis=1) <= 0).all()
@@ -374,10 +373,9 @@ def test_mining_grows_with_its_rows(place, tmp_path, index):
     here = Tree(place, place.corpus(sentences(600)), mine={"index": index})
     made = plan.Plan(here, here.corpus(), 1, 0)
     made.device = CPU
-    caches = made.sampled(64, Store(tmp_path / "scratch"))
-    vectors, seconds = caches.embeddings.shard(0), []
+    vectors, seconds = np.ones((9, 64), np.float32), []
     for made.train in (600, 300_000):
-        made.mine(vectors, made.sampled(64, Store(tmp_path / f"scratch-{made.train}")))
+        made.mine(vectors, Store(tmp_path / f"scratch-{made.train}"))
         seconds.append(made.extrapolated["mine"]["seconds"])
     assert seconds[1] > 100 * seconds[0] > 0
 

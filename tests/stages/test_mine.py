@@ -257,7 +257,7 @@ def test_no_self_join_beyond_the_memory_or_for_a_few_rows(world, monkeypatch):
     assert isinstance(searcher.search(None, asked=2, device=CPU), searches.FlatSearch)
     let_it_cost_nothing(monkeypatch)
     assert isinstance(searcher.search(None, asked=2, device=CPU), self_join.SelfJoin)
-    searcher.memory = 1 << 20
+    searcher.params = searcher.params.model_copy(update={"memory_mb": 1})
     assert isinstance(searcher.search(None, asked=2, device=CPU), searches.FlatSearch)
 
 
@@ -282,8 +282,8 @@ def test_a_plan_expects_the_way_that_is_taken(monkeypatch):
     monkeypatch.setattr(self_join, "join_cost", lambda *_: join)
 
     def expected(rows, **changes):
-        seconds = mine.exact_seconds(params(**changes), sample, itemsize=2, device=CPU)
-        return seconds(rows)
+        costs = mine.ExactCosts(params(**changes), lambda places: sample[places], 300, CPU)
+        return costs.seconds_for(rows)
 
     assert expected(4_000) == pytest.approx(2.0 * 16)
     assert expected(10_000) == pytest.approx(0.5 * 10**2 / 2)

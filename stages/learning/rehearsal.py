@@ -1,0 +1,120 @@
+"""A rehearsal of learning, for `plan`: steps with random vectors, and what a whole training will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from stages.learning.loop import TrainingSetup, make_optimizer, take_step
+from stages.outcome import seconds_of
+from stages.params import TrainingParams
+from stages.vectors import unit
+from storage.caches import Caches
+from storage.column import text_keys_of
+from storage.corpus import Corpus, put_texts, text_key
+from storage.embeddings import Embeddings, put_vectors
+from storage.manifest import Manifest, fingerprint
+from storage.split import Split
+from storage.store import Store
+
+WARM_STEPS, MOST_STEPS = 2, 50
+"""Of a measurement: 2 that are not counted, and at most 50 that are."""
+
+CHARACTERS = 4
+"""Of a token, in most languages that are written in letters."""
+
+
+def random_caches(
+    texts: Sequence[str], dim: int, *, heldout: int, storage: str, store: Store
+) -> Caches:
+    """Returns caches of some texts with random vectors of unit length and no neighbours yet.
+
+    Args:
+        texts: The texts, no two the same.
+        dim: Width of the vectors.
+        heldout: Number of rows to hold out, about; half of them at most.
+        storage: The setting `embed.storage`.
+        store: A scratch store.
+    """
+    manifest = partial(Manifest, recipe={}, parent=None)
+    put = put_texts(store, [(text, text_key(text)) for text in texts])
+    corpus = Corpus(store, manifest(kind="corpus", objects=(put,)))
+    drawn = np.random.default_rng(0).standard_normal((corpus.rows, dim), np.float32)
+    put = put_vectors(
+        store,
+        f"vectors/{fingerprint({})}/{corpus.shard_digest(0)}.arrow",
+        vectors=unit(drawn),
+        text_keys=text_keys_of(corpus.batch(0)),
+        storage=storage,
+        facts={},
+    )
+    vectors = Embeddings(store, manifest(kind="embeddings", objects=(put,)), corpus)
+    share = min(0.5, heldout / corpus.rows)
+    split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
+    return Caches(corpus, vectors, None, split, store)
+
+
+def measure(
+    model: nn.Module,
+    setup: TrainingSetup,
+    params: TrainingParams,
+    seconds: float,
+    *,
+    a_row: float,
+    judged: float,
+) -> dict[str, float]:
+    """Take some of the first steps, for `seconds` or `MOST_STEPS`, and score once.
+
+    Args:
+        model: The student with everything else that is trained.
+        setup: Batches, loss and score.
+        params: The settings of the run.
+        seconds: For the steps; the last one may go beyond.
+        a_row: Characters that are read of a row.
+        judged: Characters that a score reads.
+
+    Returns:
+        The number of steps after a warm-up, steps an hour, and characters a second of steps and of a score.
+    """
+    optimizer, batches, taken = make_optimizer(model, params), setup.batches(0), list[float]()
+    while len(taken) < WARM_STEPS + MOST_STEPS and sum(taken[WARM_STEPS:]) <= seconds:
+        step, rows = len(taken), batches[len(taken) % len(batches)]
+        do = partial(take_step, model, optimizer, setup, rows, step, MOST_STEPS, params)
+        taken.append(seconds_of(do))
+    model.eval()
+    counted = taken[WARM_STEPS:]
+    a_step = sum(counted) / len(counted)
+    return {
+        "steps": len(counted),
+        "steps_per_hour": 3600 / a_step,
+        "learned_per_second": len(batches[0]) * a_row / a_step,
+        "judged_per_second": judged / seconds_of(setup.score),
+    }
+
+
+def training(
+    params: TrainingParams, at: dict[str, float], rows: int, *, a_row: float, judged: float
+) -> dict[str, float]:
+    """Returns the steps and seconds of a whole training.
+
+    Args:
+        params: The settings of the run.
+        at: What `measure` returned, and `load_seconds`.
+        rows: Number of rows to learn from.
+        a_row: Characters that are read of a row.
+        judged: Characters that a score reads.
+    """
+    batch = min(params.batch_size, rows)
+    steps = params.epochs * (rows // batch)
+    read, scores = steps * batch * a_row, 1 + math.ceil(steps / params.evaluate_every)
+    seconds = read / at["learned_per_second"] + scores * judged / at["judged_per_second"]
+    return {"steps": steps, "seconds": at["load_seconds"] + seconds}
+
+
+def characters(texts: Iterable[str], max_tokens: int) -> int:
+    """Returns the characters of all texts together, as far as they are read."""
+    return sum(min(len(text), CHARACTERS * max_tokens) for text in texts)
