@@ -9,6 +9,7 @@ changes one and records it. Heavy imports stand inside the commands, so that `--
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline.printing import LogLine, as_json_object, place_of, say, show, show_lines
 from storage import durable
@@ -34,8 +36,21 @@ if TYPE_CHECKING:
     from pipeline.workspace import Workspace
     from stages.embed import ShardSlice
 
+
+class Commands(TyperGroup):
+    """The commands; -v may also stand behind one of them, where its help does not list it."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - what typer passes on
+        super().__init__(**settings)
+        verbose = copy.copy(next(option for option in self.params if option.name == "verbose"))
+        verbose.hidden = True  # type: ignore[attr-defined]  # an option has it, an argument does not
+        for command in self.commands.values():
+            command.params.append(verbose)
+
+
 app = typer.Typer(
     name="teachonce",
+    cls=Commands,
     help="Run the teacher once. Train students from its memory for as long as you like.\n\n"
     "Run these in a folder that has a params.yaml; `teachonce init` makes one.",
     no_args_is_help=True,
@@ -74,6 +89,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _log_each_step(wanted: bool) -> None:
+    """Log as much as -v says."""
+    if wanted:
+        # Not libraries' own debugging: some log the headers of a request, and keys stand there.
+        logging.getLogger().setLevel(logging.INFO)
+        log.setLevel(logging.DEBUG)
+
+
 @app.callback()
 def before_each(
     folder: Annotated[
@@ -86,7 +109,13 @@ def before_each(
     ] = None,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Log each step on stderr, also what libraries log."),
+        typer.Option(
+            "--verbose",
+            "-v",
+            callback=_log_each_step,
+            expose_value=False,
+            help="Log each step on stderr, also what libraries log. May stand behind the command, too.",
+        ),
     ] = False,
     version: Annotated[
         bool,
@@ -95,11 +124,7 @@ def before_each(
         ),
     ] = False,
 ) -> None:
-    """Log as much as -v says and go to the folder of -C, before the command."""
-    if verbose:
-        # Not libraries' own debugging: some log the headers of a request, and keys stand there.
-        logging.getLogger().setLevel(logging.INFO)
-        log.setLevel(logging.DEBUG)
+    """Go to the folder of -C, before the command."""
     if folder is not None:
         with durable.named(folder, "going there"):
             os.chdir(folder)

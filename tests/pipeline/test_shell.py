@@ -208,7 +208,8 @@ def test_v_logs_each_step(shell, tmp_path, monkeypatch):
     settings["shard"]["sources"] = ["a.txt"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     library = logging.getLogger("a library")
-    for words, is_logged in ((("-v", "shard"), True), (("shard",), False)):
+    calls = {("-v", "shard"): True, ("shard", "-v"): True, ("shard", "--verbose"): True}
+    for words, is_logged in {**calls, ("shard",): False}.items():
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
         code, out, err = shell(*words)
         assert (code, out.splitlines()[1]) == (0, "  -> data/corpus.json")
