@@ -135,7 +135,7 @@ def teacher():
         device=pick_device("cpu"),
         precision=params.precision,
         max_tokens=params.max_tokens,
-        prompt=params.prompt or "",
+        prompts={"text": params.prompts.of("text")},
         trust_remote_code=False,
     )
     return encoder.encode_counted, params

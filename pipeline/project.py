@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.by_row import Ids, NeighbourLists, Texts, Vectors, row_ids
 from storage.errors import MissingError, TeachonceError, shown
+from storage.roles import Role
 
 if TYPE_CHECKING:
     import datasets
@@ -326,7 +327,7 @@ class Project:
 
 
 class TeacherModel:
-    """The teacher of a project: prompt, length, pooling and width are those of `embed`.
+    """The teacher of a project: prompts, length, pooling and width are those of `embed`.
 
     Examples:
         >>> cached = project.vectors[5]
@@ -337,11 +338,12 @@ class TeacherModel:
     def __init__(self, encode: Encode) -> None:
         self._encode = encode
 
-    def encode(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: str | Sequence[str], role: Role = "text") -> NDArray[np.float32]:
         """The vectors that `embed` would store of these texts, before it rounds them to `embed.storage`.
 
         Args:
             texts: One text, or several.
+            role: What they are for the teacher: "text", "query" or "document"; it decides the prompt.
 
         Returns:
             (dim,) float32 of one text, (n, dim) of several, in their order.
@@ -354,9 +356,9 @@ class TeacherModel:
             (2, 384)
         """
         if isinstance(texts, str):
-            vector: NDArray[np.float32] = self._encode([texts]).vectors[0]
+            vector: NDArray[np.float32] = self._encode([texts], role).vectors[0]
             return vector
-        return self._encode(list(texts)).vectors
+        return self._encode(list(texts), role).vectors
 
 
 def _workspace(path: Path) -> Workspace:

@@ -77,6 +77,9 @@ SENTENCES = {
 }
 """pydantic's word for a mistake -> what is said of it, with its bounds."""
 
+RENAMED = {"embed.prompt": "embed.prompts.text"}
+"""Setting of an earlier version -> its name now."""
+
 WRONG = object()
 """In place of a value that is wrong; None may be right."""
 
@@ -283,6 +286,8 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
     if entry["type"] == "missing":
         return "is missing"
     if entry["type"] == "extra_forbidden":
+        if new := RENAMED.get(_address(entry["loc"])):
+            return f"is named {new} now: write it there"
         close = get_close_matches(str(entry["loc"][-1]), _known_names(), n=1)
         return f"no such setting{f'; did you mean {close[0]}?' if close else ''}"
     if entry["type"] in SENTENCES:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources
-from stages.models.config import undecided
+from stages.models.config import NAMED, own_prompts, prompts_by_role, undecided
 from stages.models.folder import find_model
 from stages.models.lineage import leaves_teacher_space, read_lineage
 from stages.outcome import log, write_json
@@ -38,6 +38,7 @@ from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.negatives import Negatives
 from storage.remote import Remote
+from storage.roles import Role
 from storage.split import Split
 from storage.store import Store
 
@@ -292,14 +293,14 @@ class Workspace:
         read to `evaluate.max_tokens`, by the teacher, too; one that embeds in windows reads all of a text
         there, as it did for its cache.
 
-        The prompt and the width of the settings are the teacher's; a start and a student read every text as
-        it is.
+        The prompts and the width of the settings are the teacher's; a start and a student read every text
+        as it is.
 
         Raises:
             TeachonceError: the teacher leaves something undecided.
         """
         from stages.models.devices import pick_device
-        from stages.models.encoder import Encoder
+        from stages.models.encoder import NO_PROMPTS, Encoder
         from stages.models.processor import cpu_flags, slow_precision
 
         params = self.params.embed
@@ -319,7 +320,7 @@ class Workspace:
             or_fewer=reads_more or not is_teacher,
             in_windows=in_windows,
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
-            prompt=(params.prompt or "") if is_teacher else "",
+            prompts=self._prompts(folder) if is_teacher else NO_PROMPTS,
             dim=params.dim if is_teacher else None,
             pooling=params.pooling if is_teacher else None,
             trust_remote_code=params.trust_remote_code,
@@ -394,11 +395,24 @@ class Workspace:
     def _prompt_told(self) -> str:
         if self.params.embed.is_imported:
             return "the teacher's is unknown; students read texts as they are"
-        prompt = self.params.embed.prompt
-        teachers = (
-            f"the teacher reads {shown(repr(prompt))} before every text" if prompt else "none"
+        own = read_sources(self.at.sources).get("teacher", {}).get("prompts", {})
+        prompts = prompts_by_role(self.params.embed.prompts, own)
+        by_prompt: dict[str, list[str]] = {}
+        for role, prompt in prompts.items():
+            by_prompt.setdefault(prompt.text, []).append(NAMED[role])
+        if list(by_prompt) == [""]:
+            return "none"
+        told = ", ".join(
+            f"{shown(repr(prompt)) if prompt else 'nothing'} before "
+            + ("every text" if len(by_prompt) == 1 else " and ".join(before))
+            for prompt, before in by_prompt.items()
         )
-        return f"{teachers}; students read texts as they are" if prompt else teachers
+        return f"the teacher reads {told}; students read texts as they are"
+
+    def _prompts(self, folder: Path) -> dict[Role, str]:
+        """What the teacher in a folder reads before the texts of each role."""
+        prompts = prompts_by_role(self.params.embed.prompts, own_prompts(folder, "embed.teacher"))
+        return {role: prompt.text for role, prompt in prompts.items()}
 
     def _values_told(self) -> str:
         dim = self.params.embed.dim

@@ -28,7 +28,14 @@ from stages.models.abilities import (
     token_limit_of,
     width_of,
 )
-from stages.models.config import check_one_model, decided_pooling, undecided
+from stages.models.config import (
+    NAMED,
+    check_one_model,
+    decided_pooling,
+    own_prompts,
+    prompts_by_role,
+    undecided,
+)
 from stages.models.folder import file_hashes, find_model, is_same_model, sha256_of
 from stages.models.processor import slow_precision
 from stages.outcome import Outcome, log, write_json
@@ -55,6 +62,7 @@ from stages.reading.triplets import look_at, triplet_files
 from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, as_utf8, shown
 from storage.manifest import Manifest
+from storage.roles import Role
 
 COARSE_STEP = 10_000_000
 COARSE_TIME = 3_000_000_000
@@ -123,6 +131,9 @@ def run(
         raise SettingsError("params.yaml", problems)
     for note in _queue_notes(sections, corpus):
         log.info("check: %s", note)
+    prompts = _prompts_told(sections["embed"], survey.own_prompts)
+    for role, told in prompts.items():
+        log.info("check: before %s the teacher reads %s", NAMED[role], told)
     slow = slow_precision(sections["embed"].precision, flags)
     if slow is not None:
         log.warning("check: %s", slow)
@@ -135,8 +146,20 @@ def run(
         stage="check",
         made=out,
         summary=f"settings are right; {files} files of sources, evaluation sets and the teacher are there",
-        facts={"files": files},
+        facts={"files": files, "prompts": prompts},
     )
+
+
+def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str]:
+    """What the teacher reads before the texts of each role, and what says so; empty if that is nothing."""
+    if params.is_imported:
+        return {}
+    prompts = prompts_by_role(params.prompts, own)
+    told: dict[Role, str] = {
+        role: f"{shown(repr(prompt.text)) if prompt.text else 'nothing'} ({prompt.origin})"
+        for role, prompt in prompts.items()
+    }
+    return told if own or any(prompt.text for prompt in prompts.values()) else {}
 
 
 class Survey:
@@ -165,6 +188,7 @@ class Survey:
         self.sections, self.root, self.raw, self.committed = sections, root, raw, committed
         self.sha256 = RememberedHashes(memory, read_data=read_data)
         self.problems: list[Problem] = []
+        self.own_prompts: Mapping[str, str] = {}
 
     def sources(self) -> dict[str, Any]:
         """One entry for each stage that reads something from outside."""
@@ -185,8 +209,10 @@ class Survey:
             entries["finetune"] = self._finetune(sections["finetune"])
         if self._can_read("embed", "teacher"):
             teacher = entries["teacher"] = self.teacher(sections["embed"])
+            # Starts read texts as they are, whatever prompts the model has.
+            cut_from_teacher = {key: teacher[key] for key in ("declared", "files")}
             entries["starts"] = {
-                name: teacher if start.from_ == TEACHER else self._start(name, start)
+                name: cut_from_teacher if start.from_ == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
         # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
@@ -204,12 +230,14 @@ class Survey:
         declared = {"name": params.teacher, "revision": revision}
         if params.is_imported:
             return self._imported(declared)
-
-        return self._entry(
-            "teacher",
-            declared,
-            lambda: self._teacher_files(params, revision),
-        )
+        committed = self.committed.get("teacher", {})
+        self.own_prompts = committed.get("prompts", {})  # of a teacher on another machine
+        entry = self._entry("teacher", declared, lambda: self._teacher_files(params, revision))
+        prompts = getattr(params, "prompts", None)
+        # Only where a prompt is the model's own to say.
+        if prompts is not None and None in (prompts.query, prompts.document) and self.own_prompts:
+            entry["prompts"] = dict(self.own_prompts)
+        return entry
 
     def _teacher_files(self, params: EmbedParams, revision: str | None) -> dict[str, str]:
         """The hashes of its files; all that it leaves undecided is reported."""
@@ -221,6 +249,7 @@ class Survey:
             address=address,
             pooling=getattr(params, "pooling", None),
         )
+        self.own_prompts = own_prompts(folder, address)
         files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
         trusted = bool(getattr(params, "trust_remote_code", False))
         self._ask(partial(check_code, folder, trusted=trusted, address=address))

@@ -100,7 +100,7 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "teacher": dict(files),
-        "prompt": params.prompt or "",
+        "prompt": params.prompts.of("text"),
         "max_tokens": params.max_tokens,
         "precision": params.precision,
         "storage": params.storage,

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from storage.errors import TeachonceError
+from storage.roles import Role
 
 MODEL_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
@@ -157,13 +158,28 @@ class SplitParams(Section):
     heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the rows, chosen by text key
 
 
+class PromptsParams(Section):
+    """What the teacher reads before a text, by the text's role."""
+
+    text: str | None  # null: the model has no prompt of its own
+    query: (
+        str | None
+    )  # null: the model's own for queries, or what stands before texts if it has none
+    document: str | None  # null: likewise
+
+    def of(self, role: Role) -> str:
+        """The prompt of a role, where the model adds nothing of its own."""
+        own: str | None = getattr(self, role)
+        return (self.text or "") if own is None else own
+
+
 class EmbedParams(Section):
     """Corpus -> the teacher's vectors."""
 
     teacher: ModelPlace  # hub name, folder, package:<module>/<path>, or imported:<any name>
     revision: Text | None  # of a hub name
     pooling: Pooling | None  # of a model without modules.json; null: that file decides
-    prompt: str | None  # put before every text; null: the model has none of its own
+    prompts: PromptsParams
     similarity: (
         Literal["cosine"] | None
     )  # null: by cosine, as the model itself compares its vectors

@@ -46,7 +46,7 @@ class HashTeacher:
     def __init__(self, dim=16, *, scale=1.0):
         self.dim, self.scale, self.texts_seen = dim, scale, 0
 
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         self.texts_seen += 0 if is_probe(texts) else len(texts)
         vectors = np.stack([self.vector(text) for text in texts])
         tokens = sum(len(text.split()) for text in texts)
@@ -90,13 +90,18 @@ def put_foreign(store, key, batch):
         writer.write_batch(batch)
 
 
+def prompts(text, query=None, document=None):
+    """The setting `embed.prompts`."""
+    return {"text": text, "query": query, "document": document}
+
+
 def embed_params(**changes):
     return EmbedParams.model_validate(
         {
             "teacher": "a/teacher",
             "revision": None,
             "pooling": None,
-            "prompt": "",
+            "prompts": prompts(""),
             "similarity": None,
             "max_tokens": 32,
             "long_texts": "cut",

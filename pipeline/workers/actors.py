@@ -144,7 +144,7 @@ class _RayWorker:
 
     def do(self, task: Task) -> ShardDone:
         """Encode a task's texts."""
-        finish = self._teacher.begin(task.texts)
+        finish = self._teacher.begin(task)
         with self._encoding:
             return ShardDone(task.shard, finish())
 

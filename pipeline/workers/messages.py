@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from stages.teaching.interface import LoadedTeacher, Task, TeacherOutput, output_or_error
@@ -44,7 +45,7 @@ WorkerMessage = WorkerReady | TeachonceError | ShardDone | WorkerLost
 
 def ready_or_error(teacher: LoadedTeacher) -> WorkerReady | TeachonceError:
     """Encode the probe texts and return the worker's first message."""
-    probe_output = output_or_error(teacher.encode, PROBE_TEXTS)
+    probe_output = output_or_error(partial(teacher.encode, PROBE_TEXTS, "text"))
     return (
         probe_output
         if isinstance(probe_output, TeachonceError)

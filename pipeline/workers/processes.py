@@ -151,7 +151,7 @@ def _begin_tasks(
     try:
         while True:
             task: Task = channel.recv()
-            started.put((task.shard, teacher.begin(task.texts)))
+            started.put((task.shard, teacher.begin(task)))
     except (EOFError, ConnectionError):
         return
     finally:

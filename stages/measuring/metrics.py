@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.measuring.details import search_details
-from stages.models.config import Role
 from stages.models.speed import Speed
 from stages.outcome import Fact, Progress, log
 from stages.reading.evaluation_sets import RetrievalSet, StsSet
@@ -24,6 +23,7 @@ from stages.vectors import (
     sts_correlation,
 )
 from storage.errors import TeachonceError, shown
+from storage.roles import Role
 
 CUT = 10  # of nDCG and MRR
 

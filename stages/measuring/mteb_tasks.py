@@ -28,8 +28,8 @@ from storage.store import canonical_json
 if TYPE_CHECKING:
     from mteb import AbsTask
 
-    from stages.models.config import Role
     from stages.models.encoder import Encoder
+    from storage.roles import Role
 
 VERSION = 2  # raise it when a code change alters the scores of the same model
 
@@ -93,6 +93,8 @@ class _MtebModel:
             "max_tokens": encoder.max_tokens,
             "precision": encoder.precision,
             "prompt": encoder.prompt,
+            # Only if they differ, so that results of before there were roles keep their place.
+            **({"prompts": encoder.prompts} if len(set(encoder.prompts.values())) > 1 else {}),
         }
         self.mteb_model_meta = ModelMeta.create_empty(
             {

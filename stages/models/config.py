@@ -13,12 +13,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stages.models.folder import MAX_JSON_BYTES, MODULES, ROUTERS, TRANSFORMER, modules_of
-from stages.params import EmbedParams
+from stages.params import EmbedParams, PromptsParams
 from storage import regular
 from storage.errors import TeachonceError, shown
+from storage.roles import ROLES, Role
 
 DENSE = "SentenceTransformer"
 """Values of `model_type` of models with one vector a text."""
@@ -26,12 +27,21 @@ DENSE = "SentenceTransformer"
 TEXTS = "text"
 """Name of the text modality in a router."""
 
-Role = Literal["text", "query", "document"]
 NAMED: dict[Role, str] = {
-    "text": "texts of a corpus",
+    "text": "plain texts",
     "query": "queries",
     "document": "documents",
 }
+
+OWN_NAMES: Mapping[Role, Sequence[str]] = {
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+}
+"""Role -> the names of a model's own prompts for it, the first that it has wins.
+
+These are the names that sentence-transformers' `encode_document` looks for; but its version 6 finds an
+empty `document` in every model, so that it puts nothing before the documents of one that says `passage`.
+"""
 
 LEAST_ROOM = 4
 """Tokens of a text that must be read behind a prompt, as embed.max_tokens must be 4 at least."""
@@ -92,7 +102,7 @@ def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
     """Returns the problems with a teacher's choices that the settings `embed` leave open or contradict."""
     questions: Sequence[tuple[str, Callable[[str], object]]] = (
         ("pooling", lambda at: decided_pooling(folder, params.pooling, address=at)),
-        ("prompt", lambda at: decided_prompt(folder, params.prompt, address=at)),
+        ("prompts", lambda at: check_prompts(folder, params.prompts, address=f"{at}.text")),
         ("similarity", lambda at: check_similarity(folder, params.similarity, address=at)),
         ("dim", lambda at: check_width(folder, params.dim, address=at)),
         ("teacher", lambda at: decided_routes(folder, address=at)),
@@ -114,19 +124,66 @@ def own_prompts(folder: Path, address: str) -> dict[str, str]:
     return {str(name): str(prompt) for name, prompt in prompts if prompt}
 
 
-def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
-    """Returns the prompt that is put before every text.
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the texts of a role.
+
+    Args:
+        text: The prompt; empty for none.
+        origin: What says so, in a few words.
+    """
+
+    text: str
+    origin: str
+
+
+def prompts_by_role(settings: PromptsParams, own: Mapping[str, str]) -> dict[Role, Prompt]:
+    """Returns the prompt of each role: that of the settings, else the model's own.
+
+    A model without prompts reads queries and documents as it reads texts. One that has prompts, but none
+    for a role, reads that role's texts as they are, as by sentence-transformers' `encode_query`.
+
+    Args:
+        settings: The settings `embed.prompts`.
+        own: The model's `own_prompts`.
+    """
+    return {role: _prompt_of(role, settings, own) for role in ROLES}
+
+
+def _prompt_of(role: Role, settings: PromptsParams, own: Mapping[str, str]) -> Prompt:
+    setting: str | None = getattr(settings, role)
+    if setting is not None:
+        return Prompt(setting, f"embed.prompts.{role}")
+    if role == "text":
+        return Prompt("", "the model has none")
+    name = next((name for name in OWN_NAMES[role] if name in own), None)
+    if name is not None:
+        return Prompt(own[name], f"the model's own, {name}")
+    if own:
+        return Prompt("", f"the model has none for {NAMED[role]}")
+    return Prompt(settings.text or "", "as before texts")
+
+
+def with_prompts(params: EmbedParams, own: Mapping[str, str]) -> EmbedParams:
+    """Returns the settings of a teacher with the prompt of each role in place of null."""
+    prompts = prompts_by_role(params.prompts, own)
+    decided = PromptsParams(**{role: prompt.text for role, prompt in prompts.items()})
+    return params.model_copy(update={"prompts": decided})
+
+
+def check_prompts(folder: Path, settings: PromptsParams, *, address: str) -> None:
+    """Raise if nothing says what stands before texts that are neither queries nor documents.
 
     Args:
         folder: The model.
-        setting: The prompt in the settings; None if it is not set.
+        settings: The settings `embed.prompts`.
         address: The setting, to name in an error.
 
     Raises:
         TeachonceError: the setting is null, and the model has prompts to choose from.
     """
-    own = own_prompts(folder, address) if setting is None else {}
-    if own:
+    own = own_prompts(folder, address)
+    if own and settings.text is None:
         default = model_config(folder, address).get("default_prompt_name")
         names = ", ".join(
             f"{shown(name)}{' (its default)' if name == default else ''}: {shown(repr(prompt))}"
@@ -135,9 +192,8 @@ def decided_prompt(folder: Path, setting: str | None, *, address: str) -> str:
         raise TeachonceError(
             address,
             f"null, but the model in {folder} has prompts of its own ({names})",
-            'write the one that is to stand before every text, whatever it is, or "" for none',
+            'write the one before a text that is neither query nor document, or "" for none',
         )
-    return setting or ""
 
 
 def check_similarity(folder: Path, setting: str | None, *, address: str) -> None:
@@ -169,33 +225,36 @@ def check_width(folder: Path, setting: int | None, *, address: str) -> None:
         )
 
 
-def room_for_texts(max_tokens: int, *, around: int, has_prompt: bool) -> int:
+def room_for_texts(max_tokens: int, *, around: int, prompted: Role | None) -> int:
     """Returns the number of tokens that are left for a text.
 
     Args:
         max_tokens: Number of tokens that are read at once.
         around: Number of special and prompt tokens.
-        has_prompt: Whether there is a prompt; without one any `max_tokens` is accepted.
+        prompted: Role of the texts; None if no prompt is before them: then any `max_tokens` is accepted.
 
     Raises:
         TeachonceError: too few tokens are left to tell texts apart.
     """
     room = max_tokens - around
-    least = LEAST_ROOM if has_prompt else 1
+    least = 1 if prompted is None else LEAST_ROOM
     if room < least:
         raise TeachonceError(
             "embed.max_tokens",
             f"{max_tokens}, but special tokens and the prompt take {around} of them: {max(room, 0)} are "
             f"left for a text, and it takes at least {least}",
-            f"set it to {around + least} or more, or shorten embed.prompt",
+            f"set it to {around + least} or more, or write a shorter embed.prompts.{prompted or 'text'}",
         )
     return room
 
 
 def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
-    """Raise if the prompt leaves no room for a text, in any transformer of a model."""
-    prompt = getattr(params, "prompt", None)
-    if not prompt:
+    """Raise if a prompt leaves no room for a text, in any transformer of a model."""
+    if not hasattr(params, "prompts"):
+        return
+    prompts = prompts_by_role(params.prompts, own_prompts(folder, address))
+    prompted = {role: prompt.text for role, prompt in prompts.items() if prompt.text}
+    if not prompted:
         return
     from tokenizers import Tokenizer
 
@@ -210,10 +269,10 @@ def _check_room(folder: Path, params: EmbedParams, address: str) -> None:
                 ) from None
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            around = tokenizer.num_special_tokens_to_add(False) + len(
-                tokenizer.encode(prompt, add_special_tokens=False).ids
-            )
-            room_for_texts(params.max_tokens, around=around, has_prompt=True)
+            special = tokenizer.num_special_tokens_to_add(False)
+            for role, prompt in prompted.items():
+                around = special + len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+                room_for_texts(params.max_tokens, around=around, prompted=role)
 
 
 def transformers_of(folder: Path, address: str) -> list[Path]:

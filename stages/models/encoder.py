@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from stages.models.abilities import check_length
-from stages.models.config import Role, decided_routes, room_for_texts
+from stages.models.config import decided_routes, room_for_texts
 from stages.models.devices import AUTOCAST, Precision, autocast, batch_tokens_on, device_name
 from stages.models.folder import weights_bytes
 from stages.models.likeness import MIXED_PROBES, likeness, probes
@@ -35,12 +35,14 @@ from stages.models.windows import Windows, windows_of
 from stages.outcome import log
 from stages.vectors import unit
 from storage.errors import TeachonceError
+from storage.roles import ROLES, Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
 NO_LIMIT = sys.maxsize
+NO_PROMPTS: Mapping[Role, str] = {}
 
 
 LEAST_LENGTH = 1e-5
@@ -65,6 +67,21 @@ class Encoded:
     whole: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class ReadTexts:
+    """Tokenised texts of one role.
+
+    Args:
+        encoder: The encoder of that role.
+        windows: The windows that the texts were cut into; None if they are read whole.
+        tokenized: The texts, or their windows.
+    """
+
+    encoder: Encoder
+    windows: Windows | None
+    tokenized: TokenizedTexts
+
+
 class Encoder:
     """A loaded model that turns texts into vectors.
 
@@ -81,7 +98,8 @@ class Encoder:
         in_windows: Whether a longer text is read in windows, whose mean is its vector, instead of
             truncated.
         batch_tokens: Tokens in a batch, padding included; None for a default by device. Changes speed only.
-        prompt: Text put before every text. The model's own prompts are not used.
+        prompts: Role -> text put before the texts of that role; none for a role that is not named. The
+            model's own prompts are not used.
         dim: Number of first values of each vector to return, normalised again if the model ends in
             Normalize; None for all.
         pooling: Pooling of a transformers folder, which has no modules.json; None otherwise.
@@ -98,7 +116,7 @@ class Encoder:
         or_fewer: bool = False,
         in_windows: bool = False,
         batch_tokens: int | None = None,
-        prompt: str = "",
+        prompts: Mapping[Role, str] = NO_PROMPTS,
         dim: int | None = None,
         pooling: str | None = None,
         trust_remote_code: bool = False,
@@ -108,19 +126,26 @@ class Encoder:
         ).eval()
         self.torch_device, self.precision = device, precision
         self.batch_tokens = batch_tokens or batch_tokens_on(device)
-        self.prompt, self.or_fewer = prompt, or_fewer
+        self.or_fewer = or_fewer
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in whole.parameters())
         self.copied_parameters = copied(whole)
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
-        self.by_role: dict[Role, Encoder] = {}
+        # A router has a model for each route; else one reads all texts.
         models = models_by_role(whole, decided_routes(folder, address=str(folder)))
-        for role, model in models.items():
-            # A router has a model for each route; else one reads all texts.
-            reader = self if role == "text" else copy(self)
-            if role == "text" or model is not models["text"]:
+        self.prompts: dict[Role, str] = {role: prompts.get(role, "") for role in ROLES}
+        self.role: Role = "text"
+        self.prompt = self.prompts["text"]
+        self.by_role: dict[Role, Encoder] = {}
+        alike: dict[tuple[int, str], Encoder] = {}
+        for role, prompt in self.prompts.items():
+            model = models.get(role, models["text"])
+            if (id(model), prompt) not in alike:
+                reader = copy(self) if alike else self
+                reader.role, reader.prompt = role, prompt
                 reader._use_model(model, folder, max_tokens, in_windows, dim)
-                self.by_role[role] = reader
+                alike[id(model), prompt] = reader
+            self.by_role[role] = alike[id(model), prompt]
 
     def _use_model(
         self,
@@ -155,7 +180,8 @@ class Encoder:
             return self.max_tokens
         prompt = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         around = tokenizer.num_special_tokens_to_add() + len(prompt)
-        return room_for_texts(self.max_tokens, around=around, has_prompt=bool(self.prompt))
+        prompted = self.role if self.prompt else None
+        return room_for_texts(self.max_tokens, around=around, prompted=prompted)
 
     def _dim(self, wanted: int | None, folder: Path) -> int | None:
         """Returns the number of values to cut vectors to; None for no cut."""
@@ -248,27 +274,31 @@ class Encoder:
         """Measure the speed of encoding texts of the corpus."""
         return measure(self.encode, texts, self.torch_device)
 
-    def encode_counted(self, texts: Sequence[str], *, role: Role = "text") -> Encoded:
-        """Returns vectors of `texts` with counts of tokens."""
-        encoder = self.by_role.get(role, self)
-        return encoder.encode_read(encoder.read(texts))
+    def encode_counted(self, texts: Sequence[str], role: Role = "text") -> Encoded:
+        """Returns vectors of `texts` of one role with counts of tokens."""
+        return self.encode_read(self.read(texts, role))
 
-    def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Returns vectors of texts of the role `text`."""
-        return self.encode_counted(texts)
+    def __call__(self, texts: Sequence[str], role: Role = "text") -> Encoded:
+        """As `encode_counted`."""
+        return self.encode_counted(texts, role)
 
-    def as_teacher(self) -> Callable[[Sequence[str]], Encoded]:
+    def as_teacher(self) -> Callable[[Sequence[str], Role], Encoded]:
         """Returns an `Encode` for `embed`: in two steps, or one if the second needs the tokenizer, too."""
-        return self if isinstance(self.reader, PackedReader) else self.encode_counted
+        readers = {type(encoder.reader) for encoder in self.by_role.values()}
+        return self if readers == {PackedReader} else self.encode_counted
 
-    def read(self, texts: Sequence[str]) -> tuple[Windows | None, TokenizedTexts]:
+    def read(self, texts: Sequence[str], role: Role = "text") -> ReadTexts:
         """First step, on the CPU: tokenise."""
-        windows = self._windows(texts)
-        return windows, self.reader.read(texts if windows is None else windows.texts, self.prompt)
+        encoder = self.by_role[role]
+        windows = encoder._windows(texts)
+        pieces = texts if windows is None else windows.texts
+        return ReadTexts(encoder, windows, encoder.reader.read(pieces, encoder.prompt))
 
-    def encode_read(self, windows_and_read: tuple[Windows | None, TokenizedTexts]) -> Encoded:
+    def encode_read(self, read: ReadTexts) -> Encoded:
         """Second step, on the device: returns vectors with counts of tokens."""
-        windows, read = windows_and_read
+        return read.encoder._encode_tokenized(read.windows, read.tokenized)
+
+    def _encode_tokenized(self, windows: Windows | None, read: TokenizedTexts) -> Encoded:
         cut = np.minimum(read.lengths, self.max_tokens)
         whole = self._vectors(read, precision=self.precision)
         longer = int((read.lengths > cut).sum())

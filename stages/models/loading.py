@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from stages.models.abilities import token_limit
-from stages.models.config import Role, decided_pooling
+from stages.models.config import decided_pooling
 from stages.models.folder import model_files
 from stages.models.packed import first_position
 from stages.models.shared_layers import expanded, tie
 from stages.outcome import write_json
 from storage.errors import TeachonceError, shown
+from storage.roles import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import TeachonceError
 from storage.probe import PROBE_TEXTS
+from storage.roles import Role
 
 
 class TeacherOutput(Protocol):
@@ -39,21 +40,21 @@ class TeacherOutput(Protocol):
     def whole(self) -> NDArray[np.float32]: ...  # noqa: D102
 
 
-Encode = Callable[[Sequence[str]], TeacherOutput]
-"""The whole interface to a teacher: texts -> vectors in the same order, with counts of tokens."""
+class Encode(Protocol):
+    """The whole interface to a teacher."""
 
-
-Input = TypeVar("Input")
+    def __call__(self, texts: Sequence[str], role: Role, /) -> TeacherOutput:
+        """Returns the vectors of texts of one role, in the same order, with counts of tokens."""
 
 
 @runtime_checkable
 class ReadsAhead(Protocol):
     """An `Encode` in two steps, so that one batch can be tokenised while another is encoded."""
 
-    def __call__(self, texts: Sequence[str], /) -> TeacherOutput:
+    def __call__(self, texts: Sequence[str], role: Role, /) -> TeacherOutput:
         """Tokenise and encode."""
 
-    def read(self, texts: Sequence[str], /) -> Any:  # noqa: ANN401 - for `encode_read` alone
+    def read(self, texts: Sequence[str], role: Role, /) -> Any:  # noqa: ANN401 - for `encode_read` alone
         """Tokenise texts; called in a separate thread."""
 
     def encode_read(self, read: Any, /) -> TeacherOutput:  # noqa: ANN401
@@ -76,10 +77,11 @@ NO_OUTPUT = PlainOutput(*2 * (np.empty((0, 0), np.float32),))
 
 @dataclass(frozen=True)
 class Task:
-    """The texts of one shard that the teacher has to encode."""
+    """The texts of one shard that the teacher has to encode, all of one role."""
 
     shard: int
     texts: Sequence[str]
+    role: Role = "text"
 
 
 Results = Generator[tuple[int, TeacherOutput | TeachonceError], None, None]
@@ -115,10 +117,10 @@ def this_process(
 ) -> Results:
     """An `Engine` with one teacher in this process; a teacher that `ReadsAhead` tokenises meanwhile."""
     with closing(LoadedTeacher(load_teacher())) as teacher:
-        admit(teacher.encode(PROBE_TEXTS))
+        admit(teacher.encode(PROBE_TEXTS, "text"))
         started: deque[tuple[int, Finish]] = deque()
         for task in tasks:
-            started.append((task.shard, teacher.begin(task.texts)))
+            started.append((task.shard, teacher.begin(task)))
             if len(started) > teacher.prefetch:
                 shard, finish = started.popleft()
                 yield shard, finish()
@@ -146,25 +148,23 @@ class LoadedTeacher:
         """Number of tasks that may be begun while another is encoded: 0 or 1."""
         return int(isinstance(self.encode, ReadsAhead))
 
-    def begin(self, texts: Sequence[str]) -> Finish:
+    def begin(self, task: Task) -> Finish:
         """Begin to tokenise texts; returns a call that waits until that is done and encodes them."""
         if not isinstance(self.encode, ReadsAhead):
-            return partial(output_or_error, self.encode, texts)
-        reading = self._reader.submit(self.encode.read, texts)
+            return partial(output_or_error, partial(self.encode, task.texts, task.role))
+        reading = self._reader.submit(self.encode.read, task.texts, task.role)
         encode_read = self.encode.encode_read
-        return partial(output_or_error, lambda reading: encode_read(reading.result()), reading)
+        return partial(output_or_error, lambda: encode_read(reading.result()))
 
     def close(self) -> None:
         """Wait until all begun texts are tokenised."""
         self._reader.shutdown()
 
 
-def output_or_error(
-    encode: Callable[[Input], TeacherOutput], batch: Input
-) -> PlainOutput | TeachonceError:
+def output_or_error(encode: Callable[[], TeacherOutput]) -> PlainOutput | TeachonceError:
     """Encode a batch; returns the output, or the `TeachonceError` that was raised. Others are raised."""
     try:
-        output = encode(batch)
+        output = encode()
     except TeachonceError as error:
         return error
     return PlainOutput(output.vectors, output.whole, output.tokens, output.truncated)

@@ -48,9 +48,9 @@ def embed_it(root, told):
     corpus = Corpus(store, Manifest.load(root / "data/corpus.json", "corpus"))
 
     class Teacher(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             told()
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     embed.run(
         embed_params(),

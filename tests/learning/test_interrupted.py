@@ -33,9 +33,9 @@ from storage.remote import Remote
 from tests.conftest import HashTeacher
 
 class Slow(HashTeacher):
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         time.sleep(0.1)
-        return super().__call__(texts)
+        return super().__call__(texts, role)
 
 class Hangs(Remote):
     def __init__(self):

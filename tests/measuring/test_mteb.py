@@ -17,6 +17,7 @@ from stages.models.loading import load_model
 from stages.reading.evaluation_sets import RetrievalSet, read_sts
 from stages.vectors import nearest, sts_correlation
 from storage.errors import DamagedError, MissingError, TeachonceError
+from storage.roles import ROLES
 from tests.conftest import sentences
 
 CPU = torch.device("cpu")
@@ -184,7 +185,12 @@ def message(error, tasks, folder, encoder, out):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"prompt": "amber basin: "}, {"max_tokens": 8}, {"precision": "bf16"}],
+    [
+        {},
+        {"prompts": dict.fromkeys(ROLES, "amber basin: ")},
+        {"max_tokens": 8},
+        {"precision": "bf16"},
+    ],
     ids=lambda settings: next(iter(settings), "plain"),
 )
 def test_an_sts_task_scores_as_our_own_evaluation(mteb, tiny_model, pairs, tmp_path, settings):
@@ -214,7 +220,7 @@ def test_a_search_task_scores_as_our_own_with_the_prompt_of_the_settings(
     model = load_model(tiny_model, device=CPU)
     model.prompts = {"query": "amber: ", "document": "basin cedar: "}
     model.save(str(tmp_path / "prompted"), create_model_card=False)
-    encoder = Encoder(tmp_path / "prompted", device=CPU, prompt="cedar: ")
+    encoder = Encoder(tmp_path / "prompted", device=CPU, prompts=dict.fromkeys(ROLES, "cedar: "))
     texts = sentences(90, seed=3)
     asked = RetrievalSet(
         document_ids=[f"d{i}" for i in range(60)],
@@ -292,7 +298,7 @@ def test_a_task_that_is_done_is_not_run_again(mteb, tiny_model, pairs, tmp_path)
     assert seen(tasks) == 0
     assert out.read_bytes() == whole
     # Anything that a score is made from makes other scores.
-    for other in ({"prompt": "amber: "}, {"max_tokens": 9}, {"precision": "bf16"}):
+    for other in ({"prompts": {"query": "amber: "}}, {"max_tokens": 9}, {"precision": "bf16"}):
         assert seen(tasks[:1], **other) == 80
     assert seen(tasks, batch_tokens=64) == 0
 

@@ -266,8 +266,8 @@ def test_the_teacher_as_evaluated_is_the_teacher_as_cached(tmp_path, tiny_model)
 class Matryoshka(HashTeacher):
     """Returns the first half of its values, scaled again."""
 
-    def __call__(self, texts):
-        made = super().__call__(texts)
+    def __call__(self, texts, role="text"):
+        made = super().__call__(texts, role)
         first = made.vectors[:, : self.dim // 2]
         first = first / np.linalg.norm(first, axis=1, keepdims=True)
         return Made(first, made.tokens, made.truncated, whole=made.vectors)

@@ -13,6 +13,7 @@ from stages.models.devices import batch_tokens_on, pick_device
 from stages.models.encoder import Encoder, token_batches
 from stages.models.loading import load_model
 from storage.errors import TeachonceError
+from storage.roles import ROLES
 from tests.conftest import HashTeacher, make_tiny_model, sentences
 
 CPU = torch.device("cpu")
@@ -56,7 +57,12 @@ def test_vectors_are_those_of_sentence_transformers(models, kind, prompt):
     texts = [*sentences(50), "A text. " * 3, "x"]
     pooling = "mean" if kind == "bare" else None
     encoder = Encoder(
-        models[kind], device=CPU, max_tokens=24, batch_tokens=64, prompt=prompt, pooling=pooling
+        models[kind],
+        device=CPU,
+        max_tokens=24,
+        batch_tokens=64,
+        prompts={"text": prompt},
+        pooling=pooling,
     )
     expected = load_model(models[kind], device=CPU, pooling=pooling)
     if kind != "static":
@@ -110,19 +116,56 @@ def test_the_same_texts_give_the_same_bits_whatever_came_before(tiny_model):
     assert np.array_equal(first.encode(texts), second.encode(texts))
 
 
-def test_the_prompt_of_the_settings_stands_before_every_text(tiny_model, tmp_path):
-    """Whatever its role, and whatever prompts the model has."""
+def test_each_role_has_its_prompt_whatever_prompts_the_model_has(tiny_model, tmp_path):
     model = load_model(tiny_model, device=CPU)
     model.prompts = {"query": "amber: ", "passage": "basin: "}
     model.default_prompt_name = "query"
     model.save(str(tmp_path / "prompted"), create_model_card=False)
     plain = Encoder(tiny_model, device=CPU, max_tokens=16)
     texts = sentences(5)
-    for prompt in ("cedar: ", ""):
-        encoder = Encoder(tmp_path / "prompted", device=CPU, max_tokens=16, prompt=prompt)
-        expected = plain.encode([prompt + text for text in texts])
-        for role in ("text", "query", "document"):
+    every = dict.fromkeys(ROLES, "cedar: ")
+    for prompts in ({}, every, {"query": "delta: ", "document": "ember: fjord. "}):
+        encoder = Encoder(tmp_path / "prompted", device=CPU, max_tokens=16, prompts=prompts)
+        for role in ROLES:
+            expected = plain.encode([prompts.get(role, "") + text for text in texts])
             assert np.allclose(encoder.encode(texts, role=role), expected, atol=1e-6)
+            assert np.array_equal(encoder(texts, role).vectors, encoder.encode(texts, role=role))
+
+
+@pytest.mark.parametrize("kind", ["mean", "without prompt", "last token", "head", "static"])
+@pytest.mark.parametrize("in_windows", [False, True])
+def test_queries_and_documents_are_read_as_by_sentence_transformers(
+    models, tmp_path, kind, in_windows
+):
+    """Its `encode_query` and `encode_document`, with the prompts that the model itself has."""
+    from sentence_transformers import SentenceTransformer
+
+    from stages.models.config import own_prompts, prompts_by_role
+    from stages.params import PromptsParams
+
+    own = {"query": "amber basin, find: ", "document": "cedar: "}
+    model = SentenceTransformer(str(models[kind]), device="cpu")
+    model.prompts = own
+    model.save(str(tmp_path / "own"), create_model_card=False)
+    settings = PromptsParams(text="", query=None, document=None)
+    prompts = prompts_by_role(settings, own_prompts(tmp_path / "own", "embed.teacher"))
+    encoder = Encoder(
+        tmp_path / "own",
+        device=CPU,
+        max_tokens=32,
+        in_windows=in_windows and kind != "static",
+        prompts={role: prompt.text for role, prompt in prompts.items()},
+    )
+    expected = SentenceTransformer(str(tmp_path / "own"), device="cpu")
+    if kind != "static":
+        expected.max_seq_length = 32
+    texts = [text for text in sentences(40) if len(text) < 60]
+    for role, encode in [
+        ("text", expected.encode),
+        ("query", expected.encode_query),
+        ("document", expected.encode_document),
+    ]:
+        assert np.abs(encoder(texts, role).vectors - encode(texts)).max() < 1e-6, role
 
 
 @pytest.mark.parametrize("prompt", ["", "amber basin: "])
@@ -142,7 +185,11 @@ def test_texts_take_the_route_of_their_role(models, tmp_path, prompt):
     own = SentenceTransformer(str(tmp_path / "router"), device="cpu")
     own.max_seq_length = 12
     encoder = Encoder(
-        tmp_path / "router", device=CPU, max_tokens=12, batch_tokens=64, prompt=prompt
+        tmp_path / "router",
+        device=CPU,
+        max_tokens=12,
+        batch_tokens=64,
+        prompts=dict.fromkeys(ROLES, prompt),
     )
     texts = [*sentences(30), "x"]
     for role, encode in (

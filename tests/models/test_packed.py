@@ -97,7 +97,7 @@ def test_a_family_gives_its_own_vectors(family, tokenizer, tmp_path):
     *parts, reader = FAMILIES[family]
     folder = make(tmp_path / family, tokenizer, *parts)
     texts = [*sentences(40), " ".join(sentences(20)), "x", ""]
-    encoder = Encoder(folder, device=CPU, max_tokens=48, batch_tokens=256, prompt=PROMPT)
+    encoder = Encoder(folder, device=CPU, max_tokens=48, batch_tokens=256, prompts={"text": PROMPT})
     assert type(encoder.reader) is reader
     own = load_model(folder, device=CPU)
     own.max_seq_length = 48
@@ -216,7 +216,7 @@ def test_runs_are_neighbours_of_one_length():
 
 
 def test_tokens_are_counted_before_and_after_cutting(tiny_model):
-    encoder = Encoder(tiny_model, device=CPU, max_tokens=12, prompt=PROMPT)
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=12, prompts={"text": PROMPT})
     texts = sentences(100)
     assert type(encoder.reader) is PackedReader
     lengths = [len(encoder.model.tokenizer(PROMPT + text)["input_ids"]) for text in texts]

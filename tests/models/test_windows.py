@@ -62,7 +62,7 @@ def slow_mean(vectors, tokens):
 def test_the_vector_of_a_long_text_is_the_mean_of_its_windows(tiny_model, tokenizer, prompt):
     """The tiny teacher ends in Normalize, so the mean is scaled to length 1 again."""
     limit = ROOM + 2 + count(tokenizer, prompt)
-    options = {"device": CPU, "max_tokens": limit, "prompt": prompt}
+    options = {"device": CPU, "max_tokens": limit, "prompts": {"text": prompt}}
     cut, whole = Encoder(tiny_model, **options), Encoder(tiny_model, **options, in_windows=True)
     texts = ["short", LONG, sentences(1)[0][:20]]
     found = whole.encode_counted(texts)
@@ -92,12 +92,12 @@ def test_a_prompt_that_leaves_no_room_is_refused(tiny_model):
     """Else all vectors would be the prompt's."""
     prompt = "amber basin cedar"
     for in_windows in (True, False):
-        options = {"device": CPU, "prompt": prompt, "in_windows": in_windows}
+        options = {"device": CPU, "prompts": {"text": prompt}, "in_windows": in_windows}
         with pytest.raises(TeachonceError) as caught:
             Encoder(tiny_model, max_tokens=8, **options)
         assert str(caught.value) == (
             "embed.max_tokens: 8, but special tokens and the prompt take 5 of them: 3 are left for a text, "
-            "and it takes at least 4\n  cure: set it to 9 or more, or shorten embed.prompt"
+            "and it takes at least 4\n  cure: set it to 9 or more, or write a shorter embed.prompts.text"
         )
         assert Encoder(tiny_model, max_tokens=9, **options).window_tokens == 4
     assert Encoder(tiny_model, device=CPU, max_tokens=4).window_tokens == 2

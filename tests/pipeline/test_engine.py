@@ -40,8 +40,8 @@ class Witness(HashTeacher):
     def note(self, what):
         (self.folder / f"{what}-{os.getpid()}-{time.monotonic_ns()}").touch()
 
-    def __call__(self, texts):
-        made = super().__call__(texts)
+    def __call__(self, texts, role="text"):
+        made = super().__call__(texts, role)
         if is_probe(texts):
             return made
         self.note("asked")
@@ -60,11 +60,11 @@ class Mortal(Witness):
         super().__init__(folder)
         self.times = times
 
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         if DEADLY in texts and len(list(self.folder.glob("died-*"))) < self.times:
             self.note("died")
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(texts)
+        return super().__call__(texts, role)
 
 
 class Other(HashTeacher):
@@ -217,7 +217,7 @@ class TwoSteps(HashTeacher):
         self.last, self.lock, self.threads = last, threading.Condition(), set()
         self.begun, self.behind = 0, []
 
-    def read(self, texts):
+    def read(self, texts, role):
         with self.lock:
             self.begun += 1
             self.lock.notify_all()
@@ -268,7 +268,7 @@ def test_a_shard_that_cannot_be_read_or_has_poison_is_named_and_all_others_are_k
 
 def test_a_bug_in_reading_ends_the_pass_and_leaves_no_thread(place):
     class Broken(TwoSteps):
-        def read(self, texts):
+        def read(self, texts, role):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -292,7 +292,7 @@ def test_processes_make_what_one_makes(place, whole, seen):
 class Plainly(Witness):
     """Reads all texts of `whole` without harm."""
 
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         if not is_probe(texts):
             self.note("asked")
             time.sleep(self.seconds)
@@ -330,7 +330,7 @@ class ReadsAhead(Plainly):
         super().__init__(folder)
         self.shards, self.patience, self.encoded = shards, patience, 0
 
-    def read(self, texts):
+    def read(self, texts, role):
         if DEADLY in texts:
             self.note("died")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -434,8 +434,8 @@ def test_shards_that_fail_are_named_when_all_others_are_done(place, whole, seen)
 
 def test_a_teacher_that_fails_at_everything_is_stopped(place):
     class Broken(HashTeacher):
-        def __call__(self, texts):
-            made = super().__call__(texts)
+        def __call__(self, texts, role="text"):
+            made = super().__call__(texts, role)
             made.vectors[0] *= 1 if is_probe(texts) else np.nan
             return made
 
@@ -451,8 +451,8 @@ def test_many_failed_shards_among_others_are_all_named(place):
     class Moody(HashTeacher):
         calls = 0
 
-        def __call__(self, texts):
-            made = super().__call__(texts)
+        def __call__(self, texts, role="text"):
+            made = super().__call__(texts, role)
             self.calls += 1
             made.vectors[0] *= np.nan if self.calls % 3 == 0 else 1
             return made

@@ -28,7 +28,7 @@ from storage.manifest import fingerprint
 from storage.remote import Remote
 from storage.split import Split
 from storage.store import Store
-from tests.conftest import HashTeacher, Made, embed_params, probe_of, sentences
+from tests.conftest import HashTeacher, Made, embed_params, probe_of, prompts, sentences
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -384,8 +384,8 @@ def test_the_share_that_is_cut_is_embeds(place, tiny_model):
     """The same tokenizer, the same limit, the prompt in front: all of a small corpus is counted."""
     texts = sentences(300)
     corpus = place.corpus(texts)
-    params = embed_params(max_tokens=9, prompt="amber basin ")
-    encoder = Encoder(tiny_model, device=CPU, max_tokens=9, prompt="amber basin ")
+    params = embed_params(max_tokens=9, prompts=prompts("amber basin "))
+    encoder = Encoder(tiny_model, device=CPU, max_tokens=9, prompts={"text": "amber basin "})
     facts = planned(place, corpus, encoder, seconds=20, embed=params.model_dump())
     at = facts["measured"]["teacher"]
     facts = place.embed(corpus, encoder.encode_counted, files=FILES, params=params).facts

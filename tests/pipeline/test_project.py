@@ -16,7 +16,7 @@ import teachonce
 from pipeline.project import Project
 from pipeline.workspace import Workspace
 from storage.errors import DamagedError, MissingError, RowError, TeachonceError
-from tests.conftest import HashTeacher, sentences
+from tests.conftest import HashTeacher, prompts, sentences
 from tests.pipeline.test_upkeep import Tree, cut_in_half, write_params
 
 TEXTS = sentences(240)
@@ -27,7 +27,9 @@ def root(tmp_path_factory, tiny_model):
     """A project whose teacher is a small transformer with a prompt, cut at 8 tokens and 16 values."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(tiny_model, root / "tiny")
-    write_params(root, embed__teacher="./tiny", embed__prompt="Amber basin: ", mine__max_score=0.99)
+    write_params(
+        root, embed__teacher="./tiny", embed__prompts=prompts("Amber basin: "), mine__max_score=0.99
+    )
     settings = (root / "params.yaml").read_text()
     for old, new in (("max_tokens: 64", "max_tokens: 12"), ("dim: null", "dim: 16")):
         settings = settings.replace(f"  {old}\n", f"  {new}\n", 1)
@@ -92,7 +94,7 @@ def test_a_project_is_a_folder_or_its_settings(root, monkeypatch):
     project = teachonce.open("params.yaml")
     monkeypatch.chdir(root.parent)
     assert (project.root, project.texts[0]) == (root, TEXTS[0])
-    assert project.params.embed.prompt == "Amber basin: "
+    assert project.params.embed.prompts.text == "Amber basin: "
     for path in (root / "nowhere", root / "tiny", root / "texts.txt"):
         with pytest.raises(
             MissingError, match=r"no project: there is no params.yaml\n  cure: open"

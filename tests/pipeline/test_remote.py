@@ -767,10 +767,10 @@ def test_two_boxes_at_the_same_time_share_the_work(shaky, tmp_path):
     other = HashTeacher()
 
     class WithTheOther(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             if not other.texts_seen and not is_probe(texts):
                 two.embed(two.corpus(sentences(400)), other, remote=remote_at(shaky))
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     mine = WithTheOther()
     outcome = one.embed(one.corpus(sentences(400)), mine, remote=remote_at(shaky))
@@ -828,11 +828,11 @@ def test_a_remote_that_fails_meanwhile_costs_no_work(shaky, tmp_path):
     before = []
 
     class Meanwhile(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             if not is_probe(texts):
                 before.append(len(Shaky.asked))
                 Shaky.fails = staticmethod(lambda number: OSError(errno.EIO, "down"))
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     teacher = Meanwhile()
     outcome = place.embed(corpus, teacher, remote=remote_at(shaky))
@@ -912,11 +912,11 @@ from storage.remote import Remote
 from tests.conftest import HashTeacher, Place, embed_params, sentences
 
 class Slow(HashTeacher):
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         with open(sys.argv[1] + ".begun", "a") as begun:
             begun.write("one more\\n")
         time.sleep(0.15)
-        return super().__call__(texts)
+        return super().__call__(texts, role)
 
 place, teacher = Place(Path(sys.argv[1])), Slow()
 outcome = place.embed(place.corpus(sentences(1500)), teacher, remote=Remote(sys.argv[2]))

@@ -34,7 +34,7 @@ from stages.params import (
 )
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
-from tests.conftest import Place, sentences
+from tests.conftest import Place, prompts, sentences
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -1052,21 +1052,77 @@ def checked(folder, config, **embed):
 
 
 def test_check_asks_which_of_a_models_prompts_is_meant(project):
-    prompts = {"query": "query: ", "passage": "passage: ", "none": "", "absent": None}
-    found = checked(project, {"prompts": prompts, "default_prompt_name": "query"}, prompt=None)
-    assert found == {
-        "embed.prompt": f"null, but the model in {project / 'teacher'} has prompts of its own (query (its "
-        "default): 'query: ', passage: 'passage: ')\n    cure: write the one that is to stand before every "
-        'text, whatever it is, or "" for none'
-    }
+    # Tokenised in Python: its prompts are not measured.
     (project / "teacher/tokenizer.json").unlink()
-    (project / "teacher/vocab.txt").write_text(
-        "a"
-    )  # tokenised in Python: its prompt is not measured
+    (project / "teacher/vocab.txt").write_text("a")
+    own = {"query": "query: ", "passage": "passage: ", "none": "", "absent": None}
+    found = checked(
+        project, {"prompts": own, "default_prompt_name": "query"}, prompts=prompts(None)
+    )
+    assert found == {
+        "embed.prompts.text": f"null, but the model in {project / 'teacher'} has prompts of its own (query "
+        "(its default): 'query: ', passage: 'passage: ')\n    cure: write the one before a text that is "
+        'neither query nor document, or "" for none'
+    }
     for prompt in ("", "passage: ", "another: "):
-        assert checked(project, {"prompts": prompts}, prompt=prompt) == {}
+        assert checked(project, {"prompts": own}, prompts=prompts(prompt)) == {}
     for said in ({}, {"prompts": {}}, {"prompts": {"query": ""}, "default_prompt_name": "query"}):
-        assert checked(project, said, prompt=None) == {}
+        assert checked(project, said, prompts=prompts(None)) == {}
+
+
+def test_check_says_what_stands_before_which_texts(project, caplog):
+    (project / "teacher/tokenizer.json").unlink()
+    (project / "teacher/vocab.txt").write_text("a")
+    own = {"query": "query: ", "passage": "passage: ", "cluster": "other: "}
+
+    def told(config, setting):
+        caplog.clear()
+        assert checked(project, config, prompts=setting) == {}
+        lines = [one.removeprefix("check: before ") for one in caplog.messages if "before" in one]
+        entry = json.loads((project / "data/sources.json").read_text())["teacher"]
+        return lines, entry.get("prompts")
+
+    caplog.set_level("INFO", "teachonce")
+    assert told({"prompts": own}, prompts("")) == (
+        [
+            "plain texts the teacher reads nothing (embed.prompts.text)",
+            "queries the teacher reads 'query: ' (the model's own, query)",
+            "documents the teacher reads 'passage: ' (the model's own, passage)",
+        ],
+        own,
+    )
+    assert told({"prompts": {"cluster": "other: "}}, prompts("a: ", None, "b: ")) == (
+        [
+            "plain texts the teacher reads 'a: ' (embed.prompts.text)",
+            "queries the teacher reads nothing (the model has none for queries)",
+            "documents the teacher reads 'b: ' (embed.prompts.document)",
+        ],
+        {"cluster": "other: "},
+    )
+    # What the settings say alone needs no model.
+    assert told({"prompts": own}, prompts("a: ", "", "b: "))[1] is None
+    assert told({}, prompts("a: ")) == (
+        [
+            "plain texts the teacher reads 'a: ' (embed.prompts.text)",
+            "queries the teacher reads 'a: ' (as before texts)",
+            "documents the teacher reads 'a: ' (as before texts)",
+        ],
+        None,
+    )
+    assert told({}, prompts(None)) == ([], None)
+
+
+def test_a_prompt_of_before_there_were_roles_is_told_where_it_stands_now(tmp_path):
+    def change(content):
+        del content["embed"]["prompts"]
+        content["embed"]["prompt"] = "query: "
+
+    with pytest.raises(SettingsError) as failed:
+        load_params(write(tmp_path, change))
+    assert dict(failed.value.problems) == {
+        "embed.prompt": "is named embed.prompts.text now: write it there",
+        "embed.prompts": "is missing",
+    }
 
 
 @pytest.mark.parametrize(
@@ -1115,11 +1171,16 @@ def test_check_says_where_a_prompt_leaves_no_room_for_a_text(project):
     core.enable_truncation(3)  # neither says anything of how long the prompt is
     core.enable_padding(length=128)
     core.save(str(project / "teacher/tokenizer.json"))
-    found = checked(project, {}, prompt="find what answers this question: ", max_tokens=10)
+    found = checked(
+        project, {}, prompts=prompts("find what answers this question: "), max_tokens=10
+    )
     assert found["embed.max_tokens"].startswith(
         "10, but special tokens and the prompt take 7 of them: 3 are left for a text, and it takes at "
     )
-    assert checked(project, {}, prompt="find what answers this question: ", max_tokens=11) == {}
+    assert (
+        checked(project, {}, prompts=prompts("find what answers this question: "), max_tokens=11)
+        == {}
+    )
     (project / "teacher/tokenizer.json").write_text("{}")
     assert "tokenizer.json cannot be read" in checked(project, {})["embed.max_tokens"]
 
@@ -1437,7 +1498,7 @@ def make_router(folder, **parameters):
         ({"default_route": None, "allow_empty_key": True}, None),
         (
             {"default_route": None, "allow_empty_key": False},
-            "no route for texts of a corpus; its routes are query, document",
+            "no route for plain texts; its routes are query, document",
         ),
         (
             {

@@ -26,7 +26,7 @@ from storage.store import Store
 from storage.tokens import put_tokens
 from storage.upkeep.examination import quarantine
 from storage.upkeep.inventory import orphans, read_refs, take_inventory
-from tests.conftest import HashTeacher, probe_of, sentences
+from tests.conftest import HashTeacher, probe_of, prompts, sentences
 
 ROOT = Path(__file__).parents[2]
 FILES = {"model.safetensors": "0" * 64}
@@ -528,7 +528,11 @@ def test_sources_are_read_only_as_far_as_a_lost_text_shard(tree):
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("embeddings", {"embed__prompt": "query: "}, r"\(prompt\), so its 1 lost objects"),
+        (
+            "embeddings",
+            {"embed__prompts": prompts("query: ")},
+            r"\(prompt\), so its 1 lost objects",
+        ),
         ("negatives", {"mine__max_score": 0.5}, r"\(max_score\), so its 1 lost objects"),
     ],
 )

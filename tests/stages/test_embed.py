@@ -18,7 +18,7 @@ from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, StorageError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.store import Store
-from tests.conftest import HashTeacher, Made, embed_params, is_probe, sentences
+from tests.conftest import HashTeacher, Made, embed_params, is_probe, prompts, sentences
 
 FILES = {"model.safetensors": "0" * 64, "config.json": "1" * 64}
 
@@ -30,11 +30,11 @@ class DiesAfter(HashTeacher):
         super().__init__()
         self.calls = calls
 
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         self.calls -= not is_probe(texts)
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super().__call__(texts)
+        return super().__call__(texts, role)
 
 
 def test_vectors_are_the_teachers_row_by_row(place):
@@ -117,7 +117,7 @@ def test_growth_and_removal_embed_little(place):
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompt": "query: "},
+        {"prompts": prompts("query: ")},
         {"max_tokens": 33},
         {"precision": "bf16"},
         {"storage": "float16"},
@@ -156,10 +156,10 @@ def test_shards_that_another_worker_makes_meanwhile_are_not_made_twice(place):
     orphan = HashTeacher()
 
     class WithOrphan(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             if not orphan.texts_seen and not is_probe(texts):
                 place.embed(corpus, orphan)
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     successor = WithOrphan()
     outcome = place.embed(corpus, successor)
@@ -175,10 +175,10 @@ def test_two_workers_on_one_store_seldom_make_the_same_shard(place):
     both = threading.Barrier(2)
 
     class InStep(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             with suppress(threading.BrokenBarrierError):
                 both.wait(2)
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     teachers = [InStep(), InStep()]
     threads = [threading.Thread(target=place.embed, args=(corpus, teacher)) for teacher in teachers]
@@ -195,8 +195,8 @@ def test_poison_is_told_when_the_other_shards_are_done(place, poison, said):
     class Poisoned(HashTeacher):
         calls = 0
 
-        def __call__(self, texts):
-            made = super().__call__(texts)
+        def __call__(self, texts, role="text"):
+            made = super().__call__(texts, role)
             self.calls += not is_probe(texts)
             if self.calls == 2 and not is_probe(texts):
                 made.vectors[5] = poison
@@ -213,7 +213,7 @@ def test_poison_is_told_when_the_other_shards_are_done(place, poison, said):
 
 
 def test_a_teacher_that_loses_rows_is_refused(place):
-    def forgetful(texts):
+    def forgetful(texts, role):
         return Made(np.ones((len(texts) - 1, 4), np.float32), tokens=1, truncated=0)
 
     with pytest.raises(TeachonceError, match="vectors for"):

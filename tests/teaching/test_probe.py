@@ -269,10 +269,10 @@ def test_it_is_handed_over_before_the_first_shard_is_made(tmp_path):
     there = []
 
     class Looks(HashTeacher):
-        def __call__(self, texts):
+        def __call__(self, texts, role="text"):
             if not is_probe(texts):
                 there.append(list((tmp_path / "remote").rglob(f"{PROBE_DIGEST}.arrow")))
-            return super().__call__(texts)
+            return super().__call__(texts, role)
 
     place.embed(place.corpus(sentences(40)), Looks(), remote=Remote(str(tmp_path / "remote")))
     assert len(there[0]) == 1
@@ -352,7 +352,7 @@ def test_a_real_teacher_that_lost_its_pooling_is_stopped(place):
     place.embed(place.corpus(sentences(30)), encoder.encode_counted)
     corpus = place.corpus(sentences(90))
 
-    def first_token(texts):
+    def first_token(texts, role):
         made = encoder.encode_counted(texts)
         features = encoder.model.preprocess(list(texts))
         with torch.inference_mode():

@@ -23,11 +23,11 @@ class DiesAfter(HashTeacher):
         super().__init__(**settings)
         self.calls = calls
 
-    def __call__(self, texts):
+    def __call__(self, texts, role="text"):
         self.calls -= 1
         if self.calls < 0:
             raise KeyboardInterrupt
-        return super().__call__(texts)
+        return super().__call__(texts, role)
 
 
 def changed(texts, *, new=0, seed=1):
@@ -194,11 +194,11 @@ def test_what_is_written_meanwhile_changes_no_byte(place, tmp_path):
     (elsewhere.root / "store").symlink_to(place.root / "store")
 
     class WithNeighbour(HashTeacher):
-        def __call__(self, some):
+        def __call__(self, some, role="text"):
             if not self.texts_seen:
                 reordered = elsewhere.corpus(texts[::-1])
                 elsewhere.embed(reordered, HashTeacher(scale=OTHER_BITS))
-            return super().__call__(some)
+            return super().__call__(some, role)
 
     place.embed(corpus, WithNeighbour())
     assert place.embeddings.objects == other.embeddings.objects
@@ -334,7 +334,7 @@ def test_poison_is_named_by_its_row_in_the_shard(place):
     place.embed(place.corpus(old, rows_per_shard=400), HashTeacher())
     texts = [*old[:7], "This one is new to us.", *old[7:]]
 
-    def poisoned(some):
+    def poisoned(some, role):
         made = HashTeacher()(some)
         made.vectors[[text.startswith("This one") for text in some]] = np.nan
         return made
