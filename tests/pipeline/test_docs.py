@@ -398,7 +398,11 @@ def test_generated_commands_are_all_commands_with_their_options():
     for name, command in typer.main.get_command(app).commands.items():
         section = text.partition(f"### {name}\n")[2].partition("\n### ")[0]
         for parameter in command.params:
-            if parameter.param_type_name == "option" and parameter.name != "help":
+            if (
+                parameter.param_type_name == "option"
+                and not parameter.hidden
+                and parameter.name != "help"
+            ):
                 assert f"`{parameter.opts[0]}`" in section, (name, parameter.name)
     assert "teachonce diff [OPTIONS] A B" in text
     examples = re.findall(r"^Example: (.+)$", text, re.MULTILINE)
