@@ -18,6 +18,7 @@ from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.objectives import Objectives
+from stages.learning.pretraining import Pretraining
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
@@ -49,7 +50,9 @@ UNIT_TOLERANCE = 0.01
 
 def recipe(params: RecipeParams) -> dict[str, Any]:
     """Settings that change the student: all of them; `auto` must be resolved before this."""
-    return {"version": VERSION, **params.model_dump(mode="json")}
+    # A recipe without it has the fingerprint that it had before there was such a setting.
+    left_out = {"pretrain"} if params.pretrain is None else set()
+    return {"version": VERSION, **params.model_dump(mode="json", exclude=left_out)}
 
 
 def resolved(params: RecipeParams, device: torch.device) -> RecipeParams:
@@ -249,6 +252,8 @@ class DistillTask(nn.Module):
             device=device,
             precision=params.precision,
         )
+        # Last: it draws no random number that the rest of a run would miss.
+        self.pretraining = self._make_pretraining()
 
     def setup(self) -> TrainingSetup:
         """Returns batches, loss and score for the training loop."""
@@ -258,7 +263,7 @@ class DistillTask(nn.Module):
             score=self._score,
             score_name="agreement",
             initial_may_win=False,
-            parts=self.objectives.names,
+            parts=[*self.objectives.names, *(["pretraining"] if self.pretraining else [])],
             notes=self._notes,
         )
 
@@ -293,7 +298,31 @@ class DistillTask(nn.Module):
         epoch, place = divmod(step, steps)
         return self._batches(epoch)[place]
 
-    def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float]]:
+    def _make_pretraining(self) -> Pretraining | None:
+        if self.params.pretrain is None:
+            return None
+        if self.caches.negatives is None:
+            raise TypeError("pretrain needs mined neighbours")
+        return Pretraining(
+            self.caches.negatives,
+            evenly(self.rows, min(MOST_ROWS, len(self.rows))),
+            steps=round(self.params.pretrain.share * self.params.epochs * len(self._batches(0))),
+            dim=self.caches.embeddings.dim,
+            seed=self.params.seed,
+        ).to(self.device)
+
+    def _pretrain(
+        self, pretraining: Pretraining, rows: NDArray[np.int64], step: int
+    ) -> tuple[Tensor, list[float | None]]:
+        # Three texts for each row: as many as a batch of other steps has.
+        triples, margins = pretraining.draw(rows[: max(len(rows) // 3, 1)], step)
+        vectors = self.encode(triples.reshape(-1), step=step)
+        loss = pretraining(vectors.view(*triples.shape, -1), margins)
+        return loss, [*([None] * len(self.objectives.names)), float(loss.detach())]
+
+    def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float | None]]:
+        if self.pretraining is not None and step < self.pretraining.steps:
+            return self._pretrain(self.pretraining, rows, step)
         teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
         objectives = self.params.objectives
         candidates = [self.source.draw(objective, rows, step=step) for objective in objectives]
@@ -301,8 +330,8 @@ class DistillTask(nn.Module):
             deleted: self.encode(rows, deleted=deleted, step=step)
             for deleted in sorted({objective.deleted for objective in objectives})
         }
-        total: tuple[Tensor, list[float]] = self.objectives(vectors, teacher, candidates)
-        return total
+        total, parts = self.objectives(vectors, teacher, candidates)
+        return total, [*parts, *([None] if self.pretraining else [])]
 
     @torch.no_grad()
     def _score(self) -> float:

@@ -382,17 +382,27 @@ class TrainingParams(Section):
     seed: NonNegativeInt
 
 
+class PretrainParams(Section):
+    """What a student learns before the objectives: the teacher's predictions as classes (Pea-KD)."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]  # of all steps
+
+
 class RecipeParams(TrainingParams):
     """Start + caches -> student."""
 
     projection: Literal["auto", "always"]  # auto: only where the widths differ
     widths: tuple[PositiveInt, ...]  # of the student's vector that serve alone, too (Matryoshka)
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
+    # Steps on classes of mined neighbours before all others; it may be left out.
+    pretrain: PretrainParams | None = None
 
     @property
     def reads_neighbours(self) -> bool:
         """Whether it asks for mined neighbours."""
-        return any(isinstance(o, AmongOthers) and o.neighbours > 0 for o in self.objectives)
+        return self.pretrain is not None or any(
+            isinstance(o, AmongOthers) and o.neighbours > 0 for o in self.objectives
+        )
 
 
 class FinetuneParams(TrainingParams):

@@ -112,6 +112,6 @@ def furnish(root, teacher, *, recipes, finetune, start=HALF):
     (root / "pairs.tsv").write_text("".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for words in (["shard"], ["split"], ["embed"], ["start", "half"]):
+        for words in (["shard"], ["split"], ["embed"], ["mine"], ["start", "half"]):
             ended = CliRunner().invoke(app, words)
             assert ended.exit_code == 0, (words, ended.output, ended.exception)

@@ -39,6 +39,7 @@ class State:
         curve: One row for each evaluation.
         loss_sums: Sum of each objective's loss since the last evaluation.
         loss_steps: Number of steps in these sums.
+        loss_absent: For each objective, in how many of these steps it had no loss.
         seconds: Seconds of steps and evaluations, over all starts of the run.
     """
 
@@ -49,6 +50,7 @@ class State:
     curve: list[Row] = field(default_factory=list)
     loss_sums: list[float] = field(default_factory=list)
     loss_steps: int = 0
+    loss_absent: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,8 @@ class TrainingSetup:
 
     Args:
         batches: Epoch -> row ids of each step's batch.
-        loss: Row ids, step -> scalar loss to minimise, and each objective's unweighted part of it.
+        loss: Row ids, step -> scalar loss to minimise, and each objective's unweighted part of it; None for
+            an objective that had none in this step.
         score: Returns the score of the current weights; higher is better.
         score_name: Column of the score in the curve.
         initial_may_win: Whether the initial weights may be kept as the best. False where training may lower
@@ -58,7 +59,7 @@ class TrainingSetup:
     """
 
     batches: Callable[[int], list[NDArray[np.int64]]]
-    loss: Callable[[NDArray[np.int64], int], tuple[Tensor, list[float]]]
+    loss: Callable[[NDArray[np.int64], int], tuple[Tensor, Sequence[float | None]]]
     score: Callable[[], float]
     score_name: str
     initial_may_win: bool
@@ -115,7 +116,7 @@ def train(
         if state.step % params.evaluate_every == 0 or state.step == total:
             best = _evaluate(model, optimizer, setup, state, best, params, total)
             track(state.curve[-1])
-        progress.advance(1, f"loss {sum(parts):.4f}")
+        progress.advance(1, f"loss {sum(filter(None, parts)):.4f}")
         state.seconds = seconds_before + time.monotonic() - started
         if ranks.is_first() and time.monotonic() - saved > CHECKPOINT_SECONDS:
             _check_weights(model, optimizer, state.step)
@@ -153,7 +154,7 @@ def take_step(
     step: int,
     total: int,
     params: TrainingParams,
-) -> list[float]:
+) -> Sequence[float | None]:
     """One step; returns each objective's part of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, params)
@@ -214,10 +215,10 @@ def _check_weights(model: nn.Module, optimizer: torch.optim.Optimizer, step: int
     raise TeachonceError(f"step {step}", f"{name} has NaN or Inf in it after it", CURE)
 
 
-def _add(state: State, parts: list[float]) -> None:
-    state.loss_sums = [
-        a + b for a, b in zip(state.loss_sums or [0.0] * len(parts), parts, strict=True)
-    ]
+def _add(state: State, parts: Sequence[float | None]) -> None:
+    sums, absent = state.loss_sums or [0.0] * len(parts), state.loss_absent or [0] * len(parts)
+    state.loss_sums = [a + (b or 0.0) for a, b in zip(sums, parts, strict=True)]
+    state.loss_absent = [a + (b is None) for a, b in zip(absent, parts, strict=True)]
     state.loss_steps += 1
 
 
@@ -241,12 +242,12 @@ def _evaluate(
             CURE,
         )
     # Before the first step there is a score and no loss yet.
-    means = (
-        [round(value / state.loss_steps, 8) for value in state.loss_sums]
-        if state.loss_steps
-        else [None] * len(setup.parts)
-    )
-    state.loss_sums, state.loss_steps = [], 0
+    counts = [state.loss_steps - absent for absent in state.loss_absent]
+    means = [
+        round(value / count, 8) if count else None
+        for value, count in zip(state.loss_sums, counts, strict=True)
+    ] or [None] * len(setup.parts)
+    state.loss_sums, state.loss_absent, state.loss_steps = [], [], 0
     state.curve.append(
         {
             "step": state.step,

@@ -131,14 +131,22 @@ RECIPE = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("start", [HALF, HALF | {"passes": 2}])
+@pytest.mark.parametrize(
+    ("start", "pretrain"), [(HALF, None), (HALF | {"passes": 2}, None), (HALF, {"share": 0.3})]
+)
 def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(
-    tmp_path, tiny_model, start
+    tmp_path, tiny_model, start, pretrain
 ):
     """Anywhere: before a step, some steps after a checkpoint, or while a checkpoint is written."""
     root = tmp_path / "tree"
     root.mkdir()
-    furnish(root, tiny_model, recipes={"both": RECIPE}, finetune={}, start=start)
+    furnish(
+        root,
+        tiny_model,
+        recipes={"both": RECIPE | {"pretrain": pretrain}},
+        finetune={},
+        start=start,
+    )
 
     def train(**how):
         return subprocess.run(

@@ -43,6 +43,7 @@ MIXED = {
     ],
 }
 DROPPED = MIXED | {"dropout": True}
+WARM = MIXED | {"pretrain": {"share": 0.5}}
 STALE = MIXED | {"learning_rate": 1e-12, "patience": 2}
 LABELLED = {
     "batch_size": 33,
@@ -77,7 +78,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("ranks")
-    recipes = {"mixed": MIXED, "dropped": DROPPED, "stale": STALE}
+    recipes = {"mixed": MIXED, "warm": WARM, "dropped": DROPPED, "stale": STALE}
     furnish(root, tiny_model, recipes=recipes, finetune=LABELLED)
     return root
 
@@ -150,8 +151,9 @@ def assert_one_voice(two):
 
 
 @pytest.mark.slow
-def test_two_ranks_distil_the_student_of_one(root):
-    two, one = (train(root, "distill", "mixed", on=on) for on in (2, 1))
+@pytest.mark.parametrize("name", ["mixed", "warm"])
+def test_two_ranks_distil_the_student_of_one(root, name):
+    two, one = (train(root, "distill", name, on=on) for on in (2, 1))
     assert_one_voice(two)
     assert len(one.curve["step"]) == 6
     assert abs(one.curve["temperature_ckd"][-1] - 0.3) > 1e-3

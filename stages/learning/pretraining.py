@@ -1,0 +1,113 @@
+"""Pretraining with the teacher's predictions as classes, before any recipe (Pea-KD).
+
+Pea-KD (arXiv 2009.14822) first trains a student to predict a class made of the teacher's answer: whether it
+is right, and whether the teacher is confident. That these are the four classes is not confirmed: the text
+of the paper was not at hand. An embedding teacher answers by a margin: of a text i and two of its mined
+neighbours j and k, m = cos(T_i, T_j) - cos(T_i, T_k). Its sign, and whether |m| is above its median, make
+four classes.
+What is lost: without labels no answer is right or wrong, so which neighbour is nearer stands in its place.
+The cosines are those that `mine` left.
+
+The classes are predicted from the products of the student's vectors by a head, which is thrown away. It
+begins as the one that reads the classes off the student's own margin, since it has few steps to learn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from storage.errors import TeachonceError
+from storage.negatives import NONE, Negatives
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SLOPES = (-3.0, -1.0, 1.0, 3.0)
+"""Of the four classes' scores over m, in medians of |m|. The lines cross at -median, 0 and median."""
+
+
+def margin_classes(margins: NDArray[np.floating], median: float) -> NDArray[np.int64]:
+    """Returns (n,) classes 0 to 3, from surely below 0 to surely above it.
+
+    Args:
+        margins: (n,) margins of the teacher.
+        median: Of |m|, > 0: a margin beyond it is a sure one.
+    """
+    return np.searchsorted([-median, 0.0, median], margins).astype(np.int64)
+
+
+class Pretraining(nn.Module):
+    """The first steps of a run: a text, two of its mined neighbours, and the teacher's class of the three.
+
+    Args:
+        negatives: Mined neighbours with the teacher's cosines.
+        rows: (n,) int64 row ids whose lists give the median of |m|: some of the training rows.
+        steps: Number of steps.
+        dim: D, the width of the student's vectors.
+        seed: The seed; with the step it decides which two neighbours.
+
+    Raises:
+        TeachonceError: rows have no two neighbours whose cosines differ.
+    """
+
+    def __init__(
+        self,
+        negatives: Negatives,
+        rows: NDArray[np.int64],
+        *,
+        steps: int,
+        dim: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.negatives, self.steps, self.seed = negatives, steps, seed
+        margins = np.abs(self.draw(rows, 0)[1])
+        self.median = float(np.median(margins)) if 2 * len(margins) >= len(rows) else 0.0
+        if self.median == 0:
+            raise TeachonceError(
+                "recipes.*.pretrain",
+                "the mined neighbours of most rows are fewer than two, or equally near",
+                "set mine.neighbours to 2 or more, or take pretrain out of the recipe",
+            )
+        slopes = torch.tensor(SLOPES) / self.median
+        self.head = nn.Linear(2 * dim, len(SLOPES))
+        with torch.no_grad():
+            self.head.weight.copy_(
+                torch.cat([slopes, -slopes]).view(2, -1).T.repeat_interleave(dim, 1)
+            )
+            self.head.bias.copy_(torch.tensor([-2.0, 0.0, 0.0, -2.0]))
+
+    def draw(
+        self, rows: NDArray[np.int64], step: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Returns (3, n) row ids i, j, k and (n,) margins of the teacher, for the rows with two neighbours.
+
+        Args:
+            rows: (m,) int64 row ids.
+            step: The step.
+        """
+        ids, scores = self.negatives.rows_of(rows)
+        order = np.random.default_rng([self.seed, step]).random(ids.shape)
+        # Two of each row's neighbours, without replacement; places without one come last.
+        two = np.argsort(np.where(ids == NONE, 2.0, order), axis=1)[:, :2]
+        drawn, cosines = np.take_along_axis(ids, two, 1), np.take_along_axis(scores, two, 1)
+        kept = (drawn != NONE).all(axis=1) & (two.shape[1] == 2)
+        triples = np.concatenate([rows[None], drawn.T])[:, kept]
+        return triples, (cosines[kept, 0] - cosines[kept, -1]).astype(np.float32)
+
+    def forward(self, vectors: Tensor, margins: NDArray[np.float32]) -> Tensor:
+        """The cross-entropy of the classes.
+
+        Args:
+            vectors: (3, n, D) float32 student vectors of i, j and k.
+            margins: (n,) the teacher's.
+        """
+        anchors, first, second = F.normalize(vectors, dim=2)
+        classes = torch.from_numpy(margin_classes(margins, self.median)).to(vectors.device)
+        features = torch.cat([anchors * first, anchors * second], dim=1)
+        return F.cross_entropy(self.head(features), classes)

@@ -1,0 +1,159 @@
+"""Pretraining with the teacher's predictions as classes: by the definition, and within a run."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from stages import distill
+from stages.learning import loop
+from stages.learning.pretraining import Pretraining, margin_classes
+from storage.errors import TeachonceError
+from storage.manifest import fingerprint
+from tests.stages.test_distill import (  # noqa: F401 - fixtures among them
+    PowerCut,
+    recipe,
+    start_folder,
+    world,
+)
+
+WARM = {"pretrain": {"share": 0.25}, "dropout": True}
+
+
+class Lists:
+    """Mined neighbours: row i has i + 1, i + 2 and so on, with these cosines."""
+
+    def __init__(self, *cosines, short=()):
+        self.cosines, self.short = np.array(cosines, np.float32), set(short)
+
+    def rows_of(self, rows):
+        ids = rows[:, None] + 1 + np.arange(len(self.cosines))
+        scores = np.tile(self.cosines, (len(rows), 1))
+        for place in np.flatnonzero([row in self.short for row in rows]):
+            ids[place, 1:], scores[place, 1:] = -1, 0
+        return ids, scores
+
+
+def pretraining(lists, rows=60, dim=4):
+    return Pretraining(lists, np.arange(rows), steps=5, dim=dim, seed=0)
+
+
+def test_classes_are_the_sign_and_the_sureness_of_a_margin():
+    margins = np.array([-0.9, -0.31, -0.29, -0.01, 0.01, 0.29, 0.31])
+    assert margin_classes(margins, 0.3).tolist() == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_two_neighbours_are_drawn_by_seed_and_step_with_the_teachers_margin():
+    made = pretraining(Lists(0.9, 0.7, 0.4, short={3, 8}))
+    rows = np.arange(100, 400)
+    (anchors, first, second), margins = made.draw(rows, step=7)
+    assert anchors.tolist() == rows.tolist()
+    cosines = np.array([0.9, 0.7, 0.4], np.float32)
+    assert (first != second).all()
+    assert np.array_equal(margins, cosines[first - rows - 1] - cosines[second - rows - 1])
+    for pair in ((1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2)):
+        share = np.mean([(a, b) == pair for a, b in zip(first - rows, second - rows, strict=True)])
+        assert 0.1 < share < 0.25, pair
+    assert np.array_equal(made.draw(rows, step=7)[0], [anchors, first, second])
+    assert not np.array_equal(made.draw(rows, step=8)[0], [anchors, first, second])
+    # A row with one neighbour is left out.
+    assert made.draw(np.arange(10), step=0)[0][0].tolist() == [0, 1, 2, 4, 5, 6, 7, 9]
+
+
+def test_the_loss_is_the_cross_entropy_of_lines_that_cross_at_the_median():
+    """By the definition, one triple at a time; the head begins as the classes of the student's margin."""
+    made = pretraining(Lists(0.9, 0.7, 0.4), dim=5)
+    assert made.median == pytest.approx(0.3)
+    torch.manual_seed(1)
+    vectors, margins = 3 * torch.randn(3, 8, 5), np.linspace(-0.8, 0.8, 8, dtype=np.float32)
+    losses = []
+    for place, margin in enumerate(margins):
+        i, j, k = F.normalize(vectors[:, place], dim=1)
+        m = float(i @ j - i @ k) / made.median
+        lines = [-3 * m - 2, -m, m, 3 * m - 2]
+        assert int(np.argmax(lines)) == margin_classes(np.array([m]), 1.0)[0]
+        wanted = 2 * (margin > 0) + (abs(margin) > 0.3) * (1 if margin > 0 else -1) + (margin <= 0)
+        losses.append(np.log(np.exp(lines).sum()) - lines[wanted])
+    assert float(made(vectors, margins).detach()) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("lists", [Lists(0.5), Lists(0.5, 0.5), Lists(0.9, 0.1, short=range(40))])
+def test_lists_without_two_neighbours_are_refused(lists):
+    with pytest.raises(TeachonceError) as error:
+        pretraining(lists)
+    assert str(error.value) == (
+        "recipes.*.pretrain: the mined neighbours of most rows are fewer than two, or equally near\n"
+        "  cure: set mine.neighbours to 2 or more, or take pretrain out of the recipe"
+    )
+
+
+def test_a_recipe_without_it_keeps_its_fingerprint():
+    assert "pretrain" not in distill.recipe(recipe())
+    assert fingerprint(distill.recipe(recipe())) == "749bf85d61c89e1d1da31fddf3f7eae471b46b7f"
+    assert distill.recipe(recipe(**WARM))["pretrain"] == {"share": 0.25}
+    assert not recipe().reads_neighbours and recipe(**WARM).reads_neighbours
+
+
+class Mined:
+    """The neighbours of `World.mine`, with the teacher's cosines."""
+
+    def __init__(self, lists, embeddings):
+        self.lists, self.vectors = lists, embeddings.rows_of(np.arange(400)).astype(np.float32)
+        self.manifest = lists.manifest
+
+    def rows_of(self, rows):
+        ids, _ = self.lists.rows_of(rows)
+        return ids, np.einsum("nd,nkd->nk", self.vectors[rows], self.vectors[ids])
+
+
+@pytest.fixture
+def warm(world):  # noqa: F811 - the fixture
+    world.negatives = Mined(world.mine("a", 7), world.embeddings)
+    return world
+
+
+def test_a_run_learns_the_classes_then_its_objectives(warm):
+    warm.train(recipe(**WARM, epochs=2))
+    rows = list(csv.DictReader((warm.place.root / "student.csv").read_text().splitlines()))
+    steps = json.loads((warm.place.root / "student.json").read_text())["steps"]
+    assert steps == 44 and [int(row["step"]) for row in rows] == [0, 10, 20, 30, 40, 44]
+    told = [(row["loss_kd"] != "", row["loss_pretraining"] != "") for row in rows]
+    # Steps 0 to 10 are of classes, in 11 to 20 the first one is.
+    assert told == [(False, False), (False, True), (True, True), *[(True, False)] * 3]
+    # A mean over the steps that had it, not over all.
+    assert 0.5 < float(rows[2]["loss_pretraining"]) / float(rows[1]["loss_pretraining"]) < 2
+    kept = load_file(warm.place.root / "student/model.safetensors")
+    assert set(kept) == set(load_file(warm.start / "model.safetensors"))
+
+
+def test_the_classes_alone_bring_a_student_nearer_to_its_teacher(warm):
+    warm.train(recipe(pretrain={"share": 0.9}, epochs=6, evaluate_every=119, batch_size=18))
+    scores = [row["agreement"] for row in warm.tracked]
+    assert scores[1] > scores[0] + 0.03
+
+
+@pytest.mark.parametrize("dies_after", [1, 10, 11, 12, 30])
+def test_a_killed_run_ends_with_the_same_weights(warm, monkeypatch, dies_after):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    warm.train(recipe(**WARM), "whole")
+    steps, plain_step = 0, loop.take_step
+
+    def dying_step(*args):
+        nonlocal steps
+        steps += 1
+        if steps > dies_after:
+            raise PowerCut
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "take_step", dying_step)
+    with pytest.raises(PowerCut):
+        warm.train(recipe(**WARM), "killed")
+    monkeypatch.setattr(loop, "take_step", plain_step)
+    warm.train(recipe(**WARM), "killed")
+    assert warm.weights("killed") == warm.weights("whole")
+    curves = [(warm.place.root / f"{name}.csv").read_bytes() for name in ("killed", "whole")]
+    assert curves[0] == curves[1]
