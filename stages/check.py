@@ -196,11 +196,8 @@ class Survey:
         entries: dict[str, Any] = {}
         if self._can_read("docs", "packages"):
             packages = sections["docs"].packages
-            entries["docs"] = self._entry(
-                "docs",
-                {"packages": list(packages)},
-                lambda: package_versions(packages),
-            )
+            declared, look = {"packages": list(packages)}, partial(package_versions, packages)
+            entries["docs"] = self._entry("docs", declared, look)
         if self._can_read("shard", "sources", "field"):
             entries["shard"] = self._shard(sections["shard"])
         if self._can_read("evaluate", "sts", "retrieval"):
@@ -483,12 +480,11 @@ class Survey:
         committed = self.committed.get(name, {}) if committed is None else committed
         try:
             return {"declared": dict(declared), "files": look()}
-        except MissingError as error:
-            if committed.get("files") and committed.get("declared") == declared:
+        except TeachonceError as error:
+            is_same = committed.get("files") and committed.get("declared") == declared
+            if isinstance(error, MissingError) and is_same:
                 log.info("check: %s: %s; what is committed stands", error.where, error.problem)
                 return {"declared": dict(declared), "files": committed["files"]}
-            self._report(error)
-        except TeachonceError as error:
             self._report(error)
         return {"declared": dict(declared), "files": {}}
 
@@ -517,12 +513,7 @@ class RememberedHashes:
 
     def __init__(self, memory: Path, *, read_data: bool = False) -> None:
         self.memory, self.read_data = memory, read_data
-        self.known: dict[str, list[Any]] = {}
-        try:
-            known = json.loads(regular.content(memory))
-            self.known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError, RecursionError, TeachonceError):
-            pass
+        self.known = read_sources(memory)
 
     def __call__(self, path: Path) -> str:
         """The sha256 of a file, as hex."""
@@ -570,7 +561,7 @@ def _queue_notes(sections: Sections, corpus: Path) -> list[str]:
 
 
 def read_sources(path: Path) -> dict[str, Any]:
-    """A data/sources.json that is there, or nothing."""
+    """A JSON object that `check` left, such as data/sources.json; empty where there is none to be read."""
     try:
         content = json.loads(regular.content(path))
     except (OSError, ValueError, RecursionError, TeachonceError):

@@ -116,11 +116,10 @@ def _survey(root: Path, forgotten: Collection[str], grace_days: float) -> tuple[
     """Returns the inventory of a store and what can be deleted from it.
 
     Objects that a gc has taken away count as if they were in place: that gc was killed, or is running.
-    running.
     """
     # In this order: see `plan_sweep`.
     inventory = take_inventory(root)
-    refs = _refs_but(root, forgotten)
+    refs = [ref for ref in _all_refs(root, forgotten) if ref.name not in forgotten]
     objects = tuple(
         {file.name: file for file in [*_at_their_places(inventory), *inventory.objects]}.values()
     )
@@ -209,11 +208,6 @@ def lines(facts: Facts) -> Iterator[str]:
     )
     yield from some(f"kept, younger than a day: {name}" for name in facts["live"])
     yield from other_lines(facts)
-
-
-def _refs_but(root: Path, forgotten: Collection[str]) -> list[Ref]:
-    """All refs but those to be forgotten."""
-    return [ref for ref in _all_refs(root, forgotten) if ref.name not in forgotten]
 
 
 def _all_refs(root: Path, forgotten: Collection[str]) -> list[Ref]:

@@ -19,7 +19,6 @@ from storage.probe import PROBE_DIGEST
 from storage.upkeep.inventory import (
     SHOWN_DIGITS,
     File,
-    Inventory,
     Ref,
     orphans,
     read_refs,
@@ -89,7 +88,10 @@ def run(root: Path) -> Outcome:
             "unreadable": [
                 {"where": e.where, "said": e.problem, "cure": e.cure} for e in unreadable
             ],
-            **_others(inventory),
+            "scratch": sizes_of(inventory.scratch),
+            "aside": sizes_of(inventory.aside),
+            "quarantine": sizes_of(inventory.quarantine),
+            "foreign": sizes_of(inventory.foreign),
         },
     )
 
@@ -237,12 +239,3 @@ def _ref_line(ref: Mapping[str, Any]) -> str:
         f"ref {ref['forget']} {ref['kind']}: {holders.describe(ref)}{gone}, last used {ref['seen']}"
         f"{missing}{maker}"
     )
-
-
-def _others(inventory: Inventory) -> dict[str, dict[str, int]]:
-    return {
-        "scratch": sizes_of(inventory.scratch),
-        "aside": sizes_of(inventory.aside),
-        "quarantine": sizes_of(inventory.quarantine),
-        "foreign": sizes_of(inventory.foreign),
-    }

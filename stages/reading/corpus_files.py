@@ -27,7 +27,7 @@ from stages.reading.files import (
     unpacked_name,
     with_compressed,
 )
-from stages.reading.lines import check_start, converted, lines
+from stages.reading.lines import check_start, converted, is_utf8, lines
 from storage import regular
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
@@ -262,12 +262,7 @@ def _json_text(field: str) -> Callable[[bytes], Item]:
         if not isinstance(value, str):
             is_null = isinstance(record, dict) and field in record and value is None
             return NULL if is_null else MALFORMED
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
-            return UNDECODABLE
-        return value
+        return value if is_utf8(value) else UNDECODABLE
 
     return parse
 
@@ -356,7 +351,7 @@ def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) ->
         problem = f"{len(places) or 'no'} columns named {shown(repr(field))} among {schema.names}"
         raise TeachonceError(str(source), shown(problem), cure)
     kind = schema.field(places[0]).type
-    if not (_holds_text(kind) or pa.types.is_null(kind)):
+    if not (holds_text(kind) or pa.types.is_null(kind)):
         if "binary" in str(kind):
             cure = (
                 "cast it to text (`column.cast(pyarrow.string())`), or name another in shard.field"
@@ -367,7 +362,8 @@ def _column_number(schema: pa.Schema, source: Path | DatasetName, field: str) ->
     return int(places[0])
 
 
-def _holds_text(kind: pa.DataType) -> bool:
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts, be it as a dictionary of them."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(

@@ -51,6 +51,15 @@ def has_control_characters(text: str) -> bool:
     return not text.isprintable() and CONTROL.search(text) is not None
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON can spell half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lines(path: Path) -> Iterator[bytes | None]:
     """Yield the lines of a file, without line ends and byte order mark; None for a line that is too long.
 
@@ -91,8 +100,8 @@ def content(path: Path, most: int) -> bytes:
 
 def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Yield the content in pieces, a small one first; raises TeachonceError for UTF-16 or UTF-32."""
-    unpack = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _chunks)
-    chunks = unpack(path, file)
+    unpack = {".gz": _gunzipped, ".zst": _unzstd}.get(path.suffix.lower(), _pieces)
+    chunks = unpack(file)
     head = b""
     while len(head) < HEAD_BYTES and (chunk := next(chunks, None)) is not None:
         head += chunk
@@ -172,11 +181,7 @@ def _lines(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes | None]:
         yield bytes(held).removesuffix(b"\r")
 
 
-def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    yield from _pieces(file)
-
-
-def _gunzipped(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _gunzipped(file: BinaryIO) -> Iterator[bytes]:
     _refuse_empty(file)
     with gzip.open(file) as unpacked:
         yield from _pieces(unpacked)
@@ -190,7 +195,7 @@ def _pieces(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
         size = 1 << 20
 
 
-def _unzstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     """Yield the content of all frames.
 
     The readers of `zstandard` end silently at a truncated frame; a decompressor for each frame knows

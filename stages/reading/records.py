@@ -24,7 +24,13 @@ from typing import Any
 import pyarrow as pa
 
 from stages.outcome import log
-from stages.reading.corpus_files import Rejected, begins_array_of_records, cells, for_arrow
+from stages.reading.corpus_files import (
+    Rejected,
+    begins_array_of_records,
+    cells,
+    for_arrow,
+    holds_text,
+)
 from stages.reading.files import reading, unpacked_name, with_compressed
 from stages.reading.lines import content, lines
 from storage.errors import TeachonceError, shown
@@ -360,8 +366,7 @@ def _is_grade_or_id(text: str) -> bool:
 
 def _values(column: pa.Array) -> list[Any]:
     """Yield cells as Python values, and `Rejected` for a cell that is no UTF-8."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if _holds_text(kind):
+    if holds_text(column.type):
         return [
             None if isinstance(cell, Rejected) and cell.rule == "malformed" else cell
             for cell in cells(column)
@@ -370,12 +375,6 @@ def _values(column: pa.Array) -> list[Any]:
     column.validate(full=True)
     values: list[Any] = column.to_pylist()
     return values
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
 
 
 def _kind(value: object) -> str:
@@ -398,7 +397,7 @@ def _kind(value: object) -> str:
 def _kind_of_type(kind: pa.DataType) -> str:
     if pa.types.is_dictionary(kind):
         return _kind_of_type(kind.value_type)
-    if _holds_text(kind):
+    if holds_text(kind):
         return "text"
     if pa.types.is_null(kind):
         return "null"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from stages.outcome import log
 from stages.reading.corpus_files import Rejected
 from stages.reading.files import matching
-from stages.reading.lines import has_control_characters
+from stages.reading.lines import has_control_characters, is_utf8
 from stages.reading.records import (
     ANCHOR_WORDS,
     ENDINGS,
@@ -180,11 +180,11 @@ class _TripletReader:
         if not self.understood:
             raise self._nothing_understood()
         if unread and not self.negatives:
+            fields = shown(", ".join([*self.fields[:2], base_name(unread[0])]))
             raise TeachonceError(
                 self.path,
                 f"no negatives under {shown(repr(self.fields[2]))}, but it has {self._has()}",
-                f"set finetune.fields in params.yaml to {self._with_negatives(unread[0])}, or take the "
-                "field out of the file",
+                f"set finetune.fields in params.yaml to [{fields}], or take the field out of the file",
             )
 
     def tell(self, counts: Counter[int]) -> None:
@@ -247,9 +247,6 @@ class _TripletReader:
     def _is_unread_negative(self, name: str) -> bool:
         has_values = self.file.kinds[name] not in {"null", "empty list"}
         return has_values and self.file.role(name) is None and self._is_like_negative(name)
-
-    def _with_negatives(self, name: str) -> str:
-        return shown(f"[{', '.join([*self.fields[:2], base_name(name)])}]")
 
     def _nothing_understood(self) -> TeachonceError:
         if not self.records:
@@ -342,8 +339,7 @@ def _texts(values: Sequence[Any]) -> list[str] | Rejected:
     texts: list[str] = []
     for value in values:
         if isinstance(value, str):
-            # JSON can spell half of a surrogate pair, which no UTF-8 can hold.
-            if not _is_utf8(value):
+            if not is_utf8(value):
                 return Rejected("undecodable")
             texts.append(value.strip())
         elif isinstance(value, Rejected):
@@ -356,14 +352,6 @@ def _texts(values: Sequence[Any]) -> list[str] | Rejected:
         elif value is not None:
             return Rejected("malformed")
     return texts
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _range(numbers: Sequence[int]) -> str:

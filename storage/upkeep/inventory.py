@@ -230,19 +230,25 @@ def read_refs(root: Path) -> tuple[list[Ref], list[DamagedError]]:
             "not there, so it cannot be known which objects are needed",
             "restore it, or run a stage in each work tree that uses this store: that writes its ref",
         )
+    contents = list(_contents(folder).values())
+    refs = [content for content in contents if isinstance(content, Ref)]
+    return refs, [content for content in contents if isinstance(content, DamagedError)]
+
+
+def _contents(folder: Path) -> dict[Path, Ref | DamagedError]:
+    """Returns each file of a folder of refs, sorted by name, with its ref or why it is none."""
     with durable.named(folder, "listing"):
-        names = sorted(path.name for path in folder.iterdir())
-    refs, unreadable = [], []
-    for name in names:
-        if name.startswith("."):
-            continue  # a scratch file, or one of the file system's own
+        # Names with a dot are of scratch files, or of the file system's own.
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    contents: dict[Path, Ref | DamagedError] = {}
+    for path in paths:
         try:
-            refs.append(_read_ref(folder / name))
+            contents[path] = _read_ref(path)
         except DamagedError as error:
-            unreadable.append(error)
+            contents[path] = error
         except FileNotFoundError:
             continue  # forgotten by somebody else meanwhile
-    return refs, unreadable
+    return contents
 
 
 def _read_ref(path: Path) -> Ref:
@@ -282,24 +288,28 @@ def find_ref(root: Path, prefix: str) -> Path:
     """
     folder = root / REFS
     manifest, _, holder = prefix.partition(".")
-    matches = {
-        path: name
-        for path, name in _names_of_refs(folder).items()
-        if name.startswith(manifest) and (not holder or _holder_in(name).startswith(holder))
+    with durable.named(folder, "listing"):
+        contents = _contents(folder) if folder.is_dir() else {}
+    names = {
+        path: content.full_name if isinstance(content, Ref) else path.stem
+        for path, content in contents.items()
     }
+    matches = [
+        path
+        for path, name in names.items()
+        if name.startswith(manifest) and name.partition(".")[2].startswith(holder)
+    ]
     if exact := [path for path in matches if path.stem == prefix]:
         return exact[0]
     if len(manifest) < 4 or len(matches) != 1:
-        named = (
-            ", ".join(_described(path, name) for path, name in list(matches.items())[:5]) or "none"
-        )
+        named = ", ".join(_described(path, contents[path]) for path in matches[:5]) or "none"
         raise TeachonceError(
             f"ref {shown(prefix)}",
             f"{len(matches)} refs begin like that ({named})",
             "give at least four characters that only one begins with, and a dot and the holder's where one "
             "manifest has several; `teachonce ls` lists all",
         )
-    return next(iter(matches))
+    return matches[0]
 
 
 def short_name(full_name: str, *, alone: bool) -> str:
@@ -308,33 +318,10 @@ def short_name(full_name: str, *, alone: bool) -> str:
     return manifest[:SHOWN_DIGITS] + ("" if alone else f".{holder[:SHOWN_DIGITS]}")
 
 
-def _names_of_refs(folder: Path) -> dict[Path, str]:
-    """Returns file -> full name of the ref; the file's name for an unreadable one."""
-    with durable.named(folder, "listing"):
-        if not folder.is_dir():
-            return {}
-        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    names = {}
-    for path in paths:
-        try:
-            names[path] = _read_ref(path).full_name
-        except DamagedError:
-            names[path] = path.stem
-        except FileNotFoundError:
-            continue  # forgotten by somebody else meanwhile
-    return names
-
-
-def _holder_in(full_name: str) -> str:
-    return full_name.partition(".")[2]
-
-
-def _described(path: Path, name: str) -> str:
-    try:
-        ref = _read_ref(path)
-    except (DamagedError, FileNotFoundError):
+def _described(path: Path, content: Ref | DamagedError) -> str:
+    if isinstance(content, DamagedError):
         return shown(path.stem)
-    return f"{short_name(name, alone=False)} of {ref.holder}"
+    return f"{short_name(content.full_name, alone=False)} of {content.holder}"
 
 
 def orphans(objects: Iterable[File], refs: Iterable[Ref]) -> list[File]:
