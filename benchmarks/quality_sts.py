@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--only", nargs="*", help="recipes to train; all of params.yaml otherwise")
     parser.add_argument("--finetune", nargs="*", default=["kd", "ckd"], help="students to finetune")
     args = parser.parse_args()
-    params = prepare(args.data.resolve(), args.work, args.rows)
+    params = prepare(args.data.resolve(), args.work, args.rows, args.only)
     students = args.only or list(params["students"])
     starts = list(dict.fromkeys(["half", *(STARTS[s][0] for s in students if s in STARTS)]))
     stages = [["check"], ["shard"], ["split"], ["embed"], ["mine"]]
@@ -75,8 +75,11 @@ def main():
     RESULT.write_text(text)
 
 
-def prepare(data, work, rows):
-    """The folder with its settings: those of the repository, on this corpus and these STS sets."""
+def prepare(data, work, rows, only=None):
+    """The folder with its settings: those of the repository, on this corpus and these STS sets.
+
+    One mix for every other text is made where `only` names the recipe `mixes`, or is None.
+    """
     work.mkdir(parents=True, exist_ok=True)
     corpus = work / "corpus.jsonl"
     if not corpus.exists():
@@ -97,6 +100,10 @@ def prepare(data, work, rows):
         name: {"recipe": name, "start": STARTS.get(name, ("half",))[0]}
         for name in params["recipes"]
     }
+    if only and "mixes" not in only:
+        del params["students"]["mixes"]
+    else:
+        params["embed"]["mixes"] = 0.5
     params["finetune"] |= {
         "students": list(params["students"]),
         "triplets": [str(data / "nli/triplets.jsonl.zst")],

@@ -258,6 +258,7 @@ def embed(
     Reads: data/corpus.json, the teacher.
 
     Leaves: vectors in the store; data/embeddings.json, which names them;
+    data/mixes.json, which names those of mixes (none if embed.mixes is 0);
     reports/stages/embed.json.
 
     Example: teachonce embed --shards 1/8
@@ -277,6 +278,7 @@ def embed(
             load_teacher=load_teacher,
             out=here.at.embeddings,
             facts=here.at.stage_facts("embed"),
+            mixes=here.at.mixes,
             engine=here.engine(),
             share=share,
         ),
@@ -347,9 +349,11 @@ def mine(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def neighbours(as_json: Json = False) -> None:
-    """Write which mined neighbours each recipe reads. DVC compares these files; no stage reads them.
+    """Write which mined neighbours each recipe reads, and which mixes. DVC compares these files.
 
-    Reads: data/negatives.json.
+    No stage reads them.
+
+    Reads: data/negatives.json, data/mixes.json.
 
     Leaves: data/neighbours.
 
@@ -359,7 +363,9 @@ def neighbours(as_json: Json = False) -> None:
 
     here = workspace()
     recipes, negatives = here.params.recipes, here.manifest("negatives")
-    show(run(recipes, negatives=negatives, out=here.at.neighbours), as_json)
+    # A work tree of before there were mixes has no manifest of them.
+    mixes = here.manifest("mixes") if here.at.mixes.exists() else None
+    show(run(recipes, negatives=negatives, mixes=mixes, out=here.at.neighbours), as_json)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -404,7 +410,9 @@ def distill(
             params,
             name=name,
             start=here.model_folder(start_name),
-            caches=here.caches(with_negatives=params.reads_neighbours),
+            caches=here.caches(
+                with_negatives=params.reads_neighbours, with_mixes=params.reads_mixes
+            ),
             device=device,
             work=here.at.work,
             out=here.at.model(name),

@@ -71,6 +71,11 @@ class Layout:
         return self._file("data/embeddings.json")
 
     @property
+    def mixes(self) -> Path:
+        """`embed`: manifest of vectors of mixes."""
+        return self._file("data/mixes.json")
+
+    @property
     def negatives(self) -> Path:
         """`mine`: manifest of mined negatives."""
         return self._file("data/negatives.json")
@@ -88,7 +93,12 @@ class Layout:
     @property
     def manifests(self) -> dict[Kind, Path]:
         """Where manifests are, in the order in which they are made."""
-        return {"corpus": self.corpus, "embeddings": self.embeddings, "negatives": self.negatives}
+        return {
+            "corpus": self.corpus,
+            "embeddings": self.embeddings,
+            "mixes": self.mixes,
+            "negatives": self.negatives,
+        }
 
     def start(self, name: str) -> Path:
         """`start`: a student before training."""

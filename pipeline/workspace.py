@@ -36,6 +36,7 @@ from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.manifest import Kind, Manifest, fingerprint
+from storage.mixes import Mixes
 from storage.negatives import Negatives
 from storage.remote import Remote
 from storage.roles import Role
@@ -92,13 +93,15 @@ class Workspace:
         return remote
 
     def manifests(self) -> dict[Path, Manifest]:
-        """The manifests that are in the work tree, by their files.
+        """The manifests in the work tree that name an object, by their files.
 
         Raises:
             MissingError: there is none.
         """
         manifests = {
-            path: self.manifest(kind) for kind, path in self.at.manifests.items() if path.exists()
+            path: manifest
+            for kind, path in self.at.manifests.items()
+            if path.exists() and (manifest := self.manifest(kind)).objects
         }
         if not manifests:
             raise MissingError(
@@ -141,12 +144,28 @@ class Workspace:
             mined_from=parent_of(embeddings, split),
         )
 
-    def caches(self, *, with_negatives: bool) -> Caches:
-        """What a student learns from; mined neighbours only for those that read them."""
+    def mixes(self, corpus: Corpus) -> Mixes:
+        """The teacher's vectors of mixes.
+
+        Raises:
+            MissingError: embed made none.
+        """
+        manifest = self.manifest("mixes")
+        if not manifest.objects:
+            raise MissingError(
+                self.at.mixes,
+                "names no mixes",
+                "set embed.mixes to 0.5, say, and run `teachonce embed`",
+            )
+        return Mixes(self.store, manifest, corpus)
+
+    def caches(self, *, with_negatives: bool, with_mixes: bool = False) -> Caches:
+        """What a student learns from; mined neighbours and mixes only for those that read them."""
         corpus = self.corpus()
         embeddings, split = self.embeddings(corpus), self.split(corpus)
         negatives = self.negatives(embeddings, split, corpus) if with_negatives else None
-        return Caches(corpus, embeddings, negatives, split, self.store)
+        mixes = self.mixes(corpus) if with_mixes else None
+        return Caches(corpus, embeddings, negatives, split, self.store, mixes)
 
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""

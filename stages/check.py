@@ -23,6 +23,7 @@ from stages.models.abilities import (
     check_exportable,
     check_layers_of,
     check_length,
+    check_mixable,
     check_passes_of,
     check_trainable,
     token_limit_of,
@@ -216,6 +217,9 @@ class Survey:
         entries["neighbours"] = {
             name: recipe.reads_neighbours for name, recipe in sections.get("recipes", {}).items()
         }
+        entries["mixes"] = {
+            name: recipe.reads_mixes for name, recipe in sections.get("recipes", {}).items()
+        }
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()
@@ -255,6 +259,8 @@ class Survey:
         if hasattr(params, "max_tokens"):
             self._ask_length(params.max_tokens, folder, "embed.max_tokens", "the teacher")
         self._ask(partial(self._ask_widths, folder, params))
+        if getattr(params, "mixes", 0):
+            self._ask(partial(check_mixable, folder, address="embed.mixes"))
         for name, start in self.sections.get("starts", {}).items():
             if start.from_ == TEACHER:
                 self._ask_of_start(name, start, folder)
@@ -287,10 +293,7 @@ class Survey:
         if not students:
             return
         self._ask(partial(check_trainable, folder, address=address))
-        recipes = self.sections.get("recipes", {})
-        for recipe in sorted(set(students.values()) & set(recipes)):
-            length = recipes[recipe].max_tokens
-            self._ask_length(length, folder, f"recipes.{recipe}.max_tokens", who)
+        self._ask_of_recipes(set(students.values()), folder, address, who)
         if self._can_read("finetune", "students", "max_tokens"):
             finetune = self.sections["finetune"]
             if set(students) & set(finetune.students):
@@ -306,6 +309,14 @@ class Survey:
             self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
         if start.passes is not None:
             self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
+
+    def _ask_of_recipes(self, names: set[str], folder: Path, address: str, who: str) -> None:
+        """Whether a start can read what the recipes of its students give it to read."""
+        recipes = self.sections.get("recipes", {})
+        for name in sorted(names & set(recipes)):
+            self._ask_length(recipes[name].max_tokens, folder, f"recipes.{name}.max_tokens", who)
+            if recipes[name].reads_mixes:
+                self._ask(partial(check_mixable, folder, address=address))
 
     def _ask_length(self, wanted: int, folder: Path, address: str, who: str) -> None:
         def question() -> None:

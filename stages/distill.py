@@ -1,4 +1,7 @@
-"""Distill a student from a start and the caches: token ids, vectors and neighbours. Needs no teacher."""
+"""Distill a student from a start and the caches: token ids, vectors, neighbours, mixes. Needs no teacher.
+
+This file is long because a run and its task, with all that they are made of, are read in one piece.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from stages.learning.batches import epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
-from stages.learning.objectives import Objectives
+from stages.learning.mixed_rows import MixedRows
+from stages.learning.objectives import MixedBatch, Objectives
 from stages.learning.pretraining import Pretraining
-from stages.learning.student import Student, encode_ids
+from stages.learning.student import Rows, Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
 from stages.models.abilities import check_length
@@ -30,6 +34,7 @@ from stages.outcome import Outcome, clock, log, write_csv, write_json
 from stages.params import (
     LEAST_HELDOUT,
     DiscoKdObjective,
+    MixesObjective,
     RecipeParams,
     check_recipe_widths,
     larger_queues,
@@ -106,6 +111,7 @@ def run(
             ),
             "embeddings": caches.embeddings.manifest.content,
             "negatives": caches.negatives.manifest.content if caches.negatives else None,
+            **({"mixes": caches.mixes.manifest.content} if caches.mixes else {}),
             "split": caches.split.content,
             "device": device.type,
         }
@@ -185,6 +191,8 @@ def prepare(
         project=params.projection == "always",
         dropout=params.dropout,
     ).to(device)
+    if params.reads_mixes:
+        student.check_mixing(address=str(start))
     with ranks.first_rank_first():
         tokens = token_rows(
             model.tokenizer,
@@ -243,6 +251,9 @@ class DistillTask(nn.Module):
             )
         self.heldout = evenly(heldout, min(MOST_ROWS, len(heldout)))
         self.heldout_vectors = caches.embeddings.rows_of(self.heldout)
+        self.mixed = None
+        if caches.mixes is not None:
+            self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
         self.source = CandidateSource(
             caches.embeddings,
             caches.negatives,
@@ -279,6 +290,9 @@ class DistillTask(nn.Module):
         if deleted:
             draw = np.random.default_rng([self.params.seed, step])
             ids = [without_some(row, deleted, draw) for row in ids]
+        return self._encode_ids(ids)
+
+    def _encode_ids(self, ids: Rows) -> Tensor:
         return encode_ids(
             self.student,
             ids,
@@ -325,13 +339,23 @@ class DistillTask(nn.Module):
             return self._pretrain(self.pretraining, rows, step)
         teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
         objectives = self.params.objectives
-        candidates = [self.source.draw(objective, rows, step=step) for objective in objectives]
+        candidates = [
+            self._mixed(objective, step)
+            if isinstance(objective, MixesObjective)
+            else self.source.draw(objective, rows, step=step)
+            for objective in objectives
+        ]
         vectors = {
             deleted: self.encode(rows, deleted=deleted, step=step)
             for deleted in sorted({objective.deleted for objective in objectives})
         }
         total, parts = self.objectives(vectors, teacher, candidates)
         return total, [*parts, *([None] if self.pretraining else [])]
+
+    def _mixed(self, objective: MixesObjective, step: int) -> MixedBatch:
+        assert self.mixed is not None  # opened for a recipe that reads mixes
+        ids, teacher = self.mixed.draw(step, objective.rows)
+        return MixedBatch(self._encode_ids(ids), torch.from_numpy(teacher).to(self.device).float())
 
     @torch.no_grad()
     def _score(self) -> float:

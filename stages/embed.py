@@ -2,7 +2,8 @@
 
 Each shard is published when it is finished, under the teacher's fingerprint and the digest of its texts. A
 shard that is in the store is a cache hit, whoever made it, and a text in an older shard of the same teacher
-has its vector copied from there. If no text is missing, no teacher is loaded.
+has its vector copied from there. If no text is missing, no teacher is loaded. With `embed.mixes` each text
+shard has a second object, of mixes; to the run both are parts to be made (teaching/parts.py).
 
 This file is long because the order of its steps (copy, fetch, encode, check, publish, hand over) is what
 keeps finished work from being lost; it is read as a whole.
@@ -31,14 +32,14 @@ from stages.teaching.interface import (
     TeacherOutput,
     this_process,
 )
+from stages.teaching.parts import MixesPart, ShardPart, TextsPart, mixes_recipe
 from stages.teaching.reuse import ReusableVectors
 from stages.teaching.rounding import Rounding, rounding_summary
 from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
-from storage.column import text_keys_of
 from storage.corpus import Corpus
 from storage.embeddings import BadVectorsError, check_received, put_vectors
 from storage.errors import MissingError, StorageError, TeachonceError
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import Kind, Manifest, fingerprint
 from storage.probe import PROBE_TEXTS
 from storage.remote import Remote
 from storage.store import Accept, Header, Object, Store
@@ -56,13 +57,13 @@ DISK_MARGIN = 1.1
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The part of a corpus that one of `count` workers embeds: every count-th shard.
+    """The shards of a corpus that one of `count` workers embeds: every count-th.
 
     Not a block of shards: a corpus grows at one end, and no worker should get all of the growth.
 
     Args:
-        number: Number of this part, 1 to `count`.
-        count: Number of parts.
+        number: Number of this slice, 1 to `count`.
+        count: Number of slices.
     """
 
     number: int
@@ -72,7 +73,7 @@ class ShardSlice:
         return f"{self.number}/{self.count}"
 
     def of(self, shards: int) -> range:
-        """Returns the numbers of this part's shards, out of `shards`."""
+        """Returns the numbers of this slice's shards, out of `shards`."""
         return range(self.number - 1, shards, self.count)
 
 
@@ -112,6 +113,13 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def recipes(params: EmbedParams, files: Mapping[str, str]) -> dict[Kind, dict[str, Any]]:
+    """Returns the recipe of the vectors and that of the mixes, which is empty if there are to be none."""
+    of_vectors = recipe(params, files)
+    mixes = mixes_recipe(of_vectors, params.mixes) if params.mixes else {}
+    return {"embeddings": of_vectors, "mixes": mixes}
+
+
 def keys_of(teacher: str, corpus: Corpus) -> list[str]:
     """Returns the key of each shard's vectors, for the fingerprint of a teacher."""
     shards = range(len(corpus.objects))
@@ -128,10 +136,11 @@ def run(
     load_teacher: Callable[[], Encode] | None,
     out: Path,
     facts: Path,
+    mixes: Path | None = None,
     engine: Engine = this_process,
     share: ShardSlice | None = None,
 ) -> Outcome:
-    """Embed the shards that neither the store nor the remote has, then write the manifest of all shards.
+    """Embed the shards that neither the store nor the remote has, then write the manifests of all shards.
 
     With a remote, missing shards are fetched first, and all shards are uploaded in the background. A failed
     upload is reported but does not fail the run: `teachonce push` uploads it later.
@@ -144,10 +153,12 @@ def run(
         remote: The remote shared with other machines; None if there is none.
         load_teacher: Called once by each worker, and only if a text has no vector; None if the teacher is
             not on this machine.
-        out: Path of the manifest to write.
+        out: Path of the manifest of vectors to write.
         facts: Path of the counts to write, for `dvc metrics`.
+        mixes: Path of the manifest of mixes to write, without objects if `embed.mixes` is 0; None to write
+            none.
         engine: Runs the teacher: in this process, in a pool of processes, or on Ray.
-        share: Embed only these shards, and write neither manifest nor counts; None for all.
+        share: Embed only these shards, and write neither manifests nor counts; None for all.
 
     Raises:
         MissingError: texts have no vectors and there is no teacher.
@@ -157,10 +168,14 @@ def run(
         StorageError: the vectors do not fit on the disk; raised before the teacher is loaded if the store
             has one of its shards, else after the first.
     """
-    teacher_recipe = recipe(params, files)
+    teacher_recipe, recipe_of_mixes = recipes(params, files).values()
     teacher = fingerprint(teacher_recipe)
+    of_slice = (share or ShardSlice(1, 1)).of(len(corpus.objects))
+    parts: list[ShardPart] = [TextsPart(teacher, corpus, shard) for shard in of_slice]
+    if params.mixes:
+        parts += [MixesPart(recipe_of_mixes, corpus, shard) for shard in of_slice]
     with Sharing(remote, store) as shared:
-        embed_run = _EmbedRun(params, corpus, store, shared, teacher, share or ShardSlice(1, 1))
+        embed_run = _EmbedRun(params, corpus, store, shared, teacher, parts)
         embed_run.fetch_from_remote()
         if embed_run.todo:
             embed_run.embed_missing(load_teacher, engine)
@@ -172,16 +187,19 @@ def run(
             f"{share.count} shares are done",
             facts={**embed_run.facts(), "share": str(share), "fingerprint": teacher},
         )
-    objects = [_published(store, key) for key in embed_run.keys]
+    objects = tuple(_published(store, part.key) for part in parts)
+    of_texts, parent = len(corpus.objects), corpus.manifest.content
     manifest = Manifest(
-        kind="embeddings",
-        recipe=teacher_recipe,
-        parent=corpus.manifest.content,
-        objects=tuple(objects),
+        kind="embeddings", recipe=teacher_recipe, parent=parent, objects=objects[:of_texts]
+    )
+    mixed = Manifest(
+        kind="mixes", recipe=recipe_of_mixes, parent=parent, objects=objects[of_texts:]
     )
     counts = _counts(store, manifest)
     write_json(facts, counts)
     manifest.save(out, store)
+    if mixes is not None:
+        mixed.save(mixes, store)
     return Outcome(
         stage="embed",
         made=out,
@@ -200,7 +218,7 @@ class _EmbedRun:
         store: The store for the vectors.
         shared: The connection to the remote.
         teacher: The teacher's fingerprint.
-        share: The shards of this run.
+        parts: The objects of this run; below, a number is a place in this list.
     """
 
     def __init__(
@@ -210,15 +228,15 @@ class _EmbedRun:
         store: Store,
         shared: Sharing,
         teacher: str,
-        share: ShardSlice,
+        parts: Sequence[ShardPart],
     ) -> None:
         self.params, self.corpus, self.store, self.shared = params, corpus, store, shared
-        self.teacher = teacher
-        self.keys = keys_of(teacher, corpus)
+        self.teacher, self.parts = teacher, parts
+        self.keys = [part.key for part in parts]
         # Listed at the start: shards that others write meanwhile must not change the bytes of this run.
         stored_keys = store.keys(f"vectors/{teacher}") if params.reuse else []
-        self.older_keys = sorted(set(stored_keys) - set(self.keys))
-        self.shards = share.of(len(self.keys))
+        self.older_keys = sorted(set(stored_keys) - set(keys_of(teacher, corpus)))
+        self.shards = range(len(parts))
         cached = {shard: store.find(self.keys[shard]) for shard in self.shards}
         self.cached = [entry for entry in cached.values() if entry is not None]
         self.todo = [shard for shard, entry in cached.items() if entry is None]
@@ -237,7 +255,8 @@ class _EmbedRun:
         if self.shared.fetched:
             log.info("embed: %d shards came from the remote", len(self.shared.fetched))
         missing = [shard for shard in self.todo if self.keys[shard] not in self.shared.fetched]
-        self.todo = self.shared.shuffled(missing)
+        # Texts before mixes: a teacher that cannot read mixes leaves all vectors of texts.
+        self.todo = sorted(self.shared.shuffled(missing), key=self._is_of_mixes)
         self.rounding = Rounding(self.params.storage, texts=self._count_texts(self.todo))
         for (
             entry
@@ -251,7 +270,7 @@ class _EmbedRun:
         reusable = ReusableVectors(
             self.store,
             self.older_keys,
-            {shard: self.corpus.text_keys_in([shard]) for shard in self.todo},
+            {shard: self.parts[shard].text_keys().copy() for shard in self.todo},
             storage=self.params.storage,
         )
         with_new_texts = [shard for shard in self.todo if not reusable.covers(shard)]
@@ -282,9 +301,12 @@ class _EmbedRun:
         """Returns a sentence with the numbers of shards and texts."""
         embedded, encoded = len(self.embedded), sum(self.embedded.values())
         reused = self._count_texts(list(self.embedded)) - encoded
+        mixes = self._count_texts(list(filter(self._is_of_mixes, self.shards)))
+        of_mixes = f", {mixes:,} of them of mixes," if mixes else ""
         return (
-            f"{self._count_texts(self.shards):,} vectors in {len(self.shards)} shards: {embedded} embedded "
-            f"({encoded:,} texts){_reuse_note(reused)}, {len(self.shards) - embedded} found in the store"
+            f"{self._count_texts(self.shards):,} vectors{of_mixes} in {len(self.shards)} shards: "
+            f"{embedded} embedded ({encoded:,} texts){_reuse_note(reused)}, "
+            f"{len(self.shards) - embedded} found in the store"
             f"{_remote_note(self.shared)}"
         )
 
@@ -310,14 +332,13 @@ class _EmbedRun:
         """
         for shard in shards:
             if self._made_elsewhere(shard):
-                progress.skip(self.corpus.objects[shard].rows)
+                progress.skip(self.parts[shard].rows)
             else:
                 yield shard
 
     def _task(self, shard: int, reusable: ReusableVectors) -> Task:
         """Returns the texts of a shard that have no vector yet."""
-        texts = self.corpus.texts(shard)
-        return Task(shard, [texts[row] for row in reusable.missing_rows(shard)])
+        return Task(shard, self.parts[shard].inputs(reusable.missing_rows(shard)))
 
     def _publish_all(self, results: Results, reusable: ReusableVectors, progress: Progress) -> None:
         """Publish the outputs; errors of failed shards are collected.
@@ -355,12 +376,13 @@ class _EmbedRun:
             self.store,
             self.keys[shard],
             vectors=output.vectors,
-            text_keys=text_keys_of(self.corpus.batch(shard)),
+            text_keys=self.parts[shard].text_keys(),
             storage=self.params.storage,
             # Tokens of copied rows are not counted again; `uncounted` is the number of such rows.
             facts={"tokens": output.tokens, "truncated": output.truncated}
             | ({"uncounted": copied} if copied else {}),
             reused=reused,
+            more=self.parts[shard].columns(),
         )
         self.shared.upload(entry)
         self.embedded[shard] = encoded
@@ -373,7 +395,7 @@ class _EmbedRun:
     def _failure(self) -> FailedShardsError:
         failed = sorted(self.failed.items())
         lines = "".join(
-            f"\n  shard {shard} ({self.corpus.objects[shard].key}): {error.problem}"
+            f"\n  shard {shard} ({self.parts[shard].texts}): {error.problem}"
             for shard, error in failed
         )
         cures = list(dict.fromkeys(error.cure for _, error in failed))
@@ -394,16 +416,22 @@ class _EmbedRun:
         """Returns the check that a shard's vectors from another machine must pass."""
 
         def accept(batch: pa.RecordBatch, _: Header) -> None:
-            text_keys = text_keys_of(self.corpus.batch(shard))
-            check_received(batch, text_keys=text_keys, storage=self.params.storage)
+            part = self.parts[shard]
+            check_received(batch, text_keys=part.text_keys(), storage=self.params.storage)
+            for name, column in part.columns().items():
+                if not batch.column(name).equals(column):
+                    raise ValueError(f"another {name} than was drawn here")
 
         return accept
 
     def _max_bytes(self, shard: int) -> int:
-        return self.corpus.objects[shard].rows * WIDEST_ROW_BYTES
+        return self.parts[shard].rows * WIDEST_ROW_BYTES
+
+    def _is_of_mixes(self, shard: int) -> bool:
+        return isinstance(self.parts[shard], MixesPart)
 
     def _count_texts(self, shards: Sequence[int]) -> int:
-        return sum(self.corpus.objects[shard].rows for shard in shards)
+        return sum(self.parts[shard].rows for shard in shards)
 
     def _admit(self, probe_output: TeacherOutput) -> None:
         """Check a loaded teacher by its output for the probe texts.

@@ -1,4 +1,4 @@
-"""Write a file for each recipe with the mined neighbours it reads, so that DVC retrains only if needed.
+"""Write a file for each recipe with the neighbours and mixes it reads, so that DVC retrains only if needed.
 
 In a DVC template all entries have the same dependencies, so every `distill` depends on the file of its
 recipe. The file of a recipe that reads no neighbours never changes, however often they are mined.
@@ -14,22 +14,31 @@ from stages.params import RecipeParams
 from storage import durable
 from storage.manifest import Manifest
 
-VERSION = 1  # raise it when a code change writes other files for the same recipes and negatives
+VERSION = 1  # raise it when a code change writes other files for the same recipes and manifests
 
 
-def run(recipes: Mapping[str, RecipeParams], *, negatives: Manifest, out: Path) -> Outcome:
+def run(
+    recipes: Mapping[str, RecipeParams],
+    *,
+    negatives: Manifest,
+    mixes: Manifest | None = None,
+    out: Path,
+) -> Outcome:
     """Write a file for each recipe.
 
     Args:
         recipes: All recipes of params.yaml, by name.
         negatives: The manifest of the mined negatives.
+        mixes: The manifest of mixes; None if `embed` left none.
         out: Destination folder, replaced atomically.
     """
     reading = [name for name, recipe in recipes.items() if recipe.reads_neighbours]
     with durable.replace_folder(out) as scratch:
         for name in recipes:
-            read = negatives.content if name in reading else None
-            write_json(scratch / f"{name}.json", {"negatives": read})
+            read = {"negatives": negatives.content if name in reading else None}
+            if recipes[name].reads_mixes:
+                read["mixes"] = mixes.content if mixes else None
+            write_json(scratch / f"{name}.json", read)
     return Outcome(
         stage="neighbours",
         made=out,

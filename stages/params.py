@@ -191,6 +191,7 @@ class EmbedParams(Section):
     trust_remote_code: bool
     reuse: bool  # last bits only: copy vectors of texts that stand in older shards
     batch_tokens: PositiveInt | Literal["auto"]  # speed only
+    mixes: Annotated[float, Field(ge=0, le=1)]  # of two texts, for each text; 0: none
 
     @property
     def is_imported(self) -> bool:
@@ -262,6 +263,14 @@ class KdObjective(BaseObjective):
 
     name: Literal["kd"]
     centred: bool  # the batch's mean error does not count: where all texts lie together is free
+
+
+class MixesObjective(BaseObjective):
+    """The same on mixes of two texts, whose input embeddings both teacher and student have mixed."""
+
+    name: Literal["mixes"]
+    centred: bool
+    rows: Annotated[int, Field(ge=2)]  # mixes a step, beside the rows of the batch
 
 
 class DiscoKdObjective(BaseObjective):
@@ -352,6 +361,7 @@ class GramObjective(BaseObjective):
 
 Objective = Annotated[
     KdObjective
+    | MixesObjective
     | CkdObjective
     | DiscoKdObjective
     | DiscoCkdObjective
@@ -403,6 +413,11 @@ class RecipeParams(TrainingParams):
         return self.pretrain is not None or any(
             isinstance(o, AmongOthers) and o.neighbours > 0 for o in self.objectives
         )
+
+    @property
+    def reads_mixes(self) -> bool:
+        """Whether it asks for the teacher's vectors of mixes."""
+        return any(isinstance(o, MixesObjective) for o in self.objectives)
 
 
 class FinetuneParams(TrainingParams):
@@ -528,6 +543,8 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
         *_cut_imports(sections.get("embed")),
+        *_unreadable_mixes(sections.get("embed")),
+        *_unmade_mixes(sections),
         *_two_poolings(sections.get("starts", {}), sections.get("embed")),
     ]
 
@@ -631,6 +648,39 @@ def _cut_imports(embed: EmbedParams | None) -> list[Problem]:
     if dim is None or not getattr(embed, "teacher", "").startswith(IMPORTED):
         return []
     return [("embed.dim", f"{dim}, but imported vectors are taken whole: set it to null")]
+
+
+def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:
+    """A mix is no text: only a transformer at hand reads it, and all of it at once."""
+    if not getattr(embed, "mixes", 0):
+        return []
+    if getattr(embed, "teacher", "").startswith(IMPORTED):
+        return [
+            ("embed.mixes", "imported vectors have no teacher that could read mixes: set it to 0")
+        ]
+    if getattr(embed, "long_texts", "cut") == "windows":
+        return [
+            (
+                "embed.mixes",
+                "mixes are read at once, not in windows: set it to 0, or long_texts: cut",
+            )
+        ]
+    return []
+
+
+def _unmade_mixes(sections: Sections) -> list[Problem]:
+    """A student whose recipe reads mixes needs some."""
+    if getattr(sections.get("embed"), "mixes", 1):
+        return []
+    recipes = sections.get("recipes", {})
+    return [
+        (
+            f"students.{name}.recipe",
+            f"{student.recipe} reads mixes, and embed.mixes is 0: set that one to 0.5, say",
+        )
+        for name, student in sections.get("students", {}).items()
+        if student.recipe in recipes and recipes[student.recipe].reads_mixes
+    ]
 
 
 def _starts_of_nobody(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
+from storage.mixes import Mixes
 from storage.negatives import Negatives
 from storage.split import Split
 from storage.store import Store
@@ -21,6 +22,7 @@ class Caches:
         negatives: Mined neighbours; None if no objective reads them.
         split: The split of the rows.
         store: The store of all these, and of token ids.
+        mixes: The teacher's vectors of mixes; None if no objective reads them.
     """
 
     corpus: Corpus
@@ -28,3 +30,4 @@ class Caches:
     negatives: Negatives | None
     split: Split
     store: Store
+    mixes: Mixes | None = None

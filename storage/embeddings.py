@@ -6,7 +6,7 @@ with one scale a row (value = int8 x scale). Reading int8 returns float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -73,17 +73,19 @@ def put_vectors(
     storage: str,
     facts: dict[str, int],
     reused: ReusedRows | None = None,
+    more: Mapping[str, pa.Array] | None = None,
 ) -> Object:
-    """Publish the vectors of one text shard.
+    """Publish the vectors of one text shard, or of its mixes.
 
     Args:
         store: The destination.
-        key: `vectors/<teacher fingerprint>/<text digest>.arrow`.
+        key: `vectors/<teacher fingerprint>/<text digest>.arrow`, or that of mixes.
         vectors: (n, dim) float32 vectors of the rows that are not `reused`, in row order.
         text_keys: (rows,) V16 text keys of all rows.
         storage: "float16", "float32" or "int8".
         facts: Counts for the header.
         reused: Rows that are copied as they are; None for none.
+        more: Further columns, which stand before the vectors.
 
     Raises:
         BadVectorsError: NaN, Inf, zero, or too large or small for `storage`; names the rows. Nothing is
@@ -96,7 +98,7 @@ def put_vectors(
     if reused is not None:
         rows = np.delete(rows, reused.rows)
     check_vectors(vectors, rows=rows, key=key, storage=storage)
-    columns = {"text_key": text_key_array(text_keys[rows])}
+    columns = {"text_key": text_key_array(text_keys[rows]), **(more or {})}
     if storage == "int8":
         values, scales = rounded_to_int8(vectors)
         columns |= {"vector": fixed_lists(values), "scale": pa.array(scales)}
@@ -259,19 +261,27 @@ def check_received(batch: pa.RecordBatch, *, text_keys: NDArray[np.bytes_], stor
         raise ValueError("NaN or Inf among its vectors")
 
 
-class Embeddings(Column):
-    """The teacher's vectors of a corpus.
+class VectorColumn(Column):
+    """Vectors by row id, of texts or of mixes of them.
+
+    Args:
+        store: The store of the objects.
+        manifest: The manifest that names them.
+        corpus: The texts they were derived from.
+        row_by_row: Whether there is a vector for each text, in their order.
 
     Raises:
         DamagedError: the manifest belongs to another corpus, or names vectors of another teacher or other
             settings than its recipe says.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, corpus: Corpus) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, corpus: Corpus, *, row_by_row: bool
+    ) -> None:
         self.manifest = manifest
         check_made_by(manifest, manifest.recipe)
         check_derived(manifest, corpus)
-        super().__init__(store, manifest.objects, corpus)
+        super().__init__(store, manifest.objects, corpus if row_by_row else None)
 
     @property
     def dim(self) -> int:
@@ -323,3 +333,10 @@ class Embeddings(Column):
             raise DamagedError(
                 path, str(error), f"rm -f '{path}', then {remake_command(self.objects[shard].key)}"
             ) from error
+
+
+class Embeddings(VectorColumn):
+    """The teacher's vectors of a corpus, a row for each text."""
+
+    def __init__(self, store: Store, manifest: Manifest, corpus: Corpus) -> None:
+        super().__init__(store, manifest, corpus, row_by_row=True)

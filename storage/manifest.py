@@ -22,11 +22,12 @@ from storage.holders import MAX_BYTES, REFS, HeldManifest
 from storage.regular import IrregularError
 from storage.store import Object, Store, canonical_json, digest
 
-Kind = Literal["corpus", "embeddings", "negatives"]
+Kind = Literal["corpus", "embeddings", "mixes", "negatives"]
 
 MADE_BY = {
     "corpus": "teachonce shard",
     "embeddings": "teachonce embed",
+    "mixes": "teachonce embed",
     "negatives": "teachonce mine",
 }
 
@@ -44,7 +45,7 @@ class Manifest(BaseModel):
     """One kind of column over a whole corpus.
 
     Args:
-        kind: "corpus", "embeddings" or "negatives".
+        kind: "corpus", "embeddings", "mixes" or "negatives".
         recipe: Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
         parent: `content` of the manifests it was made from; None for a corpus.
         objects: The objects in row order.
@@ -172,8 +173,10 @@ class Manifest(BaseModel):
     ) -> Path | None:
         """Write or renew the ref of the manifest `path`; returns the ref if it is new, else None.
 
-        The ref keeps `gc`, run by anybody, from deleting the objects.
+        The ref keeps `gc`, run by anybody, from deleting the objects. A manifest without any has no ref.
         """
+        if not self.objects:
+            return None
         return holders.write_ref(store.root, self.manifested, path, maker)
 
     @property

@@ -59,18 +59,22 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
 DIGEST_PATTERN = r"[0-9a-f]{40}"
 KEY_PATTERN = (
     rf"(text/{DIGEST_PATTERN}"
-    rf"|(vectors|tokens)/{DIGEST_PATTERN}/{DIGEST_PATTERN}"
+    rf"|(vectors|mixes|tokens)/{DIGEST_PATTERN}/{DIGEST_PATTERN}"
     rf"|negatives/{DIGEST_PATTERN}/[0-9]{{6}})\.arrow"
 )
 
 # Columns of each kind of object. All readers rely on them. Other types are refused: a dictionary would hide
 # values from the sha256, and nested or extension types could be of any depth or class.
+VECTOR = (
+    r"vector: fixed_size_list<item: "
+    r"((halffloat|float)>\[[1-9][0-9]*\]|int8>\[[1-9][0-9]*\], scale: float)"
+)
 COLUMNS = {
     kind: rf"text_key: fixed_size_binary\[16\], {columns}"
     for kind, columns in {
         "text": r"text: large_string",
-        "vectors": r"vector: fixed_size_list<item: "
-        r"((halffloat|float)>\[[1-9][0-9]*\]|int8>\[[1-9][0-9]*\], scale: float)",
+        "vectors": VECTOR,
+        "mixes": rf"first: int32, second: int32, ratio: float, {VECTOR}",
         "tokens": r"token_ids: large_list<item: int32>",
         "negatives": r"neighbours: fixed_size_list<item: int64>\[([1-9][0-9]*)\], "
         r"scores: fixed_size_list<item: float>\[\1\]",
@@ -96,7 +100,12 @@ NO_PLAIN_FILE = {errno.ELOOP, errno.ENXIO}
 YOUNG_SECONDS = 3600.0
 
 # Token ids have no entry: each stage that needs them makes them.
-MADE_BY = {"text": "teachonce shard", "vectors": "teachonce embed", "negatives": "teachonce mine"}
+MADE_BY = {
+    "text": "teachonce shard",
+    "vectors": "teachonce embed",
+    "mixes": "teachonce embed",
+    "negatives": "teachonce mine",
+}
 
 
 class Object(BaseModel):

@@ -108,6 +108,7 @@ def embed_params(**changes):
             "precision": "fp32",
             "storage": "float32",
             "dim": None,
+            "mixes": 0,
             "trust_remote_code": False,
             "reuse": True,
             "batch_tokens": 512,
@@ -206,3 +207,19 @@ def make_tiny_model(folder, *, layers=4, width=32, seed=0, normalize=True):
         modules.append(Normalize())
     SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
     return folder
+
+
+class MixingTeacher(HashTeacher):
+    """It reads mixes, too: between the vectors of both texts, and never of length 1."""
+
+    mixes_seen = 0
+
+    def encode_mixed(self, mixed):
+        self.mixes_seen += len(mixed.first)
+        rows = zip(mixed.first, mixed.second, mixed.ratio, strict=True)
+        return Made(
+            np.stack([self.mix(*row) for row in rows]), tokens=len(mixed.first), truncated=0
+        )
+
+    def mix(self, first, second, ratio):
+        return ratio * self.vector(first) + (1 - ratio) * self.vector(second)

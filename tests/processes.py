@@ -91,7 +91,11 @@ def furnish(root, teacher, *, recipes, finetune, start=HALF):
     params["docs"]["packages"] = []
     params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 64}
     params["split"]["heldout"] = 0.1
-    params["embed"] |= {"teacher": str(teacher), "max_tokens": 16}
+    kinds = {
+        objective["name"] for one in recipes.values() for objective in one.get("objectives", ())
+    }
+    mixes = 0.5 if "mixes" in kinds else 0
+    params["embed"] |= {"teacher": str(teacher), "max_tokens": 16, "mixes": mixes}
     for name, changes in recipes.items():
         params["recipes"][name] = params["recipes"]["ckd"] | {"max_tokens": 16} | changes
     params["students"] = {name: {"recipe": name, "start": "half"} for name in recipes}

@@ -155,4 +155,5 @@ def _adopt(workspace: Workspace, files: dict[str, str]) -> Outcome:
         load_teacher=None,
         out=workspace.at.embeddings,
         facts=workspace.at.stage_facts("embed"),
+        mixes=workspace.at.mixes,
     )

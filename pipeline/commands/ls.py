@@ -26,7 +26,7 @@ from storage.upkeep.inventory import (
     take_inventory,
 )
 
-KINDS = ("vectors", "text", "tokens", "negatives")
+KINDS = ("vectors", "mixes", "text", "tokens", "negatives")
 """Kinds of objects in the order in which they are listed."""
 
 LINES = 10  # of a kind; `--json` has all
@@ -38,6 +38,7 @@ SHOWN_SETTINGS = (
     "precision",
     "storage",
     "dim",
+    "mixes",
     "neighbours",
     "rows_per_shard",
 )

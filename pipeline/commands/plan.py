@@ -112,6 +112,12 @@ class Plan:
         else:
             cure = "run `teachonce embed`, which fetches them, first"
             raise MissingError("plan", "all vectors are on the remote", cure)
+        if (
+            params.mixes and TEACHER in self.measured
+        ):  # as texts of the same length; those there count, too
+            mixes = round(params.mixes * corpus.rows)
+            took += mixes / self.measured[TEACHER]["texts_per_second"]
+            rows += mixes
         size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
         self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
         return vectors

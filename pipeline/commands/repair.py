@@ -65,7 +65,12 @@ def run(workspace: Workspace) -> tuple[Outcome, TeachonceError | None]:
         for kind, path in workspace.at.manifests.items()
         if kind in manifests and Manifest.load(path, kind).encoded != manifests[kind].encoded
     ]
-    words = {"corpus": "texts", "embeddings": "vectors", "negatives": "negatives"}
+    words = {
+        "corpus": "texts",
+        "embeddings": "vectors",
+        "mixes": "mixes",
+        "negatives": "negatives",
+    }
     remade_counts = ", ".join(
         f"{len(keys)} of {words[kind]}" for kind, keys in remade.items() if keys
     )
@@ -129,8 +134,11 @@ def _fetch_missing(workspace: Workspace, manifests: Manifests, fetched: list[str
 def _remake(workspace: Workspace, manifests: Manifests, lost: Mapping[Kind, list[str]]) -> None:
     if lost.get("corpus"):
         _remake_texts(workspace, lost["corpus"])
-    if lost.get("embeddings"):
-        _remake_vectors(workspace, manifests, len(lost["embeddings"]))
+    of_teacher: dict[Kind, int] = {
+        kind: len(lost[kind]) for kind in ("embeddings", "mixes") if lost.get(kind)
+    }
+    if of_teacher:
+        _remake_vectors(workspace, manifests, of_teacher)
     if lost.get("negatives"):
         _remake_negatives(workspace, manifests, len(lost["negatives"]))
 
@@ -158,27 +166,35 @@ def _remake_texts(workspace: Workspace, keys: list[str]) -> None:
         )
 
 
-def _remake_vectors(workspace: Workspace, manifests: Manifests, lost: int) -> None:
-    manifest = manifests["embeddings"]
-    corpus = workspace.corpus()
-    if manifest.parent != corpus.manifest.content:
-        raise MissingError(
-            workspace.at.embeddings,
-            f"older than {workspace.at.corpus.name}, so its {lost} lost objects cannot be made again",
-            "run `teachonce embed`",
-        )
+def _remake_vectors(workspace: Workspace, manifests: Manifests, of_kind: dict[Kind, int]) -> None:
+    """Run `embed` for lost vectors and mixes, if it makes the same again.
+
+    Args:
+        workspace: The work tree.
+        manifests: Its manifests.
+        of_kind: How many objects of the kinds `embeddings` and `mixes` are lost.
+    """
+    corpus, lost = workspace.corpus(), sum(of_kind.values())
+    first = manifests[next(iter(of_kind))]
+    for kind, count in of_kind.items():
+        if manifests[kind].parent != corpus.manifest.content:
+            raise MissingError(
+                workspace.at.manifests[kind],
+                f"older than {workspace.at.corpus.name}, so its {count} lost objects cannot be made again",
+                "run `teachonce embed`",
+            )
     try:
         files, load_teacher = workspace.teacher()
     except SettingsError as error:
         # Even the hashes of the teacher's files are unknown here.
-        raise _teacher_is_elsewhere(workspace.store, manifest, lost) from error
-    _check_settings(
-        workspace.at.embeddings, manifest, embed.recipe(workspace.params.embed, files), lost
-    )
+        raise _teacher_is_elsewhere(workspace.store, first, lost) from error
+    for kind, count in of_kind.items():
+        recipe = embed.recipes(workspace.params.embed, files)[kind]
+        _check_settings(workspace.at.manifests[kind], manifests[kind], recipe, count)
     remote = workspace.remote()
     # Imported vectors have no teacher anywhere: `embed` says how to import them again.
     if load_teacher is None and remote is None and not workspace.params.embed.is_imported:
-        raise _teacher_is_elsewhere(workspace.store, manifest, lost)
+        raise _teacher_is_elsewhere(workspace.store, first, lost)
     embed.run(
         workspace.params.embed,
         files=files,
@@ -188,6 +204,7 @@ def _remake_vectors(workspace: Workspace, manifests: Manifests, lost: int) -> No
         remote=remote,
         out=workspace.at.embeddings,
         facts=workspace.at.stage_facts("embed"),
+        mixes=workspace.at.mixes,
         engine=workspace.engine(),
     )
 

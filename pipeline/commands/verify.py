@@ -138,16 +138,18 @@ def check_sound(outcome: Outcome) -> None:
 
 
 def manifests_of(at: Layout) -> tuple[dict[Kind, Manifest], list[TeachonceError]]:
-    """Returns the manifests of a work tree that can be read, and the errors of those that cannot."""
+    """Returns the manifests of a work tree that name objects, and the errors of unreadable ones."""
     manifests: dict[Kind, Manifest] = {}
     broken: list[TeachonceError] = []
     for kind, path in at.manifests.items():
         try:
-            manifests[kind] = Manifest.load(path, kind)
+            manifest = Manifest.load(path, kind)
         except MissingError:
             continue
         except TeachonceError as error:
             broken.append(error)
+        else:
+            manifests |= {kind: manifest} if manifest.objects else {}
     if not manifests and not broken:
         raise MissingError(
             at.corpus.parent, "no manifest there, so nothing to look for", "run `teachonce shard`"

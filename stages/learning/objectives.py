@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from stages.params import (
     DiscoKdObjective,
     GramObjective,
     KdObjective,
+    MixesObjective,
     Objective,
     RelationalObjective,
     SkewObjective,
@@ -46,6 +48,8 @@ DISCO_TEMPERATURE = math.exp(-1)
 
 CHUNK = 2048
 """Number of keys in a chunk; so many stay in the processor's cache."""
+
+Needed = TypeVar("Needed")
 
 LEFT_OUT = -1e4
 """Logit of a candidate that is masked out: its probability is exactly 0, and finite logs stay finite."""
@@ -94,6 +98,19 @@ class Candidates:
         return self.not_negative & ~self.is_positive
 
 
+@dataclass(frozen=True)
+class MixedBatch:
+    """The vectors of a step's mixes.
+
+    Args:
+        student: (M, D) float32 student vectors of any length.
+        teacher: (M, D) float32 teacher vectors as stored.
+    """
+
+    student: Tensor
+    teacher: Tensor
+
+
 def narrow(vectors: Tensor, width: int) -> Tensor:
     """Returns (n, W): the first W values of each vector, scaled to the length of the whole vector.
 
@@ -124,6 +141,27 @@ def kd(student: Tensor, teacher: Tensor, *, centred: bool = False) -> Tensor:
     """
     error = student - narrow(teacher, student.shape[1])
     return (error - error.mean(dim=0) if centred else error).square().mean()
+
+
+def mixes(mixed: MixedBatch, *, width: int, centred: bool) -> Tensor:
+    """`kd` on mixes of two texts (MixKD, arXiv 2011.00593, its teacher-on-mix term).
+
+    x' = l E(x_i) + (1 - l) E(x_j) with l ~ Beta, E the input embeddings, each model's own; L = mean of
+    |h(x') - T(x')|^2 / W, `kd` in every other way. The teacher has read each mix itself, once, in `embed`:
+    its vector of a mix is no mean of two vectors. What is lost on a cache: pairs and ratios are drawn once
+    for all epochs and students; and where the student's tokenizer is another, token k of a text is another
+    piece of it, so that the two models mix other pieces of the two texts. The paper's labels, of the texts
+    and mixed, do not exist here.
+
+    Args:
+        mixed: (M, D) vectors of M mixes.
+        width: W, of the student's vectors; 1 to D.
+        centred: Whether to subtract the mean error of the M mixes.
+
+    Returns:
+        Scalar, at least 0; 0 for a student that equals the teacher.
+    """
+    return kd(narrow(mixed.student, width), mixed.teacher, centred=centred)
 
 
 def ckd(
@@ -432,14 +470,14 @@ class Objectives(nn.Module):
         self,
         student: Mapping[float, Tensor],
         teacher: Tensor,
-        candidates: Sequence[Candidates | None],
+        candidates: Sequence[Candidates | MixedBatch | None],
     ) -> tuple[Tensor, list[float]]:
         """The loss of a batch: the mean over the widths.
 
         Args:
             student: Share of deleted tokens -> (B, D) float32 student vectors of the shortened texts.
             teacher: (B, D) float32 teacher vectors as stored.
-            candidates: The candidates of each objective; None for an objective without any.
+            candidates: The candidates or mixes of each objective; None for an objective without any.
 
         Returns:
             The weighted sum over objectives, and each objective's loss at the whole width, unweighted.
@@ -463,18 +501,25 @@ class Objectives(nn.Module):
         objective: Objective,
         student: Tensor,
         teacher: Tensor,
-        candidates: Candidates | None,
+        candidates: Candidates | MixedBatch | None,
     ) -> Tensor:
+        if isinstance(objective, MixesObjective):
+            width, centred = student.shape[1], objective.centred
+            return mixes(_required(candidates, MixedBatch), width=width, centred=centred)
         match objective:
             case CkdObjective() | DiscoCkdObjective():
                 scale = self._temperature(place).scale()
-                return ckd(student, _required(candidates), scale, precision=self.precision)
+                return ckd(
+                    student, _required(candidates, Candidates), scale, precision=self.precision
+                )
             case RelationalObjective() | SkewObjective() | DecoupledObjective():
-                return _between_distributions(objective, student, _required(candidates))
+                return _between_distributions(objective, student, _required(candidates, Candidates))
             case ComparativeObjective():
-                return comparative(student, _required(candidates))
+                return comparative(student, _required(candidates, Candidates))
             case GramObjective():
-                return gram(student, _required(candidates), temperature=objective.temperature)
+                return gram(
+                    student, _required(candidates, Candidates), temperature=objective.temperature
+                )
             case KdObjective():
                 return kd(student, teacher, centred=objective.centred)
             case DiscoKdObjective():
@@ -504,7 +549,7 @@ def _between_distributions(
             return decoupled(student, candidates, **temperatures, alpha=objective.alpha)
 
 
-def _required(candidates: Candidates | None) -> Candidates:
-    if candidates is None:
-        raise TypeError("this objective needs candidates")
+def _required(candidates: Candidates | MixedBatch | None, kind: type[Needed]) -> Needed:
+    if not isinstance(candidates, kind):
+        raise TypeError(f"this objective needs {kind.__name__}")
     return candidates

@@ -24,8 +24,10 @@ from stages.models.encoder import token_batches
 from stages.models.likeness import likeness
 from stages.models.lineage import LINEAGE
 from stages.models.loading import is_normalize, save_model
+from stages.models.mixing import MixedIds, mixed_features
 from stages.models.packed import CANNOT_PACK, PackedReader
 from stages.outcome import log, write_json
+from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -36,6 +38,9 @@ PACKED_TOKENS = 8192
 PIECE_TOKENS = {"cpu": 1024, "mps": 4096}
 """Tokens of a padded piece, by device: small pieces have less padding, large ones fill a GPU."""
 GPU_PIECE_TOKENS = 32768
+
+Rows = Sequence[NDArray[np.int32] | MixedIds]
+"""Token ids of texts, or mixes of two texts' token ids; all of one kind."""
 
 PROBED_LENGTHS = (40, 33, 32, 12, 11, 9, 2)
 """Lengths in tokens of the texts on which reading without padding is tested."""
@@ -103,18 +108,52 @@ class Student(nn.Module):
 
     def _padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Returns (B, width) vectors before the projection, of (B, L) token ids and mask."""
-        features = {"input_ids": token_ids, "attention_mask": mask}
+        return self._through({"input_ids": token_ids, "attention_mask": mask})
+
+    def _through(self, features: dict[str, Any]) -> Tensor:
         for module in self.body:
             features = module(features)
-        return features["sentence_embedding"]
+        vectors: Tensor = features["sentence_embedding"]
+        return vectors
 
-    def read(self, rows: Sequence[NDArray[np.int32]], *, pad_id: int) -> Tensor:
-        """Returns (B, D) vectors of B texts' token ids, longest first; without padding if possible."""
+    def read(self, rows: Rows, *, pad_id: int) -> Tensor:
+        """Returns (B, D) vectors of B texts, longest first; unpadded if possible. Mixes are padded."""
+        mixes = [row for row in rows if isinstance(row, MixedIds)]
+        if mixes:
+            return self._to_teacher_space(self._through(mixed_features(list(self.body), mixes)))
+        texts = [row for row in rows if not isinstance(row, MixedIds)]
         if self.packed is not None:
-            return self._to_teacher_space(self.packed(rows, np.arange(len(rows))))
-        ids = [torch.from_numpy(row.astype(np.int64)) for row in rows]
+            return self._to_teacher_space(self.packed(texts, np.arange(len(texts))))
+        ids = [torch.from_numpy(row.astype(np.int64)) for row in texts]
         vectors: Tensor = self(*pad(ids, pad_id=pad_id, device=next(self.parameters()).device))
         return vectors
+
+    @torch.no_grad()
+    def check_mixing(self, *, address: str) -> None:
+        """Check that a text mixed with nothing of a shorter one has the vector that it has by itself.
+
+        Args:
+            address: The model, to name in an error.
+
+        Raises:
+            TeachonceError: it has another, or the model does not read embeddings.
+        """
+        self.eval()
+        try:
+            table: Any = self.body[0]
+            first = table.auto_model.get_input_embeddings().num_embeddings // 4
+            ids = [first + np.arange(length, dtype=np.int32) for length in PROBED_LENGTHS]
+            mixes = [MixedIds(row, ids[-1], 1.0) for row in ids]
+            # One by one, as mixes may be padded and texts may not.
+            own = torch.cat([self.read([row], pad_id=0) for row in ids])
+            mixed = torch.cat([self.read([mix], pad_id=0) for mix in mixes])
+            likeness(own.float().cpu().numpy(), mixed.float().cpu().numpy())
+        except CANNOT_PACK as error:
+            raise TeachonceError(
+                address,
+                f"the start cannot read mixed texts: {shown((str(error).splitlines() or [''])[0])}",
+                "take a start whose transformer reads `inputs_embeds`, or a recipe without `mixes`",
+            ) from error
 
     @torch.no_grad()
     def _readers(self) -> tuple[PackedReader | None, bool]:
@@ -188,14 +227,14 @@ class Student(nn.Module):
 
 def encode_ids(
     student: Student,
-    rows: Sequence[NDArray[np.int32]],
+    rows: Rows,
     *,
     pad_id: int,
     device: torch.device,
     precision: str,
     gradient_caching: bool,
 ) -> Tensor:
-    """Encode the token ids of B texts; returns (B, D) float32 vectors, in their order.
+    """Encode the token ids of B texts, or B mixes; returns (B, D) float32 vectors, in their order.
 
     The batch is divided among the ranks. Each reads its texts without padding; if the model cannot, it
     reads pieces of similar length, which need little padding. The vectors are those of the whole batch up

@@ -26,6 +26,9 @@ LAYER = re.compile(r"(^|\.)encoder\.layer\.(\d+)\.")
 NOT_TRAINED = {"StaticEmbedding", "WordEmbeddings", "BoW", "CLIPModel"}
 """Modules that read texts and are no transformers."""
 
+NO_MIXES = "set embed.mixes to 0, or name a teacher whose transformer reads `inputs_embeds`"
+"""The cure for a teacher that cannot read mixes of texts."""
+
 Shapes = Mapping[str, Sequence[int]]
 """Weight -> its shape."""
 
@@ -146,6 +149,19 @@ def check_trainable(folder: Path, *, address: str) -> None:
             address,
             f"the model in {folder} is a {kind}, and students of teachonce are transformers",
             "name a transformer to start from; a static model can be the teacher",
+        )
+
+
+def check_mixable(folder: Path, *, address: str) -> None:
+    """Raise for a model whose first module is no transformer, which has no input embeddings to mix.
+
+    Whether a transformer reads `inputs_embeds` is seen when it is loaded.
+    """
+    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+        raise TeachonceError(
+            address,
+            f"the model in {folder} is a {shown(kind)}, which has no input embeddings to mix",
+            "name a transformer, or set embed.mixes to 0 and take recipes without `mixes`",
         )
 
 

@@ -22,19 +22,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from stages.models.abilities import check_length
+from stages.models.abilities import NO_MIXES, check_length
 from stages.models.config import decided_routes, room_for_texts
 from stages.models.devices import AUTOCAST, Precision, autocast, batch_tokens_on, device_name
 from stages.models.folder import weights_bytes
-from stages.models.likeness import MIXED_PROBES, likeness, probes
+from stages.models.likeness import MIXED_PROBES, PROBES, likeness, probes
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model, models_by_role
+from stages.models.mixing import read_mixed
 from stages.models.packed import CANNOT_PACK, PackedReader, TokenizedTexts
 from stages.models.shared_layers import copied
 from stages.models.speed import Speed, measure
 from stages.models.windows import Windows, windows_of
 from stages.outcome import log
 from stages.vectors import unit
-from storage.errors import TeachonceError
+from storage.errors import TeachonceError, shown
+from storage.mixes import MixedTexts
 from storage.roles import ROLES, Role
 
 if TYPE_CHECKING:
@@ -131,6 +133,7 @@ class Encoder:
         self.parameters = sum(weight.numel() for weight in whole.parameters())
         self.copied_parameters = copied(whole)
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
+        self._mixing_is_proved = False
         # A router has a model for each route; else one reads all texts.
         models = models_by_role(whole, decided_routes(folder, address=str(folder)))
         self.prompts: dict[Role, str] = {role: prompts.get(role, "") for role in ROLES}
@@ -285,7 +288,21 @@ class Encoder:
     def as_teacher(self) -> Callable[[Sequence[str], Role], Encoded]:
         """Returns an `Encode` for `embed`: in two steps, or one if the second needs the tokenizer, too."""
         readers = {type(encoder.reader) for encoder in self.by_role.values()}
-        return self if readers == {PackedReader} else self.encode_counted
+        return self if readers == {PackedReader} else OneStep(self)
+
+    def encode_mixed(self, mixed: MixedTexts) -> Encoded:
+        """Returns vectors of n mixes of two texts; none is counted as longer than the limit.
+
+        Raises:
+            TeachonceError: the model cannot read mixes.
+        """
+        if not self._mixing_is_proved:
+            self._prove_mixing()
+            self._mixing_is_proved = True
+        read = read_mixed(self.model, mixed.first, mixed.second, mixed.ratio, self.prompt)
+        whole = self._vectors(read, precision=self.precision)
+        tokens = int(read.lengths.sum())
+        return Encoded(self._first_values(whole), tokens=tokens, truncated=0, whole=whole)
 
     def read(self, texts: Sequence[str], role: Role = "text") -> ReadTexts:
         """First step, on the CPU: tokenise."""
@@ -309,6 +326,27 @@ class Encoder:
         return Encoded(
             self._first_values(whole), tokens=int(cut.sum()), truncated=longer, whole=whole
         )
+
+    def _prove_mixing(self) -> None:
+        """Check that a text mixed with nothing of an empty one has the vector that it has by itself.
+
+        Raises:
+            TeachonceError: it has another, or the model does not read embeddings.
+        """
+        texts = [*MIXED_PROBES, *PROBES]
+        try:
+            mixed = read_mixed(
+                self.model, texts, [""] * len(texts), np.ones(len(texts), np.float32), self.prompt
+            )
+            own = self._probe_vectors(self.reader, texts)
+            judged = np.linalg.norm(own, axis=1) > LEAST_LENGTH
+            likeness(own[judged], self._vectors(mixed, precision="fp32")[judged])
+        except CANNOT_PACK as error:
+            raise TeachonceError(
+                "embed.mixes",
+                f"the teacher cannot read mixed texts: {shown((str(error).splitlines() or [''])[0])}",
+                NO_MIXES,
+            ) from error
 
     def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Returns (n,) int64 tokens of each text before truncation, prompt included; encodes nothing."""
@@ -370,6 +408,21 @@ class Encoder:
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
         log.info("no memory for %d texts: batches of %d tokens now", texts, self.batch_tokens)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """An `Encode` that tokenises and encodes in one step."""
+
+    encoder: Encoder
+
+    def __call__(self, texts: Sequence[str], role: Role = "text") -> Encoded:
+        """Returns vectors of texts of one role."""
+        return self.encoder.encode_counted(texts, role)
+
+    def encode_mixed(self, mixed: MixedTexts) -> Encoded:
+        """Returns vectors of mixes."""
+        return self.encoder.encode_mixed(mixed)
 
 
 class PaddedReader:

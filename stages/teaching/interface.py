@@ -18,7 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.models.abilities import NO_MIXES
 from storage.errors import TeachonceError
+from storage.mixes import MixedTexts
 from storage.probe import PROBE_TEXTS
 from storage.roles import Role
 
@@ -61,6 +63,14 @@ class ReadsAhead(Protocol):
         """Encode what `read` returned."""
 
 
+@runtime_checkable
+class ReadsMixes(Protocol):
+    """An `Encode` that can read mixed input embeddings."""
+
+    def encode_mixed(self, mixed: MixedTexts, /) -> TeacherOutput:
+        """Encode n mixes."""
+
+
 @dataclass(frozen=True)
 class PlainOutput:
     """`TeacherOutput` that can be sent to a process that has no torch."""
@@ -77,10 +87,10 @@ NO_OUTPUT = PlainOutput(*2 * (np.empty((0, 0), np.float32),))
 
 @dataclass(frozen=True)
 class Task:
-    """The texts of one shard that the teacher has to encode, all of one role."""
+    """The texts of a shard that the teacher has to encode, all of one role, or their mixes."""
 
     shard: int
-    texts: Sequence[str]
+    texts: Sequence[str] | MixedTexts
     role: Role = "text"
 
 
@@ -150,11 +160,18 @@ class LoadedTeacher:
 
     def begin(self, task: Task) -> Finish:
         """Begin to tokenise texts; returns a call that waits until that is done and encodes them."""
+        if isinstance(task.texts, MixedTexts):
+            return partial(output_or_error, partial(self._encode_mixed, task.texts))
         if not isinstance(self.encode, ReadsAhead):
             return partial(output_or_error, partial(self.encode, task.texts, task.role))
         reading = self._reader.submit(self.encode.read, task.texts, task.role)
         encode_read = self.encode.encode_read
         return partial(output_or_error, lambda: encode_read(reading.result()))
+
+    def _encode_mixed(self, mixed: MixedTexts) -> TeacherOutput:
+        if not isinstance(self.encode, ReadsMixes):
+            raise TeachonceError("embed.mixes", "the teacher reads texts alone", NO_MIXES)
+        return self.encode.encode_mixed(mixed)
 
     def close(self) -> None:
         """Wait until all begun texts are tokenised."""

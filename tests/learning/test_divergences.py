@@ -11,6 +11,7 @@ from stages.learning.batches import without_some
 from stages.learning.objectives import (
     DISCO_TEMPERATURE,
     Candidates,
+    MixedBatch,
     Objectives,
     ckd,
     comparative,
@@ -30,6 +31,7 @@ from stages.params import (
     DiscoKdObjective,
     GramObjective,
     KdObjective,
+    MixesObjective,
     Objective,
     RelationalObjective,
     SkewObjective,
@@ -271,6 +273,7 @@ PARAMS = [
     ComparativeObjective(name="comparative", weight=1.0),
     GramObjective(name="gram", weight=1.0, temperature=None),
     DiscoKdObjective(name="disco_kd", weight=1.0),
+    MixesObjective(name="mixes", weight=1.0, centred=False, rows=2),
 ]
 
 
@@ -292,6 +295,8 @@ def test_every_objective_teaches_vectors_to_become_the_teachers(params):
     given = None if params.name in WITHOUT_CANDIDATES else candidates
     objectives = Objectives([params])
     vectors = drawn(seed=3).requires_grad_()
+    if params.name == "mixes":
+        given = MixedBatch(vectors, teacher)
     adam = torch.optim.Adam([vectors], lr=0.05)
     before, _ = objectives({params.deleted: vectors}, teacher, [given])
     for _ in range(400):

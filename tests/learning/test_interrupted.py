@@ -117,6 +117,7 @@ RECIPE = {
     "patience": 50,
     "objectives": [
         {"name": "kd", "weight": 32.0, "centred": False},
+        {"name": "mixes", "weight": 32.0, "centred": True, "rows": 16},
         {
             "name": "ckd",
             "weight": 1.0,

@@ -13,11 +13,13 @@ from stages.learning.candidates import CandidateSource
 from stages.learning.loop import TrainingSetup, learning_rate, make_optimizer, take_step
 from stages.learning.objectives import (
     Candidates,
+    MixedBatch,
     Objectives,
     Temperature,
     ckd,
     info_nce,
     kd,
+    narrow,
 )
 from stages.params import (
     LEAST_TEMPERATURE,
@@ -25,6 +27,7 @@ from stages.params import (
     DiscoCkdObjective,
     GramObjective,
     KdObjective,
+    MixesObjective,
     RecipeParams,
     RelationalObjective,
 )
@@ -112,6 +115,21 @@ def test_centred_kd_is_its_definition_and_leaves_an_offset_free():
     assert found < slow_kd(student, teacher)
     assert loss(student + torch.randn(7)) == pytest.approx(found, rel=1e-4)
     assert loss(teacher + 3.0) == pytest.approx(0.0, abs=1e-10)
+
+
+def test_mixes_are_kd_on_vectors_of_their_own_at_each_width():
+    mixed = MixedBatch(torch.randn(5, 7), torch.randn(5, 7))
+    plain, teacher = torch.randn(9, 7), torch.randn(9, 7)
+    for centred, slow in ((False, slow_kd), (True, slow_centred_kd)):
+        objective = MixesObjective(name="mixes", weight=3.0, centred=centred, rows=5)
+        total, parts = Objectives([objective], widths=[4])({0.0: plain}, teacher, [mixed])
+        expected = [
+            slow(narrow(mixed.student, width), narrow(mixed.teacher, width)) for width in (7, 4)
+        ]
+        assert parts == [pytest.approx(expected[0], rel=1e-5)]
+        assert float(total) == pytest.approx(3.0 * np.mean(expected), rel=1e-5)
+    with pytest.raises(TypeError, match="needs MixedBatch"):
+        Objectives([objective])({0.0: plain}, teacher, [None])
 
 
 def slow_ckd(student, candidates, scale):

@@ -42,6 +42,12 @@ MIXED = {
         {"name": "gram", "weight": 200.0, "temperature": None},
     ],
 }
+MIXES = MIXED | {
+    "objectives": [
+        *MIXED["objectives"],
+        {"name": "mixes", "weight": 32.0, "centred": True, "rows": 33},
+    ]
+}
 DROPPED = MIXED | {"dropout": True}
 WARM = MIXED | {"pretrain": {"share": 0.5}}
 STALE = MIXED | {"learning_rate": 1e-12, "patience": 2}
@@ -78,7 +84,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("ranks")
-    recipes = {"mixed": MIXED, "warm": WARM, "dropped": DROPPED, "stale": STALE}
+    recipes = {"mixed": MIXED, "mixes": MIXES, "warm": WARM, "dropped": DROPPED, "stale": STALE}
     furnish(root, tiny_model, recipes=recipes, finetune=LABELLED)
     return root
 
@@ -151,7 +157,7 @@ def assert_one_voice(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixed", "warm"])
+@pytest.mark.parametrize("name", ["mixed", "mixes", "warm"])
 def test_two_ranks_distil_the_student_of_one(root, name):
     two, one = (train(root, "distill", name, on=on) for on in (2, 1))
     assert_one_voice(two)

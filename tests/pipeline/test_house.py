@@ -92,7 +92,7 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "docs": [at.raw, at.stage_facts("docs")],
         "shard": [at.corpus, at.stage_facts("shard")],
         "split": [at.split, at.stage_facts("split")],
-        "embed": [at.embeddings, at.stage_facts("embed")],
+        "embed": [at.embeddings, at.mixes, at.stage_facts("embed")],
         "start": [at.start("${key}")],
         "mine": [at.negatives, at.stage_facts("mine")],
         "neighbours": [at.neighbours],

@@ -31,6 +31,7 @@ FIXED = (
     "corpus",
     "split",
     "embeddings",
+    "mixes",
     "negatives",
     "neighbours",
     "documents",

@@ -91,6 +91,7 @@ class Tree(Workspace):
             remote=None,
             out=at.embeddings,
             facts=at.stage_facts("embed"),
+            mixes=at.mixes,
         )
 
     def mine(self):

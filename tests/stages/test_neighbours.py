@@ -30,3 +30,22 @@ def test_only_files_of_recipes_that_read_neighbours_follow_the_mining(tmp_path):
     assert json.loads(before["kd"]) == {"negatives": None}
     some.pop("kd_ckd")
     assert files(second).keys() == some.keys()
+
+
+def test_a_recipe_that_reads_mixes_names_those_and_no_other_recipe_changes(tmp_path):
+    recipes = {
+        name: load_params(ROOT / "params.yaml").recipes[name] for name in ("kd", "ckd", "mixes")
+    }
+
+    def files(mixes):
+        neighbours.run(recipes, negatives=mined("0" * 64), mixes=mixes, out=tmp_path / "out")
+        return {path.stem: json.loads(path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+
+    first, second = mined("1" * 64), mined("2" * 64)
+    assert files(first)["mixes"] == {"negatives": None, "mixes": first.content}
+    assert files(second)["mixes"] == {"negatives": None, "mixes": second.content}
+    assert files(None)["mixes"] == {"negatives": None, "mixes": None}
+    assert {name: found for name, found in files(first).items() if name != "mixes"} == {
+        name: found for name, found in files(second).items() if name != "mixes"
+    }
+    assert files(first)["kd"] == {"negatives": None}
