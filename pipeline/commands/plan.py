@@ -1,7 +1,6 @@
 """`teachonce plan`: what embed, mine, distill, finetune and evaluate will take here, as a table.
 
-Rates measured on a sample, times counts. The code of the stages itself runs on some of the texts, in a
-scratch store: models read, rows are mined, students take steps.
+Rates times counts. Rates are measured by the stages' own code on some of the texts, in a scratch store.
 """
 
 from __future__ import annotations
@@ -106,18 +105,14 @@ class Plan:
             at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)
             at["load_seconds"] += importing
             self.measured[TEACHER] = at
-            took = at["load_seconds"] + len(new) / at["texts_per_second"]
+            mixes = round(params.mixes * corpus.rows)  # read like texts; those there count, too
+            took = at["load_seconds"] + (len(new) + mixes) / at["texts_per_second"]
+            rows += mixes
         elif here := sorted(set(stored) & set(keys)) or stored:
             vectors = embeddings.vectors_of(store.glance(here[0]))
         else:
             cure = "run `teachonce embed`, which fetches them, first"
             raise MissingError("plan", "all vectors are on the remote", cure)
-        if (
-            params.mixes and TEACHER in self.measured
-        ):  # as texts of the same length; those there count, too
-            mixes = round(params.mixes * corpus.rows)
-            took += mixes / self.measured[TEACHER]["texts_per_second"]
-            rows += mixes
         size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
         self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
         return vectors
@@ -169,8 +164,7 @@ class Plan:
                 continue
             recipe = resolved(self.params.recipes[student.recipe], self.device)
             ids = partial(token_rows, load_model(start, **how).tokenizer, start)
-            ids = partial(ids, corpus=caches.corpus, store=caches.store)
-            # Next to nothing if another student has made them.
+            ids = partial(ids, corpus=caches.corpus, store=caches.store)  # it keeps them
             token_seconds = seconds_of(partial(ids, max_tokens=recipe.max_tokens))
             begun = time.perf_counter()
             task = prepare(recipe, start=start, caches=caches, **how)
