@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, Traine
 from pipeline.settings import load_params
 from stages import distill, embed
 from stages.learning.loop import make_optimizer, take_step
-from stages.learning.student import keep_layers
+from stages.models.layers import keep_layers
 from stages.models.devices import device_name
 from stages.models.folder import find_model
 from stages.models.loading import load_model, save_model

@@ -40,7 +40,7 @@ def run(
     Raises:
         TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.
     """
-    from stages.learning.student import keep_layers
+    from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
     from stages.models.shared_layers import copied, separate, share_layers
 
@@ -54,8 +54,9 @@ def run(
     )
     if params.layers is not None or params.passes is not None:
         separate(model)  # layers of a model are taken one by one
+    proof = None
     if params.layers is not None:
-        keep_layers(model, params.layers, address=f"starts.{name}.layers")
+        proof = keep_layers(model, params.layers, address=f"starts.{name}.layers")
     if params.passes is not None:
         share_layers(model, params.passes, address=f"starts.{name}.passes")
     prompts = own_prompts(folder, str(folder))
@@ -63,6 +64,8 @@ def run(
     parameters = sum(weight.numel() for weight in model.parameters())
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=f"starts.{name}.from")
+        if proof is not None and params.passes is None:  # else it is another model by now
+            proof.check_saved(scratch, trust_remote_code=trust_remote_code)
     layers = "all layers" if params.layers is None else f"layers {list(params.layers)}"
     return Outcome(
         stage="start",

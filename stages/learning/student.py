@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.learning import ranks
-from stages.models.abilities import check_layers
 from stages.models.devices import autocast
 from stages.models.encoder import token_batches
 from stages.models.likeness import likeness
@@ -44,27 +43,6 @@ Rows = Sequence[NDArray[np.int32] | MixedIds]
 
 PROBED_LENGTHS = (40, 33, 32, 12, 11, 9, 2)
 """Lengths in tokens of the texts on which reading without padding is tested."""
-
-
-def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: str) -> None:
-    """Cut a BERT-like model down to some of its layers, in place.
-
-    Args:
-        model: Its first module must be a transformer with a list `encoder.layer`, as in BERT, RoBERTa,
-            XLM-R, MPNet, ELECTRA and their kin.
-        layers: 0-based numbers of the layers to keep, in this order.
-        address: The setting to name in an error.
-
-    Raises:
-        TeachonceError: the architecture is another, or a layer does not exist.
-    """
-    body: Any = getattr(model[0], "auto_model", None)
-    stack: Any = getattr(getattr(body, "encoder", None), "layer", None)
-    count = len(stack) if isinstance(stack, nn.ModuleList) else None
-    kind = getattr(getattr(body, "config", None), "model_type", type(model[0]).__name__)
-    check_layers(layers, count, kind=kind, address=address)
-    body.encoder.layer = nn.ModuleList([stack[layer] for layer in layers])
-    body.config.num_hidden_layers = len(layers)
 
 
 class Student(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ from stages.models.shared_layers import check_swappable
 from storage import regular
 from storage.errors import TeachonceError, shown
 
-LAYER = re.compile(r"(^|\.)encoder\.layer\.(\d+)\.")
-"""A weight of a layer that can be taken: BERT, RoBERTa, XLM-R, MPNet, ELECTRA and their kin."""
+LISTED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.")
+"""A weight of an entry of a list, such as a layer's: the list's name, and its place in the list."""
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+"""Keys of configurations for the number of layers."""
+
+WHOLE_OR_SMALL = "set layers: null to start from the whole model, or name a small model in `from`"
 
 NOT_TRAINED = {"StaticEmbedding", "WordEmbeddings", "BoW", "CLIPModel"}
 """Modules that read texts and are no transformers."""
@@ -102,15 +108,15 @@ def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address
 
     Args:
         layers: 0-based numbers of the wanted layers.
-        count: Number of layers in its list `encoder.layer`; None if it has no such list.
+        count: Number of layers in its one list of equal layers; None if it has no such list.
         kind: The kind of model, to name in an error.
         address: The setting, to name in an error.
     """
     if count is None:
         raise TeachonceError(
             address,
-            f"layers can be taken from BERT-like models (a list `encoder.layer`), not from {shown(kind)}",
-            "set layers: null to start from the whole model, or name a small model in `from`",
+            f"layers can be taken from a transformer with one list of equal layers, not from {shown(kind)}",
+            WHOLE_OR_SMALL,
         )
     if max(layers) >= count:
         raise TeachonceError(address, f"layer {max(layers)} of {count}", f"use 0 to {count - 1}")
@@ -122,13 +128,19 @@ def check_layers_of(folder: Path, layers: Sequence[int], *, address: str) -> Non
         check_layers(layers, None, kind=kind, address=address)
     for config, shapes in _transformers(folder, address)[:1]:
         if "model_type" in config:
-            layer_numbers = [int(match[2]) for name in shapes if (match := LAYER.search(name))]
-            # A configuration may use fewer layers than there are weights for.
-            stored_layers = max(layer_numbers) + 1 if layer_numbers else 0
-            count = (
-                min(stored_layers, int(config.get("num_hidden_layers") or stored_layers)) or None
-            )
+            count = _layer_count(config, shapes)
             check_layers(layers, count, kind=str(config["model_type"]), address=address)
+
+
+def _layer_count(config: Mapping[str, Any], shapes: Shapes) -> int | None:
+    """Returns the number of layers of a transformer; None if its weights have no list that is so long."""
+    lists = {(found[1], found[2]) for name in shapes if (found := LISTED.match(name))}
+    lengths = Counter(name for name, _ in lists).values()
+    stored = max(lengths, default=0)
+    counts = {**config, **config.get("text_config", {})}
+    declared = next((int(counts[key]) for key in LAYER_COUNTS if counts.get(key)), stored)
+    # A configuration may use fewer layers than there are weights for.
+    return declared if 0 < declared <= stored else None
 
 
 def check_passes_of(folder: Path, *, address: str) -> None:

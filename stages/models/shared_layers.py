@@ -69,9 +69,11 @@ def share_layers(model: SentenceTransformer, passes: int, *, address: str) -> No
         TeachonceError: queries and keys cannot change places in this architecture.
     """
     body: Any = model[0].auto_model
-    stack = body.encoder.layer
-    shapes = {name: tuple(weight.shape) for name, weight in stack[0].named_parameters()}
+    stack = getattr(getattr(body, "encoder", None), "layer", None)
+    first = [] if stack is None else stack[0].named_parameters()
+    shapes = {name: tuple(weight.shape) for name, weight in first}
     check_swappable(shapes, kind=body.config.model_type, address=address)
+    assert stack is not None  # or `check_swappable` raised
     distinct = len(stack)
     stack.extend(deepcopy(stack[place % distinct]) for place in range(distinct, passes * distinct))
     body.config.num_hidden_layers = len(stack)

@@ -2,114 +2,50 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 
 from stages.learning.student import Student, encode_ids
 from stages.models.encoder import Encoder, PaddedReader, token_batches
 from stages.models.loading import load_model, save_model
 from stages.models.packed import LengthRun, PackedReader, length_runs
 from stages.teaching.interface import ReadsAhead
-from tests.conftest import make_tiny_model, sentences
+from tests.conftest import sentences
+from tests.models.families import BERT, FAMILIES, Family, make_family, make_tokenizer, table
 
 CPU = torch.device("cpu")
 PROMPT = "amber basin: "
-WINDOW = 8
-
-BERT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 80,
-    "pad_token_id": 0,
-}
-DECODER = BERT | {"num_key_value_heads": 2, "head_dim": 8}
-SPECIAL = {"cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
-LOCAL = SPECIAL | {"local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "pad_token_id": 0}
-DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 80}
-
-# Family -> model class, config class, its settings, pooling, and how it is read.
-FAMILIES = {
-    "bert": (tf.BertModel, tf.BertConfig, BERT, "mean", PackedReader),
-    "roberta": (tf.RobertaModel, tf.RobertaConfig, BERT, "mean", PackedReader),
-    "xlm-roberta": (tf.XLMRobertaModel, tf.XLMRobertaConfig, BERT, "cls", PackedReader),
-    "distilbert": (tf.DistilBertModel, tf.DistilBertConfig, DISTIL, "mean", PackedReader),
-    "electra": (
-        tf.ElectraModel,
-        tf.ElectraConfig,
-        BERT | {"embedding_size": 32},
-        "cls",
-        PackedReader,
-    ),
-    "modernbert": (tf.ModernBertModel, tf.ModernBertConfig, BERT | LOCAL, "mean", PackedReader),
-    "qwen3": (tf.Qwen3Model, tf.Qwen3Config, DECODER, "lasttoken", PackedReader),
-    "mistral": (
-        tf.MistralModel,
-        tf.MistralConfig,
-        DECODER | {"sliding_window": WINDOW},
-        "lasttoken",
-        PackedReader,
-    ),
-    "gemma3": (
-        tf.Gemma3TextModel,
-        tf.Gemma3TextConfig,
-        DECODER | {"sliding_window": WINDOW, "use_bidirectional_attention": True},
-        "mean",
-        PackedReader,
-    ),
-    # Their attention adds a bias by the distance of tokens in the whole row.
-    "mpnet": (tf.MPNetModel, tf.MPNetConfig, BERT | {"pad_token_id": 1}, "mean", PaddedReader),
-    "t5": (tf.T5EncoderModel, tf.T5Config, T5, "mean", PaddedReader),
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = make_tiny_model(tmp_path_factory.mktemp("tokenizer") / "tiny")
-    return tf.AutoTokenizer.from_pretrained(folder)
-
-
-def make(folder, tokenizer, model, config, settings, pooling):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
-    torch.manual_seed(0)
-    made = config(vocab_size=len(tokenizer), **settings)
-    made.initializer_range = 0.2  # far enough from zero that attention matters
-    body = folder / "body"
-    model(made).save_pretrained(body)
-    tokenizer.save_pretrained(body)
-    modules = [Transformer(str(body), max_seq_length=64), Pooling(32, pooling_mode=pooling)]
-    SentenceTransformer(modules=[*modules, Normalize()], device="cpu").save(
-        str(folder), create_model_card=False
-    )
-    return folder
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_its_own_vectors(family, tokenizer, tmp_path):
-    *parts, reader = FAMILIES[family]
-    folder = make(tmp_path / family, tokenizer, *parts)
+    folder = make_family(tmp_path / "m", tokenizer, family)
     texts = [*sentences(40), " ".join(sentences(20)), "x", ""]
     encoder = Encoder(folder, device=CPU, max_tokens=48, batch_tokens=256, prompts={"text": PROMPT})
-    assert type(encoder.reader) is reader
+    assert type(encoder.reader) is FAMILIES[family].reader
+    row = table()[family]
+    assert row["read"] == ("packed" if encoder.reader.__class__ is PackedReader else "padded")
     own = load_model(folder, device=CPU)
     own.max_seq_length = 48
     expected = own.encode(texts, prompt=PROMPT)
     assert np.allclose(encoder.encode(texts), expected, atol=2e-6)
+    assert row["vectors"] == "equal"
     assert len({tuple(np.round(row, 3)) for row in expected}) == len(texts)
 
 
 @pytest.fixture
 def left(tokenizer, tmp_path):
     """A model that reads absolute positions, pools the first token and pads on the left."""
-    folder = make(tmp_path / "left", tokenizer, *FAMILIES["bert"][:3], "cls")
+    first_token = replace(FAMILIES["BERT"], pooling="cls")
+    folder = make_family(tmp_path / "left", tokenizer, first_token)
     said = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(said | {"padding_side": "left"}))
     return folder
@@ -119,8 +55,8 @@ def left(tokenizer, tmp_path):
 def conv(tokenizer, tmp_path):
     """A model that convolves over tokens, padding among them, and cannot be packed."""
     settings = {"embedding_size": 32, "conv_kernel_size": 3, "head_ratio": 2, "num_groups": 1}
-    return make(
-        tmp_path / "c", tokenizer, tf.ConvBertModel, tf.ConvBertConfig, BERT | settings, "mean"
+    return make_family(
+        tmp_path / "c", tokenizer, Family("ConvBertModel", "ConvBertConfig", BERT | settings)
     )
 
 
@@ -172,8 +108,8 @@ def test_even_batches_have_one_length():
 
 def test_a_model_that_says_something_else_when_packed_is_padded(tokenizer, tmp_path, caplog):
     """Here the positions begin after a padding token that the tokenizer does not know of."""
-    model, config, settings, pooling, _ = FAMILIES["roberta"]
-    folder = make(tmp_path / "m", tokenizer, model, config, settings | {"pad_token_id": 1}, pooling)
+    family = FAMILIES["RoBERTa"].with_settings(pad_token_id=1)
+    folder = make_family(tmp_path / "m", tokenizer, family)
     caplog.set_level(logging.INFO, logger="teachonce")
     encoder = Encoder(folder, device=CPU, max_tokens=16)
     assert type(encoder.reader) is PaddedReader
@@ -184,11 +120,11 @@ def test_a_model_that_says_something_else_when_packed_is_padded(tokenizer, tmp_p
     assert np.allclose(encoder.encode(texts), own.encode(texts), atol=2e-6)
 
 
-@pytest.mark.parametrize("family", ["modernbert", "mpnet"])
+@pytest.mark.parametrize("family", ["ModernBERT", "MPNet"])
 def test_a_student_pads_what_cannot_be_packed(family, tokenizer, tmp_path, caplog):
-    *parts, reader = FAMILIES[family]
+    reader = FAMILIES[family].reader
     caplog.set_level(logging.INFO, logger="teachonce")
-    model = load_model(make(tmp_path / family, tokenizer, *parts), device=CPU)
+    model = load_model(make_family(tmp_path / "m", tokenizer, family), device=CPU)
     student = Student(model, teacher_dim=32, unit_length=True, project=False, dropout=False)
     assert (student.packed is not None) == (reader is PackedReader)
     assert ("texts are padded for this student" in caplog.text) == (reader is PaddedReader)

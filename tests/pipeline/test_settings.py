@@ -1254,12 +1254,20 @@ LAYERS = {f"bert.encoder.layer.{layer}.output.dense.weight": [2, 2] for layer in
         (BERT, LAYERS, [0, 3], "layer 3 of 3"),
         (BERT, LAYERS, None, None),
         ({"model_type": "bert"}, LAYERS, [0, 4], "layer 4 of 4"),
+        ({"model_type": "distilbert", "n_layers": 2}, LAYERS, [0, 3], "layer 3 of 2"),
         ({"model_type": "llama"}, {"layers.0.mlp.weight": [2]}, None, None),
+        ({"model_type": "llama"}, {"layers.0.mlp.weight": [2]}, [0], None),
         (
-            {"model_type": "llama"},
-            {"layers.0.mlp.weight": [2]},
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": 1}},
+            {f"model.layers.{layer}.mlp.experts.7.weight": [2] for layer in range(2)},
+            [1],
+            "layer 1 of 1",
+        ),
+        (
+            {"model_type": "albert", "num_hidden_layers": 4},
+            {"encoder.albert_layer_groups.0.albert_layers.0.ffn.weight": [2]},
             [0],
-            "layers can be taken from BERT-like models (a list `encoder.layer`), not from llama",
+            "layers can be taken from a transformer with one list of equal layers, not from albert",
         ),
         # Layers beside those of the model's own list.
         (BERT, {**LAYERS, "final_char_encoder.layer.9.weight": [2]}, [0, 2], None),

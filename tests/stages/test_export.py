@@ -18,8 +18,9 @@ from sentence_transformers.sentence_transformer.modules import Dropout, Normaliz
 from transformers import AutoTokenizer, BertConfig, BertModel, CanineTokenizer
 
 from stages import export
-from stages.learning.student import Student, keep_layers
+from stages.learning.student import Student
 from stages.models import likeness, onnx, portable
+from stages.models.layers import keep_layers
 from stages.models.lineage import LINEAGE
 from stages.models.loading import load_model
 from stages.params import ExportParams
