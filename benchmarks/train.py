@@ -39,9 +39,9 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, Traine
 from pipeline.settings import load_params
 from stages import distill, embed
 from stages.learning.loop import make_optimizer, take_step
-from stages.models.layers import keep_layers
 from stages.models.devices import device_name
 from stages.models.folder import find_model
+from stages.models.layers import keep_layers
 from stages.models.loading import load_model, save_model
 from storage.caches import Caches
 from storage.corpus import Corpus, cut, put_texts

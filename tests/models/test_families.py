@@ -46,7 +46,7 @@ def student(tmp_path_factory):
         made = root / "start"
         start.run(params, name="half", folder=teacher, trust_remote_code=False, out=made)
         world = World(Place(root), teacher, made)
-        world.train(recipe(epochs=1, batch_size=36))
+        world.train(recipe(epochs=1, batch_size=35))
         return world
 
     return teach
