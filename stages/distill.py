@@ -21,8 +21,9 @@ from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.mixed_rows import MixedRows
-from stages.learning.objectives import MixedBatch, Objectives
+from stages.learning.objectives import Candidates, MixedBatch, Objectives
 from stages.learning.pretraining import Pretraining
+from stages.learning.proposals import Proposers
 from stages.learning.student import Rows, Student, encode_ids
 from stages.learning.token_rows import token_rows
 from stages.learning.trackers import Track
@@ -235,7 +236,9 @@ class DistillTask(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.objectives = Objectives(params.objectives, params.widths, params.precision).to(device)
+        self.objectives = Objectives(
+            params.objectives, params.widths, params.precision, dim=caches.embeddings.dim
+        ).to(device)
         self.params, self.tokens, self.caches, self.device = params, tokens, caches, device
         self.pad_id = pad_id
         # Two epochs: a queue of past steps may reach into the epoch before.
@@ -254,6 +257,14 @@ class DistillTask(nn.Module):
         self.mixed = None
         if caches.mixes is not None:
             self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
+        self._steps_of_epoch = max(len(self.rows) // params.batch_size, 1)
+        self.proposers = Proposers(
+            dict(zip(self.objectives.names, params.objectives, strict=True)),
+            caches,
+            train=self.rows,
+            steps=params.epochs * self._steps_of_epoch,
+            seed=params.seed,
+        ).to(device)
         self.source = CandidateSource(
             caches.embeddings,
             caches.negatives,
@@ -276,6 +287,7 @@ class DistillTask(nn.Module):
             initial_may_win=False,
             parts=[*self.objectives.names, *(["pretraining"] if self.pretraining else [])],
             notes=self._notes,
+            evaluated=self.proposers.evaluated,
         )
 
     def encode(self, rows: NDArray[np.int64], *, deleted: float = 0.0, step: int = 0) -> Tensor:
@@ -308,8 +320,7 @@ class DistillTask(nn.Module):
         )
 
     def _rows_of_step(self, step: int) -> NDArray[np.int64]:
-        steps = max(len(self.rows) // self.params.batch_size, 1)
-        epoch, place = divmod(step, steps)
+        epoch, place = divmod(step, self._steps_of_epoch)
         return self._batches(epoch)[place]
 
     def _make_pretraining(self) -> Pretraining | None:
@@ -339,16 +350,18 @@ class DistillTask(nn.Module):
             return self._pretrain(self.pretraining, rows, step)
         teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
         objectives = self.params.objectives
-        candidates = [
-            self._mixed(objective, step)
-            if isinstance(objective, MixesObjective)
-            else self.source.draw(objective, rows, step=step)
-            for objective in objectives
-        ]
+        self.proposers.refresh(step, self._as_used)
         vectors = {
             deleted: self.encode(rows, deleted=deleted, step=step)
             for deleted in sorted({objective.deleted for objective in objectives})
         }
+        candidates: list[Candidates | MixedBatch | None] = []
+        for name, objective in zip(self.objectives.names, objectives, strict=True):
+            if isinstance(objective, MixesObjective):
+                candidates.append(self._mixed(objective, step))
+                continue
+            proposed = self.proposers.propose(name, rows, vectors[objective.deleted], step=step)
+            candidates.append(self.source.draw(objective, rows, step=step, proposed=proposed))
         total, parts = self.objectives(vectors, teacher, candidates)
         return total, [*parts, *([None] if self.pretraining else [])]
 
@@ -361,9 +374,16 @@ class DistillTask(nn.Module):
     def _score(self) -> float:
         return rank_agreement(self.encode(self.heldout).cpu().numpy(), self.heldout_vectors)
 
-    def _notes(self) -> dict[str, float]:
-        temperatures = self.objectives.temperatures()
-        return {f"temperature_{name}": value for name, value in temperatures.items()}
+    def _notes(self) -> dict[str, float | None]:
+        heldout = torch.from_numpy(self.heldout_vectors).to(self.device)
+        return {**self.objectives.notes(heldout), **self.proposers.notes()}
+
+    def _as_used(self, rows: NDArray[np.int64]) -> Tensor:
+        """(n, D) vectors of rows, without dropout."""
+        self.student.eval()
+        vectors = self.encode(rows)
+        self.student.train()
+        return vectors
 
 
 def _is_raw(params: RecipeParams) -> bool:
@@ -379,11 +399,12 @@ def has_unit_length(embeddings: Embeddings) -> bool:
 def _facts(state: State, params: RecipeParams, task: DistillTask) -> Mapping[str, Any]:
     if state.stale >= params.patience:
         log.info("stopped early: no better agreement in %d evaluations", state.stale)
+    notes = task.setup().notes()
     return {
         "steps": state.step,
         "best_step": state.best_step,
         "agreement": round(state.best_score or 0.0, 6),
         "rows": len(task.rows),
         "precision": params.precision,
-        **{name: round(value, 6) for name, value in task.setup().notes().items()},
+        **{name: round(value, 6) for name, value in notes.items() if value is not None},
     }

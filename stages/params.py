@@ -337,6 +337,36 @@ class SkewObjective(AmongOthers):
     reverse: bool  # whether the student's distribution is the one that weighs
 
 
+class SpeculativeObjective(AmongOthers):
+    """`skew` among rows that the student proposes: those of a pool that it finds nearest.
+
+    `neighbours` are those by which the teacher judges: it accepts a row that is as near as the last of
+    them, and puts one of them in the place of another row.
+    """
+
+    name: Literal["speculative"]
+    temperature: Temperature
+    teacher_temperature: Temperature
+    alpha: Annotated[float, Field(gt=0, lt=1)]
+    neighbours: PositiveInt
+    proposals: PositiveInt  # per row of the batch
+    pool: PositiveInt  # training rows that the student reads to propose from
+    refresh_every: PositiveInt  # steps after which the pool may be drawn and read anew
+    threshold: Annotated[float, Field(ge=0, le=1)]  # the probability of that at first
+
+
+class AdapterObjective(AmongOthers):
+    """The student follows the teacher's vectors as a small module moves them, which learns beside it."""
+
+    name: Literal["adapter"]
+    temperature: Temperature
+    teacher_temperature: Temperature
+    rank: PositiveInt  # of the module
+    anchor: Annotated[float, Field(ge=0)]  # weight of staying where the teacher is
+    beta: Annotated[float, Field(ge=0)]  # weight of coming towards the student
+    most_drift: Annotated[float, Field(gt=0, lt=1)]  # 1 - cosine that no vector exceeds
+
+
 class DecoupledObjective(AmongOthers):
     """The same with a row's own key and the rest apart, and easy and hard rows apart."""
 
@@ -368,6 +398,8 @@ Objective = Annotated[
     | RelationalObjective
     | SkewObjective
     | DecoupledObjective
+    | SpeculativeObjective
+    | AdapterObjective
     | ComparativeObjective
     | GramObjective,
     Field(discriminator="name"),

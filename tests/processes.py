@@ -48,6 +48,34 @@ cli.main()
 """
 
 
+# Objectives with a state of their own, for a small work tree.
+SPECULATIVE = {
+    "name": "speculative",
+    "weight": 1.0,
+    "temperature": 0.1,
+    "teacher_temperature": 0.1,
+    "queue": 64,
+    "neighbours": 8,
+    "alpha": 0.1,
+    "proposals": 4,
+    "pool": 200,
+    "refresh_every": 3,
+    "threshold": 0.5,
+}
+ADAPTER = {
+    "name": "adapter",
+    "weight": 1.0,
+    "temperature": 0.1,
+    "teacher_temperature": 0.1,
+    "queue": 64,
+    "neighbours": 0,
+    "rank": 4,
+    "anchor": 1.0,
+    "beta": 0.5,
+    "most_drift": 0.01,
+}
+
+
 def environment(*, log, checkpoint_seconds=0.0, die_at=""):
     """Variables for such a process.
 
@@ -96,6 +124,7 @@ def furnish(root, teacher, *, recipes, finetune, start=HALF):
     }
     mixes = 0.5 if "mixes" in kinds else 0
     params["embed"] |= {"teacher": str(teacher), "max_tokens": 16, "mixes": mixes}
+    params["mine"]["max_score"] = 1.0  # the teacher of random weights finds all texts alike
     for name, changes in recipes.items():
         params["recipes"][name] = params["recipes"]["ckd"] | {"max_tokens": 16} | changes
     params["students"] = {name: {"recipe": name, "start": "half"} for name in recipes}

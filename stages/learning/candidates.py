@@ -80,17 +80,30 @@ class CandidateSource:
         # Two queues, for a recipe whose objectives need two types.
         self._queue = lru_cache(maxsize=2)(self._draw_queue)
 
-    def draw(self, objective: Objective, ids: NDArray[np.int64], *, step: int) -> Candidates | None:
+    def draw(
+        self,
+        objective: Objective,
+        ids: NDArray[np.int64],
+        *,
+        step: int,
+        proposed: NDArray[np.int64] | None = None,
+    ) -> Candidates | None:
         """The candidates of one step, those of the batch first; None for an objective without any.
 
         Args:
             objective: The objective, which says how many candidates of each kind.
             ids: (B,) int64 distinct row ids of the batch.
             step: The step of the run; with the seed it determines the queue.
+            proposed: (n,) int64 row ids in the place of mined neighbours, ascending and distinct.
         """
         if isinstance(objective, KdObjective | DiscoKdObjective):
             return None
-        rows, queue = self.rows(objective, ids, step=step), self.queue(objective, step=step)
+        rows = (
+            self.rows(objective, ids, step=step)
+            if proposed is None
+            else np.concatenate([ids, np.setdiff1d(proposed, ids, assume_unique=True)])
+        )
+        queue = self.queue(objective, step=step)
         if isinstance(objective, DiscoCkdObjective):
             # The official code masks no false negatives.
             not_negative = np.arange(len(ids))[:, None] == np.arange(len(rows))[None, :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,9 @@ class TrainingSetup:
         initial_may_win: Whether the initial weights may be kept as the best. False where training may lower
             the score before it rises above the initial one: early stopping would end the run before that.
         parts: Column names of the objectives' parts.
-        notes: Returns extra scalars to log at each evaluation, e.g. the learned temperature.
+        notes: Returns extra scalars to log at each evaluation, e.g. the learned temperature; None for one
+            that has no value yet.
+        evaluated: Receives each score, the same on all ranks, before the notes are asked for.
     """
 
     batches: Callable[[int], list[NDArray[np.int64]]]
@@ -64,7 +66,8 @@ class TrainingSetup:
     score_name: str
     initial_may_win: bool
     parts: list[str]
-    notes: Callable[[], dict[str, float]]
+    notes: Callable[[], Mapping[str, float | None]]
+    evaluated: Callable[[float], None] = lambda score: None
 
 
 def train(
@@ -241,6 +244,7 @@ def _evaluate(
             f"{setup.score_name} is {score}: vectors have NaN or Inf in them",
             CURE,
         )
+    setup.evaluated(score)
     # Before the first step there is a score and no loss yet.
     counts = [state.loss_steps - absent for absent in state.loss_absent]
     means = [
@@ -254,7 +258,10 @@ def _evaluate(
             **{f"loss_{part}": mean for part, mean in zip(setup.parts, means, strict=True)},
             setup.score_name: round(score, 6),
             "learning_rate": learning_rate(max(state.step - 1, 0), total, params),
-            **{note: round(value, 6) for note, value in setup.notes().items()},
+            **{
+                note: None if value is None else round(value, 6)
+                for note, value in setup.notes().items()
+            },
         }
     )
     losses = ", ".join(f"{mean:.5f}" for mean in means if mean is not None)

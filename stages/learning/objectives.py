@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.learning.adapter import Adapter
 from stages.learning.frozen_keys import FrozenInfoNce
 from stages.params import (
     LEAST_TEMPERATURE,
+    AdapterObjective,
     CkdObjective,
     ComparativeObjective,
     DecoupledObjective,
@@ -41,6 +43,7 @@ from stages.params import (
     Objective,
     RelationalObjective,
     SkewObjective,
+    SpeculativeObjective,
 )
 
 DISCO_TEMPERATURE = math.exp(-1)
@@ -253,7 +256,8 @@ def skew(
     """Skewed KL divergence (DistiLLM, eq. 4 and 5), over candidates instead of a vocabulary.
 
     Forward: KL(P_T || a P_T + (1 - a) P_S). Reverse: KL(P_S || (1 - a) P_T + a P_S). The loss is at most
-    log(1/a), where KL has no bound. The paper's student-generated texts have no counterpart for embeddings.
+    log(1/a), where KL has no bound. For the paper's student-generated texts `speculative` has rows that the
+    student proposes (`proposals.py`); its loss is this one.
 
     Args:
         student: (B, W) student vectors.
@@ -272,6 +276,44 @@ def skew(
         log_p, log_q = log_q, log_p
     mixed = torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
     return _kl(log_p, mixed).mean()
+
+
+def adapter(
+    student: Tensor,
+    candidates: Candidates,
+    adapted: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float,
+    anchor: float,
+    beta: float,
+) -> Tensor:
+    """The teacher comes to meet the student, a little (Online KD, arXiv 2409.12512).
+
+    L = KL(sg P_T' || P_S) + anchor * mean(1 - cos(T'_i, T_i)) + beta * KL(P_T' || sg P_S): the first term
+    teaches the student alone, the others the adapter alone. P_T' = softmax(cos(T'_i, T_j) / tau_T): a row's
+    vector is adapted and those of the candidates are not, so the student learns to search the teacher's own
+    index. The paper's module sits inside the teacher and also learns the task; a cache has the teacher's
+    outputs only, and no labels: the anchor takes the place of the task.
+
+    Args:
+        student: (B, W) student vectors.
+        candidates: (C, D) teacher vectors, including each row's own positive.
+        adapted: (B, D) T', of length 1, with a gradient to the adapter.
+        temperature: tau_S.
+        teacher_temperature: tau_T.
+        anchor: Weight of the second term, at least 0.
+        beta: Weight of the third, at least 0.
+
+    Returns:
+        Scalar, at least 0; 0 for a student that equals a teacher that is not moved, at equal temperatures.
+    """
+    log_p = _log_shares(adapted, candidates, teacher_temperature)
+    log_q = _log_shares(student, candidates, temperature)
+    own = candidates.vectors[candidates.positives].float()
+    drift = 1 - F.cosine_similarity(adapted, own, dim=1)
+    towards = _kl(log_p, log_q.detach())
+    return (_kl(log_p.detach(), log_q) + anchor * drift + beta * towards).mean()
 
 
 def decoupled(
@@ -433,10 +475,16 @@ class Objectives(nn.Module):
         params: One or more objectives, in the order of the recipe.
         widths: Widths to which the student's vector may be cut (Matryoshka), besides the whole width.
         precision: Precision of `ckd`'s dot products; all other objectives use float32.
+        dim: D, the width of the teacher's vectors, for an adapter of these.
     """
 
     def __init__(
-        self, params: Sequence[Objective], widths: Sequence[int] = (), precision: str = "fp32"
+        self,
+        params: Sequence[Objective],
+        widths: Sequence[int] = (),
+        precision: str = "fp32",
+        *,
+        dim: int = 0,
     ) -> None:
         super().__init__()
         self.params, self.widths, self.precision = tuple(params), tuple(widths), precision
@@ -448,6 +496,10 @@ class Objectives(nn.Module):
                 )
             elif isinstance(objective, DiscoCkdObjective):
                 self.learned[str(place)] = Temperature(DISCO_TEMPERATURE, learnable=True)
+            elif isinstance(objective, AdapterObjective):
+                self.learned[str(place)] = Adapter(
+                    dim, rank=objective.rank, most_drift=objective.most_drift
+                )
 
     @property
     def names(self) -> list[str]:
@@ -458,13 +510,20 @@ class Objectives(nn.Module):
             for place, kind in enumerate(kinds)
         ]
 
-    def temperatures(self) -> dict[str, float]:
-        """Name -> temperature, for the objectives that learn one."""
-        return {
-            name: self._temperature(place).value()
-            for place, name in enumerate(self.names)
-            if str(place) in self.learned
-        }
+    def notes(self, vectors: Tensor) -> dict[str, float]:
+        """What the objectives have learned themselves: `temperature_NAME` and `drift_NAME`, for a curve.
+
+        Args:
+            vectors: (n, D) teacher vectors, of which the mean drift is taken.
+        """
+        notes = {}
+        for place, learned in self.learned.items():
+            name = self.names[int(place)]
+            if isinstance(learned, Temperature):
+                notes[f"temperature_{name}"] = learned.value()
+            elif isinstance(learned, Adapter):
+                notes[f"drift_{name}"] = learned.drift(vectors)
+        return notes
 
     def forward(
         self,
@@ -512,18 +571,32 @@ class Objectives(nn.Module):
                 return ckd(
                     student, _required(candidates, Candidates), scale, precision=self.precision
                 )
-            case RelationalObjective() | SkewObjective() | DecoupledObjective():
+            case (
+                RelationalObjective()
+                | SkewObjective()
+                | SpeculativeObjective()
+                | DecoupledObjective()
+            ):
                 return _between_distributions(objective, student, _required(candidates, Candidates))
+            case AdapterObjective():
+                return adapter(
+                    student,
+                    _required(candidates, Candidates),
+                    self.learned[str(place)](teacher),
+                    temperature=objective.temperature,
+                    teacher_temperature=objective.teacher_temperature,
+                    anchor=objective.anchor,
+                    beta=objective.beta,
+                )
             case ComparativeObjective():
                 return comparative(student, _required(candidates, Candidates))
             case GramObjective():
                 return gram(
                     student, _required(candidates, Candidates), temperature=objective.temperature
                 )
-            case KdObjective():
-                return kd(student, teacher, centred=objective.centred)
-            case DiscoKdObjective():
-                return kd(student, teacher)
+            case KdObjective() | DiscoKdObjective():
+                centred = isinstance(objective, KdObjective) and objective.centred
+                return kd(student, teacher, centred=centred)
 
     def _temperature(self, place: int) -> Temperature:
         temperature: Temperature = self.learned[str(place)]  # type: ignore[assignment]  # put there above
@@ -531,7 +604,7 @@ class Objectives(nn.Module):
 
 
 def _between_distributions(
-    objective: RelationalObjective | SkewObjective | DecoupledObjective,
+    objective: RelationalObjective | SkewObjective | SpeculativeObjective | DecoupledObjective,
     student: Tensor,
     candidates: Candidates,
 ) -> Tensor:
@@ -545,6 +618,8 @@ def _between_distributions(
         case SkewObjective():
             alpha, reverse = objective.alpha, objective.reverse
             return skew(student, candidates, **temperatures, alpha=alpha, reverse=reverse)
+        case SpeculativeObjective():
+            return skew(student, candidates, **temperatures, alpha=objective.alpha, reverse=False)
         case DecoupledObjective():
             return decoupled(student, candidates, **temperatures, alpha=objective.alpha)
 

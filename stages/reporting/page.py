@@ -66,7 +66,7 @@ def page(
         elsewhere=sorted(set(timed) - set(sections.speeds_of(metrics)[0])),
         curves=sections.curves(subject),
         runs={name: run for name in trained if (run := subject.models[name].training)},
-        losses=sections.losses(subject),
+        by_step=sections.by_step(subject),
         held_out=max((subject.models[name].details.texts for name in trained), default=0),
         similarities=sections.similarities(subject),
         disagreements=disagreements,

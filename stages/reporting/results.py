@@ -103,11 +103,13 @@ class Curve:
         score: What `scores` are: "agreement" or "dev".
         scores: At each evaluation, the first at step 0.
         losses: Name of each part of the loss -> its mean since the evaluation before; none at step 0.
+        notes: Name of each further column, e.g. "temperature ckd" -> its values.
     """
 
     score: str
     scores: Points
     losses: Mapping[str, Points]
+    notes: Mapping[str, Points]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Model:
         name: The model's name.
         metrics: The model's numbers.
         details: What to look at.
-        curve: Score and losses by step, if it was trained here.
+        curve: Score, losses and notes by step, if it was trained here.
         training: How that ended, if it was trained here.
     """
 
@@ -201,7 +203,9 @@ def _curve(table: csv.DictReader[str]) -> Curve:
     rows = list(table)
     parts = [name for name in columns if name.startswith("loss_")]
     losses = {part.removeprefix("loss_"): _points(rows, part) for part in parts}
-    return Curve(score, _points(rows, score), losses)
+    others = [name for name in columns if name not in {*parts, "step", score, "learning_rate"}]
+    notes = {other.replace("_", " ", 1): _points(rows, other) for other in others}
+    return Curve(score, _points(rows, score), losses, notes)
 
 
 def _points(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[float, float]]:

@@ -153,16 +153,18 @@ def curves(subject: Subject) -> list[Figure]:
     return figures
 
 
-def losses(subject: Subject) -> list[tuple[str, str, Markup]]:
-    """Student, part of its loss, and that by step."""
+def by_step(subject: Subject) -> list[tuple[str, str, Markup]]:
+    """Student, a part of its loss or another note of its run, and that by step."""
     drawn = []
     for name in subject.students:
         curve = subject.models[name].curve
-        for part, points in curve.losses.items() if curve else ():
+        if curve is None:
+            continue
+        parts = {f"{part} loss": points for part, points in curve.losses.items()}
+        for title, points in (parts | dict(curve.notes)).items():
             if points:
                 line = charts.Line(name, subject.tones[name], points)
-                drawing = charts.small_line(line, title=f"{part} loss")
-                drawn.append((cut(name, 24), part, drawing))
+                drawn.append((cut(name, 24), title, charts.small_line(line, title=title)))
     return drawn
 
 

@@ -1,18 +1,21 @@
 """Objectives of the related methods: each formula beside its slow definition, in double precision."""
 
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from stages.learning.adapter import Adapter
 from stages.learning.batches import without_some
 from stages.learning.objectives import (
     DISCO_TEMPERATURE,
     Candidates,
     MixedBatch,
     Objectives,
+    adapter,
     ckd,
     comparative,
     decoupled,
@@ -24,6 +27,7 @@ from stages.learning.objectives import (
 )
 from stages.models.lineage import SIMILARITIES_ONLY
 from stages.params import (
+    AdapterObjective,
     CkdObjective,
     ComparativeObjective,
     DecoupledObjective,
@@ -35,6 +39,7 @@ from stages.params import (
     Objective,
     RelationalObjective,
     SkewObjective,
+    SpeculativeObjective,
 )
 
 # An odd number of rows: the easy half is not as large as the hard one.
@@ -144,6 +149,134 @@ def test_skew_is_bounded_where_kl_is_not(reverse):
     assert float(skew(student, candidates, **cold, alpha=0.1, reverse=reverse)) == pytest.approx(
         math.log(10), rel=1e-3
     )
+
+
+MOST_DRIFT = 0.05
+
+
+def learned_adapter(scale, seed=2):
+    """An adapter that has learned something: the larger, the further it would move."""
+    moving = Adapter(WIDTH, rank=3, most_drift=MOST_DRIFT)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        moving.down.copy_(torch.randn(3, WIDTH, generator=generator))
+        moving.up.copy_(scale * torch.randn(WIDTH, 3, generator=generator))
+    return moving
+
+
+def slow_adapted(moving, vector):
+    """One vector, number by number: its residual less what lies along it, shortened to the cap."""
+    length = math.sqrt(sum(x * x for x in vector))
+    own = [x / length for x in vector]
+    inner = [math.tanh(sum(a * x for a, x in zip(row, own, strict=True))) for row in moving.down]
+    residual = [sum(b * y for b, y in zip(row, inner, strict=True)) for row in moving.up]
+    along = sum(r * x for r, x in zip(residual, own, strict=True))
+    across = [r - along * x for r, x in zip(residual, own, strict=True)]
+    size = math.sqrt(sum(x * x for x in across))
+    longest = math.tan(math.acos(1 - MOST_DRIFT))
+    moved = [x + p * min(1, longest / size) for x, p in zip(own, across, strict=True)]
+    total = math.sqrt(sum(x * x for x in moved))
+    return [x / total for x in moved]
+
+
+@pytest.mark.parametrize("scale", [0.02, 3.0])
+def test_an_adapted_vector_is_its_definition(scale):
+    moving, vectors = learned_adapter(scale), drawn(scale=5.0)
+    plain = Adapter(WIDTH, rank=3, most_drift=MOST_DRIFT).double()
+    plain.load_state_dict({name: value.double() for name, value in moving.state_dict().items()})
+    expected = [
+        slow_adapted(
+            SimpleNamespace(down=plain.down.tolist(), up=plain.up.tolist()), vector.tolist()
+        )
+        for vector in vectors.double()
+    ]
+    assert torch.allclose(moving(vectors), torch.tensor(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.1, 1.0, 1e4, 1e15])
+def test_no_vector_drifts_further_than_the_cap(scale):
+    """Of a thousand vectors of any length; far-reaching adapters push many of them against the cap."""
+    vectors = 7 * torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(1))
+    moving = learned_adapter(scale).requires_grad_(False)
+    drifts = 1 - torch.nn.functional.cosine_similarity(moving(vectors), vectors, dim=1)
+    assert float(drifts.max()) <= MOST_DRIFT + 1e-6
+    assert float(moving(vectors).norm(dim=1).max()) == pytest.approx(1, abs=1e-6)
+    assert moving.drift(vectors) == pytest.approx(float(drifts.mean().clamp(min=0)), abs=1e-6)
+    if scale >= 1:
+        assert float((drifts > MOST_DRIFT - 1e-5).float().mean()) > 0.8
+    elif scale == 0.01:
+        assert 0 < moving.drift(vectors) < 0.1 * MOST_DRIFT
+
+
+@pytest.mark.parametrize("width", [WIDTH, 3])
+def test_adapter_is_its_definition(width):
+    student, candidates, anchor, beta = drawn()[:, :width], some_candidates(), 0.7, 0.3
+    adapted = learned_adapter(0.1)(candidates.vectors[:ROWS]).detach()
+    found = adapter(
+        student,
+        candidates,
+        adapted,
+        temperature=TAU,
+        teacher_temperature=TAU_T,
+        anchor=anchor,
+        beta=beta,
+    )
+    expected = []
+    for i in range(ROWS):
+        p, q = shares(adapted[i], candidates, i, TAU_T), shares(student[i], candidates, i, TAU)
+        expected.append(
+            (1 + beta) * kl(p, q) + anchor * (1 - cosine(adapted[i], candidates.vectors[i]))
+        )
+    assert float(found) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_the_student_and_the_adapter_learn_from_their_own_terms():
+    """The student's gradient is that of the first term alone, the adapter's that of the others."""
+    candidates = some_candidates()
+    adapted = learned_adapter(0.1)(candidates.vectors[:ROWS]).detach()
+    temperatures = {"temperature": TAU, "teacher_temperature": TAU_T}
+
+    def gradients(anchor, beta):
+        student, moved = drawn().requires_grad_(), adapted.clone().requires_grad_()
+        adapter(student, candidates, moved, **temperatures, anchor=anchor, beta=beta).backward()
+        return student.grad, moved.grad
+
+    alone, nothing = gradients(0.0, 0.0)
+    assert nothing is None or float(nothing.abs().max()) == 0
+    ours, theirs = gradients(2.0, 0.5)
+    assert torch.allclose(ours, alone, atol=1e-7)
+    assert float(alone.abs().max()) > 1e-3
+    anchored, towards = gradients(2.0, 0.0)[1], gradients(0.0, 0.5)[1]
+    assert torch.allclose(theirs, anchored + towards, atol=1e-6)
+    assert float(anchored.abs().max()) > 1e-3
+    assert float(towards.abs().max()) > 1e-3
+
+
+def test_an_adapter_begins_at_the_teacher_and_learns_from_there():
+    candidates = some_candidates()
+    objectives = Objectives([PARAMS[-1]], dim=WIDTH)
+    teacher = 2 * candidates.vectors[:ROWS]
+    assert objectives.notes(teacher) == {"drift_adapter": pytest.approx(0, abs=1e-6)}
+    loss, _ = objectives({0.0: drawn()}, teacher, [candidates])
+    plain = relational(drawn(), candidates, temperature=TAU, teacher_temperature=TAU_T)
+    assert float(loss.detach()) == pytest.approx(1.5 * float(plain), rel=1e-5)
+    loss.backward()
+    assert float(objectives.learned["0"].up.grad.abs().max()) > 1e-4
+
+
+def test_speculative_is_skew_among_its_candidates():
+    student, candidates = drawn(), some_candidates()
+    (params,) = (params for params in PARAMS if params.name == "speculative")
+    loss, _ = Objectives([params])({0.0: student}, candidates.vectors[:ROWS], [candidates])
+    expected = skew(
+        student,
+        candidates,
+        temperature=TAU,
+        teacher_temperature=TAU_T,
+        alpha=0.1,
+        reverse=False,
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 def slow_decoupled(student, candidates, alpha):
@@ -274,6 +407,31 @@ PARAMS = [
     GramObjective(name="gram", weight=1.0, temperature=None),
     DiscoKdObjective(name="disco_kd", weight=1.0),
     MixesObjective(name="mixes", weight=1.0, centred=False, rows=2),
+    SpeculativeObjective(
+        name="speculative",
+        weight=1.0,
+        temperature=TAU,
+        teacher_temperature=TAU_T,
+        queue=1,
+        neighbours=1,
+        alpha=0.1,
+        proposals=1,
+        pool=1,
+        refresh_every=1,
+        threshold=0.0,
+    ),
+    AdapterObjective(
+        name="adapter",
+        weight=1.0,
+        temperature=TAU,
+        teacher_temperature=TAU_T,
+        queue=1,
+        neighbours=0,
+        rank=2,
+        anchor=1.0,
+        beta=0.5,
+        most_drift=0.01,
+    ),
 ]
 
 
@@ -293,7 +451,7 @@ def test_every_objective_teaches_vectors_to_become_the_teachers(params):
         params = params.model_copy(update={"teacher_temperature": TAU})
     teacher = candidates.vectors[:ROWS]
     given = None if params.name in WITHOUT_CANDIDATES else candidates
-    objectives = Objectives([params])
+    objectives = Objectives([params], dim=WIDTH)
     vectors = drawn(seed=3).requires_grad_()
     if params.name == "mixes":
         given = MixedBatch(vectors, teacher)
@@ -323,7 +481,7 @@ def test_those_that_a_rotation_leaves_alone_are_named(params):
         candidates = of_batch(candidates)
     teacher = candidates.vectors[:ROWS]
     given = None if params.name in WITHOUT_CANDIDATES else candidates
-    objectives = Objectives([params])
+    objectives = Objectives([params], dim=WIDTH)
     rotation, _ = torch.linalg.qr(drawn(seed=4).T @ drawn(seed=4) + torch.eye(WIDTH))
     ours, rotated = (
         float(objectives({params.deleted: vectors}, teacher, [given])[0].detach())
@@ -340,7 +498,7 @@ def test_disco_ckd_begins_at_a_scale_of_e_and_learns_it():
     candidates = some_candidates()
     loss, parts = objectives({0.0: drawn()}, candidates.vectors[:ROWS], [candidates])
     assert parts == [pytest.approx(float(ckd(drawn(), candidates, torch.tensor(math.e))))]
-    assert objectives.temperatures() == {"disco_ckd": pytest.approx(DISCO_TEMPERATURE)}
+    assert objectives.notes(drawn()) == {"temperature_disco_ckd": pytest.approx(DISCO_TEMPERATURE)}
     loss.backward()
     assert float(log_scale.grad) != 0
 

@@ -18,8 +18,8 @@ import pytest
 from storage.upkeep.inventory import take_inventory
 from tests.conftest import HashTeacher, sentences
 from tests.pipeline.test_upkeep import Tree, write_params
+from tests.processes import ADAPTER, HALF, SPECULATIVE, environment, furnish
 from tests.processes import COMMAND as TRAINING
-from tests.processes import HALF, environment, furnish
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,6 @@ def test_a_signal_ends_embed_soon_and_says_how_to_go_on(tmp_path, number, word, 
     assert teacher.texts_seen == texts - sum(entry.rows for entry in kept)
 
 
-KILLS = 20
 RECIPE = {
     "epochs": 2,
     "batch_size": 16,
@@ -115,43 +114,44 @@ RECIPE = {
     "precision": "fp32",
     "evaluate_every": 7,
     "patience": 50,
-    "objectives": [
-        {"name": "kd", "weight": 32.0, "centred": False},
-        {"name": "mixes", "weight": 32.0, "centred": True, "rows": 16},
-        {
-            "name": "ckd",
-            "weight": 1.0,
-            "temperature": 0.3,
-            "learnable_temperature": True,
-            "queue": 64,
-            "neighbours": 0,
-        },
-    ],
 }
+KD_MIXES_AND_CKD = [
+    {"name": "kd", "weight": 32.0, "centred": False},
+    {"name": "mixes", "weight": 32.0, "centred": True, "rows": 16},
+    {
+        "name": "ckd",
+        "weight": 1.0,
+        "temperature": 0.3,
+        "learnable_temperature": True,
+        "queue": 64,
+        "neighbours": 0,
+    },
+]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("start", "pretrain"), [(HALF, None), (HALF | {"passes": 2}, None), (HALF, {"share": 0.3})]
+    ("recipe", "changes", "start", "kills"),
+    [
+        ("both", {"objectives": KD_MIXES_AND_CKD}, HALF, 20),
+        ("both", {"objectives": KD_MIXES_AND_CKD}, HALF | {"passes": 2}, 20),
+        ("both", {"objectives": KD_MIXES_AND_CKD, "pretrain": {"share": 0.3}}, HALF, 20),
+        ("speculative", {"objectives": [SPECULATIVE]}, HALF, 10),
+        ("adapter", {"objectives": [ADAPTER]}, HALF, 10),
+    ],
 )
-def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(
-    tmp_path, tiny_model, start, pretrain
+def test_a_training_that_is_killed_many_times_ends_with_the_same_weights(
+    tmp_path, tiny_model, recipe, changes, start, kills
 ):
     """Anywhere: before a step, some steps after a checkpoint, or while a checkpoint is written."""
     root = tmp_path / "tree"
     root.mkdir()
-    furnish(
-        root,
-        tiny_model,
-        recipes={"both": RECIPE | {"pretrain": pretrain}},
-        finetune={},
-        start=start,
-    )
+    furnish(root, tiny_model, recipes={recipe: RECIPE | changes}, finetune={}, start=start)
 
     def train(**how):
         return subprocess.run(
-            [sys.executable, "-c", TRAINING, "distill", "both"],
+            [sys.executable, "-c", TRAINING, "distill", recipe],
             cwd=root,
             env=environment(log=tmp_path, **how),
             capture_output=True,
@@ -160,24 +160,24 @@ def test_a_training_that_is_killed_twenty_times_ends_with_the_same_weights(
         )
 
     def made():
-        files = ("models/both/model.safetensors", "reports/curves/both.csv")
+        files = (f"models/{recipe}/model.safetensors", f"reports/curves/{recipe}.csv")
         return [hashlib.sha256((root / file).read_bytes()).hexdigest() for file in files]
 
     ended = train(checkpoint_seconds=60.0)
     assert ended.returncode == 0, ended.stderr
     whole = made()
-    steps = json.loads((root / "reports/training/both.json").read_text())["steps"]
+    steps = json.loads((root / f"reports/training/{recipe}.json").read_text())["steps"]
     draw = np.random.default_rng(6)
     resumed = []
-    for step in sorted(draw.choice(np.arange(1, steps), size=KILLS, replace=False)):
+    for step in sorted(draw.choice(np.arange(1, steps), size=kills, replace=False)):
         when, seconds = ("step", 0.1) if draw.random() < 0.5 else ("checkpoint", 0.0)
         ended = train(checkpoint_seconds=seconds, die_at=f"{step} {when}")
         assert ended.returncode == -signal.SIGKILL, (step, when, ended.stderr)
         resumed += map(int, re.findall("going on at step ([0-9]+)", ended.stderr))
     assert made() == whole  # still those of the whole run
-    (root / "models/both/model.safetensors").unlink()
+    (root / f"models/{recipe}/model.safetensors").unlink()
     ended = train(checkpoint_seconds=0.1)
     assert ended.returncode == 0, ended.stderr
     assert made() == whole
-    assert len(resumed) >= KILLS // 2
+    assert len(resumed) >= kills // 2
     assert [*(root / "work").glob("*/step-*")] == []

@@ -253,11 +253,12 @@ def test_only_a_learnable_temperature_learns_and_it_stays_above_its_floor():
         (total + 0 * student.sum()).backward()
         (scale,) = objectives.parameters()
         assert (scale.grad is not None and float(scale.grad) != 0) == learnable
-        assert objectives.temperatures() == {"ckd": pytest.approx(0.1)}
+        assert objectives.notes(unit(2, 6)) == {"temperature_ckd": pytest.approx(0.1)}
         with torch.no_grad():
             scale.fill_(50.0)
         objectives.learned["0"].keep_in_bounds()
-        assert (objectives.temperatures()["ckd"] == pytest.approx(LEAST_TEMPERATURE)) == learnable
+        found = objectives.notes(unit(2, 6))["temperature_ckd"]
+        assert (found == pytest.approx(LEAST_TEMPERATURE)) == learnable
 
 
 @pytest.mark.parametrize("kind", ["ckd", "disco_ckd", "info_nce"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stages.learning import ranks
 from stages.learning.loop import make_optimizer, take_step
 from storage.errors import TeachonceError
-from tests.processes import COMMAND, HALF, environment, furnish
+from tests.processes import ADAPTER, COMMAND, HALF, SPECULATIVE, environment, furnish
 from tests.stages.test_distill import recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -50,6 +50,8 @@ MIXES = MIXED | {
 }
 DROPPED = MIXED | {"dropout": True}
 WARM = MIXED | {"pretrain": {"share": 0.5}}
+SPECULATES = MIXED | {"objectives": [SPECULATIVE]}
+ADAPTS = MIXED | {"objectives": [ADAPTER]}
 STALE = MIXED | {"learning_rate": 1e-12, "patience": 2}
 LABELLED = {
     "batch_size": 33,
@@ -84,7 +86,15 @@ class Trained:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("ranks")
-    recipes = {"mixed": MIXED, "mixes": MIXES, "warm": WARM, "dropped": DROPPED, "stale": STALE}
+    recipes = {
+        "mixed": MIXED,
+        "mixes": MIXES,
+        "warm": WARM,
+        "dropped": DROPPED,
+        "stale": STALE,
+        "speculative": SPECULATES,
+        "adapter": ADAPTS,
+    }
     furnish(root, tiny_model, recipes=recipes, finetune=LABELLED)
     return root
 
@@ -163,6 +173,16 @@ def test_two_ranks_distil_the_student_of_one(root, name):
     assert_one_voice(two)
     assert len(one.curve["step"]) == 6
     assert abs(one.curve["temperature_ckd"][-1] - 0.3) > 1e-3
+    assert_same(one, two, start=root / "models/start/half")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["speculative", "adapter"])
+def test_two_ranks_distil_the_student_of_one_from_an_objective_with_a_state(root, recipe):
+    two, one = (train(root, "distill", recipe, on=on) for on in (2, 1))
+    assert_one_voice(two)
+    note = {"speculative": "acceptance_speculative", "adapter": "drift_adapter"}[recipe]
+    assert one.curve[note][-1] > 0
     assert_same(one, two, start=root / "models/start/half")
 
 

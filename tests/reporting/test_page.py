@@ -508,6 +508,19 @@ def test_curves_of_one_score_share_a_picture(full):
     assert full.count('class="ring"') == 3  # step 350 of each run
 
 
+def test_what_a_run_noted_besides_its_losses_is_drawn_by_step(site):
+    site.fill()
+    rows = ["0,,0.58,0.0,,0.5", "50,0.3,0.8,0.0002,0.21,0.5", "100,0.1,0.9,0.0,0.34,0.6"]
+    head = "step,loss_skew,agreement,learning_rate,acceptance_skew,phi_skew"
+    site.trained("kd", "\n".join([head, *rows, ""]))
+    page = site.drawn()
+    assert re.findall(r'aria-label="((?:acceptance|phi) .*?)"', page) == [
+        "acceptance skew of kd: from 0.21 to 0.34",
+        "phi skew of kd: from 0.5 to 0.6",
+    ]
+    assert "<h3>kd <small>acceptance skew</small></h3>" in page
+
+
 def test_what_is_long_is_folded(full):
     pairs = full[full.index('<section id="disagreements">') : full.index('<section id="searches">')]
     searches = full[full.index('<section id="searches">') :]

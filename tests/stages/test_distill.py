@@ -38,6 +38,7 @@ from storage.negatives import Negatives, put_negatives
 from storage.split import Split
 from tests.conftest import HashTeacher, embed_params, make_tiny_model, sentences
 from tests.pipeline.test_upkeep import write_params
+from tests.processes import ADAPTER, SPECULATIVE
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # tiny tensors: threads that wait for each other only cost
@@ -306,6 +307,55 @@ def test_a_student_says_which_of_its_widths_serve_alone(world):
     # A model that was not trained here has no lineage.
     (root / "models/ckd/teachonce.json").unlink()
     assert here.widths("ckd") == ()
+
+
+@pytest.mark.slow
+def test_a_student_of_an_adapted_teacher_searches_the_index_of_the_teacher_itself(world):
+    """Held-out texts, read by the student, find themselves among the teacher's vectors of all texts."""
+    outcome = world.train(
+        recipe(epochs=8, learning_rate=5e-3, objectives=[ADAPTER | {"most_drift": 0.05}])
+    )
+    assert 0 < outcome.facts["drift_adapter"] <= 0.05
+    assert (
+        read_lineage(world.place.root / "student")["drift_adapter"]
+        == outcome.facts["drift_adapter"]
+    )
+    assert not [
+        name
+        for name in load_file(world.place.root / "student/model.safetensors")
+        if "learned" in name or "adapter" in name
+    ]
+    heldout = world.split.heldout_rows(world.corpus)
+    index = world.embeddings.rows_of(np.arange(400))
+    found = {}
+    for folder in (world.start, world.place.root / "student"):
+        model = load_model(folder, device=CPU)
+        vectors = model.encode([world.texts[row] for row in heldout], normalize_embeddings=True)
+        ranks = (vectors @ index.T > (vectors * index[heldout]).sum(axis=1)[:, None]).sum(axis=1)
+        found[folder.name] = float(np.median(ranks))
+    assert found["student"] <= 20
+    assert found["half"] > 100
+
+
+def test_the_curve_says_which_share_of_the_proposals_was_kept(world):
+    world.negatives = world.mine(world.embeddings.manifest.content, 30)
+    outcome = world.train(recipe(objectives=[SPECULATIVE]))
+    task = distill.prepare(
+        recipe(objectives=[SPECULATIVE]),
+        start=world.start,
+        caches=Caches(
+            world.corpus, world.embeddings, world.negatives, world.split, world.place.store
+        ),
+        device=CPU,
+    )
+    train_rows = world.split.train_rows(world.corpus)
+    assert np.array_equal(task.proposers.by_name["speculative"].train_rows, train_rows)
+    assert len(train_rows) < 400
+    rows = [row["acceptance_speculative"] for row in world.tracked]
+    assert rows[0] is None
+    assert all(0 <= row <= 1 for row in rows[1:])
+    best = [row["step"] for row in world.tracked].index(outcome.facts["best_step"])
+    assert outcome.facts["acceptance_speculative"] == rows[best]
 
 
 def test_what_is_saved_is_what_was_trained_projection_and_all(world, tmp_path):
@@ -697,9 +747,18 @@ class PowerCut(Exception):
     pass
 
 
-@pytest.mark.parametrize("dies_after", [1, 10, 26, 43])
-def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, dies_after):
-    params = recipe(objectives=CKD, dropout=True)
+@pytest.mark.parametrize(
+    ("objectives", "dies_after"),
+    [
+        *((CKD, step) for step in (1, 10, 26, 43)),
+        ([SPECULATIVE], 17),
+        ([ADAPTER], 26),
+    ],
+    ids=lambda value: value if isinstance(value, int) else value[0]["name"],
+)
+def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, objectives, dies_after):
+    world.negatives = world.mine(world.embeddings.manifest.content, 30)
+    params = recipe(objectives=objectives, dropout=True)
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     world.train(params, "whole")
     steps = 0
