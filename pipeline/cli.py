@@ -21,6 +21,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -281,6 +282,7 @@ def embed(
             mixes=here.at.mixes,
             engine=here.engine(),
             share=share,
+            journal=here.journal,
         ),
         as_json,
     )
@@ -528,12 +530,11 @@ def evaluate(
         )
         show(outcome, as_json)
         return
-    here.model_folder(model)  # it is loaded late; a model that was not made is said before all else
     show(
         run(
             here.params.evaluate,
             name=model,
-            load=partial(here.encoder, model),
+            load=here.loader_of(model),
             corpus=here.corpus(),
             embeddings=here.embeddings(),
             split=here.split(),
@@ -663,28 +664,35 @@ def search(
 
     Example: teachonce search "read a table from a text file" --model kd
     """
-    from stages.measuring.search import run
+    from stages.measuring.search import QueryEncoder, run
     from stages.params import TEACHER
 
     here = workspace()
-    folder = here.exported() if model is None else here.model_folder(model)
+    ends = ExitStack()
+    if model == TEACHER and here.params.embed.api_model is not None:
+        folder = Path(here.params.embed.teacher)
+        encoder: QueryEncoder = ends.enter_context(closing(here.api_teacher()))
+    else:
+        folder = here.exported() if model is None else here.model_folder(model)
+        encoder = here.load_encoder(folder, is_teacher=model == TEACHER)
     answer = partial(
         run,
         model=folder,
-        encoder=here.load_encoder(folder, is_teacher=model == TEACHER),
+        encoder=encoder,
         corpus=here.corpus(),
         embeddings=here.embeddings(),
         count=count,
     )
-    for asked in _lines_of_stdin() if query == "-" else [query]:
-        outcome = answer(asked)
-        if as_json:
-            show(outcome, as_json)
-            continue
-        for hit in outcome.facts["hits"]:
-            say(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
-        if query == "-":
-            say("")
+    with ends:
+        for asked in _lines_of_stdin() if query == "-" else [query]:
+            outcome = answer(asked)
+            if as_json:
+                show(outcome, as_json)
+                continue
+            for hit in outcome.facts["hits"]:
+                say(f"{hit['cosine']:.3f}  {shown(hit['text'])}")
+            if query == "-":
+                say("")
 
 
 @app.command(rich_help_panel=STORE)

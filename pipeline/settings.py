@@ -80,6 +80,9 @@ SENTENCES = {
 RENAMED = {"embed.prompt": "embed.prompts.text"}
 """Setting of an earlier version -> its name now."""
 
+SECRETIVE = {"embed.api.key_env", "embed.api.url"}
+"""Settings whose wrong values are not told: somebody may have written a key there."""
+
 WRONG = object()
 """In place of a value that is wrong; None may be right."""
 
@@ -282,6 +285,8 @@ def _address(location: tuple[int | str, ...]) -> str:
 
 
 def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    if _address(entry["loc"]) == "embed.api.key_env" and entry["type"] == "string_pattern_mismatch":
+        return "must be the name of an environment variable (A-Z, 0-9, _), never the key itself"
     problem: str = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "missing":
         return "is missing"
@@ -292,6 +297,8 @@ def _problem(entry: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
         return f"no such setting{f'; did you mean {close[0]}?' if close else ''}"
     if entry["type"] in SENTENCES:
         problem = SENTENCES[entry["type"]].format(**entry.get("ctx", {}))
+    if _address(entry["loc"]) in SECRETIVE:
+        return problem
     value = entry["input"]
     return problem if isinstance(value, dict) else f"{problem}, got {shown(repr(value))}"
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +35,20 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
+from storage.journal import Journal, Ledger
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.mixes import Mixes
 from storage.negatives import Negatives
 from storage.remote import Remote
-from storage.roles import Role
+from storage.roles import ROLES, Role
 from storage.split import Split
 from storage.store import Store
 
 if TYPE_CHECKING:
+    from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
+    from stages.teaching.api import ApiTeacher
+    from stages.teaching.api_texts import TextCounter
     from stages.teaching.interface import Encode, Engine
 
 
@@ -201,6 +205,8 @@ class Workspace:
         files = survey.teacher(params)["files"]
         if survey.problems:
             raise SettingsError(self.at.params.name, survey.problems)
+        if params.api_model is not None:
+            return files, self.load_teacher
         try:
             self._teacher_folder()
         except MissingError:
@@ -209,7 +215,66 @@ class Workspace:
 
     def load_teacher(self) -> Encode:
         """The teacher, ready to encode; also in a worker of another process or machine."""
+        if self.params.embed.api_model is not None:
+            return self.api_teacher(journal=self.journal)
         return self.encoder(TEACHER).as_teacher()
+
+    @cached_property
+    def journal(self) -> Journal | None:
+        """Where the answers of an API are kept until their shard is published; None for other teachers."""
+        return None if self.params.embed.api_model is None else Journal(self.store.root)
+
+    def api_teacher(self, *, for_sets: bool = False, journal: Journal | None = None) -> ApiTeacher:
+        """The teacher behind an API, ready to be asked.
+
+        Args:
+            for_sets: Whether it is to read texts of evaluation sets, to `evaluate.max_tokens`.
+            journal: Keeps its answers; None where they are kept otherwise, or not at all.
+
+        Raises:
+            TeachonceError: the key is not in the environment, or the tokenizer is not on this machine.
+        """
+        from stages.embed import recipe
+        from stages.teaching.api import ApiTeacher, ReadAs
+        from stages.teaching.api_budget import Purse
+        from stages.teaching.api_server import Server
+
+        params = self.params.embed
+        model, api = params.api_model, params.api
+        assert model is not None
+        ledger = Ledger(self.store.root, model)
+        purse = Purse(ledger, price=api.price_per_million_tokens, budget=api.budget)
+        teacher = fingerprint(recipe(params, self.teacher()[0]))
+        roles: dict[Role, ReadAs] = {
+            role: ReadAs(teacher, params.prompts.of(role), getattr(api.input_type, role))
+            for role in ROLES
+        }
+        return ApiTeacher(
+            Server(model, api, purse), self.text_counter(for_sets=for_sets), roles, journal
+        )
+
+    def loader_of(self, name: str) -> Callable[..., EvaluatedModel]:
+        """What loads a model to be evaluated. It is called late, so a model that was not made is said here.
+
+        Raises:
+            MissingError: it is not made yet.
+        """
+        if name == TEACHER and self.params.embed.api_model is not None:
+            return self.api_teacher
+        self.model_folder(name)
+        return partial(self.encoder, name)
+
+    def text_counter(self, *, for_sets: bool = False) -> TextCounter:
+        """What counts and cuts the texts of a teacher behind an API.
+
+        Raises:
+            TeachonceError: the tokenizer is not on this machine, or cannot be read.
+        """
+        from stages.teaching.api_texts import TextCounter, load_tokenizer
+
+        params = self.params.embed
+        longest = (self.params.evaluate.max_tokens if for_sets else None) or params.max_tokens
+        return TextCounter(load_tokenizer(params.api.tokenizer, self.at.root), longest)
 
     def engine(self) -> Engine:
         """Where the teacher runs."""

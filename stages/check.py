@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -37,7 +38,13 @@ from stages.models.config import (
     prompts_by_role,
     undecided,
 )
-from stages.models.folder import file_hashes, find_model, is_same_model, sha256_of
+from stages.models.folder import (
+    file_hashes,
+    find_model,
+    find_tokenizer,
+    is_same_model,
+    sha256_of,
+)
 from stages.models.processor import slow_precision
 from stages.outcome import Outcome, log, write_json
 from stages.params import (
@@ -54,7 +61,7 @@ from stages.params import (
     check_recipe_widths,
     larger_queues,
 )
-from stages.preflight import absent_packages, check_heldout, check_labels, other_fields
+from stages.preflight import absent_packages, api_notes, check_heldout, check_labels, other_fields
 from stages.reading import corpus_files, evaluation_sets
 from stages.reading.files import located, reading
 from stages.reading.lines import check_start
@@ -135,9 +142,10 @@ def run(
     prompts = _prompts_told(sections["embed"], survey.own_prompts)
     for role, told in prompts.items():
         log.info("check: before %s the teacher reads %s", NAMED[role], told)
-    slow = slow_precision(sections["embed"].precision, flags)
-    if slow is not None:
-        log.warning("check: %s", slow)
+    embed = sections["embed"]
+    slow = slow_precision(embed.precision, flags) if embed.api_model is None else None
+    for note in [slow] if slow is not None else api_notes(embed, os.environ):
+        log.warning("check: %s", note)
     write_json(out, sources)
     lines = [f"{stage}: {version_of(stage)}" for stage in VERSIONED]
     durable.replace(versions, ("\n".join(lines) + "\n").encode())
@@ -231,6 +239,8 @@ class Survey:
         declared = {"name": params.teacher, "revision": revision}
         if params.is_imported:
             return self._imported(declared)
+        if params.api_model is not None:
+            return self._behind_api(params, params.api_model)
         committed = self.committed.get("teacher", {})
         self.own_prompts = committed.get("prompts", {})  # of a teacher on another machine
         entry = self._entry("teacher", declared, lambda: self._teacher_files(params, revision))
@@ -360,6 +370,19 @@ class Survey:
             )
         )
         return {"declared": dict(declared), "files": {}}
+
+    def _behind_api(self, params: EmbedParams, model: str) -> Entry:
+        """The name of a model behind an API, and the hash of the tokenizer that cuts its texts."""
+        tokenizer = getattr(getattr(params, "api", None), "tokenizer", None)
+
+        def look() -> dict[str, str]:
+            files = {"api": model}
+            if tokenizer is not None:
+                file = find_tokenizer(tokenizer, root=self.root, address="embed.api.tokenizer")
+                files[file.name] = self.sha256(file)
+            return files
+
+        return self._entry("teacher", {"name": params.teacher, "tokenizer": tokenizer}, look)
 
     def _start(self, name: str, params: StartParams) -> Entry:
         """The entry of a start from a model of its own."""

@@ -27,6 +27,7 @@ from stages.teaching.interface import (
     NO_OUTPUT,
     Encode,
     Engine,
+    RefusedTextsError,
     Results,
     Task,
     TeacherOutput,
@@ -38,7 +39,8 @@ from stages.teaching.rounding import Rounding, rounding_summary
 from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
 from storage.corpus import Corpus
 from storage.embeddings import BadVectorsError, check_received, put_vectors
-from storage.errors import MissingError, StorageError, TeachonceError
+from storage.errors import MissingError, StorageError, TeachonceError, shown
+from storage.journal import Journal
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.probe import PROBE_TEXTS
 from storage.remote import Remote
@@ -50,6 +52,9 @@ VERSION = 1
 
 MAX_CONSECUTIVE_FAILURES = 8
 """Stop after this many consecutive failures: the cause is then the machine or the model, not some texts."""
+
+SHOWN_ROWS, SHOWN_CHARACTERS = 5, 40
+"""Refused rows that an error names, and how much of each text it shows."""
 
 DISK_MARGIN = 1.1
 """Free space demanded, as a multiple of the vectors' size: other programs and stages write there, too."""
@@ -88,7 +93,9 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     not by its name: a mirror or a moved folder is the same teacher. `batch_tokens` changes only the speed,
     `reuse` only last bits, so both are left out.
 
-    Imported vectors are identified by the name that the user gave them; every other setting is "unknown".
+    Imported vectors are identified by the name that the user gave them; every other setting is "unknown". A
+    model behind an API is identified by its name, by what it is asked for, and by the tokenizer that cuts
+    its texts, if one is named; never by its server.
     """
     if params.is_imported:
         unknown = ("model", "prompt", "pooling", "max_tokens", "precision")
@@ -97,6 +104,18 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
             "teacher": dict(files),
             **dict.fromkeys(unknown, "unknown"),
             "storage": params.storage,
+        }
+    if params.api_model is not None:
+        asked = {"dimensions": params.api.dimensions, "input_type": params.api.input_type.text}
+        return {
+            "version": VERSION,
+            "teacher": dict(files),
+            "prompt": params.prompts.of("text"),
+            "pooling": "unknown",
+            "precision": "unknown",
+            "storage": params.storage,
+            **{name: value for name, value in asked.items() if value is not None},
+            **({} if params.api.tokenizer is None else {"max_tokens": params.max_tokens}),
         }
     return {
         "version": VERSION,
@@ -139,6 +158,7 @@ def run(
     mixes: Path | None = None,
     engine: Engine = this_process,
     share: ShardSlice | None = None,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Embed the shards that neither the store nor the remote has, then write the manifests of all shards.
 
@@ -159,6 +179,7 @@ def run(
             none.
         engine: Runs the teacher: in this process, in a pool of processes, or on Ray.
         share: Embed only these shards, and write neither manifests nor counts; None for all.
+        journal: Where a teacher behind an API keeps answers that are in no published shard yet.
 
     Raises:
         MissingError: texts have no vectors and there is no teacher.
@@ -175,10 +196,11 @@ def run(
     if params.mixes:
         parts += [MixesPart(recipe_of_mixes, corpus, shard) for shard in of_slice]
     with Sharing(remote, store) as shared:
-        embed_run = _EmbedRun(params, corpus, store, shared, teacher, parts)
+        embed_run = _EmbedRun(params, corpus, store, shared, teacher, parts, journal)
         embed_run.fetch_from_remote()
         if embed_run.todo:
             embed_run.embed_missing(load_teacher, engine)
+        embed_run.forget_answers()
     if share is not None:
         return Outcome(
             stage=f"embed --shards {share}",
@@ -219,6 +241,7 @@ class _EmbedRun:
         shared: The connection to the remote.
         teacher: The teacher's fingerprint.
         parts: The objects of this run; below, a number is a place in this list.
+        journal: Keeps answers that are in no published shard yet; None for none.
     """
 
     def __init__(
@@ -229,9 +252,10 @@ class _EmbedRun:
         shared: Sharing,
         teacher: str,
         parts: Sequence[ShardPart],
+        journal: Journal | None,
     ) -> None:
         self.params, self.corpus, self.store, self.shared = params, corpus, store, shared
-        self.teacher, self.parts = teacher, parts
+        self.teacher, self.parts, self.journal = teacher, parts, journal
         self.keys = [part.key for part in parts]
         # Listed at the start: shards that others write meanwhile must not change the bytes of this run.
         stored_keys = store.keys(f"vectors/{teacher}") if params.reuse else []
@@ -297,6 +321,13 @@ class _EmbedRun:
         if self.failed:
             raise self._failure()
 
+    def forget_answers(self) -> None:
+        """Forget what a killed run was answered just before it published a shard."""
+        for shard in self.shards:
+            if self.journal is None or self.journal.is_empty(self.teacher):
+                return
+            self.journal.forget(self.teacher, self.parts[shard].text_keys())
+
     def summary(self) -> str:
         """Returns a sentence with the numbers of shards and texts."""
         embedded, encoded = len(self.embedded), sum(self.embedded.values())
@@ -349,6 +380,8 @@ class _EmbedRun:
         in_a_row = 0
         for shard, output in results:
             error = output if isinstance(output, TeachonceError) else None
+            if isinstance(error, RefusedTextsError):
+                error = self._with_rows(shard, error, reusable)
             if not isinstance(output, TeachonceError):
                 try:
                     self._publish(shard, output, reusable, progress)
@@ -385,12 +418,30 @@ class _EmbedRun:
             more=self.parts[shard].columns(),
         )
         self.shared.upload(entry)
+        if self.journal is not None:
+            self.journal.forget(self.teacher, self.parts[shard].text_keys())
         self.embedded[shard] = encoded
         self.tokens += self.store.facts(entry.key)["tokens"]
         progress.skip(copied)
         progress.advance(encoded, f"{self.tokens / progress.seconds:,.0f} tokens/s")
         if len(self.embedded) == 1:
             _check_space(self.store, entry, progress.total - progress.done)
+
+    def _with_rows(
+        self, shard: int, error: RefusedTextsError, reusable: ReusableVectors
+    ) -> TeachonceError:
+        """Returns the error with the row ids of the refused texts."""
+        texts_of = [entry.key for entry in self.corpus.objects]
+        first = self.corpus.starts[texts_of.index(self.parts[shard].texts)]
+        rows = first + reusable.missing_rows(shard)
+        texts = self.corpus.take(rows[list(error.problems)])
+        told = [
+            f"row {rows[place]} ({shown(text[:SHOWN_CHARACTERS])}): {why}"
+            for (place, why), text in zip(error.problems.items(), texts, strict=True)
+        ]
+        more = f"; and {len(told) - SHOWN_ROWS} more" if len(told) > SHOWN_ROWS else ""
+        problem = f"{len(told)} texts are refused: {'; '.join(told[:SHOWN_ROWS])}{more}"
+        return TeachonceError(error.where, problem, error.cure)
 
     def _failure(self) -> FailedShardsError:
         failed = sorted(self.failed.items())
@@ -443,10 +494,12 @@ class _EmbedRun:
         check_teacher(
             lambda _: probe_output.vectors,
             teacher=self.teacher,
-            precision=self.params.precision,
+            # Nobody knows in which a server computes, and one that serves many reads batches of all sorts.
+            precision=self.params.precision if self.params.api_model is None else "bf16",
             storage=self.params.storage,
             store=self.store,
             shared=self.shared,
+            behind_api=self.params.api_model is not None,
         )
 
     def _no_teacher_for(self, shards: list[int]) -> MissingError:

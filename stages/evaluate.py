@@ -33,6 +33,7 @@ from stages.reading.evaluation_sets import (
     read_sts,
     sts_files,
 )
+from stages.teaching.interface import Closes
 from stages.vectors import (
     MOST_ROWS,
     bootstrap_agreement,
@@ -139,18 +140,21 @@ def run(
             name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
         )
         set_metrics = {**measure_sts(name, encoder, sts, cuts), **set_metrics}
+        _close(encoder)
         del encoder
     encoder = load(for_sets=False)
     likeness, shown_details = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
-    copies = encoder.copied_parameters
     metrics: dict[str, Fact] = {
         **set_metrics,
         **likeness,
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
-        "parameters": encoder.parameters,
-        **({"parameters_in_file": encoder.parameters + copies} if copies else {}),
-        "megabytes": round(encoder.megabytes, 3),
+        **_size(encoder),
     }
+    if "device" not in metrics:
+        left_out.append(
+            "speed and size: the model is behind an API, whose speed is not the model's alone"
+        )
+    _close(encoder)
     if name == TEACHER:
         write_documents(documents, indexed, teacher=teacher, as_read=as_read)
     write_json(details, {**shown_details, "searches": searches or shown_details["searches"]})
@@ -213,11 +217,29 @@ def _measure_speed(
     log.info("evaluate: %s, speed on %s texts, in turns with a fixed workload", name, f"{count:,}")
     texts = corpus.take(evenly(heldout if len(heldout) >= count else np.arange(corpus.rows), count))
     speed = encoder.speed(texts)
+    if speed is None:
+        return {}
     return {
         "sentences_per_second": float(f"{speed.texts_per_second:.4g}"),
         "texts_per_reference": float(f"{speed.texts_per_reference:.4g}"),
         "device": speed.device,
     }
+
+
+def _size(encoder: EvaluatedModel) -> dict[str, Fact]:
+    if encoder.parameters is None or encoder.megabytes is None:
+        return {}
+    copies = encoder.copied_parameters
+    return {
+        "parameters": encoder.parameters,
+        **({"parameters_in_file": encoder.parameters + copies} if copies else {}),
+        "megabytes": round(encoder.megabytes, 3),
+    }
+
+
+def _close(encoder: EvaluatedModel) -> None:
+    if isinstance(encoder, Closes):
+        encoder.close()
 
 
 def _left_out(
@@ -263,5 +285,6 @@ def _summary(name: str, metrics: dict[str, Fact], left_out: Sequence[str]) -> st
     ]
     if "fidelity.spearman" in metrics:
         parts.append(f"{metrics['fidelity.spearman']:.3f} rank correlation with the teacher")
-    parts.append(f"{metrics['sentences_per_second']:,} sentences/s on {metrics['device']}")
+    if "device" in metrics:
+        parts.append(f"{metrics['sentences_per_second']:,} sentences/s on {metrics['device']}")
     return "; left out: ".join([f"{name}: {', '.join(parts)}", *left_out])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -40,7 +41,7 @@ Temperature = Annotated[float, Field(ge=0.001, le=10)]
 LEAST_TEMPERATURE = 0.01
 """A learned temperature may not fall below this: logits of 100 x cosine, as in CLIP."""
 
-PREFIXES = ("dataset:", "package:", "imported:")
+PREFIXES = ("dataset:", "package:", "imported:", "api:")
 """Prefixes of values that are no plain path."""
 
 REMOTE_URLS = ("s3", "s3a", "file", "memory")
@@ -100,7 +101,7 @@ ModelPlace = Annotated[
         lambda value: path_problem(
             value,
             "name a folder, or a hub name such as org/model; "
-            "vectors that a server made are taken by `teachonce import`",
+            "a model behind an API is api:MODEL, and its server stands in embed.api.url",
         )
     ),
 ]
@@ -110,6 +111,7 @@ Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "we
 
 TEACHER = "teacher"
 IMPORTED = "imported:"
+API = "api:"
 FINETUNED = "-finetuned"
 START_FOLDER = "start"
 
@@ -173,10 +175,63 @@ class PromptsParams(Section):
         return (self.text or "") if own is None else own
 
 
+def _url_problem(value: str) -> str | None:
+    """Returns why a value is no address of a server; the value is not told, since a key may stand in it."""
+    parts = urlsplit(value)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        return "no address of a server, such as https://host/v1"
+    if parts.username is not None or parts.password is not None:
+        return (
+            "an address with a name or a password in it: put the key into the variable of key_env"
+        )
+    if {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - {"api-version"}:
+        return (
+            "an address with more than api-version behind its ?: put the key into that of key_env"
+        )
+    return None
+
+
+class InputTypeParams(Section):
+    """What the field `input_type` says of the texts of each role; Cohere and Voyage have such a field."""
+
+    text: Text | None  # null: no such field is sent
+    query: Text | None
+    document: Text | None
+
+
+class ApiParams(Section):
+    """A server that speaks OpenAI's /v1/embeddings. What changes no vector here is speed and money only."""
+
+    url: Annotated[Text, _refusing(_url_problem)] | None  # null: the teacher is not behind an API
+    key_env: (
+        Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")] | None
+    )  # of the environment; null: the server asks for no key
+    dimensions: PositiveInt | None  # asked of the model; null: as many as it has
+    input_type: InputTypeParams
+    tokenizer: ModelPlace | None  # that counts and cuts texts; null: none does
+    batch_texts: Annotated[int, Field(ge=1, le=4096)]  # of a request, at most
+    concurrency: Annotated[int, Field(ge=1, le=256)]  # requests at the same time
+    requests_per_minute: PositiveFloat | None
+    tokens_per_minute: PositiveFloat | None
+    price_per_million_tokens: Annotated[float, Field(ge=0)] | None
+    budget: PositiveFloat | None  # in the currency of the price
+    timeout: PositiveFloat  # seconds, for a whole answer
+
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.budget is not None and not self.price_per_million_tokens:
+            raise ValueError(
+                f"budget ({self.budget:g}) is money: write price_per_million_tokens beside it"
+            )
+        return self
+
+
 class EmbedParams(Section):
     """Corpus -> the teacher's vectors."""
 
-    teacher: ModelPlace  # hub name, folder, package:<module>/<path>, or imported:<any name>
+    teacher: (
+        ModelPlace  # hub name, folder, package:<module>/<path>, imported:<any name>, or api:<model>
+    )
     revision: Text | None  # of a hub name
     pooling: Pooling | None  # of a model without modules.json; null: that file decides
     prompts: PromptsParams
@@ -192,6 +247,12 @@ class EmbedParams(Section):
     reuse: bool  # last bits only: copy vectors of texts that stand in older shards
     batch_tokens: PositiveInt | Literal["auto"]  # speed only
     mixes: Annotated[float, Field(ge=0, le=1)]  # of two texts, for each text; 0: none
+    api: ApiParams  # of a teacher behind an API alone
+
+    @property
+    def api_model(self) -> str | None:
+        """The name of a model behind an API; None for any other teacher."""
+        return self.teacher.removeprefix(API) if self.teacher.startswith(API) else None
 
     @property
     def is_imported(self) -> bool:
@@ -577,6 +638,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_cut_imports(sections.get("embed")),
         *_unreadable_mixes(sections.get("embed")),
         *_unmade_mixes(sections),
+        *_not_of_an_api(sections),
         *_two_poolings(sections.get("starts", {}), sections.get("embed")),
     ]
 
@@ -715,16 +777,48 @@ def _unmade_mixes(sections: Sections) -> list[Problem]:
     ]
 
 
+def _not_of_an_api(sections: Sections) -> list[Problem]:
+    """What a teacher behind an API needs, and settings that it cannot have: the server decides these."""
+    embed = sections.get("embed")
+    teacher = getattr(embed, "teacher", "")
+    if not teacher.startswith(API):
+        return []
+    wrong = []
+    if not teacher.removeprefix(API):
+        wrong.append(("embed.teacher", f"{API} names no model: write {API}MODEL"))
+    if getattr(getattr(embed, "api", None), "url", "") is None:
+        wrong.append(("embed.api.url", f"null, but {teacher} is behind an API: name its server"))
+    engine = sections.get("engine", "this_process")
+    if engine != "this_process":
+        problem = "but a server reads the texts: set this_process, and embed.api.concurrency for"
+        wrong.append(("engine", f"{engine}, {problem} more requests at the same time"))
+    cures = {
+        "revision": (None, "name the version in embed.teacher, if the server has several"),
+        "pooling": (None, "the server pools: set it to null"),
+        "dim": (None, "set it to null, and ask the model for fewer by embed.api.dimensions"),
+        "long_texts": ("cut", "a server reads no windows: set it to cut"),
+        "trust_remote_code": (False, "no code is loaded: set it to false"),
+        "mixes": (0, "a server reads texts alone: set it to 0"),
+    }
+    for name, (only, cure) in cures.items():
+        value = getattr(embed, name, only)
+        if value != only:
+            wrong.append((f"embed.{name}", f"{value}, but the teacher is behind an API: {cure}"))
+    return wrong
+
+
 def _starts_of_nobody(
     starts: Mapping[str, StartParams], embed: EmbedParams | None
 ) -> list[Problem]:
-    """Imported vectors have no layers."""
-    if not getattr(embed, "teacher", "").startswith(IMPORTED):
+    """Imported vectors have no layers, and a server does not hand out its model's."""
+    teacher = getattr(embed, "teacher", "")
+    if not teacher.startswith((IMPORTED, API)):
         return []
+    what = "imported vectors" if teacher.startswith(IMPORTED) else "a model behind an API"
     return [
         (
             f"starts.{name}.from",
-            "teacher, but embed.teacher stands for imported vectors: name the model to start from",
+            f"teacher, but embed.teacher stands for {what}: name the model to start from",
         )
         for name, start in starts.items()
         if start.from_ == TEACHER

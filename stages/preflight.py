@@ -5,7 +5,7 @@ Small sources are read whole, since they alone can have too few rows; of others 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from stages.params import (
     DOCS_PAIR,
     DOCS_TEXT,
     LEAST_HELDOUT,
+    EmbedParams,
     FinetuneParams,
     Problem,
     Sections,
@@ -74,6 +75,31 @@ def absent_packages(sections: Sections) -> Iterator[TeachonceError]:
             check_onnx()
         except TeachonceError as error:
             yield error
+
+
+def api_notes(params: EmbedParams, environment: Mapping[str, str]) -> Iterator[str]:
+    """What a teacher behind an API will lack on this machine, or do slowly.
+
+    Args:
+        params: The settings `embed`.
+        environment: Should have the key.
+    """
+    if params.api_model is None:
+        return
+    variable = params.api.key_env
+    if variable is not None and not environment.get(variable):
+        yield (
+            f"embed.api.key_env: ${variable} is not set here, so nothing can be embedded; what is in the "
+            "store needs no key"
+        )
+    if params.api.tokenizer is None:
+        yield (
+            f"embed.api.tokenizer: null, so a text of more than {params.max_tokens:,} bytes "
+            "(embed.max_tokens) is asked for alone, and refused if the server counts so many tokens; set "
+            "embed.max_tokens to what the model reads at most, or name its tokenizer"
+        )
+    if params.api.budget is None:
+        yield "embed.api.budget: null, so nothing ends a pass that costs more than you thought"
 
 
 def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:

@@ -1,11 +1,12 @@
 """The one door for writes: a file is whole or absent, and what was reported written survives.
 
-Two ways to write, and no third:
+Three ways to write, and no fourth:
 
 - `publish` makes an immutable file (an object of the store). Whoever links it first wins.
 - `replace` and `replace_folder` change something mutable in the work tree in one step.
+- `append` adds to the end of a file whose reader finds out what was not written whole (storage/journal.py).
 
-Both write a scratch file beside the target, flush it to the disk, give it its final name and flush
+The first two write a scratch file beside the target, flush it to the disk, give it its final name and flush
 the folder. A failed flush is never retried: Linux reports a lost page once and then calls it clean,
 so the scratch file is thrown away and the caller starts it again.
 
@@ -189,6 +190,29 @@ def replace(path: Path, content: bytes) -> None:
         os.fsync(sink.fileno())
         scratch.replace(path)
         _flush(path.parent)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Add `content` to the end of the file `path`, which is made if it is not there.
+
+    A crash, or an error, may leave a part of it: whoever reads the file must find that out.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    _make_folder(path.parent)
+    with named(path, "writing"):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            is_new = os.fstat(descriptor).st_size == 0
+            while content:
+                content = content[os.write(descriptor, content) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_new:
+            _flush(path.parent)
 
 
 @contextmanager

@@ -17,6 +17,10 @@ The whole tree; the exit code is 1 where none is given:
   - BadVectorsError: NaN, Inf or zero, or too large or small to be stored (storage/embeddings.py)
   - DriftedTeacherError: the teacher returns other vectors than its cache has (stages/teaching/drift.py)
   - FailedShardsError: some shards could not be embedded; the others are published (stages/embed.py)
+  - StoppedTeacherError: the teacher cannot go on, whatever it is given (stages/teaching/interface.py)
+    - BudgetError: the next request could pass the budget (stages/teaching/api_budget.py)
+  - RefusedTextsError: the teacher refuses some of its texts (stages/teaching/interface.py)
+  - RefusedRequestError: a server refuses a request for its texts (stages/teaching/api_server.py)
 """
 
 from __future__ import annotations

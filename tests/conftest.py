@@ -112,6 +112,20 @@ def embed_params(**changes):
             "trust_remote_code": False,
             "reuse": True,
             "batch_tokens": 512,
+            "api": {
+                "url": None,
+                "key_env": None,
+                "dimensions": None,
+                "input_type": {"text": None, "query": None, "document": None},
+                "tokenizer": None,
+                "batch_texts": 64,
+                "concurrency": 4,
+                "requests_per_minute": None,
+                "tokens_per_minute": None,
+                "price_per_million_tokens": None,
+                "budget": None,
+                "timeout": 60,
+            },
         }
         | changes
     )

@@ -86,7 +86,7 @@ def run(
         made=root,
         summary=(
             f"{len(orphans):,} objects that no ref names, {_size(orphans)}, "
-            f"{len(scratch)} scratch files of dead writers"
+            f"{len(scratch)} scratch files and API answers of dead writers"
             + (f", {len(inventory.quarantine)} files in quarantine" if quarantine else "")
             + (
                 f": deleted, {_size(doomed)} freed"

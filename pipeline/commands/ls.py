@@ -90,6 +90,7 @@ def run(root: Path) -> Outcome:
                 {"where": e.where, "said": e.problem, "cure": e.cure} for e in unreadable
             ],
             "scratch": sizes_of(inventory.scratch),
+            "answers": sizes_of(inventory.answers),
             "aside": sizes_of(inventory.aside),
             "quarantine": sizes_of(inventory.quarantine),
             "foreign": sizes_of(inventory.foreign),
@@ -120,6 +121,9 @@ def lines(facts: Facts) -> Iterator[str]:
     yield from some(
         f"taken away by a gc that runs or was killed: {name}" for name in facts["aside"]
     )
+    if facts["answers"]:
+        size = bytes_of(sum(facts["answers"].values()))
+        yield f"paid answers of an API, in no shard yet: {size}; `teachonce embed` uses them"
     yield from other_lines(facts)
 
 

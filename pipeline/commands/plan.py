@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -23,6 +23,8 @@ from stages import embed, mine
 from stages.outcome import Facts, Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER
 from stages.reading.evaluation_sets import beir_folder, read_beir
+from stages.teaching.api_price import price_of
+from stages.teaching.api_texts import PROBE_CHARACTERS
 from stages.teaching.reuse import ReusableVectors
 from stages.teaching.sharing import lacking_shards
 from stages.vectors import MOST_ROWS
@@ -30,12 +32,15 @@ from storage import embeddings, negatives
 from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.errors import MissingError, TeachonceError
+from storage.journal import Ledger
 from storage.manifest import Manifest, fingerprint
+from storage.probe import PROBE_TEXTS
 from storage.split import Split
 from storage.store import Store
 
 SAMPLE = 16_384  # texts of a sample, at most: as many vectors as the queue of most recipes holds
 OBJECT_BYTES = 1100  # of an Arrow file beside its rows
+UNKNOWN_WIDTH = "the width of the model's vectors is not known: set embed.api.dimensions"
 
 
 def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
@@ -46,8 +51,11 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     """
     plan = Plan(here, here.corpus(), seconds, seed)
     vectors = plan.embed()
-    with tempfile.TemporaryDirectory(prefix="teachonce-plan-") as scratch:
-        plan.distill(plan.mine(vectors, Store(Path(scratch))))
+    if vectors is None:
+        plan.not_planned["mine, distill"] = UNKNOWN_WIDTH
+    else:
+        with tempfile.TemporaryDirectory(prefix="teachonce-plan-") as scratch:
+            plan.distill(plan.mine(vectors, Store(Path(scratch))))
     for stage, do in (("finetune", plan.finetune), ("evaluate", plan.evaluate)):
         try:
             do()
@@ -76,8 +84,11 @@ class Plan:
         self.facts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         self.counted, self.measured, self.extrapolated, self.not_planned = self.facts.values()
 
-    def embed(self) -> NDArray[Any]:
-        """Plan what neither store nor remote has; returns (m, dim) some vectors of the teacher."""
+    def embed(self) -> NDArray[Any] | None:
+        """Plan what neither store nor remote has; returns (m, dim) some vectors of the teacher.
+
+        They are random for a model behind an API that was never asked, and None if their width is unknown.
+        """
         importing = seconds_of(partial(import_module, "stages.models.encoder"))  # embed does, too
         from stages.models.devices import pick_device
         from stages.models.speed import rate_of
@@ -100,6 +111,8 @@ class Plan:
         if len(new) and load_teacher is None:
             why = f"{len(shards)} shards are to embed, and it is not here to be measured"
             raise MissingError("embed.teacher", why, "run `teachonce plan` where the teacher is")
+        if len(new) and params.api_model is not None:
+            return self._embed_by_api(teacher, new, rows, len(shards), stored)
         if len(new):
             load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])
             at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)
@@ -115,6 +128,42 @@ class Plan:
             raise MissingError("plan", "all vectors are on the remote", cure)
         size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
         self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
+        return vectors
+
+    def _embed_by_api(
+        self, teacher: str, new: NDArray[np.int64], rows: int, shards: int, stored: Sequence[str]
+    ) -> NDArray[Any] | None:
+        """Plan tokens and money; nothing is asked. How fast a server answers is not known."""
+        params, journal = self.params.embed, self.here.journal
+        assert params.api_model is not None and journal is not None
+        keys = (
+            [] if journal.is_empty(teacher) else [k.tobytes() for k in self.corpus.text_keys[new]]
+        )
+        is_kept = np.zeros(len(new), bool)
+        is_kept[: len(keys)] = [journal.find(teacher, key) is not None for key in keys]
+        asked, kept = new[~is_kept], int(is_kept.sum())
+        counter = self.here.text_counter()
+        do = partial(price_of, counter=counter, prompt=params.prompts.of("text"), params=params.api)
+        price = do(self.corpus.take(self.draw(asked)[:SAMPLE]), len(asked))
+        probes = do([text[:PROBE_CHARACTERS] for text in PROBE_TEXTS], len(PROBE_TEXTS))
+        spent = Ledger(self.here.store.root, params.api_model).total()
+        at = {"tokens": price.tokens, "requests": price.requests, "how": price.how}
+        at |= {"probe_tokens": probes.tokens, "texts_kept": kept, "tokens_spent": spent}
+        if price.cost is not None and probes.cost is not None:
+            at["price"] = price.cost + probes.cost
+        self.counted["api"] = at
+        if not price.seconds:
+            self.not_planned["embed"] = "how fast the server answers is not known"
+        dim = params.api.dimensions
+        if stored:
+            vectors = embeddings.vectors_of(self.here.store.glance(stored[0]))
+        elif dim is None:
+            return None
+        else:
+            vectors = np.random.default_rng(0).standard_normal((MOST_ROWS, dim), np.float32)
+        size = rows * embeddings.row_bytes(vectors.shape[1], params.storage) + shards * OBJECT_BYTES
+        if price.seconds:
+            self.extrapolated["embed"] = {"seconds": price.seconds, "bytes": size}
         return vectors
 
     def mine(self, vectors: NDArray[Any], store: Store) -> Caches:
@@ -203,7 +252,11 @@ class Plan:
 
         params, root = self.params, self.here.at.root
         models = {TEACHER: [TEACHER]} if TEACHER in self.measured else {}
-        if not models:
+        if not models and params.embed.api_model is not None:
+            self.not_planned["evaluate teacher"] = (
+                "the server is asked for the evaluation sets, too"
+            )
+        elif not models:
             self.not_planned["evaluate teacher"] = "not measured, since there is nothing to embed"
         for name, student in params.students.items():
             if f"distill {name}" in self.measured:
@@ -242,9 +295,28 @@ def lines(facts: Facts) -> Iterator[str]:
             ("teacher, texts/s", f"{at['texts_per_second']:,.1f}", known),
             ("teacher, to load", f"{at['load_seconds']:.1f} s", "measured"),
         ]
+    if at := counted.get("api"):
+        rows += _lines_of_api(at)
     for what, took in facts["extrapolated"].items():
         size = f", {took['bytes'] / 1e6:,.1f} MB on disk" if "bytes" in took else ""
         steps = f", {took['steps']:,} steps if it is not stopped early" if "steps" in took else ""
         rows.append((what, clock(took["seconds"]), f"extrapolated{size}{steps}"))
     rows += [(what, "?", why) for what, why in facts["not_planned"].items()]
     return (f"{what:<28}{value:>18}  {known}" for what, value, known in rows)
+
+
+def _lines_of_api(at: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if at["texts_kept"]:
+        yield "paid, not yet in a shard", f"{at['texts_kept']:,}", "counted; not asked for again"
+    yield "tokens to pay", f"{at['tokens']:,}", f"{at['how']}, in {at['requests']:,} requests"
+    yield (
+        "tokens of the probe texts",
+        f"{at['probe_tokens']:,}",
+        "asked for at the start of each run",
+    )
+    if "price" in at:
+        yield "price", f"{at['price']:,.4f}", "by embed.api.price_per_million_tokens"
+    else:
+        yield "price", "?", "set embed.api.price_per_million_tokens"
+    if at["tokens_spent"]:
+        yield "tokens paid before", f"{at['tokens_spent']:,}", "in all runs of this model"

@@ -206,6 +206,7 @@ def _remake_vectors(workspace: Workspace, manifests: Manifests, of_kind: dict[Ki
         facts=workspace.at.stage_facts("embed"),
         mixes=workspace.at.mixes,
         engine=workspace.engine(),
+        journal=workspace.journal,
     )
 
 

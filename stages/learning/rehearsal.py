@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from stages.learning.loop import TrainingSetup, make_optimizer, take_step
+from stages.models.config import CHARACTERS
 from stages.outcome import seconds_of
 from stages.params import TrainingParams
 from stages.vectors import unit
@@ -23,9 +24,6 @@ from storage.store import Store
 
 WARM_STEPS, MOST_STEPS = 2, 50
 """Of a measurement: 2 that are not counted, and at most 50 that are."""
-
-CHARACTERS = 4
-"""Of a token, in most languages that are written in letters."""
 
 
 def random_caches(

@@ -57,19 +57,19 @@ class EvaluatedModel(Protocol):
     """A model that can be evaluated."""
 
     @property
-    def parameters(self) -> int:
-        """Number of weights; one that several layers share counts once."""
+    def parameters(self) -> int | None:
+        """Number of weights; one that several layers share counts once. None if unknown."""
 
     @property
     def copied_parameters(self) -> int:
         """How many more numbers its file has: copies of weights that layers share."""
 
     @property
-    def megabytes(self) -> float:
-        """Size of the weights on the disk, in 10^6 bytes."""
+    def megabytes(self) -> float | None:
+        """Size of the weights on the disk, in 10^6 bytes; None if unknown."""
 
-    def speed(self, texts: Sequence[str]) -> Speed:
-        """Measure the speed of encoding texts of the role `text`."""
+    def speed(self, texts: Sequence[str]) -> Speed | None:
+        """Measure the speed of encoding texts of the role `text`; None if it would not be the model's."""
 
     @property
     def in_windows(self) -> bool:

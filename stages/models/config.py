@@ -43,6 +43,9 @@ These are the names that sentence-transformers' `encode_document` looks for; but
 empty `document` in every model, so that it puts nothing before the documents of one that says `passage`.
 """
 
+CHARACTERS = 4
+"""Of a token, in most languages that are written in letters."""
+
 LEAST_ROOM = 4
 """Tokens of a text that must be read behind a prompt, as embed.max_tokens must be 4 at least."""
 

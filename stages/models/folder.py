@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from stages.params import IMPORTED
+from stages.params import API, IMPORTED
 from stages.reading.files import is_regular, located
 from storage import regular
 from storage.errors import MissingError, TeachonceError, shown
@@ -33,6 +33,7 @@ READ_PATTERNS = [
     *("*.codes", "*.spm", "*.tiktoken", "*.tokenizer"),  # of PhoBERT, Marian, Qwen, ProphetNet
 ]
 MODULES = "modules.json"
+TOKENIZER = "tokenizer.json"
 PICKLED_WEIGHTS = "pytorch_model*.bin"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TRANSFORMER = "Transformer"
@@ -92,12 +93,18 @@ def find_model(
 
     Raises:
         MissingError: it is not, or not as a whole, on this machine and cannot be fetched, or it stands for
-            imported vectors.
+            imported vectors or a model behind an API.
     """
     if name.startswith(IMPORTED):
         raise MissingError(
             address,
             f"{shown(name)} stands for imported vectors, and these cannot read texts",
+            "name a model there, or do it with a student",
+        )
+    if name.startswith(API):
+        raise MissingError(
+            address,
+            f"{shown(name)} stands for a model behind an API, which has no folder",
             "name a model there, or do it with a student",
         )
     if name.startswith(PACKAGE):
@@ -110,6 +117,38 @@ def find_model(
             address, f"no folder {shown(name)}", "put the model there, or mend the path"
         )
     return _hub_folder(name, revision, address, pooling)
+
+
+def find_tokenizer(name: str, *, root: Path, address: str) -> Path:
+    """Returns the tokenizer.json of a model, named as `find_model` takes it; no other file is needed.
+
+    Raises:
+        MissingError: it is not on this machine and cannot be fetched.
+    """
+    if name.startswith(PACKAGE):
+        folder = _package_folder(name.removeprefix(PACKAGE), address)
+    else:
+        folder = located(name, root, address)
+    if folder.is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+        raise MissingError(
+            address,
+            f"no {TOKENIZER} in {shown(name)}",
+            "name a folder or a model of the hub with one",
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, TOKENIZER))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise MissingError(
+            address,
+            f"the {TOKENIZER} of {shown(name)} is not in the local hub cache, and cannot be fetched "
+            f"({shown(error)})",
+            "name a folder that has it, or fetch it where the hub can be reached",
+        ) from None
 
 
 def _package_folder(name: str, address: str) -> Path:

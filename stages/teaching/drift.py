@@ -41,6 +41,17 @@ MOST_STRETCH: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.01}
 
 SHOWN_CHARACTERS = 40
 
+OTHER_VECTORS = "the teacher gives other vectors than those recorded there when its cache was begun"
+OTHER_MACHINE_CURE = (
+    "likely another version of torch or transformers, another driver, kernel or device: run it as the "
+    "cache was made (`teachonce ls` says by whom and where), or point `store` and `remote` elsewhere to "
+    "begin a new cache"
+)
+NEW_MODEL_CURE = (
+    "likely another model behind the same name: if the server has a name for the old version, write that "
+    "one into embed.teacher, or point `store` and `remote` elsewhere to begin a new cache"
+)
+
 
 class DriftedTeacherError(TeachonceError):
     """The teacher returns other vectors than those of its cache."""
@@ -54,6 +65,7 @@ def check_teacher(
     storage: str,
     store: Store,
     shared: Sharing,
+    behind_api: bool = False,
 ) -> None:
     """Compare the teacher's vectors of the probe texts with the recorded ones, or record them.
 
@@ -67,6 +79,7 @@ def check_teacher(
         storage: The setting `embed.storage`; vectors are compared after this rounding.
         store: The store of the record.
         shared: The connection to the remote.
+        behind_api: Whether it is behind an API, so that no other machine or version explains the change.
 
     Raises:
         DriftedTeacherError: a probe text's vector is out of tolerance.
@@ -96,14 +109,19 @@ def check_teacher(
         drift = describe_drift(vectors_of(batch), as_read(vectors, storage), precision=precision)
     except BadVectorsError as error:
         drift = error.problem
+    if drift is not None and behind_api:
+        raise DriftedTeacherError(
+            path,
+            f"the server gives other vectors than those recorded there when the cache was begun: {drift}; "
+            "nothing was stored",
+            NEW_MODEL_CURE,
+        )
     if drift is not None:
         raise DriftedTeacherError(
             path,
             "the teacher gives other vectors than those recorded there when its cache was begun: "
             f"{drift}; nothing was stored",
-            "likely another version of torch or transformers, another driver, kernel or device: run it as "
-            "the cache was made (`teachonce ls` says by whom and where), or point `store` and `remote` "
-            "elsewhere to begin a new cache",
+            OTHER_MACHINE_CURE,
         )
 
 

@@ -8,7 +8,7 @@ and losing one loses nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,6 +23,25 @@ from storage.errors import TeachonceError
 from storage.mixes import MixedTexts
 from storage.probe import PROBE_TEXTS
 from storage.roles import Role
+
+
+class StoppedTeacherError(TeachonceError):
+    """The teacher cannot go on, whatever it is given: the run ends, and not the shard alone."""
+
+
+class RefusedTextsError(TeachonceError):
+    """The teacher refuses some of the texts that it was given.
+
+    Args:
+        where: The teacher.
+        problems: Place of a text among those given -> why.
+        cure: As for every error.
+    """
+
+    def __init__(self, where: str, problems: Mapping[int, str], cure: str) -> None:
+        self.problems = dict(problems)
+        first = next(iter(self.problems.values()))
+        super().__init__(where, f"refuses {len(self.problems)} texts; the first: {first}", cure)
 
 
 class TeacherOutput(Protocol):
@@ -69,6 +88,14 @@ class ReadsMixes(Protocol):
 
     def encode_mixed(self, mixed: MixedTexts, /) -> TeacherOutput:
         """Encode n mixes."""
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """An `Encode` that has something to end, such as connections."""
+
+    def close(self) -> None:
+        """Called once, after the last text, also of a run that failed or was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -174,14 +201,21 @@ class LoadedTeacher:
         return self.encode.encode_mixed(mixed)
 
     def close(self) -> None:
-        """Wait until all begun texts are tokenised."""
+        """Wait until all begun texts are tokenised, and close a teacher that `Closes`."""
         self._reader.shutdown()
+        if isinstance(self.encode, Closes):
+            self.encode.close()
 
 
 def output_or_error(encode: Callable[[], TeacherOutput]) -> PlainOutput | TeachonceError:
-    """Encode a batch; returns the output, or the `TeachonceError` that was raised. Others are raised."""
+    """Encode a batch; returns the output, or the `TeachonceError` that was raised.
+
+    Others are raised, and a `StoppedTeacherError`, which ends the run.
+    """
     try:
         output = encode()
+    except StoppedTeacherError:
+        raise
     except TeachonceError as error:
         return error
     return PlainOutput(output.vectors, output.whole, output.tokens, output.truncated)

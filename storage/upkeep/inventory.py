@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage import durable, holders, trash
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.holders import MAX_BYTES, REF_PATTERN, REFS
+from storage.journal import ANSWERS_PATTERN, JOURNAL, SPENT_PATTERN
 from storage.manifest import Manifest
 from storage.probe import probe_key
 from storage.store import KEY_PATTERN, digest
@@ -125,6 +126,7 @@ class Inventory:
     Args:
         objects: Files whose name is a key.
         scratch: Scratch files of living or dead writers.
+        answers: Paid answers of an API that stand in no published shard yet.
         aside: Objects that a running or killed gc has taken away and not yet deleted.
         marks: Files that each mark a gc that has begun and not ended.
         quarantine: Objects that `repair` moved away; a folder counts as one.
@@ -133,6 +135,7 @@ class Inventory:
 
     objects: tuple[File, ...]
     scratch: tuple[File, ...]
+    answers: tuple[File, ...]
     aside: tuple[File, ...]
     marks: tuple[File, ...]
     quarantine: tuple[File, ...]
@@ -158,7 +161,7 @@ def take_inventory(root: Path) -> Inventory:
     return Inventory(
         *(
             tuple(sorted(kinds[kind], key=lambda file: file.name))
-            for kind in ("object", "scratch", "aside", "mark", QUARANTINE, "foreign")
+            for kind in ("object", "scratch", "answers", "aside", "mark", QUARANTINE, "foreign")
         )
     )
 
@@ -199,12 +202,20 @@ def _kind(name: str, mode: int) -> str:
         return "object"
     if (key := key_aside(name)) and re.fullmatch(KEY_PATTERN, key):
         return "aside"
+    if folder.partition("/")[0] == JOURNAL:
+        return _kind_in_journal(name)
     scratch = re.fullmatch(durable.SCRATCH_PATTERN, last)
     if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):
         return "scratch"
     if folder == trash.MARKS and re.fullmatch(trash.ID_PATTERN, last):
         return "mark"
     return "ref" if folder == REFS and not last.startswith(".") else "foreign"
+
+
+def _kind_in_journal(name: str) -> str:
+    if re.fullmatch(ANSWERS_PATTERN, name):
+        return "answers"
+    return "ledger" if re.fullmatch(SPENT_PATTERN, name) else "foreign"
 
 
 def key_aside(name: str) -> str | None:
@@ -352,8 +363,8 @@ class Sweep:
 
     Args:
         orphans: Objects that no ref keeps, to be deleted.
-        young: Such objects in a folder that may be in use, to be kept.
-        scratch: Scratch files of dead writers, to be deleted.
+        young: Such objects, and answers of an API, in a folder that may be in use, to be kept.
+        scratch: Scratch files of dead writers, and answers that no run has asked for, to be deleted.
         live: Scratch files of writers that may be alive, to be kept.
     """
 
@@ -383,13 +394,16 @@ def plan_sweep(inventory: Inventory, refs: Sequence[Ref], *, now: float, grace: 
     """
     unnamed = orphans(inventory.objects, refs)
     newest: dict[str, float] = defaultdict(float)
-    for file in (*unnamed, *inventory.scratch):
+    for file in (*unnamed, *inventory.scratch, *inventory.answers):
         newest[file.folder] = max(newest[file.folder], file.written)
     # A file of the future (another machine's clock) is a young one too, unless none is spared.
     spared = {folder for folder, written in newest.items() if grace and now - written < grace}
     return Sweep(
         orphans=tuple(file for file in unnamed if file.folder not in spared),
-        young=tuple(file for file in unnamed if file.folder in spared),
-        scratch=tuple(file for file in inventory.scratch if now - file.written >= DAY),
+        young=tuple(file for file in (*unnamed, *inventory.answers) if file.folder in spared),
+        scratch=(
+            *(file for file in inventory.scratch if now - file.written >= DAY),
+            *(file for file in inventory.answers if file.folder not in spared),
+        ),
         live=tuple(file for file in inventory.scratch if now - file.written < DAY),
     )

@@ -1677,7 +1677,7 @@ def test_a_setting_that_may_be_a_number_or_a_word_is_named_by_its_own_name(tmp_p
         (
             "embed.teacher",
             "a URL, where a path on this machine is wanted: name a folder, or a hub name such as "
-            "org/model; vectors that a server made are taken by `teachonce import`, got 'http://localhost:8000/v1'",
+            "org/model; a model behind an API is api:MODEL, and its server stands in embed.api.url, got 'http://localhost:8000/v1'",
         ),
         ("workers", "must be a whole number, or must be 'auto', got 'many'"),
     ]
