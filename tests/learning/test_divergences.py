@@ -484,7 +484,13 @@ def test_those_that_a_rotation_leaves_alone_are_named(params):
     objectives = Objectives([params], dim=WIDTH)
     rotation, _ = torch.linalg.qr(drawn(seed=4).T @ drawn(seed=4) + torch.eye(WIDTH))
     ours, rotated = (
-        float(objectives({params.deleted: vectors}, teacher, [given])[0].detach())
+        float(
+            objectives(
+                {params.deleted: vectors},
+                teacher,
+                [MixedBatch(vectors, teacher) if params.name == "mixes" else given],
+            )[0].detach()
+        )
         for vectors in (drawn(seed=3), drawn(seed=3) @ rotation)
     )
     assert (ours == pytest.approx(rotated, rel=1e-4)) == (params.name in SIMILARITIES_ONLY)
