@@ -1,6 +1,7 @@
 """Layers are taken out of any family, and what cannot read as before without the others is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -241,3 +242,72 @@ def test_layers_that_are_all_of_them_in_their_order_leave_the_model_as_it_is(ber
     model = make_start(bert, [0, 1, 2, 3], tmp_path / "all")
     own = load_model(bert, device=CPU).encode(TEXTS)
     assert np.allclose(model.encode(TEXTS), own, atol=1e-6)
+
+
+CONFIGURATION = """
+from transformers import PretrainedConfig
+class MineConfig(PretrainedConfig):
+    model_type = "mine"
+    def __init__(self, num_hidden_layers=4, hidden_size=32, vocab_size=200, **others):
+        self.num_hidden_layers, self.hidden_size = num_hidden_layers, hidden_size
+        self.vocab_size = vocab_size
+        super().__init__(**others)
+        self.scales = [1.0 + layer for layer in range(num_hidden_layers)]
+"""
+MODELING = """
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from .configuration_mine import MineConfig
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(config.hidden_size, config.hidden_size), config.scales[layer]
+    def forward(self, states):
+        return states + self.scale * self.inner(states)
+class MineModel(PreTrainedModel):
+    config_class = MineConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList([Block(config, n) for n in range(config.num_hidden_layers)])
+        self.post_init()
+    def get_input_embeddings(self):
+        return self.words
+    def forward(self, input_ids=None, attention_mask=None, **others):
+        states = self.words(input_ids)
+        for block in self.blocks:
+            states = block(states)
+        return BaseModelOutput(last_hidden_state=states)
+"""
+
+
+def test_a_model_that_counts_its_layers_anew_when_it_is_loaded_is_refused(bert, tmp_path):
+    """In memory the cut is right; its maker's configuration makes another of it."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(bert, tmp_path / "mine")
+    (folder / "configuration_mine.py").write_text(CONFIGURATION)
+    (folder / "modeling_mine.py").write_text(MODELING)
+    classes = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModel": "modeling_mine.MineModel",
+    }
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": classes}))
+    draw = torch.Generator().manual_seed(0)
+    weights = {"words.weight": torch.randn(200, 32, generator=draw)}
+    for layer in range(4):
+        weights[f"blocks.{layer}.inner.weight"] = torch.randn(32, 32, generator=draw)
+        weights[f"blocks.{layer}.inner.bias"] = torch.randn(32, generator=draw)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def cut(layers):
+        params = StartParams.model_validate({"from": "teacher", "layers": layers})
+        out = tmp_path / f"start-{layers[-1]}"
+        start.run(params, name="half", folder=folder, trust_remote_code=True, out=out)
+
+    cut([0, 1])
+    said = r"whole model: saved and loaded again, scales of layer 3 is 2.0, not 4.0"
+    with pytest.raises(TeachonceError, match=said):
+        cut([0, 3])
+    assert not (tmp_path / "start-3").exists()
