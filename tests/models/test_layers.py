@@ -172,16 +172,6 @@ def test_a_model_without_one_list_of_layers_is_refused_by_name(kind, tokenizer, 
     assert "set layers: null" in cure
 
 
-def test_the_experts_of_a_layer_are_no_layers(tokenizer, tmp_path):
-    """As many of them as there are layers, in a list in each layer."""
-    family = FAMILIES["Llama"].with_settings(
-        num_local_experts=4, num_experts_per_tok=1, moe_intermediate_size=16
-    )
-    folder = make_family(tmp_path / "m", tokenizer, family)
-    half = make_start(folder, [0, 2], tmp_path / "half")
-    assert len(half[0].auto_model.layers) == 2
-
-
 def spoil_weight(body):
     blocks(body)[1].mlp.Wo.weight.data *= 1.01
 
