@@ -72,7 +72,7 @@ class Pretraining(nn.Module):
             raise TeachonceError(
                 "recipes.*.pretrain",
                 "the mined neighbours of most rows are fewer than two, or equally near",
-                "set mine.neighbours to 2 or more, or take pretrain out of the recipe",
+                "set mine.neighbours to 2 or more, raise mine.max_score, or take pretrain away",
             )
         slopes = torch.tensor(SLOPES) / self.median
         self.head = nn.Linear(2 * dim, len(SLOPES))

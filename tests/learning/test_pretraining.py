@@ -87,7 +87,7 @@ def test_lists_without_two_neighbours_are_refused(lists):
         pretraining(lists)
     assert str(error.value) == (
         "recipes.*.pretrain: the mined neighbours of most rows are fewer than two, or equally near\n"
-        "  cure: set mine.neighbours to 2 or more, or take pretrain out of the recipe"
+        "  cure: set mine.neighbours to 2 or more, raise mine.max_score, or take pretrain away"
     )
 
 
