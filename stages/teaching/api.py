@@ -235,8 +235,16 @@ class ApiTeacher:
             )
             self._learn(ready, reply.tokens)
             tokens = self._tokens_of(ready, reply.tokens)
-            if journal is not None:
-                journal.keep(read_as.teacher, keys, reply.vectors, tokens)
+            vectors = reply.vectors
+            usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+            kept = range(len(places)) if not pending.is_judged else np.flatnonzero(usable).tolist()
+            if journal is not None and kept:
+                journal.keep(
+                    read_as.teacher,
+                    [keys[row] for row in kept],
+                    vectors[kept],
+                    [tokens[row] for row in kept],
+                )
         except StorageError as error:
             # What cannot be kept would be paid for again.
             raise self._stopped_by(
@@ -244,7 +252,15 @@ class ApiTeacher:
             ) from error
         except StoppedTeacherError as error:
             raise self._stopped_by(error) from None
-        self._take(pending, places, reply.vectors, tokens)
+        for row in kept:
+            self._take(pending, [places[row]], vectors[row][None], [tokens[row]])
+        for row in sorted(set(range(len(places))) - set(kept)):
+            if len(places) == 1:
+                pending.refused[places[0]] = (
+                    "the server's vector has NaN, null, infinity or only zeros"
+                )
+            else:  # it may be a matter of the texts beside it
+                self._ask(pending, [places[row]], [keys[row]], read_as, journal)
 
     def _stopped_by(self, error: StoppedTeacherError) -> StoppedTeacherError:
         """Let no further request begin; returns the first error that ended the run."""

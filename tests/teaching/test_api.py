@@ -190,6 +190,29 @@ MISDEEDS = {
 }
 
 
+@pytest.mark.parametrize("value", [float("nan"), None, 0.0], ids=["NaN", "null", "zeros"])
+def test_a_text_without_a_vector_is_refused_by_its_row_and_asked_for_twice(place, value):
+    texts = sentences(40)
+    corpus, server = place.corpus(texts), EmbeddingServer(encodings=("float",))
+    plain = server.answer
+
+    def answer(asked):
+        status, reply = plain(asked)
+        if status == 200 and texts[21] in asked["input"]:
+            reply = with_vector(reply, asked["input"].index(texts[21]), [value] * 16)
+        return status, reply
+
+    server.answer = answer
+    with (
+        behind(server, place) as run,
+        pytest.raises(
+            FailedShardsError, match=r"1 texts are refused: row 21 .*NaN, null, infinity"
+        ),
+    ):
+        run(corpus)
+    assert server.texts == dict.fromkeys(texts, 1) | {texts[21]: 2}
+
+
 @pytest.mark.parametrize("misdeed", sorted(MISDEEDS))
 def test_what_passes_is_borne_and_each_vector_is_its_texts(place, misdeed):
     texts = sentences(64)
