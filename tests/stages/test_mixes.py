@@ -7,6 +7,7 @@ import torch
 
 from stages import distill, embed
 from stages.embed import FailedShardsError, ShardSlice
+from stages.learning import loop
 from stages.learning.mixed_rows import MixedRows
 from stages.models.encoder import Encoder
 from storage.caches import Caches
@@ -286,3 +287,41 @@ def test_too_few_mixes_are_refused(world):
         TeachonceError, match=r"0 mixes of training rows are too few \(2 at least\)"
     ):
         MixedRows(world.mixes, world.task().tokens, train=np.arange(1), seed=0)
+
+
+def test_a_training_on_mixes_that_died_twice_ends_with_the_same_weights(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    plain_step, dies_at = loop.take_step, []
+
+    def step(*args):
+        if args[4] in dies_at:
+            dies_at.remove(args[4])
+            raise KeyboardInterrupt
+        return plain_step(*args)
+
+    monkeypatch.setattr(loop, "take_step", step)
+
+    def train(name):
+        distill.run(
+            recipe(objectives=OBJECTIVES, batch_size=48, dropout=True),
+            name="student",
+            start=world.model,
+            caches=world.caches(),
+            device=CPU,
+            work=tmp_path / "work",
+            out=tmp_path / name,
+            curve=tmp_path / f"{name}.csv",
+            training=tmp_path / f"{name}.json",
+            track=lambda _: None,
+        )
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = train("whole")
+    dies_at += [1, 3]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train("killed")
+    assert train("killed") == whole
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
