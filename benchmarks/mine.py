@@ -199,6 +199,7 @@ def ours(stored, k, device, clock):
         min_score=None,
         index="flat",
         min_recall=0.95,
+        among={"text": "text", "query": "document", "document": "document"},
         memory_mb=1024,
     )
     keys = np.frombuffer(draw_keys(len(rows)), "V16")

@@ -109,7 +109,7 @@ def made_caches(store, texts, params, rows_per_shard):
     corpus = Corpus(store, Manifest(kind="corpus", recipe={}, parent=None, objects=objects))
     draw = np.random.default_rng(0)
     entries = []
-    for shard, key in enumerate(embed.keys_of(fingerprint({}), corpus)):
+    for shard, key in enumerate(embed.keys_of({"text": fingerprint({})}, corpus)):
         keys = corpus.text_keys[slice(*corpus.starts[shard : shard + 2])]
         vectors = draw.standard_normal((len(keys), DIM), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

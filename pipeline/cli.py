@@ -269,11 +269,12 @@ def embed(
     share = None if shards is None else _share(shards)
     here = workspace()
     files, load_teacher = here.teacher()
+    corpus = here.corpus()
     show(
         run(
-            here.params.embed,
+            here.embed_params(corpus),
             files=files,
-            corpus=here.corpus(),
+            corpus=corpus,
             store=here.store,
             remote=here.remote(),
             load_teacher=load_teacher,

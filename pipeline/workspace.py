@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.layout import Layout
 from pipeline.settings import load_params, store_folder
-from stages.check import Survey, read_sources
-from stages.models.config import NAMED, own_prompts, prompts_by_role, undecided
+from stages.check import Survey, read_sources, reads_texts
+from stages.models.config import NAMED, own_prompts, prompts_by_role, undecided, with_prompts
 from stages.models.folder import find_model
 from stages.models.lineage import leaves_teacher_space, read_lineage
 from stages.outcome import log, write_json
@@ -25,6 +25,7 @@ from stages.params import (
     MODEL_NAME,
     START_FOLDER,
     TEACHER,
+    EmbedParams,
     Params,
     RecipeParams,
     SettingsError,
@@ -196,7 +197,7 @@ class Workspace:
         """
         params = self.params.embed
         survey = Survey(
-            {},
+            {"shard": self.params.shard, "evaluate": self.params.evaluate},
             root=self.at.root,
             raw=self.at.raw,
             memory=self.at.hashes,
@@ -212,6 +213,20 @@ class Workspace:
         except MissingError:
             return files, None
         return files, self.load_teacher
+
+    def embed_params(self, corpus: Corpus) -> EmbedParams:
+        """The settings `embed`, with the model's own prompts for the roles of a corpus in them.
+
+        Where the teacher is on another machine, its prompts are those that `check` noted there.
+        """
+        params = self.params.embed
+        if params.is_imported or corpus.roles == ("text",):
+            return params
+        try:
+            own: Mapping[str, str] = own_prompts(self._teacher_folder(), "embed.teacher")
+        except MissingError:
+            own = read_sources(self.at.sources).get("teacher", {}).get("prompts", {})
+        return with_prompts(params, own)
 
     def load_teacher(self) -> Encode:
         """The teacher, ready to encode; also in a worker of another process or machine."""
@@ -392,7 +407,8 @@ class Workspace:
         slow = slow_precision(params.precision, cpu_flags()) if device.type == "cpu" else None
         if slow is not None:
             log.warning(slow)
-        for error in undecided(folder, params) if is_teacher else ():
+        asked = reads_texts({"shard": self.params.shard, "evaluate": self.params.evaluate})
+        for error in undecided(folder, params, reads_texts=asked) if is_teacher else ():
             raise error
         in_windows = params.long_texts == "windows" and is_teacher
         reads_more = for_sets and not in_windows

@@ -159,6 +159,12 @@ def run(
     )
 
 
+def reads_texts(sections: Mapping[str, Any]) -> bool:
+    """Whether the teacher reads texts of the role `text`: of the corpus, or of STS sets."""
+    roles: Collection[str] = getattr(sections.get("shard"), "roles", ("text",))
+    return "text" in roles or bool(getattr(sections.get("evaluate"), "sts", ()))
+
+
 def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str]:
     """What the teacher reads before the texts of each role, and what says so; empty if that is nothing."""
     if params.is_imported:
@@ -264,7 +270,7 @@ class Survey:
         files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
         trusted = bool(getattr(params, "trust_remote_code", False))
         self._ask(partial(check_code, folder, trusted=trusted, address=address))
-        for error in undecided(folder, params):
+        for error in undecided(folder, params, reads_texts=reads_texts(self.sections)):
             self._report(error)
         if hasattr(params, "max_tokens"):
             self._ask_length(params.max_tokens, folder, "embed.max_tokens", "the teacher")
@@ -403,10 +409,12 @@ class Survey:
         return self._entry("starts", {"name": params.from_}, files, committed=committed)
 
     def _shard(self, params: ShardParams) -> Entry:
-        declared = {"sources": list(params.sources), "field": params.field}
+        sources = [one if isinstance(one, str) else one.model_dump() for one in params.sources]
+        declared = {"sources": sources, "field": params.field}
         address = "shard.sources"
-        outside = [one for one in params.sources if not self._is_made_here(one, address)]
-        all_outside = len(outside) == len(params.sources)
+        patterns = [one if isinstance(one, str) else one.files for one in params.sources]
+        outside = [one for one in patterns if not self._is_made_here(one, address)]
+        all_outside = len(outside) == len(patterns)
         self.problems += other_fields(self.sections, texts=not all_outside, pairs=False)
 
         def look() -> list[Path]:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stages.teaching.interface import (
     NO_OUTPUT,
     Encode,
     Engine,
+    LoadedTeacher,
     RefusedTextsError,
     Results,
     Task,
@@ -38,12 +40,13 @@ from stages.teaching.reuse import ReusableVectors
 from stages.teaching.rounding import Rounding, rounding_summary
 from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
 from storage.corpus import Corpus
-from storage.embeddings import BadVectorsError, check_received, put_vectors
+from storage.embeddings import BadVectorsError, check_received, fingerprints, put_vectors
 from storage.errors import MissingError, StorageError, TeachonceError, shown
 from storage.journal import Journal
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.probe import PROBE_TEXTS
 from storage.remote import Remote
+from storage.roles import Role
 from storage.store import Accept, Header, Object, Store
 
 # Raise it only if a change of code moves the vectors of the probe texts out of tolerance (drift.py): a new
@@ -86,8 +89,10 @@ class FailedShardsError(TeachonceError):
     """Some shards could not be embedded; the others are published."""
 
 
-def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the settings that change the vectors.
+def recipe(
+    params: EmbedParams, files: Mapping[str, str], roles: Sequence[Role] = ("text",)
+) -> dict[str, Any]:
+    """Returns the settings that change the vectors; `fingerprints` says what is made of them.
 
     The teacher is identified by the hashes of its files (weights, tokenizer, pooling, normalisation),
     not by its name: a mirror or a moved folder is the same teacher. `batch_tokens` changes only the speed,
@@ -96,6 +101,11 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     Imported vectors are identified by the name that the user gave them; every other setting is "unknown". A
     model behind an API is identified by its name, by what it is asked for, and by the tokenizer that cuts
     its texts, if one is named; never by its server.
+
+    Args:
+        params: The settings `embed`, with the model's own prompts in them.
+        files: File name -> sha256 of the teacher's files.
+        roles: The roles of the corpus.
     """
     if params.is_imported:
         unknown = ("model", "prompt", "pooling", "max_tokens", "precision")
@@ -120,7 +130,11 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "teacher": dict(files),
-        "prompt": params.prompts.of("text"),
+        **(
+            {"prompt": params.prompts.of("text")}
+            if tuple(roles) == ("text",)
+            else {"prompts": {role: params.prompts.of(role) for role in roles}}
+        ),
         "max_tokens": params.max_tokens,
         "precision": params.precision,
         "storage": params.storage,
@@ -132,17 +146,21 @@ def recipe(params: EmbedParams, files: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def recipes(params: EmbedParams, files: Mapping[str, str]) -> dict[Kind, dict[str, Any]]:
+def recipes(
+    params: EmbedParams, files: Mapping[str, str], roles: Sequence[Role] = ("text",)
+) -> dict[Kind, dict[str, Any]]:
     """Returns the recipe of the vectors and that of the mixes, which is empty if there are to be none."""
-    of_vectors = recipe(params, files)
+    of_vectors = recipe(params, files, roles)
     mixes = mixes_recipe(of_vectors, params.mixes) if params.mixes else {}
     return {"embeddings": of_vectors, "mixes": mixes}
 
 
-def keys_of(teacher: str, corpus: Corpus) -> list[str]:
-    """Returns the key of each shard's vectors, for the fingerprint of a teacher."""
-    shards = range(len(corpus.objects))
-    return [f"vectors/{teacher}/{corpus.shard_digest(shard)}.arrow" for shard in shards]
+def keys_of(teachers: Mapping[Role, str], corpus: Corpus) -> list[str]:
+    """Returns the key of each shard's vectors, for the `fingerprints` of a teacher."""
+    return [
+        f"vectors/{teachers[corpus.role_of(shard)]}/{corpus.shard_digest(shard)}.arrow"
+        for shard in range(len(corpus.objects))
+    ]
 
 
 def run(
@@ -189,14 +207,17 @@ def run(
         StorageError: the vectors do not fit on the disk; raised before the teacher is loaded if the store
             has one of its shards, else after the first.
     """
-    teacher_recipe, recipe_of_mixes = recipes(params, files).values()
+    teacher_recipe, recipe_of_mixes = recipes(params, files, corpus.roles).values()
+    teachers = fingerprints(teacher_recipe, corpus.roles)
     teacher = fingerprint(teacher_recipe)
     of_slice = (share or ShardSlice(1, 1)).of(len(corpus.objects))
-    parts: list[ShardPart] = [TextsPart(teacher, corpus, shard) for shard in of_slice]
+    parts: list[ShardPart] = [
+        TextsPart(teachers[corpus.role_of(shard)], corpus, shard) for shard in of_slice
+    ]
     if params.mixes:
         parts += [MixesPart(recipe_of_mixes, corpus, shard) for shard in of_slice]
     with Sharing(remote, store) as shared:
-        embed_run = _EmbedRun(params, corpus, store, shared, teacher, parts, journal)
+        embed_run = _EmbedRun(params, corpus, store, shared, teachers, parts, journal)
         embed_run.fetch_from_remote()
         if embed_run.todo:
             embed_run.embed_missing(load_teacher, engine)
@@ -204,7 +225,7 @@ def run(
     if share is not None:
         return Outcome(
             stage=f"embed --shards {share}",
-            made=store.root / "vectors" / teacher,
+            made=store.root / "vectors" / teachers[corpus.roles[0]],
             summary=f"{embed_run.summary()}; no manifest yet: `teachonce embed` writes it when all "
             f"{share.count} shares are done",
             facts={**embed_run.facts(), "share": str(share), "fingerprint": teacher},
@@ -239,7 +260,7 @@ class _EmbedRun:
         corpus: The texts.
         store: The store for the vectors.
         shared: The connection to the remote.
-        teacher: The teacher's fingerprint.
+        teachers: The teacher's fingerprint for each role of the corpus.
         parts: The objects of this run; below, a number is a place in this list.
         journal: Keeps answers that are in no published shard yet; None for none.
     """
@@ -250,16 +271,17 @@ class _EmbedRun:
         corpus: Corpus,
         store: Store,
         shared: Sharing,
-        teacher: str,
+        teachers: Mapping[Role, str],
         parts: Sequence[ShardPart],
         journal: Journal | None,
     ) -> None:
         self.params, self.corpus, self.store, self.shared = params, corpus, store, shared
-        self.teacher, self.parts, self.journal = teacher, parts, journal
+        self.teachers, self.parts, self.journal = teachers, parts, journal
         self.keys = [part.key for part in parts]
         # Listed at the start: shards that others write meanwhile must not change the bytes of this run.
-        stored_keys = store.keys(f"vectors/{teacher}") if params.reuse else []
-        self.older_keys = sorted(set(stored_keys) - set(keys_of(teacher, corpus)))
+        folders = {f"vectors/{teacher}" for teacher in teachers.values()} if params.reuse else ()
+        stored_keys = [key for folder in folders for key in store.keys(folder)]
+        self.older_keys = sorted(set(stored_keys) - set(keys_of(teachers, corpus)))
         self.shards = range(len(parts))
         cached = {shard: store.find(self.keys[shard]) for shard in self.shards}
         self.cached = [entry for entry in cached.values() if entry is not None]
@@ -309,7 +331,9 @@ class _EmbedRun:
                 for shard in self._still_missing(with_new_texts, progress)
             )
             # Closed on every way out, Ctrl-C included, so that no worker outlives the run.
-            with closing(engine(load_teacher, tasks, self._admit)) as results:
+            roles = {self.parts[shard].role for shard in with_new_texts}
+            load = partial(LoadedTeacher.load, load_teacher, sorted(roles))
+            with closing(engine(load, tasks, self._admit)) as results:
                 self._publish_all(results, reusable, progress)
         log.info(
             "embed: %s texts in %.0f s, %.0f texts/s, %.0f tokens/s",
@@ -324,9 +348,11 @@ class _EmbedRun:
     def forget_answers(self) -> None:
         """Forget what a killed run was answered just before it published a shard."""
         for shard in self.shards:
-            if self.journal is None or self.journal.is_empty(self.teacher):
+            if self.journal is None or self.journal.is_empty(self.teachers[self.parts[shard].role]):
                 return
-            self.journal.forget(self.teacher, self.parts[shard].text_keys())
+            self.journal.forget(
+                self.teachers[self.parts[shard].role], self.parts[shard].text_keys()
+            )
 
     def summary(self) -> str:
         """Returns a sentence with the numbers of shards and texts."""
@@ -369,7 +395,8 @@ class _EmbedRun:
 
     def _task(self, shard: int, reusable: ReusableVectors) -> Task:
         """Returns the texts of a shard that have no vector yet."""
-        return Task(shard, self.parts[shard].inputs(reusable.missing_rows(shard)))
+        part = self.parts[shard]
+        return Task(shard, part.inputs(reusable.missing_rows(shard)), part.role)
 
     def _publish_all(self, results: Results, reusable: ReusableVectors, progress: Progress) -> None:
         """Publish the outputs; errors of failed shards are collected.
@@ -419,7 +446,9 @@ class _EmbedRun:
         )
         self.shared.upload(entry)
         if self.journal is not None:
-            self.journal.forget(self.teacher, self.parts[shard].text_keys())
+            self.journal.forget(
+                self.teachers[self.parts[shard].role], self.parts[shard].text_keys()
+            )
         self.embedded[shard] = encoded
         self.tokens += self.store.facts(entry.key)["tokens"]
         progress.skip(copied)
@@ -484,16 +513,20 @@ class _EmbedRun:
     def _count_texts(self, shards: Sequence[int]) -> int:
         return sum(self.parts[shard].rows for shard in shards)
 
-    def _admit(self, probe_output: TeacherOutput) -> None:
-        """Check a loaded teacher by its output for the probe texts.
+    def _admit(self, probe_outputs: Mapping[Role, TeacherOutput]) -> None:
+        """Check a loaded teacher by its output for the probe texts in each role.
 
         Raises:
             DriftedTeacherError: its vectors differ from those recorded when the cache was begun.
         """
-        _check_contract(probe_output, len(PROBE_TEXTS))
+        for role, output in probe_outputs.items():
+            self._check_probes(role, output)
+
+    def _check_probes(self, role: Role, output: TeacherOutput) -> None:
+        _check_contract(output, len(PROBE_TEXTS))
         check_teacher(
-            lambda _: probe_output.vectors,
-            teacher=self.teacher,
+            lambda _: output.vectors,
+            teacher=self.teachers[role],
             # Nobody knows in which a server computes, and one that serves many reads batches of all sorts.
             precision=self.params.precision if self.params.api_model is None else "bf16",
             storage=self.params.storage,

@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 from stages.mining.filters import RULES, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
-from stages.params import MineParams
+from stages.params import AMONG, MineParams
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, put_negatives
+from storage.roles import ROLES, Role
 from storage.split import Split
 from storage.store import Store, digest
 
@@ -74,6 +75,9 @@ def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[s
         "max_score": params.max_score,
         "min_score": params.min_score,
     }
+    # Only if it is another, so that lists of before there were roles keep their fingerprints.
+    if params.among != AMONG:
+        settings["among"] = dict(params.among)
     return settings if index is None else {**settings, "index": dict(index)}
 
 
@@ -222,19 +226,31 @@ def run(
         TeachonceError: FAISS is needed and not installed, or an approximate index misses too much.
     """
     train = split.train_rows(corpus)
-    index = resolve(params, rows=len(train), dim=embeddings.dim, device=device)
+    pools = pools_of(params, corpus, train)
+    index = resolve(params, rows=largest(pools), dim=embeddings.dim, device=device)
     negatives_recipe, parent = recipe(params, index), parent_of(embeddings, split)
     name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
     published = {key: store.find(key) for key in keys}
     todo = [shard for shard, key in enumerate(keys) if published[key] is None]
     log.info("mine: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
-    if todo:
-        miner = Miner(params, corpus=corpus, embeddings=embeddings, train=train)
-        rows_to_search = sum(miner.train_rows_of(shard) for shard in todo)
-        search = miner.search(index, asked=rows_to_search, device=device)
-        progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
-        for group in miner.groups(todo):
+    progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
+    for role in corpus.roles:
+        shards = [shard for shard in todo if corpus.role_of(shard) == role]
+        if not shards:
+            continue
+        miner = Miner(
+            params,
+            corpus=corpus,
+            embeddings=embeddings,
+            train=pools[role],
+            among=pools[params.among[role]],
+        )
+        rows_to_search = sum(miner.train_rows_of(shard) for shard in shards)
+        # The settings of an index are those for so many rows.
+        its_index = index if len(miner.among) == largest(pools) else None
+        search = miner.search(its_index, asked=rows_to_search, device=device)
+        for group in miner.groups(shards):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
                 published[keys[shard]] = put_negatives(
                     store,
@@ -267,6 +283,32 @@ def run(
         ),
         facts=counts,
     )
+
+
+def pools_of(
+    params: MineParams, corpus: Corpus, train: NDArray[np.int64]
+) -> dict[Role, NDArray[np.int64]]:
+    """Returns role -> (n,) ids of its training rows, ascending, for the roles of a corpus.
+
+    Raises:
+        TeachonceError: rows are to find rows of a role that none has.
+    """
+    roles = np.repeat([ROLES.index(entry.role) for entry in corpus.objects], np.diff(corpus.starts))
+    pools = {role: train[roles[train] == ROLES.index(role)] for role in ROLES}
+    for role in corpus.roles:
+        among = params.among[role]
+        if len(pools[role]) and not len(pools[among]):
+            raise TeachonceError(
+                f"mine.among.{role}",
+                f"{among}, but the corpus has no training rows of that role",
+                f"name another role there, or files of the role {among} in shard.sources",
+            )
+    return pools
+
+
+def largest(pools: Mapping[Role, NDArray[np.int64]]) -> int:
+    """Returns the number of rows of the largest pool."""
+    return max(map(len, pools.values()))
 
 
 def short_lists_warning(counts: Mapping[str, Any], params: MineParams) -> str:
@@ -333,7 +375,8 @@ class Miner:
         params: The settings `mine`.
         corpus: The corpus, for its text keys.
         embeddings: The teacher's vectors, of any length; they are compared by cosine.
-        train: (n,) int64 ids of the training rows, ascending.
+        train: (n,) int64 ids of the training rows that have lists, ascending.
+        among: (m,) int64 ids of the training rows that are in their lists, ascending; None for the same.
     """
 
     def __init__(
@@ -343,9 +386,15 @@ class Miner:
         corpus: Corpus,
         embeddings: Embeddings,
         train: NDArray[np.int64],
+        among: NDArray[np.int64] | None = None,
     ) -> None:
         self.params, self.corpus, self.embeddings, self.train = params, corpus, embeddings, train
-        self.k = min(params.range_max + 1, len(train))
+        self.among = train if among is None else among
+        # What a search knows by place: first the rows that are found, then those that ask, if others.
+        self.is_among_itself = np.array_equal(self.among, train)
+        self.known = train if self.is_among_itself else np.concatenate([self.among, train])
+        self.first_asking = len(self.known) - len(train)
+        self.k = min(params.range_max + 1, len(self.among))
         # Sample rows of the recall measurement, and how many of their k nearest the index returned.
         self.recall_rows: NDArray[np.int64] | None = None
         self.recall_found = np.empty(0, np.int64)
@@ -382,12 +431,14 @@ class Miner:
         """
         from stages.mining.faiss_search import ApproximateSearch, hits_in
 
-        rows = len(self.train)
+        rows = len(self.among)
         if index is None or not asked:
             return self._exact(asked, device)
         search = ApproximateSearch(self.unit_rows, rows, self.k, index=index)
         draw = np.random.default_rng(0)
-        sample = np.sort(draw.choice(rows, min(rows, RECALL_ROWS), replace=False))
+        asking = len(self.train)
+        sample = np.sort(draw.choice(asking, min(asking, RECALL_ROWS), replace=False))
+        sample += self.first_asking
         exact = self.flat(device).nearest(sample)
         self.recall_rows, self.recall_found = sample, hits_in(search.nearest(sample), exact)
         recall = float(self.recall_found.mean()) / self.k
@@ -399,7 +450,7 @@ class Miner:
         """Returns a finished self-join where it fits and is estimated to be faster, else FAISS search."""
         from stages.mining.self_join import SelfJoin
 
-        if not asked:
+        if not asked or not self.is_among_itself:
             return self.flat(device)
         costs, rows = (
             ExactCosts(self.params, self.rows_of, len(self.train), device),
@@ -437,15 +488,15 @@ class Miner:
         from stages.mining.faiss_search import FlatSearch
 
         return FlatSearch(
-            self.unit_rows, len(self.train), self.k, block_rows=self.block_rows, device=device
+            self.unit_rows, len(self.among), self.k, block_rows=self.block_rows, device=device
         )
 
     def rows_of(self, places: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Returns (m, dim) stored vectors of training rows, by their place in `train`."""
-        return self.embeddings.rows_of(self.train[places])
+        """Returns (m, dim) stored vectors of training rows, by their place in `known`."""
+        return self.embeddings.rows_of(self.known[places])
 
     def unit_rows(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Returns (m, dim) float32 vectors of unit length of training rows, by their place in `train`."""
+        """Returns (m, dim) float32 vectors of unit length of training rows, by their place in `known`."""
         vectors = np.empty((len(places), self.embeddings.dim), np.float32)
         for first in range(
             0, len(places), 256
@@ -464,12 +515,12 @@ class Miner:
         for first in range(0, len(places), self.query_rows):
             block = slice(first, first + self.query_rows)
             neighbour_ids, cosines = search.nearest(places[block])
-            neighbour_ids = np.where(neighbour_ids >= 0, self.train[neighbour_ids], NONE)
+            neighbour_ids = np.where(neighbour_ids >= 0, self.known[neighbour_ids], NONE)
             rejected = reject(
                 self.params,
                 neighbour_ids,
                 cosines,
-                own=self.train[places[block]],
+                own=self.known[places[block]],
                 text_keys=self.corpus.text_keys,
             )
             is_rejected = np.logical_or.reduce([neighbour_ids == NONE, *rejected.values()])
@@ -492,7 +543,7 @@ class Miner:
         rejected_counts: NDArray[np.int64],
     ) -> ShardLists:
         """Returns the lists of a whole shard; rows that are not for training get empty ones."""
-        rows = self.train[places] - self.corpus.starts[shard]
+        rows = self.known[places] - self.corpus.starts[shard]
         shape = (self.corpus.objects[shard].rows, self.params.neighbours)
         all_neighbours, all_scores = np.full(shape, NONE, np.int64), np.zeros(shape, np.float32)
         all_neighbours[rows], all_scores[rows] = neighbours, scores
@@ -508,8 +559,9 @@ class Miner:
         return ShardLists(all_neighbours, all_scores, facts)
 
     def _places(self, shard: int) -> NDArray[np.int64]:
-        """Returns the places in `train` of one shard's rows."""
-        first, last = np.searchsorted(self.train, self.corpus.starts[shard : shard + 2])
+        """Returns the places in `known` of one shard's rows."""
+        bounds = np.searchsorted(self.train, self.corpus.starts[shard : shard + 2])
+        first, last = bounds + self.first_asking
         return np.arange(first, last)
 
 

@@ -17,16 +17,18 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
 from storage.errors import TeachonceError
-from storage.roles import Role
+from storage.roles import ROLES, Role
 
 MODEL_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
@@ -136,12 +138,27 @@ class DocsParams(Section):
     heldout_pairs: PositiveInt  # summary/description pairs kept for the retrieval test
 
 
+class SourceParams(Section):
+    """Corpus files whose texts are of one role."""
+
+    files: FilesPath  # a glob, or dataset:<name or folder>
+    role: Role  # what its texts are for the teacher
+    # As shard.field, which says it of the others; it may be left out.
+    field: Text | None = None
+
+
+Source = Annotated[
+    Annotated[FilesPath, Tag("glob")] | Annotated[SourceParams, Tag("mapping")],
+    Discriminator(lambda value: "mapping" if isinstance(value, dict | SourceParams) else "glob"),
+]
+
+
 class ShardParams(Section):
     """Corpus files -> text shards."""
 
     sources: Annotated[
-        tuple[FilesPath, ...], Field(min_length=1)
-    ]  # globs, or dataset:<name or folder>
+        tuple[Source, ...], Field(min_length=1)
+    ]  # globs, dataset:<name or folder>, or {files: one of these, role: query}
     field: Text  # which field or column holds the text, in files that have fields
     rows_per_shard: Annotated[int, Field(ge=16, le=4_000_000)]
     min_chars: PositiveInt
@@ -152,6 +169,23 @@ class ShardParams(Section):
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars ({self.max_chars}) is below min_chars ({self.min_chars})")
         return self
+
+    def sources_of(self, role: Role) -> list[SourceParams]:
+        """The sources whose texts are of a role, in order; a plain glob's are of the role `text`."""
+        named = [
+            one if isinstance(one, SourceParams) else SourceParams(files=one, role="text")
+            for one in self.sources
+        ]
+        return [
+            one.model_copy(update={"field": one.field or self.field})
+            for one in named
+            if one.role == role
+        ]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of the sources, in the order in which their texts are read."""
+        return tuple(role for role in ROLES if self.sources_of(role))
 
 
 class SplitParams(Section):
@@ -260,6 +294,10 @@ class EmbedParams(Section):
         return self.teacher.startswith(IMPORTED)
 
 
+AMONG: dict[Role, Role] = {"text": "text", "query": "document", "document": "document"}
+"""Which rows find which: a query's negatives are documents."""
+
+
 class MineParams(Section):
     """Vectors -> hard negatives. Filters are named as in sentence-transformers' mine_hard_negatives."""
 
@@ -273,6 +311,13 @@ class MineParams(Section):
         float, Field(gt=0, le=1)
     ]  # an approximate index that finds less is refused
     memory_mb: Annotated[int, Field(ge=64)]  # speed only
+    among: dict[Role, Role]  # role -> role of the rows that its rows find
+
+    @model_validator(mode="after")
+    def _every_role(self) -> Self:
+        if lacking := [role for role in ROLES if role not in self.among]:
+            raise ValueError(f"among says nothing of {' and '.join(lacking)}")
+        return self
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -639,6 +684,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unreadable_mixes(sections.get("embed")),
         *_unmade_mixes(sections),
         *_not_of_an_api(sections),
+        *_unusable_roles(sections.get("embed"), sections.get("shard")),
         *_two_poolings(sections.get("starts", {}), sections.get("embed")),
     ]
 
@@ -804,6 +850,30 @@ def _not_of_an_api(sections: Sections) -> list[Problem]:
         value = getattr(embed, name, only)
         if value != only:
             wrong.append((f"embed.{name}", f"{value}, but the teacher is behind an API: {cure}"))
+    return wrong
+
+
+def _unusable_roles(embed: EmbedParams | None, shard: ShardParams | None) -> list[Problem]:
+    named = [one for one in getattr(shard, "sources", ()) if isinstance(one, SourceParams)]
+    roles = sorted({one.role for one in named} - {"text"})
+    if not roles:
+        return []
+    wrong = []
+    if getattr(embed, "teacher", "").startswith(IMPORTED):
+        problem = (
+            f"roles ({', '.join(roles)}), but embed.teacher stands for imported vectors, and nothing says "
+            "in which role a text of theirs was read: name the files without a role"
+        )
+        wrong.append(("shard.sources", problem))
+    if getattr(embed, "teacher", "").startswith(API):
+        problem = (
+            f"roles ({', '.join(roles)}), but a teacher behind an API embeds no roles yet: name the "
+            "files without a role"
+        )
+        wrong.append(("shard.sources", problem))
+    if mixes := getattr(embed, "mixes", 0):
+        problem = f"{mixes:g}, but shard.sources has roles ({', '.join(roles)}): set it to 0"
+        wrong.append(("embed.mixes", problem))
     return wrong
 
 

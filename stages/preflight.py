@@ -21,7 +21,7 @@ from stages.params import (
     Sections,
     ShardParams,
 )
-from stages.reading.corpus_files import DatasetName, Rejected, read, sources
+from stages.reading.corpus_files import DatasetName, Rejected, read, sources_with_fields
 from stages.reading.packages import missing
 from storage.corpus import text_key
 from storage.errors import TeachonceError
@@ -110,15 +110,19 @@ def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:
         heldout: Share of them.
         root: The work tree.
     """
-    named = sources(params.sources, root)
-    if any(isinstance(one, DatasetName) for one in named):
+    named = [
+        (role, source, field)
+        for role in params.roles
+        for source, field in sources_with_fields(params, role, root)
+    ]
+    if any(isinstance(source, DatasetName) for _, source, _ in named):
         return
-    if not _are_small([one for one in named if isinstance(one, Path)]):
+    if not _are_small([source for _, source, _ in named if isinstance(source, Path)]):
         return
     keys = {
-        text_key(text)
-        for source in named
-        for item in read(source, params.field)
+        text_key(text, role)
+        for role, source, field in named
+        for item in read(source, field)
         if not isinstance(item, Rejected)
         and params.min_chars <= len(text := item.strip()) <= params.max_chars
     }

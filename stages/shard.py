@@ -15,12 +15,13 @@ from pathlib import Path
 
 from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
 from stages.params import ShardParams
-from stages.reading.corpus_files import Item, Rejected, read, sources
+from stages.reading.corpus_files import Item, Rejected, read, sources_with_fields
 from stages.reading.lines import has_control_characters
 from storage.column import TEXT_KEY_BYTES
-from storage.corpus import cut, put_texts, text_digest, text_key
+from storage.corpus import cut, key_of_texts, put_texts, text_key
 from storage.errors import TeachonceError
 from storage.manifest import Manifest
+from storage.roles import Role
 from storage.store import Object, Store
 
 log = logging.getLogger("teachonce")
@@ -81,11 +82,9 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
     Raises:
         TeachonceError: a source is missing, truncated or unreadable, or no text is left.
     """
-    named = sources(params.sources, root)
-    counted = CountedItems(chain.from_iterable(read(source, params.field) for source in named))
+    counted = CountedItems()
     rejected = Counter(dict.fromkeys(RULES, 0))
-    shards = cut(clean(counted, params, rejected), params.rows_per_shard)
-    made, new = _publish(store, shards)
+    made, new = _publish(store, shards_of(params, root, counted, rejected))
     manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(made))
     _check_balance(counted.read, manifest.rows, rejected)
     account = f"{counted.read:,} read{_rejections(rejected)}"
@@ -155,34 +154,56 @@ def make_again(
     Raises:
         TeachonceError: a source is missing, truncated or unreadable.
     """
-    items = chain.from_iterable(
-        read(source, params.field) for source in sources(params.sources, root)
-    )
     wanted = dict.fromkeys(keys)
-    for shard in cut(clean(CountedItems(items), params, Counter()), params.rows_per_shard):
-        if (key := f"text/{text_digest(text for text, _ in shard)}.arrow") in wanted:
-            put_texts(store, shard)
+    for role, shard in shards_of(params, root, CountedItems(), Counter()):
+        if (key := key_of_texts(shard, role)) in wanted:
+            put_texts(store, shard, role)
             del wanted[key]
         if not wanted:
             break
     return list(wanted)
 
 
+def shards_of(
+    params: ShardParams, root: Path, counted: CountedItems, rejected: Counter[str]
+) -> Iterator[tuple[Role, Sequence[tuple[str, bytes]]]]:
+    """Yield each shard with its role: the texts of one role after those of another.
+
+    Args:
+        params: The settings `shard`.
+        root: The work tree, to which sources are relative.
+        counted: Counts all items.
+        rejected: Counts those that are not kept.
+
+    Raises:
+        TeachonceError: a source is missing, truncated or unreadable.
+    """
+    # All are looked for before any is read.
+    named = {role: sources_with_fields(params, role, root) for role in params.roles}
+    for role, found in named.items():
+        items = chain.from_iterable(read(source, field) for source, field in found)
+        kept = clean(counted.over(items), params, rejected, role)
+        for shard in cut(kept, params.rows_per_shard, role):
+            yield role, shard
+
+
 def _publish(
-    store: Store, shards: Iterable[Sequence[tuple[str, bytes]]]
+    store: Store, shards: Iterable[tuple[Role, Sequence[tuple[str, bytes]]]]
 ) -> tuple[list[Object], int]:
     """Publish all shards; returns their objects, and the number of new ones."""
     objects: list[Object] = []
     new = 0
-    for shard in shards:
-        entry = store.find(f"text/{text_digest(text for text, _ in shard)}.arrow")
+    for role, shard in shards:
+        entry = store.find(key_of_texts(shard, role))
         new += entry is None
-        objects.append(entry or put_texts(store, shard))
+        objects.append(entry or put_texts(store, shard, role))
     return objects, new
 
 
-def clean(items: Iterable[Item], params: ShardParams, rejected: Counter[str]) -> Iterator[str]:
-    """Yield the texts to keep, stripped, in order; the others are counted in `rejected`."""
+def clean(
+    items: Iterable[Item], params: ShardParams, rejected: Counter[str], role: Role = "text"
+) -> Iterator[str]:
+    """Yield the texts of one role to keep, stripped, in order; the others are counted in `rejected`."""
     seen = TextKeySet()
     for item in items:
         if isinstance(item, Rejected):
@@ -191,7 +212,7 @@ def clean(items: Iterable[Item], params: ShardParams, rejected: Counter[str]) ->
         text = item.strip()
         broken = "control_characters" if has_control_characters(text) else None
         broken = broken or _wrong_length(text, params)
-        if broken is None and not seen.add(text_key(text)):
+        if broken is None and not seen.add(text_key(text, role)):
             broken = "duplicate"
         if broken is None:
             yield text
@@ -253,19 +274,23 @@ def _put(table: bytearray, key: bytes) -> bool:
 
 
 class CountedItems:
-    """Iterates over items, counts them, and logs the count every few seconds."""
+    """Counts items on their way, and logs the count every few seconds."""
 
-    def __init__(self, items: Iterable[Item]) -> None:
-        self.items, self.read = items, 0
+    def __init__(self) -> None:
+        self.read = 0
+        self._started = self._last = time.monotonic()
 
-    def __iter__(self) -> Iterator[Item]:
-        started = last = time.monotonic()
-        for item in self.items:
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items."""
+        for item in items:
             self.read += 1
             # The clock costs more than a short text does.
-            if self.read % 1024 == 0 and (now := time.monotonic()) - last > SECONDS_BETWEEN_LINES:
-                last = now
-                rate = self.read / (now - started)
+            if (
+                self.read % 1024 == 0
+                and (now := time.monotonic()) - self._last > SECONDS_BETWEEN_LINES
+            ):
+                self._last = now
+                rate = self.read / (now - self._started)
                 log.info("shard: %s texts so far, %s texts/s", f"{self.read:,}", f"{rate:,.0f}")
             yield item
 

@@ -39,7 +39,9 @@ def run(
     Raises:
         TeachonceError: nothing is left to train on.
     """
-    keys = {key for text in evaluation for key in evaluation_keys(text)}
+    keys = {
+        key for text in evaluation for role in corpus.roles for key in evaluation_keys(text, role)
+    }
     evaluation_rows = rows_with_keys(corpus.text_keys, keys)
     split = Split(
         corpus=corpus.manifest.content,

@@ -1,4 +1,4 @@
-"""The corpus: texts in shards, identified by text keys.
+"""The corpus: texts in shards, identified by text keys. The texts of a shard are of one role.
 
 Shards are cut by content: a shard ends after a text whose key meets a condition, not after a fixed count. A
 text added or removed moves only the borders around it, so all other shards keep their names and vectors.
@@ -16,17 +16,30 @@ from numpy.typing import NDArray
 from storage.column import TEXT_KEY_BYTES, Column, text_key_array
 from storage.errors import DamagedError
 from storage.manifest import Manifest
+from storage.roles import ROLES, Role
 from storage.store import Object, Store, digest
 
-
-def text_key(text: str) -> bytes:
-    """Returns the 16 bytes that identify a text: blake2b over its UTF-8."""
-    return hashlib.blake2b(text.encode(), digest_size=TEXT_KEY_BYTES).digest()
+NO_TEXT = b"\xff"
+"""A byte that is in no UTF-8."""
 
 
-def text_digest(texts: Iterable[str]) -> str:
-    """Returns the digest that names a text shard: over its rows in order, each length-prefixed."""
-    return digest(*(text.encode() for text in texts))
+def text_key(text: str, role: Role = "text") -> bytes:
+    """Returns the 16 bytes that identify a text in a role: blake2b over its UTF-8.
+
+    Of another role than `text`, blake2b is personalised by the role: it is then another function, so that
+    no text of one role has the key of a text of another.
+    """
+    person = b"" if role == "text" else role.encode()
+    return hashlib.blake2b(text.encode(), digest_size=TEXT_KEY_BYTES, person=person).digest()
+
+
+def text_digest(texts: Iterable[str], role: Role = "text") -> str:
+    """Returns the digest that names a text shard: over its rows in order, each length-prefixed.
+
+    Of another role than `text`, its name comes first, behind a byte that no text has in UTF-8.
+    """
+    first = [] if role == "text" else [NO_TEXT + role.encode()]
+    return digest(*first, *(text.encode() for text in texts))
 
 
 def ends_shard(key: bytes, *, rows: int, rows_per_shard: int) -> bool:
@@ -43,11 +56,13 @@ def ends_shard(key: bytes, *, rows: int, rows_per_shard: int) -> bool:
     return int.from_bytes(key[:8], "little") % max(1, rows_per_shard - least) == 0
 
 
-def cut(texts: Iterable[str], rows_per_shard: int) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield shards as lists of (text, text key); holds one shard in memory."""
+def cut(
+    texts: Iterable[str], rows_per_shard: int, role: Role = "text"
+) -> Iterator[list[tuple[str, bytes]]]:
+    """Yield shards of texts of one role as lists of (text, text key); holds one shard in memory."""
     shard: list[tuple[str, bytes]] = []
     for text in texts:
-        key = text_key(text)
+        key = text_key(text, role)
         shard.append((text, key))
         if ends_shard(key, rows=len(shard), rows_per_shard=rows_per_shard):
             yield shard
@@ -56,14 +71,19 @@ def cut(texts: Iterable[str], rows_per_shard: int) -> Iterator[list[tuple[str, b
         yield shard
 
 
-def put_texts(store: Store, shard: Sequence[tuple[str, bytes]]) -> Object:
+def key_of_texts(shard: Sequence[tuple[str, bytes]], role: Role = "text") -> str:
+    """Returns the key of a text shard."""
+    return f"text/{text_digest((text for text, _ in shard), role)}.arrow"
+
+
+def put_texts(store: Store, shard: Sequence[tuple[str, bytes]], role: Role = "text") -> Object:
     """Publish one text shard."""
     texts = [text for text, _ in shard]
     keys = np.frombuffer(b"".join(key for _, key in shard), dtype=f"V{TEXT_KEY_BYTES}")
     batch = pa.record_batch(
         [text_key_array(keys), pa.array(texts, pa.large_string())], names=["text_key", "text"]
     )
-    return store.put(f"text/{text_digest(texts)}.arrow", batch)
+    return store.put(key_of_texts(shard, role), batch, role=role)
 
 
 class Corpus(Column):
@@ -72,6 +92,16 @@ class Corpus(Column):
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.manifest = manifest
         super().__init__(store, manifest.objects)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of its texts, in the order of their shards; `text` alone for a corpus without roles."""
+        found = {entry.role for entry in self.objects}
+        return tuple(role for role in ROLES if role in found) or ("text",)
+
+    def role_of(self, shard: int) -> Role:
+        """The role of the texts of one shard."""
+        return self.objects[shard].role
 
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, in row order."""

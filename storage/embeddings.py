@@ -6,9 +6,10 @@ with one scale a row (value = int8 x scale). Reading int8 returns float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from storage.column import (
 )
 from storage.corpus import Corpus, check_derived
 from storage.errors import DamagedError, TeachonceError
-from storage.manifest import Manifest, check_made_by
+from storage.manifest import Manifest, check_made_by, fingerprint
+from storage.roles import ROLES, Role
 from storage.store import Object, Store, remake_command
 
 DTYPES: dict[str, type[np.number]] = {
@@ -58,6 +60,30 @@ class ReusedRows:
 
     rows: NDArray[np.int64]
     batch: pa.RecordBatch
+
+
+def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) -> dict[Role, str]:
+    """Returns role -> the fingerprint that vectors of texts of this role stand under.
+
+    The recipe of a corpus with roles holds `prompts`, one for each of its roles. In a fingerprint stands
+    the prompt of its role alone, so that another prompt for queries makes the vectors of queries stale and
+    no others; and the role, which decides the route through a model with a router. Texts of the role `text`
+    have the fingerprint that they have in a corpus without roles.
+
+    Args:
+        recipe: The recipe of an embeddings manifest.
+        roles: The roles of the corpus; None for those that the recipe has a prompt for.
+    """
+    prompts = recipe.get("prompts")
+    if not isinstance(prompts, dict):
+        return dict.fromkeys(roles or ROLES, fingerprint(recipe))
+    shared = {name: value for name, value in recipe.items() if name != "prompts"}
+    return {
+        role: fingerprint(
+            {**shared, "prompt": prompts.get(role)} | ({} if role == "text" else {"role": role})
+        )
+        for role in roles or [role for role in ROLES if role in prompts]
+    }
 
 
 class BadVectorsError(TeachonceError):
@@ -279,7 +305,10 @@ class VectorColumn(Column):
         self, store: Store, manifest: Manifest, corpus: Corpus, *, row_by_row: bool
     ) -> None:
         self.manifest = manifest
-        check_made_by(manifest, manifest.recipe)
+        teachers = fingerprints(manifest.recipe, corpus.roles)
+        # Those of another corpus have no roles to ask for.
+        roles = chain((entry.role for entry in corpus.objects), repeat(corpus.roles[0]))
+        check_made_by(manifest, (teachers[role] for role in roles))
         check_derived(manifest, corpus)
         super().__init__(store, manifest.objects, corpus if row_by_row else None)
 

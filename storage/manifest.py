@@ -10,7 +10,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -242,14 +242,17 @@ def _inode(path: Path) -> int | None:
             return None
 
 
-def check_made_by(manifest: Manifest, recipe: dict[str, Any]) -> None:
-    """Raise unless every object of a manifest stands under the fingerprint of `recipe`.
+def check_made_by(manifest: Manifest, names: Iterable[str]) -> None:
+    """Raise unless every object of a manifest stands under its fingerprint.
+
+    Args:
+        manifest: The manifest.
+        names: For each of its objects, the fingerprint that its recipe has for it.
 
     Raises:
         DamagedError: names the first that does not.
     """
-    name = fingerprint(recipe)
-    for entry in manifest.objects:
+    for entry, name in zip(manifest.objects, names, strict=False):
         if entry.key.split("/")[1] != name:
             raise DamagedError(
                 f"{manifest.kind} manifest",

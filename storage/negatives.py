@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from storage.column import TEXT_KEY_BYTES, Column, fixed_lists, matrix_of, text_key_array
 from storage.corpus import Corpus
 from storage.errors import DamagedError
-from storage.manifest import Manifest, check_made_by
+from storage.manifest import Manifest, check_made_by, fingerprint
 from storage.store import Object, Store, remake_command
 
 NONE = -1
@@ -58,7 +59,7 @@ class Negatives(Column):
                 "run `teachonce mine`, or `dvc repro`",
             )
         self.manifest = manifest
-        check_made_by(manifest, {**manifest.recipe, "parent": manifest.parent})
+        check_made_by(manifest, repeat(fingerprint({**manifest.recipe, "parent": manifest.parent})))
         super().__init__(store, manifest.objects, corpus)
 
     def rows_of(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -140,7 +140,7 @@ class Remote:
                 raise ValueError("its end is missing")
         except ValueError as error:
             raise self._damaged(key, str(error)) from error
-        return Object(key=key, rows=header.rows, bytes=size, sha256=header.sha256)
+        return Object(key=key, rows=header.rows, bytes=size, sha256=header.sha256, role=header.role)
 
     def pull(self, named: Object, store: Store) -> bool:
         """Fetch an object that a manifest names into the store; returns False if the remote has none.

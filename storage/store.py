@@ -31,8 +31,10 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    model_serializer,
 )
 from typing_extensions import Buffer
 
@@ -45,6 +47,7 @@ from storage.errors import (
     shown,
 )
 from storage.ipc import first_batch
+from storage.roles import Role
 
 log = logging.getLogger("teachonce")
 
@@ -108,8 +111,15 @@ MADE_BY = {
 }
 
 
+TEXT_ROLE = ("role", "text")
+
+
 class Object(BaseModel):
-    """One object as a manifest names it. `sha256` is that of the payload, not of the file."""
+    """One object as a manifest names it. `sha256` is that of the payload, not of the file.
+
+    `role` is that of a text shard's texts. The role `text` is not written: a corpus without roles has the
+    bytes that it had before there were any.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,10 +127,18 @@ class Object(BaseModel):
     rows: Rows
     bytes: NonNegativeInt
     sha256: Sha256
+    role: Role = "text"
+
+    @model_serializer(mode="wrap")
+    def _without_text(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if (name, value) != TEXT_ROLE}
 
 
 class Header(BaseModel):
-    """The header of an object. `facts` are counts of its making, such as tokens read."""
+    """The header of an object. `facts` are counts of its making, such as tokens read.
+
+    `role` is that of a text shard's texts; `text` is not written.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -129,6 +147,7 @@ class Header(BaseModel):
     rows: Rows
     facts: dict[str, int]
     sha256: Sha256
+    role: Role = "text"
 
 
 Accept = Callable[[pa.RecordBatch, Header], None]
@@ -153,7 +172,12 @@ class Store:
         return {"root": self.root, "_checked": {}}
 
     def put(
-        self, key: str, batch: pa.RecordBatch, facts: Mapping[str, int] | None = None
+        self,
+        key: str,
+        batch: pa.RecordBatch,
+        facts: Mapping[str, int] | None = None,
+        *,
+        role: Role = "text",
     ) -> Object:
         """Publish `batch` under `key` and return the object of that key.
 
@@ -168,9 +192,16 @@ class Store:
         # A wrong object would block its key for every later one.
         _check_columns(key, batch.schema)
         facts = dict(facts or {})
-        sha256 = payload_sha256(key, batch, facts)
-        header = Header(format=FORMAT, key=key, rows=len(batch), facts=facts, sha256=sha256)
-        schema = batch.schema.with_metadata({HEADER: header.model_dump_json().encode()})
+        header = Header(
+            format=FORMAT,
+            key=key,
+            rows=len(batch),
+            facts=facts,
+            sha256=payload_sha256(key, batch, facts, role),
+            role=role,
+        )
+        encoded = header.model_dump_json(exclude_defaults=True).encode()
+        schema = batch.schema.with_metadata({HEADER: encoded})
 
         def write(sink: BinaryIO) -> None:
             with pa.ipc.new_file(sink, schema) as writer:
@@ -195,7 +226,7 @@ class Store:
             batch, header, size = self._map(key, take_up=True)
         except MissingError:
             return None
-        return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256)
+        return Object(key=key, rows=len(batch), bytes=size, sha256=header.sha256, role=header.role)
 
     def open(self, named: Object) -> pa.RecordBatch:
         """Returns the memory-mapped batch of an object that a manifest names, checked against it.
@@ -206,13 +237,17 @@ class Store:
             AnotherCopyError: it is whole, but another copy than the manifest's.
         """
         batch, header, _ = self._map(named.key)
-        if header.rows != named.rows:
-            # A wrong count would shift every row behind this object.
-            raise DamagedError(
-                f"the manifest that names {named.key}",
-                f"{named.rows} rows there, {header.rows} in the object",
-                "restore the manifest from Git, or make it again with the stage that left it",
-            )
+        for what, ours, theirs in (
+            # A wrong count would shift every row behind this object, a wrong role give it another prompt.
+            ("rows", named.rows, header.rows),
+            ("is its role", named.role, header.role),
+        ):
+            if ours != theirs:
+                raise DamagedError(
+                    f"the manifest that names {named.key}",
+                    f"{ours} {what} there, {theirs} in the object",
+                    "restore the manifest from Git, or make it again with the stage that left it",
+                )
         self._check_copy(header.sha256, named)
         return batch
 
@@ -436,14 +471,17 @@ def canonical_json(value: object) -> bytes:
     return f"{text}\n".encode()
 
 
-def payload_sha256(key: str, batch: pa.RecordBatch, facts: Mapping[str, int]) -> str:
+def payload_sha256(
+    key: str, batch: pa.RecordBatch, facts: Mapping[str, int], role: Role = "text"
+) -> str:
     """The sha256 over an object's header and every value in it.
 
     It is taken from the values, not from the file, so that it stands inside the file and does not
     depend on how a version of Arrow lays out its messages.
     """
     columns = [[field.name, str(field.type)] for field in batch.schema]
-    total = hashlib.sha256(canonical_json([FORMAT, key, len(batch), dict(facts), columns]))
+    other = [] if role == "text" else [role]
+    total = hashlib.sha256(canonical_json([FORMAT, key, len(batch), dict(facts), columns, *other]))
     for column in batch.columns:
         for piece in _pieces(column):
             view = memoryview(piece).cast("B")
@@ -575,5 +613,5 @@ def _check_values(batch: pa.RecordBatch, header: Header) -> None:
     """Raise ValueError unless the batch has the values that its header says."""
     if header.rows != len(batch):
         raise ValueError(f"{len(batch)} rows instead of {header.rows}")
-    if payload_sha256(header.key, batch, header.facts) != header.sha256:
+    if payload_sha256(header.key, batch, header.facts, header.role) != header.sha256:
         raise ValueError("its values are not those that were written (sha256 differs)")

@@ -13,8 +13,8 @@ from typing import Any
 from stages.check import read_sources
 from stages.outcome import Facts, Outcome
 from storage import holders
+from storage.embeddings import fingerprints
 from storage.errors import MissingError, TeachonceError, shown
-from storage.manifest import fingerprint
 from storage.probe import PROBE_DIGEST
 from storage.upkeep.inventory import (
     SHOWN_DIGITS,
@@ -34,6 +34,7 @@ LINES = 10  # of a kind; `--json` has all
 # Settings that are shown beside the name of a teacher.
 SHOWN_SETTINGS = (
     "prompt",
+    "prompts",
     "max_tokens",
     "precision",
     "storage",
@@ -209,7 +210,7 @@ def _teachers(refs: Sequence[Ref]) -> dict[str, str]:
             declared = teacher.get("declared")
             name = declared.get("name") if isinstance(declared, dict) else None
             if isinstance(name, str):
-                teacher_names[fingerprint(ref.manifest.recipe)] = name
+                teacher_names |= dict.fromkeys(fingerprints(ref.manifest.recipe).values(), name)
     return teacher_names
 
 

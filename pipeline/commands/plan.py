@@ -33,7 +33,7 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.errors import MissingError, TeachonceError
 from storage.journal import Ledger
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import Manifest
 from storage.probe import PROBE_TEXTS
 from storage.split import Split
 from storage.store import Store
@@ -94,12 +94,13 @@ class Plan:
         from stages.models.speed import rate_of
 
         self.device = pick_device(self.params.device)
-        params, corpus, store = self.params.embed, self.corpus, self.here.store
+        params, corpus, store = self.here.embed_params(self.corpus), self.corpus, self.here.store
         files, load_teacher = self.here.teacher()
-        teacher = fingerprint(embed.recipe(params, files))
-        keys = embed.keys_of(teacher, corpus)
+        teachers = embeddings.fingerprints(embed.recipe(params, files, corpus.roles), corpus.roles)
+        keys = embed.keys_of(teachers, corpus)
         shards = lacking_shards(keys, store, self.here.remote())
-        stored = store.keys(f"vectors/{teacher}")
+        folders = sorted({f"vectors/{teacher}" for teacher in teachers.values()})
+        stored = [key for folder in folders for key in store.keys(folder)]
         older = sorted(set(stored) - set(keys)) if params.reuse else []
         todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
         known = ReusableVectors(store, older, todo, storage=params.storage, checked=False)
@@ -112,7 +113,7 @@ class Plan:
             why = f"{len(shards)} shards are to embed, and it is not here to be measured"
             raise MissingError("embed.teacher", why, "run `teachonce plan` where the teacher is")
         if len(new) and params.api_model is not None:
-            return self._embed_by_api(teacher, new, rows, len(shards), stored)
+            return self._embed_by_api(teachers["text"], new, rows, len(shards), stored)
         if len(new):
             load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])
             at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)

@@ -188,15 +188,16 @@ def _remake_vectors(workspace: Workspace, manifests: Manifests, of_kind: dict[Ki
     except SettingsError as error:
         # Even the hashes of the teacher's files are unknown here.
         raise _teacher_is_elsewhere(workspace.store, first, lost) from error
+    params = workspace.embed_params(corpus)
+    recipes = embed.recipes(params, files, corpus.roles)
     for kind, count in of_kind.items():
-        recipe = embed.recipes(workspace.params.embed, files)[kind]
-        _check_settings(workspace.at.manifests[kind], manifests[kind], recipe, count)
+        _check_settings(workspace.at.manifests[kind], manifests[kind], recipes[kind], count)
     remote = workspace.remote()
     # Imported vectors have no teacher anywhere: `embed` says how to import them again.
     if load_teacher is None and remote is None and not workspace.params.embed.is_imported:
         raise _teacher_is_elsewhere(workspace.store, first, lost)
     embed.run(
-        workspace.params.embed,
+        params,
         files=files,
         corpus=corpus,
         store=workspace.store,
@@ -227,8 +228,8 @@ def _remake_negatives(workspace: Workspace, manifests: Manifests, lost: int) -> 
         mine.with_resolved_index(workspace.params.mine, manifest.recipe),
         pick_device(workspace.params.device),
     )
-    rows = len(split.train_rows(corpus))
-    index = mine.resolve(params, rows=rows, dim=embeddings.dim, device=device)
+    pools = mine.pools_of(params, corpus, split.train_rows(corpus))
+    index = mine.resolve(params, rows=mine.largest(pools), dim=embeddings.dim, device=device)
     _check_settings(workspace.at.negatives, manifest, mine.recipe(params, index), lost)
     if manifest.parent != mine.parent_of(embeddings, split):
         raise MissingError(

@@ -16,8 +16,9 @@ from threading import Lock
 from stages.outcome import Outcome, Progress, log
 from stages.teaching.sharing import TRANSFERS, push_probe_record
 from storage import holders
+from storage.embeddings import fingerprints
 from storage.errors import MissingError, TeachonceError
-from storage.manifest import Manifest, fingerprint
+from storage.manifest import Manifest
 from storage.probe import probe_key
 from storage.remote import Remote, RemoteError
 from storage.store import Object, Store, remake_command
@@ -55,10 +56,10 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
     result = _each("push", objects, send)
     _raise_problems("push", result, len(objects))
     for manifest in manifests.values():
-        if manifest.kind == "embeddings" and (
-            record := store.find(probe_key(fingerprint(manifest.recipe)))
-        ):
-            push_probe_record(record, store, remote)
+        teachers = fingerprints(manifest.recipe) if manifest.kind == "embeddings" else {}
+        for teacher in dict.fromkeys(teachers.values()):
+            if record := store.find(probe_key(teacher)):
+                push_probe_record(record, store, remote)
     notes = sum(_push_ref(manifest, path, store, remote) for path, manifest in manifests.items())
     return _outcome("push", result, to=remote.url, manifests=manifests, notes=notes)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from pipeline.layout import Layout
 from pipeline.workspace import Workspace
 from stages.outcome import Facts, Outcome, Progress
+from storage.embeddings import fingerprints
 from storage.errors import DamagedError, MissingError, TeachonceError
-from storage.manifest import Kind, Manifest, fingerprint
+from storage.manifest import Kind, Manifest
 from storage.probe import probe_key
 from storage.store import Object, Store, remake_command
 from storage.upkeep.examination import Finding, examine, tokens_of
@@ -174,8 +175,8 @@ def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Objec
         if manifest.kind == "corpus":
             entries |= dict.fromkeys(tokens_of(store, manifest.objects))
         if manifest.kind == "embeddings":
-            probe = probe_key(fingerprint(manifest.recipe))
-            entries |= {probe: None} if store.path(probe).exists() else {}
+            probes = map(probe_key, fingerprints(manifest.recipe).values())
+            entries |= {probe: None for probe in probes if store.path(probe).exists()}
     return entries
 
 

@@ -15,7 +15,7 @@ from pipeline.workers.messages import (
     WorkerReady,
     ready_or_error,
 )
-from stages.teaching.interface import Encode, LoadedTeacher, Task
+from stages.teaching.interface import LoadedTeacher, Task
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RayPool:
 
     def __init__(
         self,
-        load_teacher: Callable[[], Encode],
+        load_teacher: Callable[[], LoadedTeacher],
         *,
         workers: int | Literal["auto"],
         params: RayParams,
@@ -130,14 +130,14 @@ class RayPool:
 class _RayWorker:
     """The actor behind a worker of `RayPool`. It tokenises one task's texts while it encodes another's."""
 
-    def __init__(self, load_teacher: Callable[[], Encode]) -> None:
+    def __init__(self, load_teacher: Callable[[], LoadedTeacher]) -> None:
         self.load_teacher = load_teacher
         self._encoding = threading.Lock()
 
     def load(self) -> WorkerReady | TeachonceError:
         """Load the teacher."""
         try:
-            self._teacher = LoadedTeacher(self.load_teacher())
+            self._teacher = self.load_teacher()
         except TeachonceError as error:
             return error
         return ready_or_error(self._teacher)

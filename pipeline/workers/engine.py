@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.workers.messages import ShardDone, WorkerLost, WorkerPool, WorkerReady
 from stages.teaching.interface import (
-    Encode,
+    Admit,
     Engine,
+    LoadedTeacher,
     Results,
     Task,
-    TeacherOutput,
     this_process,
 )
 from storage.errors import TeachonceError
@@ -53,16 +53,16 @@ def engine_of(params: Params) -> Engine:
     return this_process
 
 
-def pool_engine(pool_for: Callable[[Callable[[], Encode]], WorkerPool]) -> Engine:
+def pool_engine(pool_for: Callable[[Callable[[], LoadedTeacher]], WorkerPool]) -> Engine:
     """Returns an engine that distributes tasks over the pool that `pool_for(load_teacher)` makes."""
     return partial(_dispatch, pool_for)
 
 
 def _dispatch(
-    pool_for: Callable[[Callable[[], Encode]], WorkerPool],
-    load_teacher: Callable[[], Encode],
+    pool_for: Callable[[Callable[[], LoadedTeacher]], WorkerPool],
+    load_teacher: Callable[[], LoadedTeacher],
     tasks: Iterator[Task],
-    admit: Callable[[TeacherOutput], None],
+    admit: Admit,
 ) -> Results:
     """An `Engine` over a worker pool; tasks of lost workers are requeued."""
     pool = pool_for(load_teacher)
@@ -75,9 +75,7 @@ def _dispatch(
 class _Dispatcher:
     """Keeps account of the tasks in flight with each worker and of the tasks to be requeued."""
 
-    def __init__(
-        self, pool: WorkerPool, tasks: Iterator[Task], admit: Callable[[TeacherOutput], None]
-    ) -> None:
+    def __init__(self, pool: WorkerPool, tasks: Iterator[Task], admit: Admit) -> None:
         self.pool, self.tasks, self.admit = pool, tasks, admit
         # Worker -> its tasks, in the order in which they were submitted.
         self.in_flight: dict[int, list[Task]] = {}
@@ -108,7 +106,7 @@ class _Dispatcher:
                 self._refill(worker)
                 yield message.shard, message.result
             elif isinstance(message, WorkerReady):
-                self.admit(message.probe_output)
+                self.admit(message.probe_outputs)
                 self.prefetch[worker] = message.prefetch
                 self.failed_starts = 0
                 self.pool.submit(worker, self.in_flight[worker][0])

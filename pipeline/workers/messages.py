@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
-from stages.teaching.interface import LoadedTeacher, Task, TeacherOutput, output_or_error
+from stages.teaching.interface import LoadedTeacher, Task, TeacherOutput
 from storage.errors import TeachonceError
-from storage.probe import PROBE_TEXTS
+from storage.roles import Role
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class WorkerReady:
     """The worker has loaded its teacher.
 
     Args:
-        probe_output: What the teacher returned for the probe texts.
+        probe_outputs: What the teacher returned for the probe texts in each role.
         prefetch: Number of tasks that the worker accepts while it encodes another one.
     """
 
-    probe_output: TeacherOutput
+    probe_outputs: Mapping[Role, TeacherOutput]
     prefetch: int
 
 
@@ -45,11 +45,11 @@ WorkerMessage = WorkerReady | TeachonceError | ShardDone | WorkerLost
 
 def ready_or_error(teacher: LoadedTeacher) -> WorkerReady | TeachonceError:
     """Encode the probe texts and return the worker's first message."""
-    probe_output = output_or_error(partial(teacher.encode, PROBE_TEXTS, "text"))
+    probe_outputs = teacher.probe()
     return (
-        probe_output
-        if isinstance(probe_output, TeachonceError)
-        else WorkerReady(probe_output, teacher.prefetch)
+        probe_outputs
+        if isinstance(probe_outputs, TeachonceError)
+        else WorkerReady(probe_outputs, teacher.prefetch)
     )
 
 

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from pipeline.workers.messages import ShardDone, WorkerLost, WorkerMessage, ready_or_error
-from stages.teaching.interface import Encode, Finish, LoadedTeacher, Task
+from stages.teaching.interface import Finish, LoadedTeacher, Task
 from storage.errors import TeachonceError
 
 GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -38,7 +38,11 @@ class ProcessPool:
     """
 
     def __init__(
-        self, load_teacher: Callable[[], Encode], *, workers: int | Literal["auto"], device: str
+        self,
+        load_teacher: Callable[[], LoadedTeacher],
+        *,
+        workers: int | Literal["auto"],
+        device: str,
     ) -> None:
         self.load_teacher = load_teacher
         gpus = _gpus(device)
@@ -130,7 +134,7 @@ def _run_worker(channel: Connection, environment: Mapping[str, str]) -> None:
         else:
             os.environ.setdefault(name, value)
     try:
-        teacher = LoadedTeacher(channel.recv()())
+        teacher: LoadedTeacher = channel.recv()()
     except TeachonceError as error:
         channel.send(error)
         return

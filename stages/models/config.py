@@ -101,11 +101,24 @@ def decided_pooling(folder: Path, setting: str | None, *, address: str) -> str |
     return None
 
 
-def undecided(folder: Path, params: EmbedParams) -> Iterator[TeachonceError]:
-    """Returns the problems with a teacher's choices that the settings `embed` leave open or contradict."""
+def undecided(
+    folder: Path, params: EmbedParams, *, reads_texts: bool = True
+) -> Iterator[TeachonceError]:
+    """Returns the problems with a teacher's choices that the settings `embed` leave open or contradict.
+
+    Args:
+        folder: The model.
+        params: The settings `embed`.
+        reads_texts: Whether it reads texts that are neither queries nor documents.
+    """
     questions: Sequence[tuple[str, Callable[[str], object]]] = (
         ("pooling", lambda at: decided_pooling(folder, params.pooling, address=at)),
-        ("prompts", lambda at: check_prompts(folder, params.prompts, address=f"{at}.text")),
+        (
+            "prompts",
+            lambda at: (
+                check_prompts(folder, params.prompts, address=f"{at}.text") if reads_texts else None
+            ),
+        ),
         ("similarity", lambda at: check_similarity(folder, params.similarity, address=at)),
         ("dim", lambda at: check_width(folder, params.dim, address=at)),
         ("teacher", lambda at: decided_routes(folder, address=at)),

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from stages.params import ShardParams
 from stages.reading.files import (
     files_below,
     located,
@@ -31,6 +32,7 @@ from stages.reading.lines import check_start, converted, is_utf8, lines
 from storage import regular
 from storage.errors import TeachonceError, shown
 from storage.ipc import unpacked_bytes
+from storage.roles import Role
 
 Rule = Literal["undecodable", "malformed", "too_long"]
 
@@ -123,6 +125,22 @@ def sources(patterns: Sequence[str], root: Path) -> list[Path | DatasetName]:
             for path in matching(pattern, root, address="shard.sources", endings=ENDINGS):
                 named_sources.setdefault(path.resolve(), path)
     return list(named_sources.values())
+
+
+def sources_with_fields(
+    params: ShardParams, role: Role, root: Path
+) -> list[tuple[Path | DatasetName, str]]:
+    """Returns the sources of one role, each once, with the field that holds the text.
+
+    Raises:
+        TeachonceError: as `sources`.
+    """
+    found: dict[Path | DatasetName, tuple[Path | DatasetName, str]] = {}
+    for named in params.sources_of(role):
+        for source in sources([named.files], root):
+            place = source.resolve() if isinstance(source, Path) else source
+            found.setdefault(place, (source, named.field or params.field))
+    return list(found.values())
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from stages.reading.lines import lines
 from stages.vectors import NO_DOCUMENT
 from storage.corpus import text_key
 from storage.errors import MissingError, TeachonceError, shown
+from storage.roles import Role
 
 STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
 JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
@@ -198,10 +199,10 @@ def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -
         yield from asked.queries
 
 
-def evaluation_keys(text: str) -> set[bytes]:
-    """Returns the keys of a text as `shard` would clean it, and of each of its sentences."""
+def evaluation_keys(text: str, role: Role = "text") -> set[bytes]:
+    """Returns the keys, in a role, of a text as `shard` would clean it, and of each of its sentences."""
     sentences = SENTENCE_END.split(text)
-    return {text_key(part.strip()) for part in (text, *sentences) if part.strip()}
+    return {text_key(part.strip(), role) for part in (text, *sentences) if part.strip()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,21 +125,25 @@ Results = Generator[tuple[int, TeacherOutput | TeachonceError], None, None]
 """Pairs of a shard and its output, in the order of completion; an error concerns that shard alone."""
 
 
+Admit = Callable[[Mapping[Role, TeacherOutput]], None]
+"""Check a loaded teacher by its output for the probe texts in each role."""
+
+
 class Engine(Protocol):
     """Where the teacher runs."""
 
     def __call__(
         self,
-        load_teacher: Callable[[], Encode],
+        load_teacher: Callable[[], LoadedTeacher],
         tasks: Iterator[Task],
-        admit: Callable[[TeacherOutput], None],
+        admit: Admit,
     ) -> Results:
         """Encode all tasks; the next task is drawn when a loaded teacher can take it.
 
         Args:
             load_teacher: Called once by each worker; picklable if workers are other processes.
             tasks: The texts to encode, by shard.
-            admit: Called with each loaded teacher's output for the probe texts, before its first task;
+            admit: Called with each loaded teacher's outputs for the probe texts, before its first task;
                 raises if that teacher must not be used, which ends the run.
 
         Raises:
@@ -148,13 +152,14 @@ class Engine(Protocol):
 
 
 def this_process(
-    load_teacher: Callable[[], Encode],
-    tasks: Iterator[Task],
-    admit: Callable[[TeacherOutput], None],
+    load_teacher: Callable[[], LoadedTeacher], tasks: Iterator[Task], admit: Admit
 ) -> Results:
     """An `Engine` with one teacher in this process; a teacher that `ReadsAhead` tokenises meanwhile."""
-    with closing(LoadedTeacher(load_teacher())) as teacher:
-        admit(teacher.encode(PROBE_TEXTS, "text"))
+    with closing(load_teacher()) as teacher:
+        probe_outputs = teacher.probe()
+        if isinstance(probe_outputs, TeachonceError):
+            raise probe_outputs
+        admit(probe_outputs)
         started: deque[tuple[int, Finish]] = deque()
         for task in tasks:
             started.append((task.shard, teacher.begin(task)))
@@ -174,16 +179,32 @@ class LoadedTeacher:
 
     Args:
         encode: The teacher.
+        roles: The roles of the texts that it is to read.
     """
 
-    def __init__(self, encode: Encode) -> None:
-        self.encode = encode
+    def __init__(self, encode: Encode, roles: Sequence[Role] = ("text",)) -> None:
+        self.encode, self.roles = encode, roles
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     @property
     def prefetch(self) -> int:
         """Number of tasks that may be begun while another is encoded: 0 or 1."""
         return int(isinstance(self.encode, ReadsAhead))
+
+    @classmethod
+    def load(cls, load_teacher: Callable[[], Encode], roles: Sequence[Role]) -> Self:
+        """Load a teacher."""
+        return cls(load_teacher(), roles)
+
+    def probe(self) -> Mapping[Role, PlainOutput] | TeachonceError:
+        """Returns the output for the probe texts in each role, or the error that was raised."""
+        outputs: dict[Role, PlainOutput] = {}
+        for role in self.roles:
+            output = output_or_error(partial(self.encode, PROBE_TEXTS, role))
+            if isinstance(output, TeachonceError):
+                return output
+            outputs[role] = output
+        return outputs
 
     def begin(self, task: Task) -> Finish:
         """Begin to tokenise texts; returns a call that waits until that is done and encodes them."""

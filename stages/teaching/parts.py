@@ -17,6 +17,7 @@ from storage.column import text_keys_of
 from storage.corpus import Corpus
 from storage.manifest import fingerprint
 from storage.mixes import MixedTexts, draw_pairs
+from storage.roles import Role
 
 MIXES_VERSION = 1  # raise it when a code change draws or mixes other pairs: all mixes are made anew
 
@@ -30,9 +31,11 @@ SEED = 0
 class ShardPart(Protocol):
     """An object to be made: the teacher's vectors of `rows` inputs.
 
-    `key` is its name in the store, `texts` the key of its text shard.
+    `key` is its name in the store, `texts` the key of its text shard, `role` what its inputs are for the
+    teacher.
     """
 
+    role: Role
     key: str
     rows: int
     texts: str
@@ -59,6 +62,7 @@ class TextsPart:
     def __init__(self, teacher: str, corpus: Corpus, shard: int) -> None:
         self.key = f"vectors/{teacher}/{corpus.shard_digest(shard)}.arrow"
         self.texts, self.rows = corpus.objects[shard].key, corpus.objects[shard].rows
+        self.role = corpus.role_of(shard)
         self._corpus, self._shard = corpus, shard
 
     def text_keys(self) -> NDArray[np.bytes_]:  # noqa: D102 - as above
@@ -87,6 +91,7 @@ class MixesPart:
         drawn = {name: recipe["mixes"][name] for name in ("share", "alpha", "seed")}
         self._pairs = draw_pairs(digest, texts.rows, **drawn)
         self.texts, self.rows = texts.key, len(self._pairs.first)
+        self.role: Role = "text"
         self._corpus, self._shard = corpus, shard
 
     def text_keys(self) -> NDArray[np.bytes_]:  # noqa: D102 - as above

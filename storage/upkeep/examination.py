@@ -59,6 +59,10 @@ def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Find
         return Finding(key, "damaged", error.problem.removeprefix("damaged: "))
     except StorageError as error:
         return Finding(key, "unreadable", error.problem)
+    if named is not None and header.role != named.role:
+        return Finding(
+            key, "another copy", f"of role {header.role} there, {named.role} in the manifest"
+        )
     if named is not None and header.sha256 != named.sha256:
         return Finding(
             key,

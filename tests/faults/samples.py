@@ -107,7 +107,7 @@ def mined(place, corpus, params, split):
     return Manifest.load(place.root / "negatives.json", "negatives")
 
 
-def mine_params():
+def mine_params(**changes):
     return mine.MineParams.model_validate(
         {
             "neighbours": 3,
@@ -117,8 +117,10 @@ def mine_params():
             "min_score": None,
             "index": "flat",
             "min_recall": 0.9,
+            "among": {"text": "text", "query": "document", "document": "document"},
             "memory_mb": 64,
         }
+        | changes
     )
 
 

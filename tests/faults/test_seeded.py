@@ -71,7 +71,7 @@ IN_PLACE = Change(
 
 NO_DIGEST = Change(
     "storage/store.py",
-    "if payload_sha256(header.key, batch, header.facts) != header.sha256:",
+    "if payload_sha256(header.key, batch, header.facts, header.role) != header.sha256:",
     "if False:",
 )
 NO_NAME = Change("storage/store.py", "if header.key != key:", "if False:")
@@ -197,7 +197,7 @@ BUGS = {
         f"{STORAGE}::test_digests_of_different_sequences_differ",
     ),
     "a fingerprint without the prompt": (
-        [Change("stages/embed.py", '        "prompt": params.prompts.of("text"),\n', "")],
+        [Change("stages/embed.py", 'params.prompts.of("text")', '""')],
         f"{EMBED}::test_each_setting_of_the_recipe_changes_the_fingerprint",
     ),
     "the first neighbour is dropped as the row itself": (

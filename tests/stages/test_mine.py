@@ -31,6 +31,7 @@ def params(**changes):
             "min_score": None,
             "index": "flat",
             "min_recall": 0.9,
+            "among": {"text": "text", "query": "document", "document": "document"},
             "memory_mb": 64,
         }
         | changes
