@@ -1112,6 +1112,75 @@ def test_check_says_what_stands_before_which_texts(project, caplog):
     assert told({}, prompts(None)) == ([], None)
 
 
+ROLES_OF_SOURCES = [
+    {"files": "texts/*.txt", "role": "query"},
+    {"files": "texts/*.txt", "role": "document", "field": "body"},
+]
+
+
+def with_sources(sources, **embed):
+    def change(content):
+        content["shard"]["sources"] = sources
+        content["embed"] |= embed
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("sources", "address", "said"),
+    [
+        (["a.txt", 3], "shard.sources.1", "must be a text"),
+        ([{"files": "a.txt", "role": "question"}], "shard.sources.0.role", "'query' or 'document'"),
+        ([{"files": "a.txt"}], "shard.sources.0.role", "is missing"),
+        ([{"files": "s3://a/b", "role": "query"}], "shard.sources.0.files", "a URL"),
+        ([{"file": "a.txt", "role": "query"}], "shard.sources.0.file", "did you mean files?"),
+    ],
+)
+def test_a_wrong_source_is_named_by_its_place(tmp_path, sources, address, said):
+    with pytest.raises(SettingsError) as failed:
+        load_params(write(tmp_path, with_sources(sources)))
+    assert said in dict(failed.value.problems)[address]
+
+
+@pytest.mark.parametrize(
+    ("embed", "address", "said"),
+    [
+        ({"teacher": "imported:mine"}, "shard.sources", "in which role a text of theirs was read"),
+        ({"mixes": 0.5}, "embed.mixes", r"0.5, but shard.sources has roles (document, query)"),
+    ],
+)
+def test_what_has_no_roles_is_refused_beside_them(tmp_path, embed, address, said):
+    with pytest.raises(SettingsError) as failed:
+        load_params(write(tmp_path, with_sources(ROLES_OF_SOURCES, **embed)))
+    assert said in dict(failed.value.problems)[address]
+    load_params(write(tmp_path, with_sources([{"files": "a", "role": "text"}], mixes=0.5)))
+
+
+def test_mining_is_told_what_rows_of_each_role_find(tmp_path):
+    def change(content):
+        content["mine"]["among"] = {"text": "text"}
+
+    with pytest.raises(SettingsError, match="among says nothing of query and document"):
+        load_params(write(tmp_path, change))
+
+
+def test_check_asks_for_the_prompt_of_texts_only_where_there_are_any(project):
+    (project / "teacher/tokenizer.json").unlink()
+    (project / "teacher/vocab.txt").write_text("a")
+    config = {"prompts": {"query": "query: ", "passage": "passage: "}}
+    change_settings(project, lambda content: content["shard"].update(sources=ROLES_OF_SOURCES))
+    # The pairs of an STS set are neither queries nor documents.
+    assert set(checked(project, config, prompts=prompts(None))) == {"embed.prompts.text"}
+    change_settings(project, lambda content: content["evaluate"].update(sts={}))
+    assert checked(project, config, prompts=prompts(None)) == {}
+    entry = json.loads((project / "data/sources.json").read_text())["shard"]
+    assert entry["declared"]["sources"][0] == {
+        "files": "texts/*.txt",
+        "role": "query",
+        "field": None,
+    }
+
+
 def test_a_prompt_of_before_there_were_roles_is_told_where_it_stands_now(tmp_path):
     def change(content):
         del content["embed"]["prompts"]
