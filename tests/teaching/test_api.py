@@ -446,9 +446,9 @@ def test_a_run_that_was_stopped_asks_only_for_what_is_missing_also_cut_otherwise
     server.misbehave.extend([None] * 6 + [refuses(401)])
     with behind(server, place, concurrency=1) as run:
         with pytest.raises(StoppedTeacherError):
-            run(place.corpus(texts))
+            run(place.corpus(texts, rows_per_shard=400))  # in shards of more than 96 texts
         paid = server.texts.copy()
-        assert 0 < sum(paid.values()) <= 6 * 16
+        assert sum(paid.values()) == 6 * 16
         # Another corpus: other shards, another order.
         corpus = place.corpus(texts[::-1], rows_per_shard=32)
         run(corpus)
@@ -457,6 +457,23 @@ def test_a_run_that_was_stopped_asks_only_for_what_is_missing_also_cut_otherwise
         vectors_in(place, corpus), np.stack([server.vector(text) for text in texts[::-1]])
     )
     assert not list((place.root / "store" / "journal").glob("*/*"))
+
+
+def test_the_journal_holds_the_answers_of_unfinished_shards_alone(place, monkeypatch):
+    monkeypatch.setattr("storage.journal.FILE_BYTES", 0)  # a file for each answer
+    server, held = EmbeddingServer(), []
+
+    def counts(handler, reply):
+        held.append(len(list((place.root / "store" / "journal").glob("*/*"))))
+        handler.send(200, reply)
+
+    corpus = place.corpus(sentences(1000), rows_per_shard=32)
+    server.misbehave.extend([counts] * 100)
+    with behind(server, place, concurrency=1) as run:
+        run(corpus)
+    most = max(entry.rows for entry in corpus.objects) // 16 + 1  # requests of a shard
+    assert len(held) > 8 * most
+    assert 0 < max(held) <= 3 * most  # one is published while two are asked for
 
 
 def test_a_run_stops_before_the_budget_and_over_all_runs(place, caplog):
