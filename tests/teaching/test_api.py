@@ -56,7 +56,7 @@ def api_params(**changes):
         "tokens_per_minute": None,
         "price_per_million_tokens": None,
         "budget": None,
-        "timeout": 10,
+        "timeout": 1000,  # more than all sleepers together move the clock
     } | changes
 
 
