@@ -29,6 +29,7 @@ from stages.params import (
     Params,
     RecipeParams,
     SettingsError,
+    neighbours_wanted,
 )
 from stages.reading.files import located
 from storage import regular
@@ -333,7 +334,11 @@ class Workspace:
         return folder, params.pooling
 
     def student(self, name: str, recipe: str | None, start: str | None) -> tuple[RecipeParams, str]:
-        """The recipe and the name of the start of a student."""
+        """The recipe and the name of the start of a student.
+
+        Raises:
+            SettingsError: the recipe reads more neighbours than `mine` keeps.
+        """
         declared = self.params.students.get(name)
         if declared is None and (recipe is None or start is None):
             self.named("students", name)
@@ -341,6 +346,8 @@ class Workspace:
         start_name = start or (declared.start if declared else "")
         self.named("starts", start_name)
         params: RecipeParams = self.named("recipes", recipe_name)
+        if wrong := neighbours_wanted(recipe_name, params, self.params.mine.neighbours):
+            raise SettingsError(self.at.params.name, wrong)
         if name in {TEACHER, START_FOLDER, *self.params.starts}:
             raise TeachonceError(name, "the name is taken", "choose another")
         _check_name(name)

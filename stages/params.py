@@ -677,7 +677,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_collisions(names),
         *_unusable_set_names(sections.get("evaluate")),
         *_unknown_rank(sections.get("report"), sections.get("evaluate")),
-        *_unusable_recipes(sections.get("recipes", {}), sections.get("mine")),
+        *_too_few_neighbours(sections),
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
         *_cut_imports(sections.get("embed")),
@@ -935,19 +935,26 @@ def _unknown_rank(report: ReportParams | None, evaluate: EvaluateParams | None) 
     return [("report.rank_by", f"{rank_by} is not measured; choose one of {', '.join(known)}")]
 
 
-def _unusable_recipes(
-    recipes: Mapping[str, RecipeParams], mine: MineParams | None
-) -> list[Problem]:
-    wrong = []
-    kept = getattr(mine, "neighbours", None)
-    for name, recipe in recipes.items():
-        for place, objective in enumerate(recipe.objectives):
-            wanted = getattr(objective, "neighbours", 0)
-            if kept is not None and wanted > kept:
-                wrong.append(
-                    (
-                        f"recipes.{name}.objectives.{place}.neighbours",
-                        f"{wanted} wanted, but mine.neighbours keeps {kept}: raise that one",
-                    )
-                )
-    return wrong
+def _too_few_neighbours(sections: Sections) -> list[Problem]:
+    """A student whose recipe reads more neighbours than `mine` keeps."""
+    kept = getattr(sections.get("mine"), "neighbours", None)
+    recipes = sections.get("recipes", {})
+    names = {student.recipe for student in sections.get("students", {}).values()}
+    return [
+        problem
+        for name in recipes
+        if name in names and kept is not None
+        for problem in neighbours_wanted(name, recipes[name], kept)
+    ]
+
+
+def neighbours_wanted(name: str, recipe: RecipeParams, kept: int) -> list[Problem]:
+    """Returns each objective of a recipe that reads more than the `kept` neighbours of a row."""
+    return [
+        (
+            f"recipes.{name}.objectives.{place}.neighbours",
+            f"{wanted} wanted, but mine.neighbours keeps {kept}: raise that one",
+        )
+        for place, objective in enumerate(recipe.objectives)
+        if (wanted := getattr(objective, "neighbours", 0)) > kept
+    ]

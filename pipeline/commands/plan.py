@@ -171,8 +171,8 @@ class Plan:
         """Plan mining, by the sample's and the teacher's (m, dim) vectors; returns caches of the sample."""
         from stages.learning.rehearsal import random_caches
 
-        dim, storage = vectors.shape[1], self.params.embed.storage
-        caches = random_caches(self.texts, dim, heldout=self.judged, storage=storage, store=store)
+        dim, embedding = vectors.shape[1], self.params.embed
+        caches = random_caches(self.texts, dim, heldout=self.judged, params=embedding, store=store)
         params, rows, out = self.params.mine, self.train, store.root / "mined"
         corpus, known, split = caches.corpus, caches.embeddings, caches.split
         sample = len(split.train_rows(corpus))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from torch import nn
 
 from stages.learning.loop import TrainingSetup, make_optimizer, take_step
 from stages.models.config import CHARACTERS
 from stages.outcome import seconds_of
-from stages.params import TrainingParams
+from stages.params import EmbedParams, TrainingParams
 from stages.vectors import unit
 from storage.caches import Caches
 from storage.column import text_keys_of
 from storage.corpus import Corpus, put_texts, text_key
 from storage.embeddings import Embeddings, put_vectors
 from storage.manifest import Manifest, fingerprint
+from storage.mixes import Mixes, draw_pairs
 from storage.split import Split
 from storage.store import Store
 
@@ -27,7 +30,7 @@ WARM_STEPS, MOST_STEPS = 2, 50
 
 
 def random_caches(
-    texts: Sequence[str], dim: int, *, heldout: int, storage: str, store: Store
+    texts: Sequence[str], dim: int, *, heldout: int, params: EmbedParams, store: Store
 ) -> Caches:
     """Returns caches of some texts with random vectors of unit length and no neighbours yet.
 
@@ -35,25 +38,36 @@ def random_caches(
         texts: The texts, no two the same.
         dim: Width of the vectors.
         heldout: Number of rows to hold out, about; half of them at most.
-        storage: The setting `embed.storage`.
+        params: The settings `embed`: how vectors are stored, and how many mixes there are.
         store: A scratch store.
     """
     manifest = partial(Manifest, recipe={}, parent=None)
     put = put_texts(store, [(text, text_key(text)) for text in texts])
     corpus = Corpus(store, manifest(kind="corpus", objects=(put,)))
-    drawn = np.random.default_rng(0).standard_normal((corpus.rows, dim), np.float32)
-    put = put_vectors(
-        store,
-        f"vectors/{fingerprint({})}/{corpus.shard_digest(0)}.arrow",
-        vectors=unit(drawn),
-        text_keys=text_keys_of(corpus.batch(0)),
-        storage=storage,
-        facts={},
-    )
-    vectors = Embeddings(store, manifest(kind="embeddings", objects=(put,)), corpus)
+    draw = np.random.default_rng(0)
+
+    def put_random(kind: str, keys: NDArray[np.bytes_], more: Mapping[str, pa.Array]) -> Manifest:
+        put = put_vectors(
+            store,
+            f"{kind}/{fingerprint({})}/{corpus.shard_digest(0)}.arrow",
+            vectors=unit(draw.standard_normal((len(keys), dim), np.float32)),
+            text_keys=keys,
+            storage=params.storage,
+            facts={},
+            more=more,
+        )
+        return manifest(kind="embeddings" if kind == "vectors" else kind, objects=(put,))
+
+    keys = text_keys_of(corpus.batch(0))
+    vectors = Embeddings(store, put_random("vectors", keys, {}), corpus)
+    mixes = None
+    if params.mixes:
+        digest = corpus.shard_digest(0)
+        pairs = draw_pairs(digest, corpus.rows, share=params.mixes, alpha=1.0, seed=0)
+        mixes = Mixes(store, put_random("mixes", pairs.keys(keys), pairs.columns()), corpus)
     share = min(0.5, heldout / corpus.rows)
     split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
-    return Caches(corpus, vectors, None, split, store)
+    return Caches(corpus, vectors, None, split, store, mixes)
 
 
 def measure(

@@ -38,6 +38,10 @@ SPEED = {
     # The teacher stands in a recipe by the hashes of its files, not by its name.
     "teacher": ["b/mirror", "/elsewhere/teacher", "package:x/y"],
     "revision": ["main", "0" * 40],
+    # Mixes are objects of their own, beside the vectors.
+    "mixes": [0.5, 1.0],
+    # Read of a teacher behind an API alone.
+    "api": [embed_params().api.model_dump() | {"url": "https://a.server/v1", "dimensions": 8}],
 }
 
 

@@ -124,13 +124,38 @@ def test_the_shipped_settings_are_right():
 
 
 def test_the_shipped_recipes_differ_in_their_objectives_only():
-    """But for those of DisCo, which always project, and kd_ckd with its dropout."""
+    """But for those of DisCo, which always project, kd_ckd with its dropout, and warmup's first steps."""
     recipes = load_params(SHIPPED).recipes
     common = recipes["kd"].model_dump(exclude={"objectives"})
     for name, recipe in recipes.items():
         projection = "always" if name.startswith("disco_") else "auto"
         expected = common | {"projection": projection, "dropout": name == "kd_ckd"}
+        if name == "warmup":
+            expected["pretrain"] = {"share": 0.1}
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
+
+
+def test_only_recipes_that_are_trained_must_find_their_neighbours(tmp_path):
+    """`speculative` reads 16 of a row; whoever keeps 8 and does not train it is not stopped by it."""
+
+    def trained(recipe):
+        def change(content):
+            content["mine"]["neighbours"] = 8
+            content["students"]["kd"]["recipe"] = recipe
+
+        return examine(write(tmp_path, change))[1]
+
+    wrong = (
+        "recipes.speculative.objectives.0.neighbours",
+        "16 wanted, but mine.neighbours keeps 8: raise that one",
+    )
+    assert trained("speculative") == [wrong]
+    assert trained("ckd") == []
+    here = Workspace(tmp_path)
+    assert here.student("mine", "ckd", "half")[1] == "half"
+    with pytest.raises(SettingsError) as caught:
+        here.student("mine", "speculative", "half")
+    assert list(caught.value.problems) == [wrong]
 
 
 @pytest.mark.parametrize("section", ["recipes.ckd.objectives.0", "finetune"])
