@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from stages.mining.filters import RULES, keep_first, reject
@@ -34,7 +35,7 @@ from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, put_negatives
 from storage.roles import ROLES, Role
 from storage.split import Split
-from storage.store import Store, digest
+from storage.store import Object, Store, digest
 
 if TYPE_CHECKING:
     import torch
@@ -235,10 +236,8 @@ def run(
     todo = [shard for shard, key in enumerate(keys) if published[key] is None]
     log.info("mine: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
     progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
-    for role in corpus.roles:
+    for role in dict.fromkeys(map(corpus.role_of, todo)):
         shards = [shard for shard in todo if corpus.role_of(shard) == role]
-        if not shards:
-            continue
         miner = Miner(
             params,
             corpus=corpus,
@@ -252,14 +251,7 @@ def run(
         search = miner.search(its_index, asked=rows_to_search, device=device)
         for group in miner.groups(shards):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
-                published[keys[shard]] = put_negatives(
-                    store,
-                    keys[shard],
-                    neighbours=lists.neighbours,
-                    scores=lists.scores,
-                    text_keys=text_keys_of(corpus.batch(shard)),
-                    facts=lists.facts,
-                )
+                published[keys[shard]] = _put(store, keys[shard], lists, corpus.batch(shard))
                 progress.advance(corpus.objects[shard].rows)
     objects = [entry for entry in published.values() if entry is not None]
     manifest = Manifest(
@@ -282,6 +274,17 @@ def run(
             f"{len(todo)} shards mined, {len(keys) - len(todo)} found in the store"
         ),
         facts=counts,
+    )
+
+
+def _put(store: Store, key: str, lists: ShardLists, texts: pa.RecordBatch) -> Object:
+    return put_negatives(
+        store,
+        key,
+        neighbours=lists.neighbours,
+        scores=lists.scores,
+        text_keys=text_keys_of(texts),
+        facts=lists.facts,
     )
 
 

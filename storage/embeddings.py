@@ -2,6 +2,8 @@
 
 Vectors are stored as the teacher's own pipeline returns them: as float16 or float32 unscaled, or as int8
 with one scale a row (value = int8 x scale). Reading int8 returns float32.
+
+This file is long because what is refused when vectors are written, received or read is one set of rules.
 """
 
 from __future__ import annotations

@@ -308,7 +308,13 @@ def _passing_over(
 def _token_vectors(model: SentenceTransformer) -> list[Tensor]:
     """Returns the token vectors of each of `PROOF_TEXTS`, read alone: (tokens, width)."""
     reader: Any = model[0].eval()
-    return [reader(model.preprocess([text]))["token_embeddings"][0] for text in PROOF_TEXTS]
+    own = reader.processor
+    # A tokenizer stores the truncation of its last texts, and is saved with the model.
+    reader.processor = deepcopy(own)
+    try:
+        return [reader(model.preprocess([text]))["token_embeddings"][0] for text in PROOF_TEXTS]
+    finally:
+        reader.processor = own
 
 
 def _distance(own: Tensor, other: Tensor) -> float:

@@ -145,6 +145,8 @@ def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
         ("embed", embed.recipe(embed_params(), {})),
     ]:
         settings = set(recipe) - {"version", "teacher"}
+        # Of the role `text`; caches older than the other roles have it under this name.
+        settings -= {"prompt"} if name == "embed" else set()
         assert settings <= set(type(getattr(params, name)).model_fields), name
 
 
@@ -351,5 +353,6 @@ def test_every_setting_has_one_place():
             optional = (section.__name__, name) in {
                 *(("StartParams", "pooling"), ("StartParams", "passes")),
                 ("RecipeParams", "pretrain"),
+                ("SourceParams", "field"),
             }
             assert field.is_required() != optional, f"{section.__name__}.{name} has a default"

@@ -211,6 +211,8 @@ def test_v_logs_each_step(shell, tmp_path, monkeypatch):
     calls = {("-v", "shard"): True, ("shard", "-v"): True, ("shard", "--verbose"): True}
     for words, is_logged in {**calls, ("shard",): False}.items():
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
+        for logger in (logging.getLogger(), logging.getLogger("teachonce")):
+            monkeypatch.setattr(logger, "level", logger.level)  # put back after the test
         code, out, err = shell(*words)
         assert (code, out.splitlines()[1]) == (0, "  -> data/corpus.json")
         assert (f"settings: {tmp_path}/params.yaml" in err) == is_logged

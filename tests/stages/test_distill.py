@@ -161,6 +161,15 @@ def test_a_start_has_the_layers_it_was_given(tiny_model, start_folder):
             assert torch.equal(value, teacher.encoder.layer[theirs].state_dict()[name])
 
 
+def test_a_start_has_the_tokenizer_of_its_model(tiny_model, start_folder):
+    """The texts that prove its layers leave no truncation in it: token ids would have another name."""
+    own, kept = (
+        json.loads((folder / "tokenizer.json").read_bytes())
+        for folder in (tiny_model, start_folder)
+    )
+    assert kept == own
+
+
 def test_a_start_reads_texts_as_they_are_whatever_prompts_its_model_has(tiny_model, tmp_path):
     model = load_model(tiny_model, device=CPU)
     model.prompts, model.default_prompt_name = {"cluster": "amber: "}, "cluster"
