@@ -841,6 +841,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 import torch._dynamo  # warns of itself
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message=".*torch.jit.script")  # of DeBERTa in transformers 4
 logging.basicConfig(level=logging.WARNING)
 *folders, texts, out = sys.argv[1:]
 for place, folder in enumerate(folders):
