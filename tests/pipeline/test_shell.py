@@ -201,7 +201,17 @@ def test_the_version_is_that_of_the_package(shell):
     assert shell("--version") == (0, f"teachonce {project['version']}\n", "")
 
 
-def test_v_logs_each_step(shell, tmp_path, monkeypatch):
+@pytest.fixture
+def levels():
+    """What is logged is put back after the test."""
+    loggers = [logging.getLogger(), logging.getLogger("teachonce")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+def test_v_logs_each_step(shell, tmp_path, monkeypatch, levels):
     """What is printed stays the same, and a key in the headers of a library's request is not logged."""
     (tmp_path / "a.txt").write_text("This is a text.\nAnother text is here.\n")
     settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
@@ -211,8 +221,6 @@ def test_v_logs_each_step(shell, tmp_path, monkeypatch):
     calls = {("-v", "shard"): True, ("shard", "-v"): True, ("shard", "--verbose"): True}
     for words, is_logged in {**calls, ("shard",): False}.items():
         monkeypatch.setattr(logging.getLogger(), "handlers", [])
-        for logger in (logging.getLogger(), logging.getLogger("teachonce")):
-            monkeypatch.setattr(logger, "level", logger.level)  # put back after the test
         code, out, err = shell(*words)
         assert (code, out.splitlines()[1]) == (0, "  -> data/corpus.json")
         assert (f"settings: {tmp_path}/params.yaml" in err) == is_logged
