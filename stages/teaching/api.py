@@ -48,6 +48,9 @@ class Pending:
 
     Args:
         ready: As they are sent.
+        keys: Their text keys.
+        read_as: How they are asked for.
+        journal: Keeps the answers; None to keep none.
         vectors: Place -> (dim,) float32.
         tokens: Place -> number of tokens.
         refused: Place -> why the server refuses the text.
@@ -56,6 +59,9 @@ class Pending:
     """
 
     ready: list[ReadyText]
+    keys: list[bytes]
+    read_as: ReadAs
+    journal: Journal | None
     is_judged: bool = True
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
@@ -153,24 +159,15 @@ class ApiTeacher:
         self, texts: Sequence[str], role: Role, journal: Journal | None, *, is_judged: bool = True
     ) -> Pending:
         read_as = self.roles[role]
-        pending = Pending(self.counter.ready(texts, read_as.prompt, role), is_judged)
-        keys = [text_key(text) for text in texts]
-        for place, key in enumerate(keys) if journal is not None else ():
-            assert journal is not None
-            if (answer := journal.find(read_as.teacher, key)) is not None:
-                self._take(pending, [place], answer.vector[None], [answer.tokens])
-        for places in self._requests(pending.ready):
-            missing = [place for place in places if place not in pending.tokens]
-            if missing:
-                request = self._pool.submit(
-                    self._ask,
-                    pending,
-                    missing,
-                    [keys[place] for place in missing],
-                    read_as,
-                    journal,
-                )
-                pending.asked.append(request)
+        ready, keys = self.counter.ready(texts, read_as.prompt, role), list(map(text_key, texts))
+        pending = Pending(ready, keys, read_as, journal, is_judged)
+        if journal is not None:
+            for place, key in enumerate(keys):
+                if (answer := journal.find(read_as.teacher, key)) is not None:
+                    self._take(pending, place, answer.vector, answer.tokens)
+        for places in self._requests(ready):
+            if missing := [place for place in places if place not in pending.tokens]:
+                pending.asked.append(self._pool.submit(self._ask, pending, missing))
         return pending
 
     def _requests(self, ready: Sequence[ReadyText]) -> Iterator[list[int]]:
@@ -192,44 +189,30 @@ class ApiTeacher:
     def _may_be_longer(self, text: ReadyText) -> bool:
         return self.counter.tokenizer is None and text.most_tokens > self.max_tokens
 
-    def _ask(
-        self,
-        pending: Pending,
-        places: Sequence[int],
-        keys: Sequence[bytes],
-        read_as: ReadAs,
-        journal: Journal | None,
-    ) -> None:
+    def _ask(self, pending: Pending, places: Sequence[int]) -> None:
         """Ask for some texts, in halves if the server refuses all of them at once."""
         half = len(places) // 2
         try:
             if len(places) > self._most_texts:
                 raise RefusedRequestError(self.server.where, "takes fewer texts", "none")
-            self._ask_once(pending, places, keys, read_as, journal)
+            self._ask_once(pending, places)
             return
         except RefusedRequestError as error:
             if len(places) == 1:
                 pending.refused[places[0]] = error.problem
                 return
         before = len(pending.refused)
-        for part in (slice(half), slice(half, None)):
-            self._ask(pending, places[part], keys[part], read_as, journal)
+        for part in (places[:half], places[half:]):
+            self._ask(pending, part)
         if len(pending.refused) == before:  # it was for their number
             self._most_texts = min(self._most_texts, len(places) - half)
 
-    def _ask_once(
-        self,
-        pending: Pending,
-        places: Sequence[int],
-        keys: Sequence[bytes],
-        read_as: ReadAs,
-        journal: Journal | None,
-    ) -> None:
+    def _ask_once(self, pending: Pending, places: Sequence[int]) -> None:
         ready = [pending.ready[place] for place in places]
         try:
             reply = self.server.ask(
                 [text.sent for text in ready],
-                input_type=read_as.input_type,
+                input_type=pending.read_as.input_type,
                 tokens=self._most_tokens(ready),
                 about=sum(text.tokens for text in ready),
             )
@@ -238,10 +221,10 @@ class ApiTeacher:
             vectors = reply.vectors
             usable = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
             kept = range(len(places)) if not pending.is_judged else np.flatnonzero(usable).tolist()
-            if journal is not None and kept:
-                journal.keep(
-                    read_as.teacher,
-                    [keys[row] for row in kept],
+            if pending.journal is not None and kept:
+                pending.journal.keep(
+                    pending.read_as.teacher,
+                    [pending.keys[places[row]] for row in kept],
                     vectors[kept],
                     [tokens[row] for row in kept],
                 )
@@ -253,14 +236,14 @@ class ApiTeacher:
         except StoppedTeacherError as error:
             raise self._stopped_by(error) from None
         for row in kept:
-            self._take(pending, [places[row]], vectors[row][None], [tokens[row]])
+            self._take(pending, places[row], vectors[row], tokens[row])
         for row in sorted(set(range(len(places))) - set(kept)):
             if len(places) == 1:
                 pending.refused[places[0]] = (
                     "the server's vector has NaN, null, infinity or only zeros"
                 )
             else:  # it may be a matter of the texts beside it
-                self._ask(pending, [places[row]], [keys[row]], read_as, journal)
+                self._ask(pending, [places[row]])
 
     def _stopped_by(self, error: StoppedTeacherError) -> StoppedTeacherError:
         """Let no further request begin; returns the first error that ended the run."""
@@ -268,22 +251,15 @@ class ApiTeacher:
         self.server.close()
         return self._stop
 
-    def _take(
-        self,
-        pending: Pending,
-        places: Sequence[int],
-        vectors: NDArray[np.float32],
-        tokens: Sequence[int],
-    ) -> None:
-        """Take answers; a text of which the server may have read only a part is refused."""
-        for place, vector, count in zip(places, vectors, tokens, strict=True):
-            pending.vectors[place], pending.tokens[place] = vector, count
-            is_longer = self._may_be_longer(pending.ready[place]) and count >= self.max_tokens
-            if is_longer and pending.is_judged:
-                pending.refused[place] = (
-                    f"the server counts {count:,} tokens, and embed.max_tokens is {self.max_tokens:,}: "
-                    "it may have read only the beginning"
-                )
+    def _take(self, pending: Pending, place: int, vector: NDArray[np.float32], tokens: int) -> None:
+        """Take an answer; a text of which the server may have read only a part is refused."""
+        pending.vectors[place], pending.tokens[place] = vector, tokens
+        is_longer = self._may_be_longer(pending.ready[place]) and tokens >= self.max_tokens
+        if is_longer and pending.is_judged:
+            pending.refused[place] = (
+                f"the server counts {tokens:,} tokens, and embed.max_tokens is {self.max_tokens:,}: "
+                "it may have read only the beginning"
+            )
 
     def _most_tokens(self, ready: Sequence[ReadyText]) -> int:
         """Returns how many tokens a request has at most, by what the server counted before."""
