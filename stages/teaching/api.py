@@ -125,12 +125,14 @@ class ApiTeacher:
             StoppedTeacherError: the run must end.
             TeachonceError: requests failed.
         """
-        done, _ = wait(pending.asked, return_when=FIRST_EXCEPTION)
-        for error in (future.exception() for future in done):
-            if error is not None:
-                for future in pending.asked:
-                    future.cancel()
-                raise self._stop or error
+        try:
+            done, _ = wait(pending.asked, return_when=FIRST_EXCEPTION)
+            for error in (future.exception() for future in done):
+                if error is not None:
+                    raise self._stop or error
+        finally:  # after an error, or Ctrl-C, what is not asked yet is not paid for
+            for future in pending.asked:
+                future.cancel()
         if pending.refused:
             raise RefusedTextsError(
                 self.server.where, dict(sorted(pending.refused.items())), TEXT_CURE

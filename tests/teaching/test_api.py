@@ -1,7 +1,9 @@
 """A teacher behind an API, against a real server on this machine that can be told to misbehave."""
 
 import logging
+import os
 import re
+import signal
 import threading
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -496,6 +498,28 @@ def test_a_run_stops_before_the_budget_and_over_all_runs(place, caplog):
     with behind(server, place, **priced | {"budget": 10 * total}) as run:
         run(corpus)
     assert server.texts == dict.fromkeys(texts, 1)
+
+
+def test_an_interrupted_evaluation_asks_nothing_more(place):
+    server, held = EmbeddingServer(), threading.Event()
+
+    def interrupts(handler, reply):
+        os.kill(os.getpid(), signal.SIGINT)
+        held.wait(10)
+        handler.send(200, reply)
+
+    server.misbehave.append(interrupts)
+    with running(server) as url:
+        purse = Purse(Ledger(place.store.root, "a-model"), price=None, budget=None)
+        asked = Server("a-model", ApiParams(**api_params(url=url, concurrency=1)), purse)
+        roles = {"text": ReadAs("0" * 40, "", None)}
+        teacher = ApiTeacher(asked, TextCounter(None, 512), roles, None)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.encode(sentences(64))
+        held.set()
+        teacher._pool.shutdown()  # as Python does at its end
+        teacher.close()
+    assert server.requests == 1
 
 
 def test_answers_that_were_cut_count_as_paid(place):
