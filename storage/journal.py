@@ -124,13 +124,15 @@ class Journal:
         with self._lock:
             self._read(teacher)
             files = self._files[teacher]
-            path = self._writing.get(teacher)
+            # Until it is written: behind what an error has cut off, nothing would be read.
+            path = self._writing.pop(teacher, None)
             if path is None or path not in files or files[path].size > FILE_BYTES:
                 path = self.folder / teacher / secrets.token_hex(8)
-                self._writing[teacher], files[path] = path, _File(0, set())
+                files[path] = _File(0, set())
             durable.append(path, record)
             files[path].size += len(record)
             files[path].keys.update(text_keys)
+            self._writing[teacher] = path
 
     def forget(self, teacher: str, text_keys: NDArray[np.bytes_]) -> None:
         """Delete the files that have no other answers than those for texts that are in published shards.

@@ -147,6 +147,23 @@ def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch):
         keep(journal, 1)
 
 
+def test_an_answer_after_one_that_was_cut_off_by_an_error_is_found(tmp_path, monkeypatch):
+    journal, write = Journal(tmp_path), os.write
+    keep(journal, 1)
+
+    def fills(descriptor, content):
+        if len(content) < HEAD.size:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content[: HEAD.size + 5])
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", fills)
+        with pytest.raises(StorageError, match="No space left"):
+            keep(journal, 2)
+    keep(journal, 3)
+    assert found(tmp_path, 1, 2, 3) == [*expected(1), None, *expected(3)]
+
+
 def test_append_adds_at_the_end_and_writes_all_of_it(tmp_path, monkeypatch):
     write, path = os.write, tmp_path / "a" / "b"
     monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:3]))
