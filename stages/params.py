@@ -211,8 +211,12 @@ class PromptsParams(Section):
 
 def _url_problem(value: str) -> str | None:
     """Returns why a value is no address of a server; the value is not told, since a key may stand in it."""
-    parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    try:
+        parts = urlsplit(value)
+        is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, among others
+        is_address = False
+    if not is_address:
         return "no address of a server, such as https://host/v1"
     if parts.username is not None or parts.password is not None:
         return (

@@ -66,7 +66,8 @@ def read_reply(content: bytes, texts: int) -> tuple[NDArray[np.float32], int | N
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError(f"no JSON ({content[:80].decode(errors='replace')!r})") from None
+        # Not cut here: a part of a key would not be known as one.
+        raise ValueError(f"no JSON: {message_in(content)}") from None
     entries = reply.get("data") if isinstance(reply, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(message_in(content))

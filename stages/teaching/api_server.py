@@ -299,7 +299,7 @@ class Server:
     ) -> Exception:
         """Returns what is to be raised for an answer that has another status than 200."""
         said = f"{status}: {self._harmless(message_in(content))}"
-        if "insufficient_quota" in said or status == 402:
+        if b"insufficient_quota" in content or status == 402:
             return StoppedTeacherError(
                 self.where, f"has no credit left for this key ({said})", "pay there, then " + AGAIN
             )

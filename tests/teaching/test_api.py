@@ -313,11 +313,13 @@ def test_what_a_person_must_mend_is_asked_once_and_said_with_a_cure(place, statu
 
 def test_an_empty_account_is_not_asked_again(place):
     server = EmbeddingServer()
-    body = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
-    server.misbehave.append(refuses(429, body))
+    said = "You exceeded your quota. " * 20  # more than a message shows
+    server.misbehave.append(
+        refuses(429, {"error": {"message": said, "code": "insufficient_quota"}})
+    )
     with (
         behind(server, place, concurrency=1) as run,
-        pytest.raises(StoppedTeacherError, match=r"has no credit left .*insufficient_quota"),
+        pytest.raises(StoppedTeacherError, match=r"has no credit left .*You exceeded your quota"),
     ):
         run(place.corpus(sentences(8)))
     assert server.requests == 2
@@ -588,6 +590,18 @@ def test_the_key_is_shown_nowhere_even_if_the_server_echoes_it(place, caplog):
     assert KEY not in caplog.text + str(error.value) + repr(vars(error.value))
 
 
+def test_no_part_of_the_key_is_shown_of_a_long_answer(place):
+    server = EmbeddingServer()
+    server.misbehave.extend([sends(lambda _: b"<" * 70 + KEY.encode())] * 3)
+    key = {"key_env": "A_KEY", "environment": {"A_KEY": KEY}}
+    with (
+        behind(server, place, concurrency=1, **key) as run,
+        pytest.raises(StoppedTeacherError, match=r"no JSON: <+\*\*\*") as error,
+    ):
+        run(place.corpus(sentences(8)))
+    assert KEY[:5] not in str(error.value)
+
+
 def test_a_key_that_is_missing_or_is_none_is_said_without_it():
     assert key_in({"A": f" {KEY}\n"}, "A") == KEY
     assert key_in({}, None) is None
@@ -611,6 +625,7 @@ def test_the_address_of_requests():
         ({"url": "https://user:secret@host/v1"}, "an address with a name or a password"),
         ({"url": "https://host/v1?key=secret"}, "more than api-version"),
         ({"url": "ftp://secret/"}, "no address of a server"),
+        ({"url": "https://host:secret/v1"}, "no address of a server"),
         ({"key_env": "sk-secret"}, "pattern"),
         ({"budget": 3.0}, "write price_per_million_tokens beside it"),
     ],
