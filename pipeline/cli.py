@@ -642,7 +642,8 @@ def plan(
 
     Example: teachonce plan --seconds 60
     """
-    from pipeline.commands.plan import lines, run
+    from pipeline.commands.plan import run
+    from pipeline.commands.plan_table import lines
 
     outcome = run(workspace(), seconds=seconds, seed=seed)
     show_lines(outcome, lines(outcome.facts), as_json)

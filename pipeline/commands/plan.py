@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -18,29 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.commands import api_plan
 from pipeline.workspace import Workspace
 from stages import embed, mine
-from stages.outcome import Facts, Outcome, clock, seconds_of
+from stages.outcome import Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER
 from stages.reading.evaluation_sets import beir_folder, read_beir
-from stages.teaching.api_price import price_of
-from stages.teaching.api_texts import PROBE_CHARACTERS
-from stages.teaching.reuse import ReusableVectors
+from stages.teaching.reuse import unknown_rows
 from stages.teaching.sharing import lacking_shards
 from stages.vectors import MOST_ROWS
 from storage import embeddings, negatives
 from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.errors import MissingError, TeachonceError
-from storage.journal import Ledger
 from storage.manifest import Manifest
-from storage.probe import PROBE_TEXTS
 from storage.split import Split
 from storage.store import Store
 
 SAMPLE = 16_384  # texts of a sample, at most: as many vectors as the queue of most recipes holds
 OBJECT_BYTES = 1100  # of an Arrow file beside its rows
-UNKNOWN_WIDTH = "the width of the model's vectors is not known: set embed.api.dimensions"
 
 
 def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
@@ -52,7 +48,7 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
     plan = Plan(here, here.corpus(), seconds, seed)
     vectors = plan.embed()
     if vectors is None:
-        plan.not_planned["mine, distill"] = UNKNOWN_WIDTH
+        plan.not_planned["mine, distill"] = "width of vectors unknown: set embed.api.dimensions"
     else:
         with tempfile.TemporaryDirectory(prefix="teachonce-plan-") as scratch:
             plan.distill(plan.mine(vectors, Store(Path(scratch))))
@@ -72,7 +68,7 @@ class Plan:
     def __init__(self, here: Workspace, corpus: Corpus, seconds: float, seed: int) -> None:
         self.here, self.params, self.corpus, self.seconds = here, here.params, corpus, seconds
         self.draw = np.random.default_rng(seed).permutation
-        self.texts = corpus.take(self.draw(corpus.rows)[:SAMPLE])
+        self.texts = list(dict.fromkeys(corpus.take(self.draw(corpus.rows)[:SAMPLE])))
         try:
             split = here.split()
         except TeachonceError:  # it will be this one, less the rows that evaluation sets have
@@ -85,9 +81,9 @@ class Plan:
         self.counted, self.measured, self.extrapolated, self.not_planned = self.facts.values()
 
     def embed(self) -> NDArray[Any] | None:
-        """Plan what neither store nor remote has; returns (m, dim) some vectors of the teacher.
+        """Plan what neither store nor remote has; returns (m, dim) vectors of the teacher.
 
-        They are random for a model behind an API that was never asked, and None if their width is unknown.
+        Of an API that was never asked they are random, or None if `embed.api.dimensions` is null.
         """
         importing = seconds_of(partial(import_module, "stages.models.encoder"))  # embed does, too
         from stages.models.devices import pick_device
@@ -102,19 +98,20 @@ class Plan:
         folders = sorted({f"vectors/{teacher}" for teacher in teachers.values()})
         stored = [key for folder in folders for key in store.keys(folder)]
         older = sorted(set(stored) - set(keys)) if params.reuse else []
-        todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
-        known = ReusableVectors(store, older, todo, storage=params.storage, checked=False)
-        unknown = [corpus.starts[shard] + known.missing_rows(shard) for shard in shards]
-        new = np.concatenate([np.empty(0, np.int64), *unknown])
+        new = unknown_rows(corpus, shards, store, older, storage=params.storage)
         rows, took = sum(corpus.objects[shard].rows for shard in shards), 0.0
         self.counted |= {"texts": corpus.rows, "shards": len(keys), "shards_to_embed": len(shards)}
         self.counted |= {"texts_to_embed": len(new), "texts_to_reuse": rows - len(new)}
         if len(new) and load_teacher is None:
             why = f"{len(shards)} shards are to embed, and it is not here to be measured"
             raise MissingError("embed.teacher", why, "run `teachonce plan` where the teacher is")
+        vectors = None
         if len(new) and params.api_model is not None:
-            return self._embed_by_api(teachers["text"], new, rows, len(shards), stored)
-        if len(new):
+            asked = api_plan.count_tokens(
+                self.here, corpus, teachers["text"], self.draw(new), SAMPLE
+            )
+            self.counted["api"], took = asked
+        elif len(new):
             load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])
             at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)
             at["load_seconds"] += importing
@@ -122,50 +119,27 @@ class Plan:
             mixes = round(params.mixes * corpus.rows)  # read like texts; those there count, too
             took = at["load_seconds"] + (len(new) + mixes) / at["texts_per_second"]
             rows += mixes
-        elif here := sorted(set(stored) & set(keys)) or stored:
-            vectors = embeddings.vectors_of(store.glance(here[0]))
-        else:
-            cure = "run `teachonce embed`, which fetches them, first"
-            raise MissingError("plan", "all vectors are on the remote", cure)
-        size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
-        self.extrapolated["embed"] = {"seconds": took, "bytes": size + len(shards) * OBJECT_BYTES}
+        if vectors is None:
+            stored = sorted(set(stored) & set(keys)) or stored
+            vectors = self._vectors_of(stored, may_be_unknown=len(new) > 0)
+        if len(new) and not took:
+            self.not_planned["embed"] = "how fast the server answers is not known"
+        elif vectors is not None:
+            size = rows * embeddings.row_bytes(vectors.shape[1], params.storage)
+            size += len(shards) * OBJECT_BYTES
+            self.extrapolated["embed"] = {"seconds": took, "bytes": size}
         return vectors
 
-    def _embed_by_api(
-        self, teacher: str, new: NDArray[np.int64], rows: int, shards: int, stored: Sequence[str]
-    ) -> NDArray[Any] | None:
-        """Plan tokens and money; nothing is asked. How fast a server answers is not known."""
-        params, journal = self.params.embed, self.here.journal
-        assert params.api_model is not None and journal is not None
-        keys = (
-            [] if journal.is_empty(teacher) else [k.tobytes() for k in self.corpus.text_keys[new]]
-        )
-        is_kept = np.zeros(len(new), bool)
-        is_kept[: len(keys)] = [journal.find(teacher, key) is not None for key in keys]
-        asked, kept = new[~is_kept], int(is_kept.sum())
-        counter = self.here.text_counter()
-        do = partial(price_of, counter=counter, prompt=params.prompts.of("text"), params=params.api)
-        price = do(self.corpus.take(self.draw(asked)[:SAMPLE]), len(asked))
-        probes = do([text[:PROBE_CHARACTERS] for text in PROBE_TEXTS], len(PROBE_TEXTS))
-        spent = Ledger(self.here.store.root, params.api_model).total()
-        at = {"tokens": price.tokens, "requests": price.requests, "how": price.how}
-        at |= {"probe_tokens": probes.tokens, "texts_kept": kept, "tokens_spent": spent}
-        if price.cost is not None and probes.cost is not None:
-            at["price"] = price.cost + probes.cost
-        self.counted["api"] = at
-        if not price.seconds:
-            self.not_planned["embed"] = "how fast the server answers is not known"
-        dim = params.api.dimensions
+    def _vectors_of(self, stored: Sequence[str], *, may_be_unknown: bool) -> NDArray[Any] | None:
+        params = self.params.embed
         if stored:
-            vectors = embeddings.vectors_of(self.here.store.glance(stored[0]))
-        elif dim is None:
+            return embeddings.vectors_of(self.here.store.glance(stored[0]))
+        if params.api_model is not None and (dim := params.api.dimensions):
+            return np.random.default_rng(0).standard_normal((MOST_ROWS, dim), np.float32)
+        if may_be_unknown:
             return None
-        else:
-            vectors = np.random.default_rng(0).standard_normal((MOST_ROWS, dim), np.float32)
-        size = rows * embeddings.row_bytes(vectors.shape[1], params.storage) + shards * OBJECT_BYTES
-        if price.seconds:
-            self.extrapolated["embed"] = {"seconds": price.seconds, "bytes": size}
-        return vectors
+        cure = "run `teachonce embed`, which fetches them, first"
+        raise MissingError("plan", "all vectors are on the remote", cure)
 
     def mine(self, vectors: NDArray[Any], store: Store) -> Caches:
         """Plan mining, by the sample's and the teacher's (m, dim) vectors; returns caches of the sample."""
@@ -253,12 +227,10 @@ class Plan:
 
         params, root = self.params, self.here.at.root
         models = {TEACHER: [TEACHER]} if TEACHER in self.measured else {}
-        if not models and params.embed.api_model is not None:
-            self.not_planned["evaluate teacher"] = (
-                "the server is asked for the evaluation sets, too"
-            )
-        elif not models:
-            self.not_planned["evaluate teacher"] = "not measured, since there is nothing to embed"
+        if not models:
+            here = "not measured, since there is nothing to embed"
+            why = "the server is asked for these texts, too" if params.embed.api_model else here
+            self.not_planned["evaluate teacher"] = why
         for name, student in params.students.items():
             if f"distill {name}" in self.measured:
                 finetuned = [f"{name}{FINETUNED}"] if name in params.finetune.students else []
@@ -276,48 +248,3 @@ class Plan:
             self.measured[f"evaluate {name}"] = at
             took = turns + 2 * at["load_seconds"] + len(pool) / at["texts_per_second"]
             self.extrapolated |= {f"evaluate {model}": {"seconds": took} for model in alike}
-
-
-def lines(facts: Facts) -> Iterator[str]:
-    """A line for each number: what, how much, how it is known."""
-    counted, shards = facts["counted"], "counted, in {:,} shards"
-    rows = [
-        ("texts", f"{counted['texts']:,}", shards.format(counted["shards"])),
-        ("to embed", f"{counted['texts_to_embed']:,}", shards.format(counted["shards_to_embed"])),
-    ]
-    if counted["texts_to_reuse"]:
-        rows.append(("to copy from older shards", f"{counted['texts_to_reuse']:,}", "counted"))
-    if at := facts["measured"].get(TEACHER):
-        known = f"measured, {at['texts']:,} texts in {at['seconds']:.1f} s on {at['device']}"
-        rows += [
-            ("tokens of a text", f"{at['tokens_per_text']:.1f}", known),
-            (f"longer than {at['max_tokens']:,} tokens", f"{100 * at['truncated']:.1f} %", known),
-            ("teacher, tokens/s", f"{at['tokens_per_second']:,.0f}", known),
-            ("teacher, texts/s", f"{at['texts_per_second']:,.1f}", known),
-            ("teacher, to load", f"{at['load_seconds']:.1f} s", "measured"),
-        ]
-    if at := counted.get("api"):
-        rows += _lines_of_api(at)
-    for what, took in facts["extrapolated"].items():
-        size = f", {took['bytes'] / 1e6:,.1f} MB on disk" if "bytes" in took else ""
-        steps = f", {took['steps']:,} steps if it is not stopped early" if "steps" in took else ""
-        rows.append((what, clock(took["seconds"]), f"extrapolated{size}{steps}"))
-    rows += [(what, "?", why) for what, why in facts["not_planned"].items()]
-    return (f"{what:<28}{value:>18}  {known}" for what, value, known in rows)
-
-
-def _lines_of_api(at: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    if at["texts_kept"]:
-        yield "paid, not yet in a shard", f"{at['texts_kept']:,}", "counted; not asked for again"
-    yield "tokens to pay", f"{at['tokens']:,}", f"{at['how']}, in {at['requests']:,} requests"
-    yield (
-        "tokens of the probe texts",
-        f"{at['probe_tokens']:,}",
-        "asked for at the start of each run",
-    )
-    if "price" in at:
-        yield "price", f"{at['price']:,.4f}", "by embed.api.price_per_million_tokens"
-    else:
-        yield "price", "?", "set embed.api.price_per_million_tokens"
-    if at["tokens_spent"]:
-        yield "tokens paid before", f"{at['tokens_spent']:,}", "in all runs of this model"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stages.outcome import log
 from storage.column import MAPS, KeyIndex, text_keys_of
+from storage.corpus import Corpus
 from storage.embeddings import ReusedRows, check_received
 from storage.errors import DamagedError, MissingError, TeachonceError
 from storage.store import Store
@@ -133,3 +134,21 @@ def _open_checked(store: Store, key: str, storage: str) -> pa.RecordBatch:
         path = store.path(key)
         raise DamagedError(path, str(error), f"ask who made it, or rm -f '{path}'") from error
     return batch
+
+
+def unknown_rows(
+    corpus: Corpus, shards: Sequence[int], store: Store, older: Sequence[str], *, storage: str
+) -> NDArray[np.int64]:
+    """Returns (n,) ids of the rows of `shards` that no older shard has, ascending; reads text keys alone.
+
+    Args:
+        corpus: The texts.
+        shards: Numbers of shards, ascending.
+        store: The store with the older shards.
+        older: Sorted keys of vectors of one teacher, without the keys of `shards`.
+        storage: The setting `embed.storage`.
+    """
+    todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
+    known = ReusableVectors(store, older, todo, storage=storage, checked=False)
+    rows = [corpus.starts[shard] + known.missing_rows(shard) for shard in shards]
+    return np.concatenate([np.empty(0, np.int64), *rows])

@@ -123,6 +123,18 @@ def test_plan_without_a_tokenizer_estimates_and_says_so(tree):
     assert "mine, distill" in told
 
 
+def test_plan_knows_how_wide_vectors_are_that_were_never_asked_for(tree):
+    with running(EmbeddingServer()) as url:
+        tree(url, dimensions=24, tokens_per_minute=1000)
+        typed("shard")
+        facts = json.loads(typed("plan", "--json"))["facts"]
+    rows = facts["counted"]["texts"]
+    shards = facts["counted"]["shards"]
+    assert facts["extrapolated"]["embed"]["bytes"] == rows * (16 + 2 * 24) + 1100 * shards
+    assert "mine" in facts["extrapolated"]
+    assert "mine, distill" not in facts["not_planned"]
+
+
 def test_the_teacher_is_evaluated_and_searched_over_the_api(tree, tmp_path):
     server = EmbeddingServer(key=KEY)
     types = {"text": "clustering", "query": "search_query", "document": "search_document"}

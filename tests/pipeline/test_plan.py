@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.commands import plan
+from pipeline.commands import plan, plan_table
 from pipeline.workspace import Workspace
 from stages import embed, start
 from stages.learning.rehearsal import MOST_STEPS
@@ -284,7 +284,7 @@ def test_students_take_real_steps_before_there_is_a_vector(place, half):
         + 2 * heldout * a_text / at["judged_per_second"]
     )
     assert 0 < at["steps"] <= MOST_STEPS
-    shown = "\n".join(plan.lines(facts))
+    shown = "\n".join(plan_table.lines(facts))
     assert (
         "distill ckd                                  ?  run `teachonce start other` first" in shown
     )
@@ -335,7 +335,7 @@ def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half)
         turns.append(said[f"evaluate {model}"]["seconds"] - wanted)
     assert 0 < turns[0] == pytest.approx(turns[1]) == pytest.approx(turns[2])
     assert facts["measured"]["evaluate teacher"]["tokens_per_second"] <= 10_000
-    shown = "\n".join(plan.lines(facts))
+    shown = "\n".join(plan_table.lines(facts))
     assert "finetune kd " in shown and "8 steps if it is not stopped early" in shown
     (place.root / "dev.tsv").write_text("no score\n")
     missing = plan.run(here, seconds=0.2, seed=0).facts["not_planned"]
