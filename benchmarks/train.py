@@ -78,7 +78,7 @@ def main():
         start = Path(scratch) / "start"
         model = load_model(teacher, device=CPU)
         keep_layers(model, LAYERS, address="LAYERS")
-        save_model(model, start)
+        save_model(model, start, address="the start")
         texts = list(dict.fromkeys(some_texts(args.texts, args.rows)))
         caches, large_shards = (
             made_caches(Store(Path(scratch) / str(rows)), texts, params, rows)
