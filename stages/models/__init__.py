@@ -1,4 +1,4 @@
-"""A model: its folder, its hashes, loading, encoding, packing, speed, portable and ONNX forms.
+"""A model: its folder, hashes, loading, encoding, layers, mixing, speed, portable and ONNX forms.
 
 May import reading, params, outcome, vectors and storage.
 """
