@@ -137,7 +137,7 @@ def _layer_count(config: Mapping[str, Any], shapes: Shapes) -> int | None:
     lists = {(found[1], found[2]) for name in shapes if (found := LISTED.match(name))}
     lengths = Counter(name for name, _ in lists).values()
     stored = max(lengths, default=0)
-    counts = {**config, **config.get("text_config", {})}
+    counts = {**config, **(config.get("text_config") or {})}
     declared = next((int(counts[key]) for key in LAYER_COUNTS if counts.get(key)), stored)
     # A configuration may use fewer layers than there are weights for.
     return declared if 0 < declared <= stored else None

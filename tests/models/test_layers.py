@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stages import start
+from stages.models.abilities import check_layers_of
 from stages.models.layers import PROOF_TEXTS, keep_layers
 from stages.models.loading import load_model, save_model
 from stages.params import StartParams
@@ -150,6 +151,15 @@ def test_what_reads_otherwise_without_its_first_layer_is_refused(tokenizer, tmp_
     assert "keep the first layers [0, 1]" in cure
     make_start(folder, [0, 1], tmp_path / "half")
     make_start(folder, [0, 3], tmp_path / "far")
+
+
+def test_a_configuration_whose_part_for_texts_is_empty_counts_its_own_layers(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "null")
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    check_layers_of(folder, [3], address=AT)
+    with pytest.raises(TeachonceError, match=rf"{AT}: layer 4 of 4"):
+        check_layers_of(folder, [4], address=AT)
 
 
 OTHERS = {
