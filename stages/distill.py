@@ -331,7 +331,7 @@ class DistillTask(nn.Module):
         return Pretraining(
             self.caches.negatives,
             evenly(self.rows, min(MOST_ROWS, len(self.rows))),
-            steps=round(self.params.pretrain.share * self.params.epochs * len(self._batches(0))),
+            steps=round(self.params.pretrain.share * self.params.epochs * self._steps_of_epoch),
             dim=self.caches.embeddings.dim,
             seed=self.params.seed,
         ).to(self.device)
@@ -341,9 +341,13 @@ class DistillTask(nn.Module):
     ) -> tuple[Tensor, list[float | None]]:
         # Three texts for each row: as many as a batch of other steps has.
         triples, margins = pretraining.draw(rows[: max(len(rows) // 3, 1)], step)
+        others: list[float | None] = [None] * len(self.objectives.names)
+        # None of these rows has two neighbours: nothing but the head gets a gradient, which is 0.
+        if not len(margins):
+            return 0 * pretraining.head.bias.sum(), [*others, None]
         vectors = self.encode(triples.reshape(-1), step=step)
         loss = pretraining(vectors.view(*triples.shape, -1), margins)
-        return loss, [*([None] * len(self.objectives.names)), float(loss.detach())]
+        return loss, [*others, float(loss.detach())]
 
     def _loss(self, rows: NDArray[np.int64], step: int) -> tuple[Tensor, list[float | None]]:
         if self.pretraining is not None and step < self.pretraining.steps:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from stages.learning import loop
 from stages.learning.pretraining import Pretraining, margin_classes
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
+from storage.negatives import NONE
 from tests.stages.test_distill import (  # noqa: F401 - fixtures among them
     PowerCut,
     recipe,
@@ -134,6 +136,25 @@ def test_the_classes_alone_bring_a_student_nearer_to_its_teacher(warm):
     warm.train(recipe(pretrain={"share": 0.9}, epochs=6, evaluate_every=119, batch_size=18))
     scores = [row["agreement"] for row in warm.tracked]
     assert scores[1] > scores[0] + 0.03
+
+
+class Short(Mined):
+    """Two rows of five have one neighbour."""
+
+    def rows_of(self, rows):
+        ids, cosines = super().rows_of(rows)
+        few = (rows % 5 < 2)[:, None] & (np.arange(ids.shape[1]) > 0)
+        return np.where(few, NONE, ids), cosines
+
+
+def test_a_step_among_rows_without_two_neighbours_changes_nothing(warm):
+    """A batch of four pretrains on one row, so two steps in five are such."""
+    warm.negatives = Short(warm.negatives.lists, warm.embeddings)
+    warm.train(recipe(pretrain={"share": 0.2}, batch_size=4, epochs=1, evaluate_every=1))
+    learned = [row["loss_pretraining"] is not None for row in warm.tracked[1:18]]
+    assert 0.3 < np.mean(learned) < 0.9
+    scores = [row["agreement"] for row in warm.tracked[:18]]
+    assert [before != after for before, after in pairwise(scores)] == learned
 
 
 @pytest.mark.parametrize("dies_after", [1, 10, 11, 12, 30])
