@@ -255,7 +255,7 @@ class DistillTask(nn.Module):
         self.heldout = evenly(heldout, min(MOST_ROWS, len(heldout)))
         self.heldout_vectors = caches.embeddings.rows_of(self.heldout)
         self.mixed = None
-        if caches.mixes is not None:
+        if params.reads_mixes and caches.mixes is not None:
             self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
         self._steps_of_epoch = max(len(self.rows) // params.batch_size, 1)
         self.proposers = Proposers(

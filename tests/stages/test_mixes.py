@@ -236,6 +236,13 @@ def test_the_teacher_itself_has_no_error_on_mixes(world):
     assert task.objectives.names == ["kd", "mixes"]
 
 
+def test_a_recipe_without_mixes_reads_none_though_they_are_there(world):
+    """As in a plan, whose caches are those of all students."""
+    few = world.caches(mixes=object())
+    plain = recipe(objectives=OBJECTIVES[:1])
+    assert distill.prepare(plain, start=world.model, caches=few, device=CPU).mixed is None
+
+
 def test_a_step_moves_by_the_error_on_mixes(world):
     """Were the second text read in the first one's place, the loss would not be 0 above."""
     task = world.task()
