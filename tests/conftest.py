@@ -1,6 +1,7 @@
 """Real parts for tests: a store, a corpus, a hash-based teacher, a tiny transformer on disk."""
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,17 @@ from storage.corpus import Corpus, cut, put_texts
 from storage.manifest import Manifest, fingerprint
 from storage.probe import PROBE_TEXTS, probe_key
 from storage.store import FORMAT, HEADER, Header, Store, payload_sha256
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_logging():
+    """What a test sets for the whole process, as `-v` does, ends with the test."""
+    loggers = [logging.getLogger(), logging.getLogger("teachonce")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)  # it also forgets which levels were asked for
+
 
 LEXICON = """
 amber basin cedar delta ember fjord glade harbor island jungle kettle lantern meadow nectar orchard

@@ -201,17 +201,7 @@ def test_the_version_is_that_of_the_package(shell):
     assert shell("--version") == (0, f"teachonce {project['version']}\n", "")
 
 
-@pytest.fixture
-def levels():
-    """What is logged is put back after the test."""
-    loggers = [logging.getLogger(), logging.getLogger("teachonce")]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-
-
-def test_v_logs_each_step(shell, tmp_path, monkeypatch, levels):
+def test_v_logs_each_step(shell, tmp_path, monkeypatch):
     """What is printed stays the same, and a key in the headers of a library's request is not logged."""
     (tmp_path / "a.txt").write_text("This is a text.\nAnother text is here.\n")
     settings = yaml.safe_load((tmp_path / "params.yaml").read_text())
