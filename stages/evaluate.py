@@ -188,9 +188,17 @@ def _measure_fidelity(
         return {}, {"texts": len(heldout), "searches": [], **NOTHING_TO_SHOW}
     rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
-    texts = corpus.take(rows)
-    ours, _ = encoded_in_steps(name, encoder, texts, "text")
-    teacher = embeddings.rows_of(rows)
+    # Each as the cache was made: in its role, which decides the teacher's prompt.
+    of_roles = {role: corpus.of_role(rows, role) for role in corpus.roles}
+    ours = np.concatenate(
+        [
+            encoded_in_steps(name, encoder, corpus.take(of_role), role)[0]
+            for role, of_role in of_roles.items()
+            if len(of_role)
+        ]
+    )
+    rows = np.concatenate(list(of_roles.values()))
+    texts, teacher = corpus.take(rows), embeddings.rows_of(rows)
     metrics: dict[str, Fact] = {}
     for prefix, width in cuts.items():
         cut = ours[:, :width]

@@ -296,8 +296,7 @@ def pools_of(
     Raises:
         TeachonceError: rows are to find rows of a role that none has.
     """
-    roles = np.repeat([ROLES.index(entry.role) for entry in corpus.objects], np.diff(corpus.starts))
-    pools = {role: train[roles[train] == ROLES.index(role)] for role in ROLES}
+    pools = {role: corpus.of_role(train, role) for role in ROLES}
     for role in corpus.roles:
         among = params.among[role]
         if len(pools[role]) and not len(pools[among]):

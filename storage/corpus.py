@@ -103,6 +103,12 @@ class Corpus(Column):
         """The role of the texts of one shard."""
         return self.objects[shard].role
 
+    def of_role(self, rows: NDArray[np.int64], role: Role) -> NDArray[np.int64]:
+        """Returns those of some row ids whose texts are of a role, in their order."""
+        is_of = np.array([entry.role == role for entry in self.objects], bool)
+        found: NDArray[np.int64] = rows[is_of[np.searchsorted(self.starts, rows, "right") - 1]]
+        return found
+
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, in row order."""
         texts: list[str] = self.batch(shard).column("text").to_pylist()

@@ -155,7 +155,13 @@ class Place:
         return Store(self.root / "store")
 
     def corpus(self, texts, *, rows_per_shard=64):
-        objects = [put_texts(self.store, shard) for shard in cut(texts, rows_per_shard)]
+        """Of texts, or of a mapping of a role to its texts."""
+        texts_of = texts if isinstance(texts, dict) else {"text": texts}
+        objects = [
+            put_texts(self.store, shard, role)
+            for role, texts in texts_of.items()
+            for shard in cut(texts, rows_per_shard, role)
+        ]
         manifest = Manifest(kind="corpus", recipe={}, parent=None, objects=tuple(objects))
         manifest.save(self.root / "corpus.json", self.store)
         return Corpus(self.store, manifest)

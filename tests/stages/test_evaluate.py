@@ -33,7 +33,7 @@ from storage.errors import DamagedError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.split import Split
 from storage.store import Store
-from tests.conftest import Made
+from tests.conftest import Made, sentences
 
 STS_CURE = "write each line as score, tab, sentence, tab, sentence, and no header line"
 JSON_CURE = "write one JSON object a line, with a string under each of _id and text"
@@ -678,6 +678,32 @@ def test_wrong_files_are_found_before_the_model_is_used(tmp_path, corpus, embedd
             tmp_path, corpus, embeddings, encoder, sts={"A": "a.tsv"}, retrieval={"docs": "docs"}
         )
     assert encoder.asked == []
+
+
+class ByRole(HashEncoder):
+    """A teacher that reads a query otherwise than a document."""
+
+    def encode(self, texts, *, role):
+        return super().encode([f"{role}: {text}" for text in texts], role=role)
+
+
+def test_held_out_texts_are_read_in_their_roles_as_for_the_cache(tmp_path, place):
+    queries, documents = sentences(40, seed=1), sentences(80, seed=2)
+    corpus = place.corpus({"query": queries, "document": documents}, rows_per_shard=32)
+    teacher = ByRole()
+
+    def encode(texts, role):
+        vectors = teacher.encode(texts, role=role)
+        return Made(vectors, tokens=0, truncated=0)
+
+    place.embed(corpus, encode)
+    cached = Embeddings(place.store, place.embeddings, corpus)
+    metrics = measure(tmp_path, corpus, cached, teacher, name="teacher").facts
+    assert metrics["fidelity.spearman"] > 0.999 and metrics["fidelity.top10_overlap"] > 0.99
+    student = ByRole()
+    shift = measure(tmp_path, corpus, cached, student).facts["fidelity.cosine_shift"]
+    assert shift == pytest.approx(0, abs=1e-3)
+    assert [role for role, _ in student.asked] == ["query", "document", "speed"]
 
 
 # --- the teacher's index ------------------------------------------------------------------------------
