@@ -53,9 +53,9 @@ def run(
         query: The text to search for.
         model: The folder of the model that reads the query.
         encoder: That model.
-        corpus: The texts.
+        corpus: The texts. Those of the role `query` are no results, unless it has no others.
         embeddings: The teacher's vectors of `corpus`, searched exhaustively, one shard at a time.
-        count: Number of results, >= 1; fewer if the corpus has fewer rows.
+        count: Number of results, >= 1; fewer if there are fewer.
 
     Raises:
         TeachonceError: the query is empty, or the model's vectors are not in the teacher's space.
@@ -75,7 +75,10 @@ def run(
             f"its vectors have {len(vector)} numbers, the teacher's in the cache {embeddings.dim}",
             "set export.space: teacher and run `teachonce export`: that keeps the projection",
         )
-    rows, cosines = nearest_rows(vector, embeddings, count)
+    # Who asks does not look for what others asked, unless there is nothing else.
+    every = range(len(corpus.objects))
+    shards = [shard for shard in every if corpus.role_of(shard) != "query"] or every
+    rows, cosines = nearest_rows(vector, embeddings, count, shards)
     hits = [
         Hit(int(row), round(float(cosine), 4), text)
         for row, cosine, text in zip(rows, cosines, corpus.take(rows), strict=True)
@@ -83,24 +86,24 @@ def run(
     return Outcome(
         stage="search",
         made=model,
-        summary=f"{len(hits)} of {corpus.rows:,} texts",
+        summary=f"{len(hits)} of {sum(corpus.objects[shard].rows for shard in shards):,} texts",
         facts={"query": query, "hits": [vars(hit) for hit in hits]},
     )
 
 
 def nearest_rows(
-    query: NDArray[np.floating], embeddings: Embeddings, count: int
+    query: NDArray[np.floating], embeddings: Embeddings, count: int, shards: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Returns ids and cosines of the `count` rows nearest to a (dim,) query, best first, ties by row.
 
-    Exact; holds one shard in float32 at a time.
+    Exact; only rows of `shards` are looked at, and one of these is held in float32 at a time.
     """
     query = unit(query[None])[0]
     rows = np.empty(0, np.int64)
     best_cosines = np.empty(0, np.float32)
-    for shard, start in enumerate(embeddings.starts[:-1]):
+    for shard in shards:
         cosines = unit(embeddings.shard(shard)) @ query
-        rows = np.concatenate([rows, start + np.arange(len(cosines))])
+        rows = np.concatenate([rows, embeddings.starts[shard] + np.arange(len(cosines))])
         best_cosines = np.concatenate([best_cosines, cosines])
         best = np.argsort(-best_cosines, kind="stable")[:count]
         rows, best_cosines = rows[best], best_cosines[best]

@@ -65,6 +65,23 @@ def test_a_text_of_the_corpus_finds_itself(world):
         ]
 
 
+def test_queries_of_the_corpus_are_no_results_unless_it_has_nothing_else(place):
+    asked, documents = sentences(20, seed=1), sentences(60, seed=2)
+
+    def search_in(**texts_of):
+        corpus = place.corpus(texts_of, rows_per_shard=16)
+        place.embed(corpus, HashTeacher())
+        world = place, corpus, Embeddings(place.store, place.embeddings, corpus)
+        found = run(world, asked[3], count=100)
+        return found.summary, [(hit["row"], hit["text"]) for hit in found.facts["hits"]]
+
+    summary, hits = search_in(query=asked, document=documents)
+    assert summary == "60 of 60 texts"
+    assert sorted(hits) == [(20 + row, text) for row, text in enumerate(documents)]
+    summary, hits = search_in(query=asked)
+    assert summary == "20 of 20 texts" and hits[0] == (3, asked[3])
+
+
 def test_no_more_is_found_than_there_is(world):
     assert len(run(world, "x", count=1000).facts["hits"]) == 300
 
