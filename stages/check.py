@@ -142,6 +142,10 @@ def run(
     prompts = _prompts_told(sections["embed"], survey.own_prompts)
     for role, told in prompts.items():
         log.info("check: before %s the teacher reads %s", NAMED[role], told)
+    if prompts and sections["shard"].roles != ("text",):
+        log.info(
+            "check: students read all of these as they are, and learn one vector for each text"
+        )
     embed = sections["embed"]
     slow = slow_precision(embed.precision, flags) if embed.api_model is None else None
     for note in [slow] if slow is not None else api_notes(embed, os.environ):

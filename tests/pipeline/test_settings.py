@@ -1135,6 +1135,7 @@ def test_check_says_what_stands_before_which_texts(project, caplog):
         None,
     )
     assert told({}, prompts(None)) == ([], None)
+    assert "students" not in caplog.text
 
 
 ROLES_OF_SOURCES = [
@@ -1189,7 +1190,8 @@ def test_mining_is_told_what_rows_of_each_role_find(tmp_path):
         load_params(write(tmp_path, change))
 
 
-def test_check_asks_for_the_prompt_of_texts_only_where_there_are_any(project):
+def test_check_asks_for_the_prompt_of_texts_only_where_there_are_any(project, caplog):
+    caplog.set_level("INFO", "teachonce")
     (project / "teacher/tokenizer.json").unlink()
     (project / "teacher/vocab.txt").write_text("a")
     config = {"prompts": {"query": "query: ", "passage": "passage: "}}
@@ -1198,6 +1200,7 @@ def test_check_asks_for_the_prompt_of_texts_only_where_there_are_any(project):
     assert set(checked(project, config, prompts=prompts(None))) == {"embed.prompts.text"}
     change_settings(project, lambda content: content["evaluate"].update(sts={}))
     assert checked(project, config, prompts=prompts(None)) == {}
+    assert "students read all of these as they are" in caplog.text
     entry = json.loads((project / "data/sources.json").read_text())["shard"]
     assert entry["declared"]["sources"][0] == {
         "files": "texts/*.txt",
