@@ -21,7 +21,7 @@ import secrets
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ MAGIC = b"answers1"
 HEAD = struct.Struct("<8sII16s")  # magic, texts, values of a vector, digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The vector of one text, (dim,) float32, and the number of its tokens."""
 
@@ -74,7 +74,7 @@ class Journal:
         self.folder = root / JOURNAL
         self._lock = threading.Lock()
         # Teacher -> text key -> what an earlier run was answered; this run's own are not read again.
-        self._answers: dict[str, dict[bytes, Callable[[], Answer]]] = {}
+        self._answers: dict[str, dict[bytes, Answer]] = {}
         self._files: dict[str, dict[Path, _File]] = {}
         self._writing: dict[str, Path] = {}
 
@@ -86,8 +86,7 @@ class Journal:
         """
         with self._lock:
             self._read(teacher)
-            read = self._answers[teacher].get(text_key)
-        return None if read is None else read()
+            return self._answers[teacher].get(text_key)
 
     def is_empty(self, teacher: str) -> bool:
         """Whether no answers are kept for a teacher.
@@ -161,7 +160,7 @@ class Journal:
         """Read the files of a teacher once."""
         if teacher in self._files:
             return
-        folder, answers = self.folder / teacher, dict[bytes, Callable[[], Answer]]()
+        folder, answers = self.folder / teacher, dict[bytes, Answer]()
         with durable.named(folder, "listing"):
             paths = sorted(folder.iterdir()) if folder.is_dir() else []
         files = {}
@@ -171,9 +170,9 @@ class Journal:
             with durable.named(path, "reading"):
                 content = _mapped(path)
             files[path] = _File(len(content), set())
-            for keys, answer in _records(path, content):
-                files[path].keys.update(keys)
-                answers |= {key: answer(place) for place, key in enumerate(keys)}
+            for kept in _records(path, content):
+                files[path].keys.update(kept)
+                answers |= kept
         self._answers[teacher], self._files[teacher] = answers, files
 
 
@@ -185,10 +184,8 @@ def _mapped(path: Path) -> memoryview:
             return memoryview(b"")
 
 
-def _records(
-    path: Path, content: memoryview
-) -> Iterator[tuple[list[bytes], Callable[[int], Callable[[], Answer]]]]:
-    """Yield the text keys of each whole record, and what reads the answer at a place in it."""
+def _records(path: Path, content: memoryview) -> Iterator[dict[bytes, Answer]]:
+    """Yield the answers in each whole record by their text keys; the vectors stay in the file."""
     start = 0
     while start < len(content):
         head = bytes(content[start : start + HEAD.size])
@@ -211,16 +208,10 @@ def _records(
         keys = payload[: TEXT_KEY_BYTES * count]
         tokens = np.frombuffer(payload, "<u4", count, offset=len(keys))
         vectors = np.frombuffer(payload, "<f4", offset=len(keys) + 4 * count).reshape(count, dim)
-        yield (
-            [bytes(keys[at : at + TEXT_KEY_BYTES]) for at in range(0, len(keys), TEXT_KEY_BYTES)],
-            _reader(vectors, tokens),
-        )
-
-
-def _reader(
-    vectors: NDArray[np.float32], tokens: NDArray[np.uint32]
-) -> Callable[[int], Callable[[], Answer]]:
-    return lambda place: lambda: Answer(vectors[place], int(tokens[place]))
+        yield {
+            bytes(keys[place * TEXT_KEY_BYTES : (place + 1) * TEXT_KEY_BYTES]): Answer(*answer)
+            for place, answer in enumerate(zip(vectors, tokens.tolist(), strict=True))
+        }
 
 
 def _digest(count: int, dim: int, payload: bytes | memoryview) -> bytes:

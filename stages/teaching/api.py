@@ -279,9 +279,11 @@ class ApiTeacher:
         if counted is None:
             return
         most = sum(text.most_tokens for text in ready)
-        self._tokens_per_byte = max(self._tokens_per_byte, counted / most)
+        if self.counter.tokenizer is None:
+            self._tokens_per_byte = max(self._tokens_per_byte, counted / most)
+            return
         least = sum(text.tokens - self.counter.special for text in ready)
-        if self.counter.tokenizer is not None and counted < least:
+        if counted < least:
             raise StoppedTeacherError(
                 "embed.api.tokenizer",
                 f"counts {most:,} tokens in {len(ready)} texts of which {self.server.where} read "

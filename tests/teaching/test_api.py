@@ -10,7 +10,7 @@ from email.utils import formatdate
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from stages import embed
 from stages.embed import FailedShardsError
@@ -394,6 +394,16 @@ def test_a_server_that_reads_less_than_the_tokenizer_counts_is_found_out(place):
     ):
         run(place.corpus(sentences(20)))
     assert not server.texts
+
+
+def test_a_text_that_has_no_token_for_the_tokenizer_is_embedded_like_others(place):
+    tokenizer = words_tokenizer()
+    tokenizer.normalizer = normalizers.Replace("mute", "")
+    texts = ["mute mute", *sentences(3)]
+    corpus, server = place.corpus(texts), EmbeddingServer()
+    with behind(server, place, tokenizer=tokenizer, batch_texts=1) as run:
+        run(corpus)
+    assert np.array_equal(vectors_in(place, corpus)[0], server.vector("mute mute"))
 
 
 def test_a_server_without_base64_is_asked_for_lists(place):
