@@ -35,7 +35,7 @@ from stages.reading.files import located
 from storage import regular
 from storage.caches import Caches
 from storage.corpus import Corpus
-from storage.embeddings import Embeddings
+from storage.embeddings import Embeddings, fingerprints
 from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.journal import Journal, Ledger
 from storage.manifest import Kind, Manifest, fingerprint
@@ -223,6 +223,8 @@ class Workspace:
         params = self.params.embed
         if params.is_imported or corpus.roles == ("text",):
             return params
+        if params.api_model is not None:
+            return with_prompts(params, {})
         try:
             own: Mapping[str, str] = own_prompts(self._teacher_folder(), "embed.teacher")
         except MissingError:
@@ -260,10 +262,11 @@ class Workspace:
         assert model is not None
         ledger = Ledger(self.store.root, model)
         purse = Purse(ledger, price=api.price_per_million_tokens, budget=api.budget)
-        teacher = fingerprint(recipe(params, self.teacher()[0]))
-        roles: dict[Role, ReadAs] = {
-            role: ReadAs(teacher, params.prompts.of(role), getattr(api.input_type, role))
-            for role in ROLES
+        teachers = fingerprints(recipe(params, self.teacher()[0], ROLES))
+        input_types = api.input_type.of(ROLES)
+        roles = {
+            role: ReadAs(teacher, params.prompts.of(role), input_types.get(role))
+            for role, teacher in teachers.items()
         }
         return ApiTeacher(
             Server(model, api, purse), self.text_counter(for_sets=for_sets), roles, journal

@@ -116,25 +116,21 @@ def recipe(
             "storage": params.storage,
         }
     if params.api_model is not None:
-        asked = {"dimensions": params.api.dimensions, "input_type": params.api.input_type.text}
+        dimensions = params.api.dimensions
         return {
             "version": VERSION,
             "teacher": dict(files),
-            "prompt": params.prompts.of("text"),
+            **_by_role(params, roles),
             "pooling": "unknown",
             "precision": "unknown",
             "storage": params.storage,
-            **{name: value for name, value in asked.items() if value is not None},
+            **({} if dimensions is None else {"dimensions": dimensions}),
             **({} if params.api.tokenizer is None else {"max_tokens": params.max_tokens}),
         }
     return {
         "version": VERSION,
         "teacher": dict(files),
-        **(
-            {"prompt": params.prompts.of("text")}
-            if tuple(roles) == ("text",)
-            else {"prompts": {role: params.prompts.of(role) for role in roles}}
-        ),
+        **_by_role(params, roles),
         "max_tokens": params.max_tokens,
         "precision": params.precision,
         "storage": params.storage,
@@ -143,6 +139,18 @@ def recipe(
         **({} if params.pooling is None else {"pooling": params.pooling}),
         **({} if params.dim is None else {"dim": params.dim}),
         **({} if params.long_texts == "cut" else {"long_texts": params.long_texts}),
+    }
+
+
+def _by_role(params: EmbedParams, roles: Sequence[Role]) -> dict[str, Any]:
+    """Returns what a teacher is told of a text's role: the prompt, and by an API the input type."""
+    prompts = {role: params.prompts.of(role) for role in roles}
+    input_types = {} if params.api_model is None else params.api.input_type.of(roles)
+    if tuple(roles) != ("text",):
+        return {"prompts": prompts, **({"input_types": input_types} if input_types else {})}
+    return {
+        "prompt": prompts["text"],
+        **({"input_type": input_types["text"]} if input_types else {}),
     }
 
 

@@ -9,7 +9,7 @@ This file is long because it holds every setting of every stage.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
@@ -235,6 +235,11 @@ class InputTypeParams(Section):
     text: Text | None  # null: no such field is sent
     query: Text | None
     document: Text | None
+
+    def of(self, roles: Iterable[Role]) -> dict[Role, str]:
+        """The field's value for those roles that have one."""
+        values: dict[Role, str | None] = {role: getattr(self, role) for role in roles}
+        return {role: value for role, value in values.items() if value is not None}
 
 
 class ApiParams(Section):
@@ -867,12 +872,6 @@ def _unusable_roles(embed: EmbedParams | None, shard: ShardParams | None) -> lis
         problem = (
             f"roles ({', '.join(roles)}), but embed.teacher stands for imported vectors, and nothing says "
             "in which role a text of theirs was read: name the files without a role"
-        )
-        wrong.append(("shard.sources", problem))
-    if getattr(embed, "teacher", "").startswith(API):
-        problem = (
-            f"roles ({', '.join(roles)}), but a teacher behind an API embeds no roles yet: name the "
-            "files without a role"
         )
         wrong.append(("shard.sources", problem))
     if mixes := getattr(embed, "mixes", 0):

@@ -67,10 +67,11 @@ class ReusedRows:
 def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) -> dict[Role, str]:
     """Returns role -> the fingerprint that vectors of texts of this role stand under.
 
-    The recipe of a corpus with roles holds `prompts`, one for each of its roles. In a fingerprint stands
-    the prompt of its role alone, so that another prompt for queries makes the vectors of queries stale and
-    no others; and the role, which decides the route through a model with a router. Texts of the role `text`
-    have the fingerprint that they have in a corpus without roles.
+    The recipe of a corpus with roles holds `prompts`, one for each of its roles, and `input_types`, if an
+    API is told such. In a fingerprint stand the prompt and the input type of its role alone, so that
+    another prompt for queries makes the vectors of queries stale and no others; and the role, which decides
+    the route through a model with a router. Texts of the role `text` have the fingerprint that they have in
+    a corpus without roles.
 
     Args:
         recipe: The recipe of an embeddings manifest.
@@ -79,10 +80,13 @@ def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) ->
     prompts = recipe.get("prompts")
     if not isinstance(prompts, dict):
         return dict.fromkeys(roles or ROLES, fingerprint(recipe))
-    shared = {name: value for name, value in recipe.items() if name != "prompts"}
+    shared = {key: value for key, value in recipe.items() if key not in {"prompts", "input_types"}}
+    input_types = recipe.get("input_types", {})
     return {
         role: fingerprint(
-            {**shared, "prompt": prompts.get(role)} | ({} if role == "text" else {"role": role})
+            {**shared, "prompt": prompts.get(role)}
+            | ({"input_type": input_types[role]} if role in input_types else {})
+            | ({} if role == "text" else {"role": role})
         )
         for role in roles or [role for role in ROLES if role in prompts]
     }

@@ -28,6 +28,7 @@ class EmbeddingServer:
         dim: Values of a vector, unless a request asks for other `dimensions`.
         most_texts: Of a request; one with more is refused.
         most_tokens: Of a text. A longer one is refused, or read to there if it `truncates`.
+        by_input_type: Whether the vector of a text differs by the request's `input_type`.
         encodings: What it can send vectors as; the first of them if a request does not say.
 
     `misbehave` holds what is to be done instead of an answer, a function of the handler and the answer it
@@ -43,9 +44,11 @@ class EmbeddingServer:
         most_tokens=None,
         truncates=False,
         counts=True,
+        by_input_type=False,
         encodings=("float", "base64"),
     ):
         self.key, self.most_texts, self.counts = key, most_texts, counts
+        self.by_input_type = by_input_type
         self.most_tokens, self.truncates, self.encodings = most_tokens, truncates, encodings
         self.teacher = HashTeacher(dim)
         self.misbehave = deque()
@@ -72,7 +75,8 @@ class EmbeddingServer:
                 return 400, {"error": {"message": said}}
             texts = [" ".join(text.split(" ")[: self.most_tokens]) for text in texts]
             counts = [min(count, self.most_tokens) for count in counts]
-        vectors = [self.vector(text) for text in texts]
+        kind = f"{asked.get('input_type')}|" if self.by_input_type else ""
+        vectors = [self.vector(kind + text) for text in texts]
         if "dimensions" in asked:
             vectors = [vector[: asked["dimensions"]] for vector in vectors]
         data = [

@@ -35,6 +35,7 @@ LINES = 10  # of a kind; `--json` has all
 SHOWN_SETTINGS = (
     "prompt",
     "prompts",
+    "input_types",
     "max_tokens",
     "precision",
     "storage",

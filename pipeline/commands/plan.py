@@ -107,9 +107,7 @@ class Plan:
             raise MissingError("embed.teacher", why, "run `teachonce plan` where the teacher is")
         vectors = None
         if len(new) and params.api_model is not None:
-            asked = api_plan.count_tokens(
-                self.here, corpus, teachers["text"], self.draw(new), SAMPLE
-            )
+            asked = api_plan.count_tokens(self.here, corpus, teachers, self.draw(new), SAMPLE)
             self.counted["api"], took = asked
         elif len(new):
             load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])

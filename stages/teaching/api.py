@@ -161,7 +161,8 @@ class ApiTeacher:
         self, texts: Sequence[str], role: Role, journal: Journal | None, *, is_judged: bool = True
     ) -> Pending:
         read_as = self.roles[role]
-        ready, keys = self.counter.ready(texts, read_as.prompt, role), list(map(text_key, texts))
+        ready = self.counter.ready(texts, read_as.prompt, role)
+        keys = [text_key(text, role) for text in texts]
         pending = Pending(ready, keys, read_as, journal, is_judged)
         if journal is not None:
             for place, key in enumerate(keys):

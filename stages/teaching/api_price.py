@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from stages.models.config import CHARACTERS
 from stages.params import ApiParams
 from stages.teaching.api_budget import MILLION
-from stages.teaching.api_texts import TextCounter
+from stages.teaching.api_texts import ReadyText
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,17 @@ class Price:
 
 
 def price_of(
-    sample: Sequence[str], count: int, *, counter: TextCounter, prompt: str, params: ApiParams
+    sample: Sequence[ReadyText], count: int, *, is_counted: bool, params: ApiParams
 ) -> Price:
-    """Returns the price of `count` texts, of which the sample is one or more.
+    """Returns the price of `count` texts.
 
-    Raises:
-        TeachonceError: the prompt leaves no room for a text.
+    Args:
+        sample: One or more of them, as they will be sent.
+        count: Number of the texts.
+        is_counted: Whether a tokenizer counted the sample.
+        params: The settings `embed.api`.
     """
-    tokens = sum(text.tokens for text in counter.ready(sample, prompt))
-    tokens = round(tokens * count / max(len(sample), 1))
+    tokens = round(sum(text.tokens for text in sample) * count / max(len(sample), 1))
     requests = math.ceil(count / params.batch_texts)
     price = params.price_per_million_tokens
     limits = (
@@ -48,9 +50,9 @@ def price_of(
         (requests, params.requests_per_minute),
     )
     how = (
-        f"estimated, {CHARACTERS} characters a token"
-        if counter.tokenizer is None
-        else "counted by embed.api.tokenizer"
+        "counted by embed.api.tokenizer"
+        if is_counted
+        else f"estimated, {CHARACTERS} characters a token"
     )
     return Price(
         tokens=tokens,

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import teachonce
 from pipeline.cli import app
 from stages.params import SettingsError
 from tests.conftest import sentences
-from tests.embedding_server import EmbeddingServer, refuses, running
+from tests.embedding_server import PROBES, EmbeddingServer, refuses, running
 from tests.teaching.test_api import words_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,68 @@ def test_plan_says_the_tokens_that_the_server_then_counts(tree):
     assert planned["price"] == pytest.approx(server.tokens * 2 / 1e6)
     assert planned["how"] == "counted by embed.api.tokenizer"
     assert planned["tokens_spent"] == 0
+
+
+def test_queries_and_documents_are_asked_for_as_such_and_paid_once(tree, tmp_path):
+    """A text in two roles is two rows; what a killed run was answered is found again in its role."""
+    documents = sentences(300)
+    queries = [*sentences(40, seed=1), *documents[:20]]
+    (tmp_path / "queries.txt").write_text("\n".join(queries))
+    sources = [
+        {"files": "queries.txt", "role": "query"},
+        {"files": "texts.txt", "role": "document"},
+    ]
+    shard = yaml.safe_load((ROOT / "params.yaml").read_text())["shard"]
+    shard |= {"sources": sources, "rows_per_shard": 64}
+    server = EmbeddingServer(by_input_type=True)
+
+    def asked_since(first):
+        asked = {}
+        for body in server.bodies[first:]:
+            texts = asked.setdefault(body["input_type"], set())
+            texts |= set(body["input"]) - PROBES
+        return asked
+
+    def kills(handler, _):
+        os.kill(run.pid, signal.SIGKILL)
+
+    with running(server) as url:
+
+        def write(**input_type):
+            kinds = {"text": None, "document": "search_document"} | input_type
+            how = {"key_env": None, "concurrency": 1, "tokenizer": "words", "input_type": kinds}
+            tree(url, params={"shard": shard}, **how)
+
+        write(query="search_query")
+        typed("shard")
+        planned = json.loads(typed("plan", "--json"))["facts"]["counted"]["api"]
+        server.misbehave.extend([None] * 9 + [kills])
+        run = process("embed")
+        told = run.communicate(timeout=120)[0]
+        assert run.returncode == -signal.SIGKILL, told
+        tokens_before = server.tokens
+        left = json.loads(typed("plan", "--json"))["facts"]["counted"]["api"]
+        assert 0 < left["texts_kept"] < 160  # of shards that are not whole
+        typed("embed")
+        both = {"search_query": set(queries), "search_document": set(documents)}
+        assert asked_since(0) == both
+        assert sum(server.texts.values()) == len(queries) + len(documents)  # each was paid once
+        assert left["tokens"] + left["probe_tokens"] == server.tokens - tokens_before
+        assert planned["tokens"] == sum(len(text.split()) for text in [*queries, *documents])
+        project, rows = teachonce.open(tmp_path), len(queries)
+        for row, kind in [
+            (3, "query"),
+            (rows - 1, "query"),
+            (rows, "document"),
+            (rows + 9, "document"),
+        ]:
+            expected = server.vector(f"search_{kind}|{project.texts[row]}")
+            assert project.vectors[row] == pytest.approx(expected, abs=1e-3)
+        # Another field for queries asks for queries alone.
+        first = len(server.bodies)
+        write(query="clustering")
+        typed("embed")
+        assert asked_since(first) == {"clustering": set(queries)}
 
 
 def test_plan_without_a_tokenizer_estimates_and_says_so(tree):
