@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources, reads_texts
-from stages.models.config import NAMED, own_prompts, prompts_by_role, undecided, with_prompts
+from stages.models.config import (
+    NAMED,
+    own_prompts,
+    prompts_by_role,
+    undecided,
+    with_prompts,
+)
 from stages.models.folder import find_model
-from stages.models.lineage import leaves_teacher_space, read_lineage
+from stages.models.lineage import leaves_teacher_space, prompts_read, read_lineage
 from stages.outcome import log, write_json
 from stages.params import (
     FINETUNED,
@@ -30,6 +36,7 @@ from stages.params import (
     RecipeParams,
     SettingsError,
     neighbours_wanted,
+    students_behind_prompts,
 )
 from stages.reading.files import located
 from storage import regular
@@ -402,14 +409,14 @@ class Workspace:
         read to `evaluate.max_tokens`, by the teacher, too; one that embeds in windows reads all of a text
         there, as it did for its cache.
 
-        The prompts and the width of the settings are the teacher's; a start and a student read every text
-        as it is.
+        The prompts and the width of the settings are the teacher's; a student reads the prompts that it was
+        trained with, which lie in its folder, and a start reads every text as it is.
 
         Raises:
             TeachonceError: the teacher leaves something undecided.
         """
         from stages.models.devices import pick_device
-        from stages.models.encoder import NO_PROMPTS, Encoder
+        from stages.models.encoder import Encoder
         from stages.models.processor import cpu_flags, slow_precision
 
         params = self.params.embed
@@ -430,7 +437,7 @@ class Workspace:
             or_fewer=reads_more or not is_teacher,
             in_windows=in_windows,
             batch_tokens=None if params.batch_tokens == "auto" else params.batch_tokens,
-            prompts=self._prompts(folder) if is_teacher else NO_PROMPTS,
+            prompts=self._prompts(folder) if is_teacher else prompts_read(read_lineage(folder)),
             dim=params.dim if is_teacher else None,
             pooling=params.pooling if is_teacher else None,
             trust_remote_code=params.trust_remote_code,
@@ -517,7 +524,11 @@ class Workspace:
             + ("every text" if len(by_prompt) == 1 else " and ".join(before))
             for prompt, before in by_prompt.items()
         )
-        return f"the teacher reads {told}; students read texts as they are"
+        behind = students_behind_prompts(self.params.students, self.params.recipes)
+        if not behind:
+            return f"the teacher reads {told}; students read texts as they are"
+        others = "" if len(behind) == len(self.params.students) else ", others texts as they are"
+        return f"the teacher reads {told}; {', '.join(behind)} read the same{others}"
 
     def _prompts(self, folder: Path) -> dict[Role, str]:
         """What the teacher in a folder reads before the texts of each role."""

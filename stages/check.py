@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from stages.params import (
     StartParams,
     check_recipe_widths,
     larger_queues,
+    students_behind_prompts,
 )
 from stages.preflight import absent_packages, api_notes, check_heldout, check_labels, other_fields
 from stages.reading import corpus_files, evaluation_sets
@@ -142,10 +143,8 @@ def run(
     prompts = _prompts_told(sections["embed"], survey.own_prompts)
     for role, told in prompts.items():
         log.info("check: before %s the teacher reads %s", NAMED[role], told)
-    if prompts and sections["shard"].roles != ("text",):
-        log.info(
-            "check: students read all of these as they are, and learn one vector for each text"
-        )
+    for note in _students_told(sections, has_prompts=bool(prompts)):
+        log.info("check: %s", note)
     embed = sections["embed"]
     slow = slow_precision(embed.precision, flags) if embed.api_model is None else None
     for note in [slow] if slow is not None else api_notes(embed, os.environ):
@@ -179,6 +178,20 @@ def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str
         for role, prompt in prompts.items()
     }
     return told if own or any(prompt.text for prompt in prompts.values()) else {}
+
+
+def _students_told(sections: Sections, *, has_prompts: bool) -> Iterator[str]:
+    """Yield what students read, where that is not plain: with prompts, or with roles."""
+    students = sections["students"]
+    behind = students_behind_prompts(students, sections["recipes"])
+    without = [name for name in students if name not in behind]
+    if behind and not has_prompts:
+        yield "prompts: teacher is the same as none, since the teacher reads no prompt"
+    elif behind:
+        yield f"students that read the same (prompts: teacher): {', '.join(behind)}"
+    if without and has_prompts and (behind or sections["shard"].roles != ("text",)):
+        who = f"students {', '.join(without)}" if behind else "students"
+        yield f"{who} read all of these as they are, and learn one vector for each text"
 
 
 class Survey:

@@ -25,7 +25,7 @@ from stages.learning.objectives import Candidates, MixedBatch, Objectives
 from stages.learning.pretraining import Pretraining
 from stages.learning.proposals import Proposers
 from stages.learning.student import Rows, Student, encode_ids
-from stages.learning.token_rows import token_rows
+from stages.learning.token_rows import prompts_of_teacher, token_rows
 from stages.learning.trackers import Track
 from stages.models.abilities import check_length
 from stages.models.devices import pick_precision
@@ -58,6 +58,7 @@ def recipe(params: RecipeParams) -> dict[str, Any]:
     """Settings that change the student: all of them; `auto` must be resolved before this."""
     # A recipe without it has the fingerprint that it had before there was such a setting.
     left_out = {"pretrain"} if params.pretrain is None else set()
+    left_out |= {"prompts"} if params.prompts == "none" else set()
     return {"version": VERSION, **params.model_dump(mode="json", exclude=left_out)}
 
 
@@ -136,6 +137,7 @@ def run(
             "dim": caches.embeddings.dim,
         },
         "corpus": caches.corpus.manifest.content,
+        **({"prompts": dict(student.prompts)} if student.prompts else {}),
         **facts,
     }
     if ranks.is_first():
@@ -185,12 +187,18 @@ def prepare(
         address="recipes.*.max_tokens",
         who=f"the start in {start}",
     )
+    prompts = {}
+    if params.prompts == "teacher":
+        prompts = prompts_of_teacher(caches.embeddings.manifest.recipe)
+        if not prompts:
+            log.info("the teacher read no prompt, so prompts: teacher is the same as none")
     student = Student(
         model,
         teacher_dim=dim,
         unit_length=has_unit_length(caches.embeddings) and not _is_raw(params),
         project=params.projection == "always",
         dropout=params.dropout,
+        prompts=prompts,
     ).to(device)
     if params.reads_mixes:
         student.check_mixing(address=str(start))
@@ -201,6 +209,7 @@ def prepare(
             corpus=caches.corpus,
             store=caches.store,
             max_tokens=params.max_tokens,
+            prompts=prompts,
         )
     return DistillTask(
         params,
@@ -298,13 +307,16 @@ class DistillTask(nn.Module):
             deleted: Share of each text's tokens to delete, 0 to 1.
             step: The step; with the seed it determines which tokens.
         """
-        ids = self.tokens.rows_of(rows)
+        ids, in_prompt = self.tokens.rows_of(rows), self.tokens.prompt_tokens(rows)
         if deleted:
             draw = np.random.default_rng([self.params.seed, step])
-            ids = [without_some(row, deleted, draw) for row in ids]
-        return self._encode_ids(ids)
+            ids = [
+                without_some(row, deleted, draw, count)
+                for row, count in zip(ids, in_prompt.tolist(), strict=True)
+            ]
+        return self._encode_ids(ids, in_prompt)
 
-    def _encode_ids(self, ids: Rows) -> Tensor:
+    def _encode_ids(self, ids: Rows, in_prompt: NDArray[np.int64]) -> Tensor:
         return encode_ids(
             self.student,
             ids,
@@ -312,6 +324,7 @@ class DistillTask(nn.Module):
             device=self.device,
             precision=self.params.precision,
             gradient_caching=self.params.gradient_caching,
+            prompt_tokens=in_prompt,
         )
 
     def _epoch_batches(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -371,8 +384,9 @@ class DistillTask(nn.Module):
 
     def _mixed(self, objective: MixesObjective, step: int) -> MixedBatch:
         assert self.mixed is not None  # opened for a recipe that reads mixes
-        ids, teacher = self.mixed.draw(step, objective.rows)
-        return MixedBatch(self._encode_ids(ids), torch.from_numpy(teacher).to(self.device).float())
+        ids, in_prompt, teacher = self.mixed.draw(step, objective.rows)
+        vectors = self._encode_ids(ids, in_prompt)
+        return MixedBatch(vectors, torch.from_numpy(teacher).to(self.device).float())
 
     @torch.no_grad()
     def _score(self) -> float:

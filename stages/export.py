@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.models.folder import weights_bytes
-from stages.models.lineage import LINEAGE
+from stages.models.lineage import LINEAGE, prompts_read
 from stages.outcome import Outcome, write_json
 from stages.params import ExportParams
 from stages.preflight import check_onnx
 from stages.reporting.card import Card, model_card
 from storage import durable
 from storage.errors import DamagedError, TeachonceError
+from storage.roles import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -57,18 +58,21 @@ def run(
         check_onnx()
     cpu = torch.device("cpu")
     model = load_model(folder, device=cpu, trust_remote_code=trust_remote_code)
+    prompts = prompts_read(lineage)
+    if params.onnx and prompts:
+        _check_graph_knows_prompts(model)
     dropped = bool(lineage.get("projection")) and params.space == "student"
     if dropped:
         _drop_projection(model, folder)
     with durable.replace_folder(out) as scratch:
-        save_portable(model, scratch, address=str(folder))
+        save_portable(model, scratch, address=str(folder), prompts=prompts)
         cosines = {"safetensors": _check_copy(model, scratch, out, trust_remote_code)}
         if params.onnx:
             path = scratch / "onnx" / "model.onnx"
             write_onnx(model, path, address=str(folder))
             cosines["ONNX"] = _check_onnx(model, path, out)
         write_json(scratch / LINEAGE, {**lineage, "space": params.space})
-        card = _card(params, model, scratch, dropped=dropped)
+        card = _card(params, model, scratch, prompts, dropped=dropped)
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
         (scratch / "README.md").write_text(text, encoding="utf-8")
         megabytes = weights_bytes(scratch) / 1e6
@@ -101,7 +105,14 @@ def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
     return f"the {params.space}'s space"
 
 
-def _card(params: ExportParams, model: SentenceTransformer, copy: Path, *, dropped: bool) -> Card:
+def _card(
+    params: ExportParams,
+    model: SentenceTransformer,
+    copy: Path,
+    prompts: Mapping[Role, str],
+    *,
+    dropped: bool,
+) -> Card:
     from stages.models.loading import ends_in_normalize
     from stages.models.portable import limit_of, old_ones_read
 
@@ -114,6 +125,7 @@ def _card(params: ExportParams, model: SentenceTransformer, copy: Path, *, dropp
         old_ones_read=old_ones_read(model),
         onnx=params.onnx,
         has_code=any(copy.rglob("*.py")),
+        prompts=prompts,
     )
 
 
@@ -129,6 +141,18 @@ def _drop_projection(model: SentenceTransformer, folder: Path) -> None:
     del model[dense[-1]]
 
 
+def _check_graph_knows_prompts(model: SentenceTransformer) -> None:
+    from stages.models.loading import leaves_out_prompts
+
+    if leaves_out_prompts(model):
+        raise TeachonceError(
+            "export.onnx",
+            "true, but the student's vectors leave out the tokens of its prompts, and the graph has no "
+            "input that says how many these are",
+            "set it to false, or train a student with prompts: none",
+        )
+
+
 def _check_copy(
     model: SentenceTransformer, copy: Path, out: Path, trust_remote_code: bool
 ) -> float:
@@ -140,8 +164,15 @@ def _check_copy(
     cpu = torch.device("cpu")
     loaded = load_model(copy, device=cpu, trust_remote_code=trust_remote_code)
     texts = probes(limit_of(model))
+    # By name: the copy has to know its prompts, too.
+    names = [None, *sorted(name for name, prompt in model.prompts.items() if prompt)]
     try:
-        return likeness(encode(model, texts), encode(loaded, texts))
+        return min(
+            likeness(
+                encode(model, texts, prompt_name=name), encode(loaded, texts, prompt_name=name)
+            )
+            for name in names
+        )
     except ValueError as error:
         raise _refused(out, "safetensors", error) from error
 

@@ -9,6 +9,7 @@ This file is long because the task, its batches and the rehearsal of cached rows
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from stages.learning.judges import (
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
 from stages.learning.student import Student, encode_ids
-from stages.learning.token_rows import token_rows
+from stages.learning.token_rows import prompt_tokens, token_rows
 from stages.learning.trackers import Track
 from stages.models.abilities import check_length
+from stages.models.config import NO_PROMPTS
 from stages.models.devices import pick_precision
 from stages.models.folder import file_hashes, sha256_of
-from stages.models.lineage import read_lineage
+from stages.models.lineage import prompts_read, read_lineage
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
 from stages.params import FinetuneParams
@@ -44,6 +46,7 @@ from storage import durable
 from storage.caches import Caches
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
+from storage.roles import Role
 from storage.tokens import Tokens
 
 VERSION = 4  # raise it when a code change gives other weights for the same settings and triplets
@@ -95,7 +98,9 @@ def run(
         TeachonceError: a file is damaged, too few rows are left, or a loss is NaN or infinite.
     """
     params = params.model_copy(update={"precision": pick_precision(params.precision, device)})
-    labels = Labels.read(params, root, evaluation)
+    prompts = prompts_read(read_lineage(student))
+    apart = prompts.get("query") != prompts.get("document")
+    labels = Labels.read(params, root, evaluation, apart=apart)
     run_name = fingerprint(
         {
             **recipe(params),
@@ -126,6 +131,7 @@ def run(
         unit_length=ends_in_normalize(model),
         project=False,
         dropout=params.dropout,
+        prompts=prompts,
     ).to(device)
     task = FinetuneTask(
         params,
@@ -133,7 +139,9 @@ def run(
         tokenizer=model.tokenizer,
         triplets=labels.learned,
         judge=labels.judge,
-        memory=Rehearsal.of(caches, model.tokenizer, student, params) if caches else None,
+        memory=(
+            Rehearsal.of(caches, model.tokenizer, student, params, prompts) if caches else None
+        ),
         device=device,
     )
     state = train(task, task.setup(), params, name=name, checkpoints=checkpoints, track=track)
@@ -173,6 +181,32 @@ def run(
     )
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """Token ids of n texts behind their prompts.
+
+    Args:
+        ids: Token ids of each text, special tokens and prompt included.
+        prompt_tokens: (n,) int64 how many of the first are the prompt.
+    """
+
+    ids: list[NDArray[np.int32]]
+    prompt_tokens: NDArray[np.int64]
+
+    def take(self, places: NDArray[np.int64]) -> Prompted:
+        """Returns some of the texts, in the order of `places`."""
+        return Prompted([self.ids[place] for place in places], self.prompt_tokens[places])
+
+    @classmethod
+    def joined(cls, *parts: Prompted) -> Prompted:
+        """Returns the texts of several, one after the other."""
+        ids = [row for part in parts for row in part.ids]
+        return cls(ids, np.concatenate([part.prompt_tokens for part in parts]))
+
+
+NO_TEXTS = Prompted([], np.empty(0, np.int64))
+
+
 class Rehearsal:
     """Cached rows for the kd term, which keeps a student near its teacher during finetuning.
 
@@ -193,6 +227,7 @@ class Rehearsal:
         tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
         folder: Path,
         params: FinetuneParams,
+        prompts: Mapping[Role, str] = NO_PROMPTS,
     ) -> Rehearsal:
         """Returns the rehearsal rows of the student in `folder`; computes its token ids if needed."""
         with ranks.first_rank_first():
@@ -202,13 +237,16 @@ class Rehearsal:
                 corpus=caches.corpus,
                 store=caches.store,
                 max_tokens=params.max_tokens,
+                prompts=prompts,
+                address="finetune.max_tokens",
             )
         return cls(caches, tokens, params.seed)
 
-    def draw(self, count: int, step: int) -> tuple[list[NDArray[np.int32]], NDArray[np.floating]]:
+    def draw(self, count: int, step: int) -> tuple[Prompted, NDArray[np.floating]]:
         """Returns token ids and (n, D) teacher vectors of the n <= count distinct rows of `step`."""
         rows = some_rows(self.train, count, seed=self.seed, number=step)
-        return self.tokens.rows_of(rows), self.embeddings.rows_of(rows)
+        read = Prompted(self.tokens.rows_of(rows), self.tokens.prompt_tokens(rows))
+        return read, self.embeddings.rows_of(rows)
 
 
 class FinetuneTask(nn.Module):
@@ -246,8 +284,25 @@ class FinetuneTask(nn.Module):
         ).to(device)
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
         place = {text: number for number, text in enumerate(_texts(triplets))}
-        self.ids = token_ids(tokenizer, list(place), params.max_tokens)
-        self.judged_ids = token_ids(tokenizer, judge.texts, params.max_tokens)
+        counts = prompt_tokens(
+            tokenizer,
+            student.prompts,
+            max_tokens=params.max_tokens,
+            address="finetune.max_tokens",
+        )
+
+        def read(texts: Sequence[str], role: Role) -> Prompted:
+            prompted = [student.prompts.get(role, "") + text for text in texts]
+            ids = token_ids(tokenizer, prompted, params.max_tokens)
+            return Prompted(ids, np.full(len(ids), counts.get(role, 0)))
+
+        # By text: the same one may be an anchor here and a positive there.
+        self.as_documents = self.as_queries = read(list(place), "document")
+        if student.prompts.get("query") != student.prompts.get("document"):
+            self.as_queries = read(list(place), "query")
+        self.judged = Prompted.joined(
+            *(read(texts, role) for role, texts in judge.texts_by_role.items())
+        )
         self.anchors = np.array([place[row.anchor] for row in triplets])
         self.positives = np.array([place[row.positive] for row in triplets])
         self.right = positives_by_anchor(self.anchors, self.positives)
@@ -287,13 +342,15 @@ class FinetuneTask(nn.Module):
         anchors, positives = self.anchors[batch], self.positives[batch]
         negatives = [self.negatives[self.ends[row] : self.ends[row + 1]] for row in batch]
         keys = np.concatenate([positives, *negatives])
-        texts = [self.ids[text] for text in np.concatenate([anchors, keys])]
+        texts = len(anchors) + len(keys)
         rehearsed, teacher = (
-            self.memory.draw(self.params.distill_rows, step) if self.memory else ([], None)
+            self.memory.draw(self.params.distill_rows, step) if self.memory else (NO_TEXTS, None)
         )
-        vectors = self._encode([*texts, *rehearsed])
+        vectors = self._encode(
+            Prompted.joined(self.as_queries.take(anchors), self.as_documents.take(keys), rehearsed)
+        )
         candidates = Candidates(
-            vectors=vectors[len(anchors) : len(texts)],
+            vectors=vectors[len(anchors) : texts],
             positives=torch.arange(len(anchors), device=self.device),
             not_negative=torch.from_numpy(positives_mask(anchors, keys, self.right)).to(
                 self.device
@@ -303,22 +360,23 @@ class FinetuneTask(nn.Module):
         total = losses[0]
         if teacher is not None:
             target = torch.from_numpy(teacher).to(self.device).float()
-            losses.append(kd(vectors[len(texts) :], target))
+            losses.append(kd(vectors[texts:], target))
             total = total + self.params.distill_weight * losses[1]
         return total, [float(loss.detach()) for loss in losses]
 
     @torch.no_grad()
     def _score(self) -> float:
-        return self.judge(self._encode(self.judged_ids).cpu().numpy())
+        return self.judge(self._encode(self.judged).cpu().numpy())
 
-    def _encode(self, ids: Sequence[NDArray[np.int32]]) -> Tensor:
+    def _encode(self, texts: Prompted) -> Tensor:
         return encode_ids(
             self.student,
-            ids,
+            texts.ids,
             pad_id=self.pad_id,
             device=self.device,
             precision=self.params.precision,
             gradient_caching=self.params.gradient_caching,
+            prompt_tokens=texts.prompt_tokens,
         )
 
 

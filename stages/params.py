@@ -553,6 +553,8 @@ class RecipeParams(TrainingParams):
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
     # Steps on classes of mined neighbours before all others; it may be left out.
     pretrain: PretrainParams | None = None
+    # What the student reads before a text: what its teacher read, or nothing; it may be left out.
+    prompts: Literal["teacher", "none"] = "none"
 
     @property
     def reads_neighbours(self) -> bool:
@@ -663,6 +665,14 @@ Problem = tuple[str, str]
 """Address of a setting, what is wrong with it."""
 
 
+def students_behind_prompts(
+    students: Mapping[str, StudentParams], recipes: Mapping[str, RecipeParams]
+) -> list[str]:
+    """Returns the students that read their teacher's prompts."""
+    reading = {name for name, recipe in recipes.items() if recipe.prompts == "teacher"}
+    return [name for name, student in students.items() if student.recipe in reading]
+
+
 class SettingsError(TeachonceError):
     """Wrong settings: all of them, a line each."""
 
@@ -690,6 +700,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
         *_cut_imports(sections.get("embed")),
+        *_unknown_prompts(sections.get("embed"), sections.get("recipes", {})),
         *_unreadable_mixes(sections.get("embed")),
         *_unmade_mixes(sections),
         *_not_of_an_api(sections),
@@ -797,6 +808,22 @@ def _cut_imports(embed: EmbedParams | None) -> list[Problem]:
     if dim is None or not getattr(embed, "teacher", "").startswith(IMPORTED):
         return []
     return [("embed.dim", f"{dim}, but imported vectors are taken whole: set it to null")]
+
+
+def _unknown_prompts(
+    embed: EmbedParams | None, recipes: Mapping[str, RecipeParams]
+) -> list[Problem]:
+    if not getattr(embed, "teacher", "").startswith(IMPORTED):
+        return []
+    problem = (
+        "teacher, but embed.teacher stands for imported vectors, and nothing says what stood before their "
+        "texts: set it to none"
+    )
+    return [
+        (f"recipes.{name}.prompts", problem)
+        for name, recipe in recipes.items()
+        if getattr(recipe, "prompts", None) == "teacher"
+    ]
 
 
 def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:

@@ -109,6 +109,11 @@ class Corpus(Column):
         found: NDArray[np.int64] = rows[is_of[np.searchsorted(self.starts, rows, "right") - 1]]
         return found
 
+    def roles_of(self, ids: NDArray[np.int64]) -> list[Role]:
+        """The roles of some rows, in the order of `ids`."""
+        shards = np.searchsorted(self.starts, ids, "right") - 1
+        return [self.objects[shard].role for shard in shards.tolist()]
+
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, in row order."""
         texts: list[str] = self.batch(shard).column("text").to_pylist()

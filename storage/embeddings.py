@@ -92,6 +92,18 @@ def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) ->
     }
 
 
+def prompts_of(recipe: Mapping[str, Any]) -> dict[Role, str]:
+    """Returns role -> what the teacher read before texts of that role, for each role of the corpus.
+
+    Args:
+        recipe: The recipe of an embeddings manifest.
+    """
+    prompts = recipe.get("prompts")
+    if not isinstance(prompts, dict):
+        return {"text": str(recipe.get("prompt", ""))}
+    return {role: str(prompts[role]) for role in ROLES if role in prompts}
+
+
 class BadVectorsError(TeachonceError):
     """The teacher returned vectors that must not be stored."""
 

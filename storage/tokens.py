@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from storage.column import Column, text_key_array
 from storage.corpus import Corpus
+from storage.roles import Role
 from storage.store import Object, Store
 
 
@@ -25,10 +26,32 @@ def put_tokens(
 
 
 class Tokens(Column):
-    """Token ids by row id."""
+    """Token ids by row id.
 
-    def __init__(self, store: Store, objects: Sequence[Object], corpus: Corpus) -> None:
+    Args:
+        store: The store.
+        objects: One object for each shard of `corpus`.
+        corpus: The texts.
+        prompt_tokens: Role -> how many of a text's first tokens are its prompt; none of a role not named.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        objects: Sequence[Object],
+        corpus: Corpus,
+        prompt_tokens: Mapping[Role, int] | None = None,
+    ) -> None:
         super().__init__(store, objects, corpus)
+        counts = [(prompt_tokens or {}).get(entry.role, 0) for entry in corpus.objects]
+        self._prompt_tokens = np.array(counts, np.int64)
+
+    def prompt_tokens(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(n,) int64: how many of the first tokens of each row are its prompt."""
+        counts: NDArray[np.int64] = self._prompt_tokens[
+            np.searchsorted(self.starts, ids, "right") - 1
+        ]
+        return counts
 
     def lengths(self) -> NDArray[np.int32]:
         """(rows,) number of tokens of each text; 4 bytes of memory a row."""

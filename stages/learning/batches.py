@@ -50,18 +50,20 @@ def some_rows(rows: NDArray[np.int64], count: int, *, seed: int, number: int) ->
 
 
 def without_some(
-    tokens: NDArray[np.int32], share: float, draw: np.random.Generator
+    tokens: NDArray[np.int32], share: float, draw: np.random.Generator, prompt_tokens: int = 0
 ) -> NDArray[np.int32]:
-    """Delete random tokens of a text, except the first and the last.
+    """Delete random tokens of a text, except the first, the prompt and the last.
 
-    Those two are the special tokens of most tokenizers. ConGen deletes a tenth of the words; the store
-    holds tokens, not words.
+    The first and the last are the special tokens of most tokenizers. ConGen deletes a tenth of the words;
+    the store holds tokens, not words.
 
     Args:
         tokens: (n,) int32 token ids.
         share: Probability of deletion of each token, 0 to 1.
         draw: The random generator.
+        prompt_tokens: How many of the first tokens are the prompt.
     """
     keep = draw.random(len(tokens)) >= share
     keep[[0, -1]] = True
+    keep[:prompt_tokens] = True
     return tokens[keep]

@@ -17,6 +17,7 @@ from stages.reading.triplets import Triplet, read_triplets, triplet_files
 from stages.vectors import sts_correlation
 from storage.corpus import text_key
 from storage.errors import TeachonceError
+from storage.roles import Role
 from storage.store import digest
 
 LEAST_ROWS = 2
@@ -48,8 +49,21 @@ class Labels:
     digest: str
 
     @classmethod
-    def read(cls, params: FinetuneParams, root: Path, evaluation: Collection[bytes]) -> Labels:
+    def read(
+        cls,
+        params: FinetuneParams,
+        root: Path,
+        evaluation: Collection[bytes],
+        *,
+        apart: bool = False,
+    ) -> Labels:
         """Read the files that the settings name.
+
+        Args:
+            params: The settings `finetune`.
+            root: Folder that the globs in the settings are relative to.
+            evaluation: Text keys of evaluation texts; rows with one are rejected.
+            apart: Whether the student reads a text as a query otherwise than as a document.
 
         Raises:
             TeachonceError: a file is damaged, or too few rows are left.
@@ -60,7 +74,7 @@ class Labels:
         if params.dev is None:
             learned, heldout = _split_by_anchor(rows, params.heldout)
             sample = judging_rows(heldout)
-            judge, scores = TripletJudge(sample), b""
+            judge, scores = TripletJudge(sample, apart=apart), b""
         else:
             dev = read_sts(sts_files(params.dev, root, "finetune.dev"))
             learned, heldout, sample = rows, [], []
@@ -90,19 +104,27 @@ class TripletJudge:
 
     Args:
         rows: Two or more held-out triplets.
+        apart: Whether anchors are read as queries and the others as documents: a text that is both is then
+            among `texts` twice.
     """
 
-    def __init__(self, rows: Sequence[Triplet]) -> None:
+    def __init__(self, rows: Sequence[Triplet], *, apart: bool = False) -> None:
         keys = dict.fromkeys(text for row in rows for text in row.texts[1:])
-        self.texts = list(keys | dict.fromkeys(row.anchor for row in rows))
+        anchors = dict.fromkeys(row.anchor for row in rows)
+        alone = [text for text in anchors if apart or text not in keys]
+        self.texts = [*keys, *alone]  # in the order of `texts_by_role`
+        self.texts_by_role: dict[Role, list[str]] = {"document": list(keys), "query": alone}
         self.keys = len(keys)
-        place = {text: number for number, text in enumerate(self.texts)}
-        self.anchors = np.array([place[row.anchor] for row in rows])
+        place = {text: number for number, text in enumerate(keys)}
+        place_as_anchor = place | {text: number for number, text in enumerate(alone, len(keys))}
+        self.anchors = np.array([place_as_anchor[row.anchor] for row in rows])
         self.positives = np.array([place[row.positive] for row in rows])
         right = positives_by_anchor(self.anchors, self.positives)
         self.not_rivals = [
-            np.append(right[anchor], [anchor] if anchor < self.keys else []).astype(np.int64)
-            for anchor in self.anchors
+            np.append(right[anchor], [place[row.anchor]] if row.anchor in place else []).astype(
+                np.int64
+            )
+            for anchor, row in zip(self.anchors, rows, strict=True)
         ]
 
     def __call__(self, vectors: NDArray[np.float32]) -> float:
@@ -134,6 +156,7 @@ class StsJudge:
     def __init__(self, pairs: StsSet) -> None:
         self.pairs = pairs
         self.texts = pairs.texts
+        self.texts_by_role: dict[Role, list[str]] = {"text": self.texts}
 
     def __call__(self, vectors: NDArray[np.float32]) -> float:
         """Returns the dev score from (texts, dim) vectors: -100 to 100."""

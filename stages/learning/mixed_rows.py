@@ -49,12 +49,19 @@ class MixedRows:
         rows: NDArray[np.int64] = self._batches(count, epoch)[place]
         return rows
 
-    def draw(self, step: int, count: int) -> tuple[list[MixedIds], NDArray[np.floating]]:
-        """Returns the student's token ids of a step's mixes, and the teacher's (n, D) vectors of them."""
+    def draw(
+        self, step: int, count: int
+    ) -> tuple[list[MixedIds], NDArray[np.int64], NDArray[np.floating]]:
+        """Draw the n mixes of a step.
+
+        Returns:
+            The student's token ids, (n,) how many of the first are the prompt, and the teacher's (n, D)
+            vectors.
+        """
         rows = self.rows_of_step(step, count)
         first, second = (
             self.tokens.rows_of(ids[rows]) for ids in (self.pairs.first, self.pairs.second)
         )
         ratios = self.pairs.ratio[rows].tolist()
         mixed = [MixedIds(a, b, ratio) for a, b, ratio in zip(first, second, ratios, strict=True)]
-        return mixed, self.mixes.rows_of(rows)
+        return mixed, self.tokens.prompt_tokens(self.pairs.first[rows]), self.mixes.rows_of(rows)

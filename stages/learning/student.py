@@ -8,6 +8,7 @@ index that the teacher built.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.learning import ranks
+from stages.models.config import NO_PROMPTS
 from stages.models.devices import autocast
 from stages.models.encoder import token_batches
 from stages.models.likeness import likeness
 from stages.models.lineage import LINEAGE
-from stages.models.loading import is_normalize, save_model
+from stages.models.loading import is_normalize, leaves_out_prompts, save_model
 from stages.models.mixing import MixedIds, mixed_features
 from stages.models.packed import CANNOT_PACK, PackedReader
 from stages.outcome import log, write_json
 from storage.errors import TeachonceError, shown
+from storage.roles import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -54,6 +57,7 @@ class Student(nn.Module):
         unit_length: Whether the teacher's vectors have length 1; then the student's are normalised, too.
         project: Whether to add a projection even if the widths are equal.
         dropout: Whether dropout is active in training.
+        prompts: Role -> what stands before the texts of that role; it is saved with the model.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Student(nn.Module):
         unit_length: bool,
         project: bool,
         dropout: bool,
+        prompts: Mapping[Role, str] = NO_PROMPTS,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.prompts = dropout, prompts
         self.unit_length = unit_length
         self.dim = teacher_dim
         width = model.get_embedding_dimension() or 0
@@ -80,30 +85,41 @@ class Student(nn.Module):
             nn.init.zeros_(self.projection.bias)
         self.packed, self.equal_lengths = self._readers()
 
-    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """Returns (B, D) float32 vectors of (B, L) token ids and mask, as the saved student would."""
-        return self._to_teacher_space(self._padded(token_ids, mask))
+        return self._to_teacher_space(self._padded(token_ids, mask, prompt_tokens))
 
-    def _padded(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+    def _padded(self, token_ids: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """Returns (B, width) vectors before the projection, of (B, L) token ids and mask."""
-        return self._through({"input_ids": token_ids, "attention_mask": mask})
+        return self._through({"input_ids": token_ids, "attention_mask": mask}, prompt_tokens)
 
-    def _through(self, features: dict[str, Any]) -> Tensor:
+    def _through(self, features: dict[str, Any], prompt_tokens: int) -> Tensor:
+        if prompt_tokens:
+            features["prompt_length"] = prompt_tokens
         for module in self.body:
             features = module(features)
         vectors: Tensor = features["sentence_embedding"]
         return vectors
 
-    def read(self, rows: Rows, *, pad_id: int) -> Tensor:
-        """Returns (B, D) vectors of B texts, longest first; unpadded if possible. Mixes are padded."""
+    def read(self, rows: Rows, *, pad_id: int, prompt_tokens: int = 0) -> Tensor:
+        """Returns (B, D) vectors of B texts, longest first; unpadded if possible. Mixes are padded.
+
+        Args:
+            rows: Token ids of each text, or mixes.
+            pad_id: The id of the padding token.
+            prompt_tokens: How many of each text's first tokens the pooling leaves out, as their prompt.
+        """
         mixes = [row for row in rows if isinstance(row, MixedIds)]
         if mixes:
-            return self._to_teacher_space(self._through(mixed_features(list(self.body), mixes)))
+            features = mixed_features(list(self.body), mixes)
+            return self._to_teacher_space(self._through(features, prompt_tokens))
         texts = [row for row in rows if not isinstance(row, MixedIds)]
         if self.packed is not None:
-            return self._to_teacher_space(self.packed(texts, np.arange(len(texts))))
+            packed = self.packed(texts, np.arange(len(texts)), prompt_tokens)
+            return self._to_teacher_space(packed)
         ids = [torch.from_numpy(row.astype(np.int64)) for row in texts]
-        vectors: Tensor = self(*pad(ids, pad_id=pad_id, device=next(self.parameters()).device))
+        padded = pad(ids, pad_id=pad_id, device=next(self.parameters()).device)
+        vectors: Tensor = self(*padded, prompt_tokens)
         return vectors
 
     @torch.no_grad()
@@ -199,7 +215,8 @@ class Student(nn.Module):
         if self.unit_length:
             modules.append(Normalize())
         model = SentenceTransformer(modules=modules, device="cpu")
-        save_model(model, folder, address=str(lineage.get("student", "student")))
+        address = str(lineage.get("student", "student"))
+        save_model(model, folder, address=address, prompts=self.prompts)
         write_json(folder / LINEAGE, lineage)
 
 
@@ -211,6 +228,7 @@ def encode_ids(
     device: torch.device,
     precision: str,
     gradient_caching: bool,
+    prompt_tokens: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """Encode the token ids of B texts, or B mixes; returns (B, D) float32 vectors, in their order.
 
@@ -227,26 +245,32 @@ def encode_ids(
         gradient_caching: Keep only the vectors of a piece, and read the piece again, with the same dropout,
             when its gradient is computed: the memory of one piece, for a third more work (GradCache keeps
             the gradients of the vectors instead; the result is the same).
+        prompt_tokens: (B,) how many of each text's first tokens are its prompt; None for none. Texts with
+            prompts of different lengths are read apart if the student's pooling leaves prompts out.
     """
     lengths = np.array([len(row) for row in rows], np.int64)
     piece_tokens = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
     if student.packed is not None:
         piece_tokens = min(piece_tokens, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
+    left_out = np.zeros(len(rows), np.int64)
+    if prompt_tokens is not None and leaves_out_prompts(student.body):
+        left_out = prompt_tokens
 
     def read(batch: NDArray[np.int64]) -> Tensor:
         pieces, order = [], []
-        for places in token_batches(
-            lengths[batch], piece_tokens, equal_lengths=student.equal_lengths
-        ):
-            texts = [rows[place] for place in batch[places]]
-            with autocast(device, precision):
-                if gradient_caching:
-                    pieces.append(
-                        checkpoint(student.read, texts, pad_id=pad_id, use_reentrant=False)
-                    )
-                else:
-                    pieces.append(student.read(texts, pad_id=pad_id))
-            order.append(places)
+        for count in np.unique(left_out[batch]).tolist():
+            alike = np.flatnonzero(left_out[batch] == count)
+            do = partial(student.read, pad_id=pad_id, prompt_tokens=count)
+            for places in token_batches(
+                lengths[batch[alike]], piece_tokens, equal_lengths=student.equal_lengths
+            ):
+                texts = [rows[place] for place in batch[alike[places]]]
+                with autocast(device, precision):
+                    if gradient_caching:
+                        pieces.append(checkpoint(do, texts, use_reentrant=False))
+                    else:
+                        pieces.append(do(texts))
+                order.append(alike[places])
         return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
 
     return ranks.gather_rows(lengths, read)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from stages.models.config import NO_PROMPTS, room_for_texts
 from stages.models.folder import sha256_of
 from stages.outcome import Progress
 from storage.column import text_keys_of
 from storage.corpus import Corpus
+from storage.embeddings import prompts_of
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
+from storage.roles import ROLES, Role
 from storage.store import Object, Store
 from storage.tokens import Tokens, put_tokens
 
@@ -21,6 +25,59 @@ TOKENIZER_ENDINGS = {".json", ".txt", ".model", ".py", ".tiktoken"}
 """Endings of tokenizer files with `token` in their name; the tokenizer's class names its other files."""
 
 
+def prompts_of_teacher(recipe: Mapping[str, Any]) -> dict[Role, str]:
+    """Returns role -> what a student that reads its teacher's prompts reads before texts of that role.
+
+    A role that the corpus lacks has the prompt of its texts, if it has texts. Empty if the teacher read no
+    prompt at all.
+
+    Args:
+        recipe: The recipe of the embeddings manifest: the settings may have changed since.
+
+    Raises:
+        TeachonceError: the vectors were imported.
+    """
+    if recipe.get("model") == "unknown":
+        raise TeachonceError(
+            "recipes.*.prompts",
+            "teacher, but the vectors were imported, and nothing says what stood before their texts",
+            "set it to none",
+        )
+    known = prompts_of(recipe)
+    prompts = {role: known.get(role, known.get("text", "")) for role in ROLES}
+    return prompts if any(prompts.values()) else {}
+
+
+def prompt_tokens(
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    prompts: Mapping[Role, str],
+    *,
+    max_tokens: int,
+    address: str,
+) -> dict[Role, int]:
+    """Returns role -> how many tokens its prompt has, the special ones before it included.
+
+    As sentence-transformers counts them for a pooling that leaves the prompt out.
+
+    Args:
+        tokenizer: The student's tokenizer.
+        prompts: Role -> prompt.
+        max_tokens: Truncation length.
+        address: The setting that says `max_tokens`, to name in an error.
+
+    Raises:
+        TeachonceError: a prompt leaves too few tokens for a text.
+    """
+    counts: dict[Role, int] = {}
+    for role, prompt in prompts.items():
+        if not prompt:
+            continue
+        ids = tokenizer(prompt)["input_ids"]
+        room_for_texts(max_tokens, around=len(ids), prompted=role, address=address)
+        counts[role] = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+    return counts
+
+
 def token_rows(
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
     folder: Path,
@@ -28,6 +85,8 @@ def token_rows(
     corpus: Corpus,
     store: Store,
     max_tokens: int,
+    prompts: Mapping[Role, str] = NO_PROMPTS,
+    address: str = "recipes.*.max_tokens",
 ) -> Tokens:
     """Returns the token ids of all texts, special tokens included; computes those that the store lacks.
 
@@ -37,9 +96,11 @@ def token_rows(
         corpus: The texts.
         store: The store for the token ids.
         max_tokens: Truncation length; special tokens are kept.
+        prompts: Role -> what stands before texts of that role.
+        address: The setting that says `max_tokens`, to name in an error.
 
     Raises:
-        TeachonceError: the student has no transformers tokenizer.
+        TeachonceError: the student has no transformers tokenizer, or a prompt leaves no room for a text.
     """
     if not callable(tokenizer):
         raise TeachonceError(
@@ -49,29 +110,34 @@ def token_rows(
         )
     # A slow tokenizer is not in tokenizer.json, but in files that its class names: vocab.txt and others.
     vocabulary_files = set(getattr(tokenizer, "vocab_files_names", {}).values())
-    name = fingerprint(
-        {
-            "version": VERSION,
-            "tokenizer": {
-                path.name: sha256_of(path)
-                for path in sorted(folder.iterdir())
-                if path.name in vocabulary_files
-                or (path.suffix in TOKENIZER_ENDINGS and "token" in path.name)
-            },
-            "max_tokens": max_tokens,
-        }
-    )
+    recipe = {
+        "version": VERSION,
+        "tokenizer": {
+            path.name: sha256_of(path)
+            for path in sorted(folder.iterdir())
+            if path.name in vocabulary_files
+            or (path.suffix in TOKENIZER_ENDINGS and "token" in path.name)
+        },
+        "max_tokens": max_tokens,
+    }
+    # Texts without a prompt have the ids that they had before there were any.
+    names = {
+        role: fingerprint(recipe | ({"prompt": prompts[role]} if prompts.get(role) else {}))
+        for role in corpus.roles
+    }
     # A copy, since a tokenizer stores its truncation length, and is saved with the student.
     tokenizer = deepcopy(tokenizer)
+    counts = prompt_tokens(tokenizer, prompts, max_tokens=max_tokens, address=address)
     progress = Progress("tokens", total=corpus.rows, unit="texts")
     objects: list[Object] = []
     for shard in range(len(corpus.objects)):
-        key = f"tokens/{name}/{corpus.shard_digest(shard)}.arrow"
+        role = corpus.role_of(shard)
+        key = f"tokens/{names[role]}/{corpus.shard_digest(shard)}.arrow"
         entry = store.find(key)
         if entry is None:
-            texts = corpus.texts(shard)
+            prompt = prompts.get(role, "")
             ids = tokenizer(
-                texts,
+                [prompt + text for text in corpus.texts(shard)],
                 truncation=True,
                 max_length=max_tokens,
                 padding=False,
@@ -80,4 +146,4 @@ def token_rows(
             entry = put_tokens(store, key, ids=ids, text_keys=text_keys_of(corpus.batch(shard)))
         objects.append(entry)
         progress.advance(entry.rows)
-    return Tokens(store, objects, corpus)
+    return Tokens(store, objects, corpus, counts)

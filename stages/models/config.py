@@ -43,6 +43,8 @@ These are the names that sentence-transformers' `encode_document` looks for; but
 empty `document` in every model, so that it puts nothing before the documents of one that says `passage`.
 """
 
+NO_PROMPTS: Mapping[Role, str] = {}
+
 CHARACTERS = 4
 """Of a token, in most languages that are written in letters."""
 
@@ -241,13 +243,16 @@ def check_width(folder: Path, setting: int | None, *, address: str) -> None:
         )
 
 
-def room_for_texts(max_tokens: int, *, around: int, prompted: Role | None) -> int:
+def room_for_texts(
+    max_tokens: int, *, around: int, prompted: Role | None, address: str = "embed.max_tokens"
+) -> int:
     """Returns the number of tokens that are left for a text.
 
     Args:
         max_tokens: Number of tokens that are read at once.
         around: Number of special and prompt tokens.
         prompted: Role of the texts; None if no prompt is before them: then any `max_tokens` is accepted.
+        address: The setting that says `max_tokens`, to name in an error.
 
     Raises:
         TeachonceError: too few tokens are left to tell texts apart.
@@ -256,7 +261,7 @@ def room_for_texts(max_tokens: int, *, around: int, prompted: Role | None) -> in
     least = 1 if prompted is None else LEAST_ROOM
     if room < least:
         raise TeachonceError(
-            "embed.max_tokens",
+            address,
             f"{max_tokens}, but special tokens and the prompt take {around} of them: {max(room, 0)} are "
             f"left for a text, and it takes at least {least}",
             f"set it to {around + least} or more, or write a shorter embed.prompts.{prompted or 'text'}",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from stages.models.abilities import NO_MIXES, check_length
-from stages.models.config import decided_routes, room_for_texts
+from stages.models.config import NO_PROMPTS, decided_routes, room_for_texts
 from stages.models.devices import AUTOCAST, Precision, autocast, batch_tokens_on, device_name
 from stages.models.folder import weights_bytes
 from stages.models.likeness import MIXED_PROBES, PROBES, likeness, probes
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 
 NO_LIMIT = sys.maxsize
-NO_PROMPTS: Mapping[Role, str] = {}
-
 
 LEAST_LENGTH = 1e-5
 """Shortest vector of a probe text that can be compared: float32 sums have errors of about 1e-7."""

@@ -43,11 +43,19 @@ def probes(limit: int | None) -> list[str]:
 
 
 def encode(
-    model: SentenceTransformer, texts: Sequence[str], *, prompt: str | None = None
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
 ) -> NDArray[np.float32]:
-    """Returns (n, D) vectors, encoded in one padded batch; prompt None is the model's own."""
+    """Returns (n, D) vectors, encoded in one padded batch; without a prompt, behind the model's default."""
     vectors: NDArray[np.float32] = model.encode(
-        list(texts), prompt=prompt, batch_size=len(texts), show_progress_bar=False
+        list(texts),
+        prompt=prompt,
+        prompt_name=prompt_name,
+        batch_size=len(texts),
+        show_progress_bar=False,
     )
     return vectors
 

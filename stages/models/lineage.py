@@ -9,6 +9,7 @@ from typing import Any
 
 from storage import regular
 from storage.errors import DamagedError
+from storage.roles import ROLES, Role
 
 LINEAGE = "teachonce.json"
 
@@ -32,6 +33,15 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedError(path, "no lineage", "train the student again") from error
     return lineage
+
+
+def prompts_read(lineage: Mapping[str, Any]) -> dict[Role, str]:
+    """Returns role -> what a model reads before texts of that role, as in training; no empty ones.
+
+    Not from the model's own configuration: a start may keep prompts that no student of it was taught with.
+    """
+    prompts = lineage.get("prompts", {})
+    return {role: str(prompts[role]) for role in ROLES if prompts.get(role)}
 
 
 def leaves_teacher_space(lineage: Mapping[str, Any]) -> bool:

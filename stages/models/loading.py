@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from stages.models.abilities import token_limit
-from stages.models.config import decided_pooling
+from stages.models.config import NO_PROMPTS, decided_pooling
 from stages.models.folder import model_files
 from stages.models.packed import first_position
 from stages.models.shared_layers import expanded, tie
 from stages.outcome import write_json
 from storage.errors import TeachonceError, shown
-from storage.roles import Role
+from storage.roles import ROLES, Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -182,22 +182,36 @@ def ends_in_normalize(model: SentenceTransformer) -> bool:
     return is_normalize(model[-1])
 
 
+def leaves_out_prompts(modules: Iterable[nn.Module]) -> bool:
+    """Whether the tokens of a prompt are no part of a text's vector (`include_prompt: false`)."""
+    return not all(getattr(module, "include_prompt", True) for module in modules)
+
+
 def is_normalize(module: nn.Module) -> bool:
     """Whether a module scales vectors to length 1."""
     return type(module).__name__ == "Normalize"
 
 
-def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> None:
+def save_model(
+    model: SentenceTransformer,
+    folder: Path,
+    *,
+    address: str,
+    prompts: Mapping[Role, str] = NO_PROMPTS,
+) -> None:
     """Write a start or a student; equal weights give equal files (no card with a date in it).
 
     The saved configuration has no prompts, other similarity or cut of the original model: `encode` would
-    apply them, but students read texts without a prompt and are compared by cosine. Each layer has a copy
-    of the weights that it shares, so that any program reads them.
+    apply them, but a student reads what it read in training, and is compared by cosine. Each layer has a
+    copy of the weights that it shares, so that any program reads them.
 
     Args:
         model: The model, with finite weights.
         folder: Destination folder.
         address: Name of the model in errors.
+        prompts: Role -> what the model reads before texts of that role. Where it is the same before all,
+            `encode` applies it by itself; else `encode_query` and `encode_document` do, or `encode` with a
+            role as `prompt_name`.
 
     Raises:
         TeachonceError: a weight has NaN or Inf in it.
@@ -210,8 +224,11 @@ def save_model(model: SentenceTransformer, folder: Path, *, address: str) -> Non
                 "make the model that it comes from anew, or name another",
             )
     model.to("cpu")
-    model.prompts = {"query": "", "document": ""}
-    model.default_prompt_name = None
+    own: dict[str, str] = {role: prompt for role, prompt in prompts.items() if prompt}
+    # An absent one of these two is an empty one to sentence-transformers 6, and an error to 3.4.
+    model.prompts = {"query": "", "document": "", **own}
+    is_one_prompt = "text" in own and len(own) == len(ROLES) and len(set(own.values())) == 1
+    model.default_prompt_name = "text" if is_one_prompt else None
     model.similarity_fn_name = "cosine"
     model.truncate_dim = None
     with expanded(model):

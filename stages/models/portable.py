@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config import POOLING_FLAGS
+from stages.models.config import NO_PROMPTS, POOLING_FLAGS
 from storage.errors import TeachonceError, shown
+from storage.roles import Role
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -38,13 +39,20 @@ NO_LIMIT = 1_000_000
 CURE = "distill from a start whose modules are Transformer, Pooling, Dense and Normalize"
 
 
-def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> None:
+def save_portable(
+    model: SentenceTransformer,
+    folder: Path,
+    *,
+    address: str,
+    prompts: Mapping[Role, str] = NO_PROMPTS,
+) -> None:
     """Write a model into an empty folder: safetensors, stock modules, names that all versions know.
 
     Args:
         model: The model in float32, before its first `encode`, which would change its tokenizer's state.
         folder: An empty folder.
         address: Name of the model in errors.
+        prompts: Role -> what the model reads before texts of that role.
 
     Raises:
         TeachonceError: a module or a tokenizer that older versions lack, or a weight that is NaN or Inf.
@@ -66,7 +74,7 @@ def save_portable(model: SentenceTransformer, folder: Path, *, address: str) -> 
             f"the tokenizer {shown(kind)} has no tokenizer.json",
             "distill from a start that has one",
         )
-    save_model(model, folder, address=address)
+    save_model(model, folder, address=address, prompts=prompts)
     modules: list[dict[str, str]] = json.loads(
         (folder / "modules.json").read_text(encoding="utf-8")
     )

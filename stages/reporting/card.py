@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.models.lineage import leaves_teacher_space
 from stages.params import TEACHER
 from stages.reporting import columns, legend, measures, templating
 from stages.reporting.results import Metrics
+from storage.roles import ROLES, Role
+
+NAMED_ON_CARD: Mapping[Role, str] = {
+    "query": "queries",
+    "document": "documents",
+    "text": "other texts",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Card:
         old_ones_read: Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
         onnx: Whether there is an ONNX file.
         has_code: Whether it needs the code that lies in its folder.
+        prompts: Role -> what it reads before texts of that role; no empty ones.
     """
 
     name: str
@@ -35,6 +43,16 @@ class Card:
     old_ones_read: bool
     onnx: bool
     has_code: bool = False
+    prompts: Mapping[Role, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """What texts are for -> what the model reads before them; of one entry if it is one for all."""
+        told = {
+            NAMED_ON_CARD[role]: repr(self.prompts[role]) if role in self.prompts else "nothing"
+            for role in ROLES
+        }
+        return told if len(set(told.values())) > 1 else {"every text": told["other texts"]}
 
 
 def model_card(

@@ -352,7 +352,7 @@ def test_every_setting_has_one_place():
             # A key of entries that users write, which came later: their entries still load.
             optional = (section.__name__, name) in {
                 *(("StartParams", "pooling"), ("StartParams", "passes")),
-                ("RecipeParams", "pretrain"),
+                *(("RecipeParams", "pretrain"), ("RecipeParams", "prompts")),
                 ("SourceParams", "field"),
             }
             assert field.is_required() != optional, f"{section.__name__}.{name} has a default"

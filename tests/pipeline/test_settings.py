@@ -24,6 +24,7 @@ from pipeline.workspace import Workspace
 from stages import check
 from stages.models.folder import READ_PATTERNS, file_hashes, find_model, model_files, sha256_of
 from stages.models.processor import cpu_flags, slow_precision
+from stages.outcome import write_json
 from stages.params import (
     REMOTE_URLS,
     ExportParams,
@@ -1207,6 +1208,62 @@ def test_check_asks_for_the_prompt_of_texts_only_where_there_are_any(project, ca
         "role": "query",
         "field": None,
     }
+
+
+def test_check_says_which_students_read_the_prompts(project, caplog):
+    caplog.set_level("INFO", "teachonce")
+    (project / "teacher/tokenizer.json").unlink()
+    (project / "teacher/vocab.txt").write_text("a")
+
+    def told(prompt, *recipes):
+        def change(content):
+            start = content["students"]["kd"]["start"]
+            content["students"] = {
+                name: {"recipe": name, "start": start} for name in ("kd", "gram", "ckd")
+            }
+            for name in ("kd", "gram", "ckd"):
+                content["recipes"][name]["prompts"] = "teacher" if name in recipes else "none"
+
+        change_settings(project, change)
+        caplog.clear()
+        assert checked(project, {}, prompts=prompts(prompt)) == {}
+        here = Workspace(project)
+        write_json(here.at.stage_facts("shard"), {"kept": 1, "read": 1, "rejected": {}})
+        lines = [
+            one.removeprefix("check: ") for one in caplog.messages if "same" in one or "all" in one
+        ]
+        return [*lines, here.facts()["prompts"]]
+
+    as_they_are = "read all of these as they are, and learn one vector for each text"
+    teacher = "the teacher reads 'clue: ' before every text"
+    assert told("clue: ") == [f"{teacher}; students read texts as they are"]
+    assert told("clue: ", "kd", "gram") == [
+        "students that read the same (prompts: teacher): gram, kd",
+        f"students ckd {as_they_are}",
+        f"{teacher}; gram, kd read the same, others texts as they are",
+    ]
+    assert told("clue: ", "kd", "gram", "ckd") == [
+        "students that read the same (prompts: teacher): ckd, gram, kd",
+        f"{teacher}; ckd, gram, kd read the same",
+    ]
+    assert told("", "kd") == [
+        "prompts: teacher is the same as none, since the teacher reads no prompt",
+        "none",
+    ]
+
+
+def test_prompts_of_imported_vectors_are_not_known(tmp_path):
+    def change(content):
+        content["embed"]["teacher"] = "imported:abroad"
+        content["recipes"]["gram"]["prompts"] = "teacher"
+
+    with pytest.raises(
+        SettingsError, match=r"recipes\.gram\.prompts: teacher, but embed\.teacher"
+    ) as error:
+        load_params(write(tmp_path, change))
+    assert [address for address, _ in error.value.problems if "prompts" in address] == [
+        "recipes.gram.prompts"
+    ]
 
 
 def test_a_prompt_of_before_there_were_roles_is_told_where_it_stands_now(tmp_path):

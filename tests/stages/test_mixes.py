@@ -280,7 +280,8 @@ def test_mixes_of_a_step_follow_from_seed_and_step(world):
     for step in (0, 3, 70):
         assert np.array_equal(first.rows_of_step(step, 8), again.rows_of_step(step, 8))
         assert not np.array_equal(first.rows_of_step(step, 8), other.rows_of_step(step, 8))
-    ids, vectors = first.draw(3, 8)
+    ids, prompt_tokens, vectors = first.draw(3, 8)
+    assert prompt_tokens.tolist() == [0] * 8
     row = first.rows_of_step(3, 8)[5]
     pairs = first.pairs
     for found, wanted in ((ids[5].first, pairs.first), (ids[5].second, pairs.second)):

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from storage.corpus import Corpus, cut, key_of_texts, put_texts, text_digest, text_key
-from storage.embeddings import Embeddings, fingerprints, put_vectors
+from storage.embeddings import Embeddings, fingerprints, prompts_of, put_vectors
 from storage.errors import DamagedError
 from storage.manifest import Manifest, fingerprint
 from storage.roles import ROLES
 from storage.store import HEADER, Store
+from storage.tokens import Tokens
 from storage.upkeep.examination import examine
 
 KEY = "572b993ce8768156883ede034944069e"
@@ -148,3 +149,24 @@ def test_vectors_are_read_by_the_fingerprint_of_their_role(corpus):
     swapped = vectors_of(corpus, [names["document"], names["query"]])
     with pytest.raises(DamagedError, match="its recipe has the fingerprint"):
         Embeddings(corpus.store, swapped, corpus)
+
+
+def test_what_the_teacher_read_before_texts_of_a_role_stands_in_the_recipe():
+    assert prompts_of(RECIPE) == {"query": "query: ", "document": ""}
+    assert prompts_of({"prompt": "clue: "}) == {"text": "clue: "}
+    assert prompts_of({}) == {"text": ""}
+
+
+def test_rows_know_their_roles(corpus):
+    assert corpus.roles_of(np.array([2, 0, 1, 3, 2])) == [
+        *("document", "query", "query"),
+        *("document", "document"),
+    ]
+    assert corpus.roles_of(np.empty(0, np.int64)) == []
+
+
+def test_token_ids_know_how_many_of_them_are_the_prompt(corpus):
+    tokens = Tokens(corpus.store, corpus.objects, corpus, {"query": 3})
+    assert tokens.prompt_tokens(np.array([3, 1, 0])).tolist() == [0, 3, 3]
+    plain = Tokens(corpus.store, corpus.objects, corpus)
+    assert plain.prompt_tokens(np.arange(4)).tolist() == [0] * 4
