@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import RowError, shown
+from storage.roles import Role
 
 if TYPE_CHECKING:
     from storage.column import Column
@@ -94,6 +95,27 @@ class Texts(ByRow[str, list[str]]):
         return self._corpus.take(ids)
 
     def _value(self, values: list[str], place: int) -> str:
+        return values[place]
+
+
+class Roles(ByRow[Role, list[Role]]):
+    """What the texts of a corpus are for, by row id: each "text", "query" or "document".
+
+    Examples:
+        >>> project.roles[[9, 5]]
+        ['document', 'query']
+    """
+
+    name = "roles"
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__(corpus)
+        self._corpus = corpus
+
+    def _take(self, ids: NDArray[np.int64]) -> list[Role]:
+        return self._corpus.roles_of(ids)
+
+    def _value(self, values: list[Role], place: int) -> Role:
         return values[place]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.by_row import Ids, NeighbourLists, Texts, Vectors, row_ids
+from pipeline.by_row import Ids, NeighbourLists, Roles, Texts, Vectors, row_ids
 from storage.errors import MissingError, TeachonceError, shown
 from storage.roles import Role
 
@@ -122,6 +122,21 @@ class Project:
         return Texts(self._corpus)
 
     @cached_property
+    def roles(self) -> Roles:
+        """The roles of the texts, by row id; "text" for all of a corpus that names no others.
+
+        Raises:
+            MissingError: `shard` did not run yet.
+            DamagedError: data/corpus.json is not what `shard` left.
+
+        Examples:
+            >>> project.roles[5]
+            'query'
+            >>> project.teacher.encode(project.texts[5], project.roles[5])
+        """
+        return Roles(self._corpus)
+
+    @cached_property
     def vectors(self) -> Vectors:
         """The teacher's vectors, by row id: float32, whatever type they are stored in.
 
@@ -188,7 +203,8 @@ class Project:
         """Rows as a map-style dataset for a training loop of your own in PyTorch.
 
         An item is a dict: `id` (the row id), `text`, `vector` (dim,) float32, `neighbours` (k,) int64 and
-        `scores` (k,) float32; k is `mine.neighbours`, and shorter lists end in id -1 and score 0. The
+        `scores` (k,) float32; k is `mine.neighbours`, and shorter lists end in id -1 and score 0. Of a
+        corpus with roles, `role` stands beside `text`. The
         workers of a `DataLoader`, forked or spawned, read the same files; spawned ones map and check them
         anew.
 
@@ -221,9 +237,10 @@ class Project:
     def to_datasets(self, rows: Part | Ids = "train", *, negatives: int = 0) -> datasets.Dataset:
         """Rows as a `datasets.Dataset` that `SentenceTransformerTrainer` takes as it is.
 
-        Columns: `id` (the row id), `text`, and `label` (dim,) float32, the teacher's vector. With
+        Columns: `id` (the row id), `role` if the corpus has other roles than `text`, `text`, and `label`
+        (dim,) float32, the teacher's vector. With
         `negatives`, also `negative_1`, `negative_2` and so on: the texts of the nearest mined neighbours,
-        nearest first. The trainer would read `id` as one more text, so the dataset's format hides it:
+        nearest first. The trainer would read `id` and `role` as texts, so the dataset's format hides them:
         `dataset[0]` has the other columns, `dataset.with_format(None)["id"]` has the ids.
 
         Vectors stored as float32 stay in their files; of other types all are held in memory as float32.
@@ -289,6 +306,11 @@ class Project:
 
         Examples:
             >>> project.student("kd").encode(["A text."]).shape
+            (1, 384)
+
+            A student with `prompts: teacher` reads queries and documents each behind their prompt:
+
+            >>> project.student("kd").encode_query(["What is asked?"]).shape
             (1, 384)
         """
         from stages.models.devices import pick_device

@@ -11,7 +11,7 @@ Examples:
     (2, 384)
 """
 
-from pipeline.by_row import NeighbourLists, Neighbours, Texts, Vectors
+from pipeline.by_row import NeighbourLists, Neighbours, Roles, Texts, Vectors
 from pipeline.project import Project, TeacherModel, open
 from storage.errors import (
     AnotherCopyError,
@@ -29,6 +29,7 @@ __all__ = [
     "NeighbourLists",
     "Neighbours",
     "Project",
+    "Roles",
     "RowError",
     "StorageError",
     "TeacherModel",

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class CachedRows(Dataset[dict[str, Any]]):
     """Some rows of the caches, each a dict that a `DataLoader` makes batches of.
 
-    The keys: `id`, the row id; `text`; `vector`, (dim,) float32; and, if there are negatives,
-    `neighbours`, (k,) int64 row ids with -1 for none, and `scores`, (k,) float32.
+    The keys: `id`, the row id; `role`, if the corpus has other roles than `text`; `text`; `vector`, (dim,)
+    float32; and, if there are negatives, `neighbours`, (k,) int64 row ids with -1 for none, and `scores`,
+    (k,) float32.
 
     What is pickled for the worker of a `DataLoader` names the files; the worker maps them itself.
 
@@ -76,6 +77,7 @@ class CachedRows(Dataset[dict[str, Any]]):
         ids = self.rows[np.asarray(places, np.int64)]
         columns: dict[str, Sequence[Any] | NDArray[Any]] = {
             "id": ids.tolist(),
+            **({"role": self.corpus.roles_of(ids)} if has_roles(self.corpus) else {}),
             "text": self.corpus.take(ids),
             "vector": self.embeddings.rows_of(ids).astype(np.float32, copy=False),
         }
@@ -87,6 +89,11 @@ class CachedRows(Dataset[dict[str, Any]]):
         ]
 
 
+def has_roles(corpus: Corpus) -> bool:
+    """Whether a corpus has other roles than `text`."""
+    return corpus.roles != ("text",)
+
+
 def to_datasets(
     corpus: Corpus,
     embeddings: Embeddings,
@@ -95,7 +102,7 @@ def to_datasets(
     *,
     negatives: int = 0,
 ) -> datasets.Dataset:
-    """Rows as a `datasets.Dataset`: `id`, `text`, `negative_1` and so on, `label`.
+    """Rows as a `datasets.Dataset`: `id`, `role` of a corpus with roles, `text`, `negative_1`…, `label`.
 
     Args:
         corpus: The texts.
@@ -105,7 +112,7 @@ def to_datasets(
         negatives: How many texts of neighbours a row; rows that have fewer are left out.
 
     Returns:
-        A dataset whose rows come without `id`, which a trainer would read as a text.
+        A dataset whose rows come without `id` and `role`, which a trainer would read as texts.
 
     Raises:
         TeachonceError: More negatives than the lists are long, or fewer than none.
@@ -130,7 +137,8 @@ def to_datasets(
         rows = np.arange(len(rows))
     # Without a fingerprint it would read the whole table to make one.
     made_of = digest(*(part.encode() for part in [*content, *columns]), rows.tobytes())
-    whole = datasets.Dataset(InMemoryTable(table.select(["id", *columns])), fingerprint=made_of)
+    hidden = ["id", "role"] if has_roles(corpus) else ["id"]
+    whole = datasets.Dataset(InMemoryTable(table.select([*hidden, *columns])), fingerprint=made_of)
     return whole.select(rows).with_format(columns=columns)
 
 
@@ -140,6 +148,7 @@ def _table_of_all(corpus: Corpus, embeddings: Embeddings) -> pa.Table:
         pa.table(
             {
                 "id": np.arange(corpus.starts[shard], corpus.starts[shard + 1]),
+                "role": pa.repeat(corpus.role_of(shard), corpus.objects[shard].rows),
                 "text": corpus.batch(shard).column("text"),
                 "label": fixed_lists(embeddings.shard(shard).astype(np.float32, copy=False)),
             }

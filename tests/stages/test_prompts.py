@@ -304,6 +304,25 @@ def test_onnx_of_a_student_that_leaves_its_prompt_out_is_refused(world_of):
         world.export(world.train(), onnx=True)
 
 
+def test_rows_say_their_roles_in_python(e5):
+    from pipeline.by_row import Roles
+    from stages.learning.row_datasets import CachedRows, to_datasets
+
+    roles = Roles(e5.corpus)
+    assert (roles[39], roles[40], roles[[129, 0]]) == ("query", "document", ["document", "query"])
+    assert list(roles) == ["query"] * 40 + ["document"] * 90
+    rows = np.array([41, 3])
+    items = CachedRows(e5.corpus, e5.embeddings, None, rows)
+    assert [(item["role"], item["text"]) for item in items] == [
+        ("document", DOCUMENTS[1]),
+        ("query", QUERIES[3]),
+    ]
+    table = to_datasets(e5.corpus, e5.embeddings, None, rows)
+    assert list(table[0]) == ["text", "label"]
+    whole = table.with_format(None)
+    assert (whole["id"][:], whole["role"][:]) == ([41, 3], ["document", "query"])
+
+
 # ---------------------------------------------------------------------------------------- finetuning
 
 ROWS = [
