@@ -99,6 +99,7 @@ def prepare(data, work, rows, only=None):
     params["students"] = {
         name: {"recipe": name, "start": STARTS.get(name, ("half",))[0]}
         for name in params["recipes"]
+        if name != "readings"  # these sentences have none
     }
     if only and "mixes" not in only:
         del params["students"]["mixes"]

@@ -195,10 +195,12 @@ def docs(as_json: Json = False) -> None:
 def shard(as_json: Json = False) -> None:
     """Clean the corpus and cut it into text shards.
 
-    Reads: the files of `shard.sources`, such as data/raw.
+    Reads: the files of `shard.sources`, such as data/raw, and of
+    `distill.readings`.
 
     Leaves: text shards in the store; data/corpus.json, which names them;
-    reports/stages/shard.json.
+    data/readings.json, which names those of readings (none without such
+    files); reports/stages/shard.json.
 
     Example: teachonce shard
     """
@@ -212,6 +214,8 @@ def shard(as_json: Json = False) -> None:
             store=here.store,
             out=here.at.corpus,
             facts=here.at.stage_facts("shard"),
+            distill=here.params.distill,
+            readings=here.at.readings,
         ),
         as_json,
     )
@@ -221,7 +225,8 @@ def shard(as_json: Json = False) -> None:
 def split(as_json: Json = False) -> None:
     """Hold rows out, and find those that stand in evaluation sets.
 
-    Reads: data/corpus.json, the sets of `evaluate`, such as those in data/raw.
+    Reads: data/corpus.json, data/readings.json, the sets of `evaluate`, such as
+    those in data/raw.
 
     Leaves: data/split.json, reports/stages/split.json.
 
@@ -230,10 +235,12 @@ def split(as_json: Json = False) -> None:
     from stages.split import run
 
     here = workspace()
+    corpus = here.corpus()
     show(
         run(
             here.params.split,
-            corpus=here.corpus(),
+            corpus=corpus,
+            readings=here.readings(corpus),
             evaluation=here.evaluation_texts(),
             out=here.at.split,
             facts=here.at.stage_facts("split"),
@@ -352,11 +359,11 @@ def mine(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def neighbours(as_json: Json = False) -> None:
-    """Write which mined neighbours each recipe reads, and which mixes. DVC compares these files.
+    """Write which mined neighbours, mixes and readings each recipe reads. DVC compares these files.
 
     No stage reads them.
 
-    Reads: data/negatives.json, data/mixes.json.
+    Reads: data/negatives.json, data/mixes.json, data/readings.json.
 
     Leaves: data/neighbours.
 
@@ -366,9 +373,13 @@ def neighbours(as_json: Json = False) -> None:
 
     here = workspace()
     recipes, negatives = here.params.recipes, here.manifest("negatives")
-    # A work tree of before there were mixes has no manifest of them.
+    # A work tree of before there were mixes or readings has no manifest of them.
     mixes = here.manifest("mixes") if here.at.mixes.exists() else None
-    show(run(recipes, negatives=negatives, mixes=mixes, out=here.at.neighbours), as_json)
+    readings = here.manifest("readings") if here.at.readings.exists() else None
+    outcome = run(
+        recipes, negatives=negatives, mixes=mixes, readings=readings, out=here.at.neighbours
+    )
+    show(outcome, as_json)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -392,8 +403,8 @@ def distill(
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
 
     Reads: data/corpus.json, data/embeddings.json, data/split.json,
-    models/start/START; the recipe's neighbours, which data/neighbours tells
-    DVC.
+    models/start/START; the recipe's neighbours, mixes and readings, which
+    data/neighbours tells DVC.
 
     Leaves: models/NAME, reports/training/NAME.json, reports/curves/NAME.csv.
 
@@ -414,7 +425,9 @@ def distill(
             name=name,
             start=here.model_folder(start_name),
             caches=here.caches(
-                with_negatives=params.reads_neighbours, with_mixes=params.reads_mixes
+                with_negatives=params.reads_neighbours,
+                with_mixes=params.reads_mixes,
+                with_readings=params.readings > 0,
             ),
             device=device,
             work=here.at.work,
@@ -497,8 +510,8 @@ def evaluate(
     """Measure MODEL: `teacher`, a start, a student, or any folder under models/.
 
     Reads: models/MODEL or models/start/MODEL, the sets of `evaluate`, such as
-    those in data/raw; data/corpus.json, data/embeddings.json, data/split.json;
-    of students also data/documents.
+    those in data/raw; data/corpus.json, data/readings.json,
+    data/embeddings.json, data/split.json; of students also data/documents.
 
     Leaves: reports/metrics/MODEL.json, reports/details/MODEL.json; of the
     teacher also data/documents; with --mteb reports/mteb/MODEL.json.
@@ -531,14 +544,17 @@ def evaluate(
         )
         show(outcome, as_json)
         return
+    load = here.loader_of(model)
+    corpus = here.corpus()
     show(
         run(
             here.params.evaluate,
             name=model,
-            load=here.loader_of(model),
-            corpus=here.corpus(),
-            embeddings=here.embeddings(),
-            split=here.split(),
+            load=load,
+            corpus=corpus,
+            embeddings=here.embeddings(corpus),
+            split=here.split(corpus),
+            readings=here.readings(corpus),
             root=here.at.root,
             out=here.at.metrics(model),
             details=here.at.details(model),

@@ -61,6 +61,11 @@ class Layout:
         return self._file("data/corpus.json")
 
     @property
+    def readings(self) -> Path:
+        """`shard`: manifest of the readings of texts."""
+        return self._file("data/readings.json")
+
+    @property
     def split(self) -> Path:
         """`split`: which rows are for what."""
         return self._file("data/split.json")
@@ -95,6 +100,7 @@ class Layout:
         """Where manifests are, in the order in which they are made."""
         return {
             "corpus": self.corpus,
+            "readings": self.readings,
             "embeddings": self.embeddings,
             "mixes": self.mixes,
             "negatives": self.negatives,

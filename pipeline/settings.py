@@ -281,7 +281,7 @@ def _address(location: tuple[int | str, ...]) -> str:
     ]
     if len(parts) > 4 and parts[0] == "recipes" and parts[2] == "objectives":
         del parts[4]
-    if len(parts) > 3 and parts[:2] == ["shard", "sources"]:
+    if len(parts) > 3 and parts[:2] in (["shard", "sources"], ["distill", "readings"]):
         del parts[3]
     return ".".join(parts) or "file"
 

@@ -34,6 +34,7 @@ from stages.params import (
     EmbedParams,
     Params,
     RecipeParams,
+    Sections,
     SettingsError,
     neighbours_wanted,
     students_behind_prompts,
@@ -48,6 +49,7 @@ from storage.journal import Journal, Ledger
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.mixes import Mixes
 from storage.negatives import Negatives
+from storage.readings import Readings
 from storage.remote import Remote
 from storage.roles import ROLES, Role
 from storage.split import Split
@@ -172,13 +174,37 @@ class Workspace:
             )
         return Mixes(self.store, manifest, corpus)
 
-    def caches(self, *, with_negatives: bool, with_mixes: bool = False) -> Caches:
-        """What a student learns from; mined neighbours and mixes only for those that read them."""
+    def readings(self, corpus: Corpus) -> Readings | None:
+        """The readings of texts; None where there are none."""
+        # A work tree of before there were readings has no manifest of them.
+        manifest = self.manifest("readings") if self.at.readings.exists() else None
+        return Readings(self.store, manifest, corpus) if manifest and manifest.objects else None
+
+    def needed_readings(self, corpus: Corpus) -> Readings:
+        """The readings of texts, for a recipe that reads them.
+
+        Raises:
+            MissingError: there are none.
+        """
+        readings = self.readings(corpus)
+        if readings is None:
+            raise MissingError(
+                self.at.readings,
+                "names no readings",
+                "name files of them in distill.readings, and run `teachonce shard`",
+            )
+        return readings
+
+    def caches(
+        self, *, with_negatives: bool, with_mixes: bool = False, with_readings: bool = False
+    ) -> Caches:
+        """What a student learns from; neighbours, mixes and readings only for those that read them."""
         corpus = self.corpus()
         embeddings, split = self.embeddings(corpus), self.split(corpus)
         negatives = self.negatives(embeddings, split, corpus) if with_negatives else None
         mixes = self.mixes(corpus) if with_mixes else None
-        return Caches(corpus, embeddings, negatives, split, self.store, mixes)
+        readings = self.needed_readings(corpus) if with_readings else None
+        return Caches(corpus, embeddings, negatives, split, self.store, mixes, readings)
 
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""
@@ -205,7 +231,7 @@ class Workspace:
         """
         params = self.params.embed
         survey = Survey(
-            {"shard": self.params.shard, "evaluate": self.params.evaluate},
+            self._read_by_the_teacher,
             root=self.at.root,
             raw=self.at.raw,
             memory=self.at.hashes,
@@ -221,6 +247,12 @@ class Workspace:
         except MissingError:
             return files, None
         return files, self.load_teacher
+
+    @property
+    def _read_by_the_teacher(self) -> Sections:
+        """The settings that name texts."""
+        params = self.params
+        return {"shard": params.shard, "distill": params.distill, "evaluate": params.evaluate}
 
     def embed_params(self, corpus: Corpus) -> EmbedParams:
         """The settings `embed`, with the model's own prompts for the roles of a corpus in them.
@@ -424,7 +456,7 @@ class Workspace:
         slow = slow_precision(params.precision, cpu_flags()) if device.type == "cpu" else None
         if slow is not None:
             log.warning(slow)
-        asked = reads_texts({"shard": self.params.shard, "evaluate": self.params.evaluate})
+        asked = reads_texts(self._read_by_the_teacher)
         for error in undecided(folder, params, reads_texts=asked) if is_teacher else ():
             raise error
         in_windows = params.long_texts == "windows" and is_teacher
@@ -498,10 +530,12 @@ class Workspace:
         """Where all students come from, for people: label -> text."""
         ledger = _read_json(self.at.stage_facts("shard"), "teachonce shard")
         rejected = [f"{count:,} {rule}" for rule, count in ledger["rejected"].items() if count]
+        readings = ledger.get("readings", {}).get("kept", 0)
         return {
             "teacher": self.params.embed.teacher,
             "corpus": f"{ledger['kept']:,} texts of {ledger['read']:,} read"
-            + (f" (rejected: {', '.join(rejected)})" if rejected else ""),
+            + (f" (rejected: {', '.join(rejected)})" if rejected else "")
+            + (f", {ledger['added']:,} added by {readings:,} readings" if readings else ""),
             "tokens read of a text": str(self.params.embed.max_tokens)
             + (" at once, all in windows" if self.params.embed.long_texts == "windows" else "")
             + (" (by the teacher: unknown)" if self.params.embed.is_imported else ""),

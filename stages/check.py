@@ -49,17 +49,21 @@ from stages.models.processor import slow_precision
 from stages.outcome import Outcome, log, write_json
 from stages.params import (
     FINETUNED,
+    NO_READINGS,
     TEACHER,
+    DistillParams,
     EmbedParams,
     EvaluateParams,
     FinetuneParams,
     Problem,
+    Section,
     Sections,
     SettingsError,
     ShardParams,
     StartParams,
     check_recipe_widths,
     larger_queues,
+    roles_of_corpus,
     students_behind_prompts,
 )
 from stages.preflight import absent_packages, api_notes, check_heldout, check_labels, other_fields
@@ -67,6 +71,8 @@ from stages.reading import corpus_files, evaluation_sets
 from stages.reading.files import located, reading
 from stages.reading.lines import check_start
 from stages.reading.packages import package_versions
+from stages.reading.readings import SETTING, reading_files
+from stages.reading.readings import look_at as look_at_readings
 from stages.reading.triplets import look_at, triplet_files
 from storage import durable, regular
 from storage.errors import MissingError, TeachonceError, as_utf8, shown
@@ -164,8 +170,7 @@ def run(
 
 def reads_texts(sections: Mapping[str, Any]) -> bool:
     """Whether the teacher reads texts of the role `text`: of the corpus, or of STS sets."""
-    roles: Collection[str] = getattr(sections.get("shard"), "roles", ("text",))
-    return "text" in roles or bool(getattr(sections.get("evaluate"), "sts", ()))
+    return "text" in roles_of_corpus(sections) or bool(getattr(sections.get("evaluate"), "sts", ()))
 
 
 def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str]:
@@ -189,7 +194,7 @@ def _students_told(sections: Sections, *, has_prompts: bool) -> Iterator[str]:
         yield "prompts: teacher is the same as none, since the teacher reads no prompt"
     elif behind:
         yield f"students that read the same (prompts: teacher): {', '.join(behind)}"
-    if without and has_prompts and (behind or sections["shard"].roles != ("text",)):
+    if without and has_prompts and (behind or roles_of_corpus(sections) != ("text",)):
         who = f"students {', '.join(without)}" if behind else "students"
         yield f"{who} read all of these as they are, and learn one vector for each text"
 
@@ -250,6 +255,9 @@ class Survey:
         }
         entries["mixes"] = {
             name: recipe.reads_mixes for name, recipe in sections.get("recipes", {}).items()
+        }
+        entries["readings"] = {
+            name: recipe.readings > 0 for name, recipe in sections.get("recipes", {}).items()
         }
         for error in absent_packages(sections):
             self._report(error)
@@ -426,8 +434,11 @@ class Survey:
         return self._entry("starts", {"name": params.from_}, files, committed=committed)
 
     def _shard(self, params: ShardParams) -> Entry:
-        sources = [one if isinstance(one, str) else one.model_dump() for one in params.sources]
-        declared = {"sources": sources, "field": params.field}
+        distill = self.sections.get("distill", NO_READINGS)
+        distill = distill if hasattr(distill, "readings") else NO_READINGS
+        declared = {"sources": _dumped(params.sources), "field": params.field}
+        if distill.readings:
+            declared["readings"] = _dumped(distill.readings)
         address = "shard.sources"
         patterns = [one if isinstance(one, str) else one.files for one in params.sources]
         outside = [one for one in patterns if not self._is_made_here(one, address)]
@@ -436,7 +447,8 @@ class Survey:
 
         def look() -> list[Path]:
             files = corpus_files.source_files(outside, self.root) if outside else []
-            lengths = self._can_read("shard", "min_chars", "max_chars")
+            files += self._readings(distill)
+            lengths = self._can_read("shard", "min_chars", "max_chars") and not distill.readings
             if all_outside and lengths and self._can_read("split", "heldout"):
                 heldout = self.sections["split"].heldout
                 if self.sections.get("students"):
@@ -444,6 +456,15 @@ class Survey:
             return files
 
         return self._entry("shard", declared, partial(self._hashed, look))
+
+    def _readings(self, distill: DistillParams) -> list[Path]:
+        """The files of readings that `docs` does not make, each looked at."""
+        named = [one for role in distill.roles for one in distill.readings_of(role)]
+        outside = [one for one in named if not self._is_made_here(one.files, SETTING)]
+        files = reading_files(outside, self.root)
+        for path in files:
+            self._ask(partial(look_at_readings, path))
+        return files
 
     def _evaluation(self, params: EvaluateParams) -> dict[str, Entry]:
         """An entry for each evaluation set that is not made by `docs`."""
@@ -551,6 +572,11 @@ class Survey:
         problem = error.where, f"{error.problem}\n    cure: {error.cure}"
         if problem not in self.problems:
             self.problems.append(problem)
+
+
+def _dumped(named: Sequence[str | Section]) -> list[Any]:
+    """Globs, and mappings with a glob, as they stand in params.yaml."""
+    return [one if isinstance(one, str) else one.model_dump() for one in named]
 
 
 def _lines_of(look: Callable[[], list[Path]]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Distill a student from a start and the caches: token ids, vectors, neighbours, mixes. Needs no teacher.
+"""Distill a student from a start and the caches: texts, readings, vectors, neighbours, mixes; no teacher.
 
 This file is long because a run and its task, with all that they are made of, are read in one piece.
 """
@@ -6,7 +6,7 @@ This file is long because a run and its task, with all that they are made of, ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from stages.learning.mixed_rows import MixedRows
 from stages.learning.objectives import Candidates, MixedBatch, Objectives
 from stages.learning.pretraining import Pretraining
 from stages.learning.proposals import Proposers
+from stages.learning.reading_rows import ReadingRows, some_readings
 from stages.learning.student import Rows, Student, encode_ids
 from stages.learning.token_rows import prompts_of_teacher, token_rows
 from stages.learning.trackers import Track
@@ -56,8 +57,8 @@ UNIT_TOLERANCE = 0.01
 
 def recipe(params: RecipeParams) -> dict[str, Any]:
     """Settings that change the student: all of them; `auto` must be resolved before this."""
-    # A recipe without it has the fingerprint that it had before there was such a setting.
-    left_out = {"pretrain"} if params.pretrain is None else set()
+    # A recipe without them has the fingerprint that it had before there were such settings.
+    left_out = {name for name in ("pretrain", "readings") if not getattr(params, name)}
     left_out |= {"prompts"} if params.prompts == "none" else set()
     return {"version": VERSION, **params.model_dump(mode="json", exclude=left_out)}
 
@@ -114,6 +115,7 @@ def run(
             "embeddings": caches.embeddings.manifest.content,
             "negatives": caches.negatives.manifest.content if caches.negatives else None,
             **({"mixes": caches.mixes.manifest.content} if caches.mixes else {}),
+            **({"readings": caches.readings.manifest.content} if caches.readings else {}),
             "split": caches.split.content,
             "device": device.type,
         }
@@ -202,19 +204,25 @@ def prepare(
     ).to(device)
     if params.reads_mixes:
         student.check_mixing(address=str(start))
+    tokens_of = partial(
+        token_rows,
+        model.tokenizer,
+        start,
+        store=caches.store,
+        max_tokens=params.max_tokens,
+        prompts=prompts,
+    )
     with ranks.first_rank_first():
-        tokens = token_rows(
-            model.tokenizer,
-            start,
-            corpus=caches.corpus,
-            store=caches.store,
-            max_tokens=params.max_tokens,
-            prompts=prompts,
+        tokens = tokens_of(corpus=caches.corpus)
+        # `plan` has none: a reading takes about as long as its text.
+        tokens_read = (
+            tokens_of(corpus=caches.readings) if caches.readings and params.readings else None
         )
     return DistillTask(
         params,
         student=student,
         tokens=tokens,
+        tokens_read=tokens_read,
         pad_id=int(getattr(model.tokenizer, "pad_token_id", None) or 0),
         caches=caches,
         device=device,
@@ -228,6 +236,7 @@ class DistillTask(nn.Module):
         params: The recipe, with `auto` resolved.
         student: The student, on `device`.
         tokens: The student's token ids of the corpus.
+        tokens_read: Its token ids of the readings; None if it reads the corpus alone.
         pad_id: The id of the padding token.
         caches: Corpus, vectors, neighbours and split to learn from.
         device: The device for training.
@@ -239,6 +248,7 @@ class DistillTask(nn.Module):
         *,
         student: Student,
         tokens: Tokens,
+        tokens_read: Tokens | None = None,
         pad_id: int,
         caches: Caches,
         device: torch.device,
@@ -263,6 +273,13 @@ class DistillTask(nn.Module):
             )
         self.heldout = evenly(heldout, min(MOST_ROWS, len(heldout)))
         self.heldout_vectors = caches.embeddings.rows_of(self.heldout)
+        self.read = self.heldout_read = None
+        if caches.readings is not None and tokens_read is not None:
+            rows_read = partial(
+                ReadingRows, caches.readings, tokens_read, share=params.readings, seed=params.seed
+            )
+            self.read = rows_read(some_readings(caches.readings.learned(caches.split)))
+            self.heldout_read = rows_read(caches.readings.heldout(caches.split))
         self.mixed = None
         if params.reads_mixes and caches.mixes is not None:
             self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
@@ -299,15 +316,26 @@ class DistillTask(nn.Module):
             evaluated=self.proposers.evaluated,
         )
 
-    def encode(self, rows: NDArray[np.int64], *, deleted: float = 0.0, step: int = 0) -> Tensor:
+    def encode(
+        self,
+        rows: NDArray[np.int64],
+        *,
+        deleted: float = 0.0,
+        step: int = 0,
+        read: ReadingRows | None = None,
+    ) -> Tensor:
         """Returns (B, D) float32 student vectors of rows.
 
         Args:
             rows: (B,) int64 row ids.
             deleted: Share of each text's tokens to delete, 0 to 1.
-            step: The step; with the seed it determines which tokens.
+            step: The step; with the seed it determines which tokens, and which readings.
+            read: Draws the rows that are read as one of their readings; None to read all as they are.
         """
         ids, in_prompt = self.tokens.rows_of(rows), self.tokens.prompt_tokens(rows)
+        if read is not None:
+            # Behind the same prompt as the text, whose role they have.
+            ids = read.put_into(ids, rows, step)
         if deleted:
             draw = np.random.default_rng([self.params.seed, step])
             ids = [
@@ -369,7 +397,7 @@ class DistillTask(nn.Module):
         objectives = self.params.objectives
         self.proposers.refresh(step, self._as_used)
         vectors = {
-            deleted: self.encode(rows, deleted=deleted, step=step)
+            deleted: self.encode(rows, deleted=deleted, step=step, read=self.read)
             for deleted in sorted({objective.deleted for objective in objectives})
         }
         candidates: list[Candidates | MixedBatch | None] = []
@@ -390,7 +418,9 @@ class DistillTask(nn.Module):
 
     @torch.no_grad()
     def _score(self) -> float:
-        return rank_agreement(self.encode(self.heldout).cpu().numpy(), self.heldout_vectors)
+        # Judged as it learns: the best weights for texts alone may be those that read nothing else.
+        vectors = self.encode(self.heldout, read=self.heldout_read)
+        return rank_agreement(vectors.cpu().numpy(), self.heldout_vectors)
 
     def _notes(self) -> dict[str, float | None]:
         heldout = torch.from_numpy(self.heldout_vectors).to(self.device)
@@ -423,6 +453,7 @@ def _facts(state: State, params: RecipeParams, task: DistillTask) -> Mapping[str
         "best_step": state.best_step,
         "agreement": round(state.best_score or 0.0, 6),
         "rows": len(task.rows),
+        **({"readings": len(task.read.ids)} if task.read else {}),
         "precision": params.precision,
         **{name: round(value, 6) for name, value in notes.items() if value is not None},
     }

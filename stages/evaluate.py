@@ -25,6 +25,7 @@ from stages.measuring.metrics import (
     measure_sts,
     with_interval,
 )
+from stages.measuring.readings import LEAST_PAIRS, judged_readings, measure_readings
 from stages.outcome import Fact, Outcome, log, write_json
 from stages.params import TEACHER, EvaluateParams
 from stages.reading.evaluation_sets import (
@@ -46,6 +47,7 @@ from stages.vectors import (
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.manifest import fingerprint
+from storage.readings import Readings
 from storage.split import Split
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def run(
     documents: Path,
     in_teachers_space: bool,
     widths: Sequence[int],
+    readings: Readings | None = None,
 ) -> Outcome:
     """Measure the model `name` and write its metrics to `out`: flat keys, the same for all models.
 
@@ -90,6 +93,8 @@ def run(
     show likeness to the teacher and speed. What the report page shows beside the metrics (pictures of
     likeness, a handful of searches) goes to `details`. The teacher leaves its vectors of documents in
     `documents`; a model `in_teachers_space` is measured on them, too.
+
+    With `readings` it is measured how the model reads those of held-out texts.
 
     Of a model whose first values are to serve alone, STS, retrieval and likeness are also measured at each
     of these `widths`, as `widths.128.sts.average` and so on: the same vectors, cut. Queries that are cut
@@ -108,6 +113,7 @@ def run(
         for key, folder in params.retrieval.items()
     }
     heldout = split.heldout_rows(corpus)
+    judged = None if readings is None else judged_readings(readings, split)
     teacher = fingerprint(embeddings.manifest.recipe)
     as_read = f"max_tokens {params.max_tokens}"
     of_teacher = {
@@ -127,6 +133,7 @@ def run(
         in_teachers_space=in_teachers_space,
         imported=embeddings.manifest.recipe.get("model") == "unknown",
         heldout=len(heldout),
+        judged=None if judged is None else len(judged),
     )
     # Cut vectors need no scaling: all metrics are of cosines.
     cuts = {"": None, **{f"widths.{width}.": width for width in widths}}
@@ -147,6 +154,19 @@ def run(
     metrics: dict[str, Fact] = {
         **set_metrics,
         **likeness,
+        **(
+            measure_readings(
+                name,
+                encoder,
+                readings,
+                judged,
+                embeddings,
+                cuts,
+                in_teachers_space=in_teachers_space or name == TEACHER,
+            )
+            if readings is not None and judged is not None and len(judged) >= LEAST_PAIRS
+            else {}
+        ),
         **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
         **_size(encoder),
     }
@@ -258,6 +278,7 @@ def _left_out(
     in_teachers_space: bool,
     imported: bool,
     heldout: int,
+    judged: int | None,
 ) -> list[str]:
     """Returns a phrase for each metric that cannot be measured, with the reason; logs them as warnings."""
     reasons = []
@@ -273,6 +294,11 @@ def _left_out(
         reasons.append(
             f"fidelity: {heldout} rows are held out, and it takes {LEAST_ROWS}; raise split.heldout, or "
             "add texts"
+        )
+    if judged is not None and judged < LEAST_PAIRS:
+        reasons.append(
+            f"readings: {judged} texts with different readings are held out, and it takes {LEAST_PAIRS}; "
+            "raise split.heldout, or add readings"
         )
     for metrics in reasons:
         log.warning("evaluate: %s, left out: %s", name, metrics)
@@ -293,6 +319,8 @@ def _summary(name: str, metrics: dict[str, Fact], left_out: Sequence[str]) -> st
     ]
     if "fidelity.spearman" in metrics:
         parts.append(f"{metrics['fidelity.spearman']:.3f} rank correlation with the teacher")
+    if "readings.reading_to_text" in metrics:
+        parts.append(f"{metrics['readings.reading_to_text']:.3f} of readings find their texts")
     if "device" in metrics:
         parts.append(f"{metrics['sentences_per_second']:,} sentences/s on {metrics['device']}")
     return "; left out: ".join([f"{name}: {', '.join(parts)}", *left_out])

@@ -1,7 +1,8 @@
-"""Write a file for each recipe with the neighbours and mixes it reads, so that DVC retrains only if needed.
+"""Write a file for each recipe with the neighbours, mixes and readings it reads, for DVC.
 
 In a DVC template all entries have the same dependencies, so every `distill` depends on the file of its
-recipe. The file of a recipe that reads no neighbours never changes, however often they are mined.
+recipe. The file of a recipe that reads no neighbours never changes, however often they are mined, so its
+students are not trained again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def run(
     *,
     negatives: Manifest,
     mixes: Manifest | None = None,
+    readings: Manifest | None = None,
     out: Path,
 ) -> Outcome:
     """Write a file for each recipe.
@@ -30,6 +32,7 @@ def run(
         recipes: All recipes of params.yaml, by name.
         negatives: The manifest of the mined negatives.
         mixes: The manifest of mixes; None if `embed` left none.
+        readings: The manifest of readings; None if `shard` left none.
         out: Destination folder, replaced atomically.
     """
     reading = [name for name, recipe in recipes.items() if recipe.reads_neighbours]
@@ -38,6 +41,8 @@ def run(
             read = {"negatives": negatives.content if name in reading else None}
             if recipes[name].reads_mixes:
                 read["mixes"] = mixes.content if mixes else None
+            if recipes[name].readings:
+                read["readings"] = readings.content if readings else None
             write_json(scratch / f"{name}.json", read)
     return Outcome(
         stage="neighbours",

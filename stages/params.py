@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -138,18 +139,28 @@ class DocsParams(Section):
     heldout_pairs: PositiveInt  # summary/description pairs kept for the retrieval test
 
 
-class SourceParams(Section):
-    """Corpus files whose texts are of one role."""
+class ReadingsSource(Section):
+    """Files whose texts are of one role."""
 
-    files: FilesPath  # a glob, or dataset:<name or folder>
+    files: FilesPath  # a glob
     role: Role  # what its texts are for the teacher
+
+
+class SourceParams(ReadingsSource):
+    """Corpus files whose texts are of one role; dataset:<name or folder>, too."""
+
     # As shard.field, which says it of the others; it may be left out.
     field: Text | None = None
 
 
+_GLOB_OR_MAPPING = Discriminator(
+    lambda value: "mapping" if isinstance(value, dict | ReadingsSource) else "glob"
+)
 Source = Annotated[
-    Annotated[FilesPath, Tag("glob")] | Annotated[SourceParams, Tag("mapping")],
-    Discriminator(lambda value: "mapping" if isinstance(value, dict | SourceParams) else "glob"),
+    Annotated[FilesPath, Tag("glob")] | Annotated[SourceParams, Tag("mapping")], _GLOB_OR_MAPPING
+]
+SourceOfReadings = Annotated[
+    Annotated[FilesPath, Tag("glob")] | Annotated[ReadingsSource, Tag("mapping")], _GLOB_OR_MAPPING
 ]
 
 
@@ -355,6 +366,42 @@ class StartParams(Section):
         return self
 
 
+def _as_list(value: object) -> object:
+    """One glob is a list of one, and null an empty one."""
+    return () if value is None else (value,) if isinstance(value, str | dict) else value
+
+
+class DistillParams(Section):
+    """What students read beside the corpus itself."""
+
+    # Globs of .tsv, .jsonl, .csv, .json (each also .gz, .zst), .parquet with a text and a reading, or
+    # {files: one of these, role: query}; null: none.
+    readings: Annotated[tuple[SourceOfReadings, ...], BeforeValidator(_as_list)]
+
+    def readings_of(self, role: Role) -> list[ReadingsSource]:
+        """The entries whose texts are of a role, in order; a plain glob's are of the role `text`."""
+        named = [
+            one if isinstance(one, ReadingsSource) else ReadingsSource(files=one, role="text")
+            for one in self.readings
+        ]
+        return [one for one in named if one.role == role]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles of the texts, in the order in which a corpus has them."""
+        return tuple(role for role in ROLES if self.readings_of(role))
+
+
+NO_READINGS = DistillParams(readings=())
+
+
+def roles_of_corpus(sections: Sections) -> tuple[Role, ...]:
+    """The roles of the texts of `shard.sources` and `distill.readings`; `text` where they are not known."""
+    parts = (sections.get("shard"), sections.get("distill"))
+    named = {role for part in parts for role in getattr(part, "roles", ())}
+    return tuple(role for role in ROLES if role in named) or ("text",)
+
+
 class StudentParams(Section):
     """What `dvc repro` trains: a start and a recipe, by name."""
 
@@ -555,6 +602,8 @@ class RecipeParams(TrainingParams):
     pretrain: PretrainParams | None = None
     # What the student reads before a text: what its teacher read, or nothing; it may be left out.
     prompts: Literal["teacher", "none"] = "none"
+    # Share of a batch's rows with readings that is read as one of them; it may be left out, and is then 0.
+    readings: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @property
     def reads_neighbours(self) -> bool:
@@ -651,6 +700,7 @@ class Params(Section):
     starts: Annotated[dict[ModelName, StartParams], Field(min_length=1)]
     recipes: Annotated[dict[ModelName, RecipeParams], Field(min_length=1)]
     students: dict[ModelName, StudentParams]
+    distill: DistillParams
     finetune: FinetuneParams
     evaluate: EvaluateParams
     export: ExportParams
@@ -695,7 +745,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_names(sections.get("students", {}), names),
         *_collisions(names),
         *_unusable_set_names(sections.get("evaluate")),
-        *_unknown_rank(sections.get("report"), sections.get("evaluate")),
+        *_unknown_rank(sections.get("report"), sections.get("evaluate"), sections),
         *_too_few_neighbours(sections),
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
@@ -703,8 +753,9 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_unknown_prompts(sections.get("embed"), sections.get("recipes", {})),
         *_unreadable_mixes(sections.get("embed")),
         *_unmade_mixes(sections),
+        *_unnamed_readings(sections),
         *_not_of_an_api(sections),
-        *_unusable_roles(sections.get("embed"), sections.get("shard")),
+        *_unusable_roles(sections.get("embed"), sections),
         *_two_poolings(sections.get("starts", {}), sections.get("embed")),
     ]
 
@@ -889,20 +940,35 @@ def _not_of_an_api(sections: Sections) -> list[Problem]:
     return wrong
 
 
-def _unusable_roles(embed: EmbedParams | None, shard: ShardParams | None) -> list[Problem]:
-    named = [one for one in getattr(shard, "sources", ()) if isinstance(one, SourceParams)]
-    roles = sorted({one.role for one in named} - {"text"})
+def _unnamed_readings(sections: Sections) -> list[Problem]:
+    """A student whose recipe reads readings needs some."""
+    if getattr(sections.get("distill", NO_READINGS), "readings", True):
+        return []
+    recipes = sections.get("recipes", {})
+    return [
+        (
+            f"students.{name}.recipe",
+            f"{student.recipe} reads readings, and distill.readings names none: name files there",
+        )
+        for name, student in sections.get("students", {}).items()
+        if student.recipe in recipes and recipes[student.recipe].readings
+    ]
+
+
+def _unusable_roles(embed: EmbedParams | None, sections: Sections) -> list[Problem]:
+    roles = sorted({*roles_of_corpus(sections)} - {"text"})
     if not roles:
         return []
-    wrong = []
+    of_sources = {*getattr(sections.get("shard"), "roles", ())} - {"text"}
+    wrong, address = [], "shard.sources" if of_sources else "distill.readings"
     if getattr(embed, "teacher", "").startswith(IMPORTED):
         problem = (
             f"roles ({', '.join(roles)}), but embed.teacher stands for imported vectors, and nothing says "
             "in which role a text of theirs was read: name the files without a role"
         )
-        wrong.append(("shard.sources", problem))
+        wrong.append((address, problem))
     if mixes := getattr(embed, "mixes", 0):
-        problem = f"{mixes:g}, but shard.sources has roles ({', '.join(roles)}): set it to 0"
+        problem = f"{mixes:g}, but {address} has roles ({', '.join(roles)}): set it to 0"
         wrong.append(("embed.mixes", problem))
     return wrong
 
@@ -949,13 +1015,17 @@ def _unusable_set_names(evaluate: EvaluateParams | None) -> list[Problem]:
     return wrong
 
 
-def _unknown_rank(report: ReportParams | None, evaluate: EvaluateParams | None) -> list[Problem]:
+def _unknown_rank(
+    report: ReportParams | None, evaluate: EvaluateParams | None, sections: Sections
+) -> list[Problem]:
     """`report.rank_by` names a metric of quality that `evaluate` leaves with these settings."""
     rank_by = getattr(report, "rank_by", None)
     sts, retrieval = getattr(evaluate, "sts", None), getattr(evaluate, "retrieval", None)
     if rank_by is None or sts is None or retrieval is None:
         return []
     known = ["fidelity.spearman", "fidelity.top10_overlap"]
+    if getattr(sections.get("distill"), "readings", ()):
+        known += [f"readings.{what}" for what in ("text_to_reading", "reading_to_text", "spearman")]
     known += [f"sts.{name}" for name in (*sts, "average")] if sts else []
     for kind in ("retrieval", "teacher_index"):
         for name in retrieval:

@@ -1,5 +1,10 @@
 """Read the corpus files, clean the texts by named rules, and cut them into shards by content.
 
+Files of readings are read, too: a reading's text is added to the corpus if no source has it, and the
+readings are cut into shards of their own.
+
+This file is long because the rules for texts and for readings are one, and so is their ledger.
+
 Nothing is shuffled and nothing is held out here: a text that is added or removed must move the borders
 of its own shard only, so that the vectors of all others stay valid.
 """
@@ -10,17 +15,21 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
-from stages.params import ShardParams
+from stages.params import NO_READINGS, DistillParams, ShardParams, roles_of_corpus
 from stages.reading.corpus_files import Item, Rejected, read, sources_with_fields
 from stages.reading.lines import has_control_characters
+from stages.reading.readings import PairOfTexts, read_readings, reading_files
 from storage.column import TEXT_KEY_BYTES
 from storage.corpus import cut, key_of_texts, put_texts, text_key
 from storage.errors import TeachonceError
 from storage.manifest import Manifest
+from storage.readings import Reading, cut_readings, key_of_readings, put_readings
 from storage.roles import Role
 from storage.store import Object, Store
 
@@ -38,6 +47,9 @@ RULES = (
     "too_long",
     "duplicate",
 )
+
+RULES_OF_READINGS = (*RULES[:-1], "unchanged", "duplicate")
+"""Of a text and its reading. `too_short` is asked of the text alone; an `unchanged` reading is its text."""
 
 # What to do where a rule rejects many texts.
 CURES = {
@@ -67,26 +79,42 @@ def recipe(params: ShardParams) -> dict[str, object]:
     }
 
 
-def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path) -> Outcome:
-    """Read all sources, publish their shards and leave the corpus manifest.
+def run(
+    params: ShardParams,
+    *,
+    root: Path,
+    store: Store,
+    out: Path,
+    facts: Path,
+    distill: DistillParams = NO_READINGS,
+    readings: Path | None = None,
+) -> Outcome:
+    """Read all sources, publish their shards and leave the corpus manifest and that of the readings.
 
-    Holds one shard of texts, and 21 to 43 bytes for each unique text (see `TextKeySet`).
+    It is long because it reads in the order in which files are: texts, readings, what is said of both.
+
+    Holds one shard of texts, and 21 to 43 bytes for each unique text and reading (see `TextKeySet`).
 
     Args:
         params: The settings `shard`.
         root: The work tree, to which sources are relative.
         store: The store for the shards; existing ones are not written again.
         out: The corpus manifest; equal input gives equal bytes.
-        facts: The ledger {read, kept, rejected: {rule: count}}; read is the sum of the others.
+        facts: The ledger {read, kept, rejected: {rule: count}}; read is the sum of the others. With
+            readings also {added, readings: {read, kept, rejected}}: texts that only readings brought are
+            kept, and were not read from sources.
+        distill: The settings `distill`, which name files of readings.
+        readings: The manifest of the readings, without objects if there are none; None to write none.
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable, or no text is left.
     """
     counted = CountedItems()
     rejected = Counter(dict.fromkeys(RULES, 0))
-    made, new = _publish(store, shards_of(params, root, counted, rejected))
+    added = Counter[Role]()
+    made, new = _publish(store, shards_of(params, root, counted, rejected, distill, added))
     manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(made))
-    _check_balance(counted.read, manifest.rows, rejected)
+    _check_balance(counted.read, manifest.rows - added.total(), rejected)
     account = f"{counted.read:,} read{_rejections(rejected)}"
     lost = losses(counted.read, rejected)
     if not manifest.rows:
@@ -95,12 +123,16 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
             f"no text is left: {account}",
             "name files with texts in params.yaml, or loosen shard.min_chars and shard.max_chars",
         )
+    of_readings = _put_readings(params, distill, root, store, manifest, readings)
     manifest.save(out, store)
     ledger: dict[str, Fact | Facts] = {
         "read": counted.read,
         "kept": manifest.rows,
         "rejected": dict(rejected),
     }
+    if distill.readings:
+        ledger |= {"added": added.total(), "readings": of_readings}
+        account += f"; {added.total():,} added by readings"
     write_json(facts, ledger)
     texts = counted.read - rejected["empty"]
     for rule, count in lost.items():
@@ -118,7 +150,13 @@ def run(params: ShardParams, *, root: Path, store: Store, out: Path, facts: Path
         stage="shard",
         made=out,
         summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})"
-        + (f"; many are lost: {shares}" if lost else ""),
+        + (f"; many are lost: {shares}" if lost else "")
+        + (
+            f"; {of_readings['kept']:,} readings ({of_readings['read']:,} read"
+            f"{_rejections(of_readings['rejected'])})"
+            if distill.readings
+            else ""
+        ),
         facts={
             **ledger,
             "lost": lost,
@@ -136,28 +174,45 @@ def losses(read: int, rejected: Mapping[str, int]) -> dict[str, int]:
 
 
 def make_again(
-    params: ShardParams, *, root: Path, store: Store, keys: Collection[str]
+    params: ShardParams,
+    *,
+    root: Path,
+    store: Store,
+    keys: Collection[str],
+    distill: DistillParams = NO_READINGS,
 ) -> list[str]:
-    """Publish those of the text shards `keys` that the sources still yield, and nothing else.
+    """Publish those of the shards `keys` of texts or readings that the files still yield, and nothing else.
 
-    A shard is named by its texts, so it is the lost one, to the bit.
+    A shard is named by what is in it, so it is the lost one, to the bit.
 
     Args:
         params: The settings `shard`.
         root: The work tree.
         store: The store for the shards.
-        keys: Keys of text shards.
+        keys: Keys of shards of texts or readings.
+        distill: The settings `distill`.
 
     Returns:
-        The keys of those that the sources no longer yield.
+        The keys of those that the files no longer yield.
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable.
     """
     wanted = dict.fromkeys(keys)
-    for role, shard in shards_of(params, root, CountedItems(), Counter()):
-        if (key := key_of_texts(shard, role)) in wanted:
-            put_texts(store, shard, role)
+    texts = shards_of(params, root, CountedItems(), Counter(), distill, Counter())
+    of_readings = reading_shards(params, distill, root, Counter())
+    for key, put in chain(
+        (
+            (key_of_texts(shard, role), partial(put_texts, store, shard, role))
+            for role, shard in texts
+        ),
+        (
+            (key_of_readings(shard, role), partial(put_readings, store, shard, role))
+            for role, shard in of_readings
+        ),
+    ):
+        if key in wanted:
+            put()
             del wanted[key]
         if not wanted:
             break
@@ -165,26 +220,143 @@ def make_again(
 
 
 def shards_of(
-    params: ShardParams, root: Path, counted: CountedItems, rejected: Counter[str]
+    params: ShardParams,
+    root: Path,
+    counted: CountedItems,
+    rejected: Counter[str],
+    distill: DistillParams,
+    added: Counter[Role],
 ) -> Iterator[tuple[Role, Sequence[tuple[str, bytes]]]]:
     """Yield each shard with its role: the texts of one role after those of another.
+
+    Texts that no source has, but a file of readings, come last in their role.
 
     Args:
         params: The settings `shard`.
         root: The work tree, to which sources are relative.
-        counted: Counts all items.
+        counted: Counts all items of the sources.
         rejected: Counts those that are not kept.
+        distill: The settings `distill`.
+        added: Counts the texts that files of readings added.
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable.
     """
     # All are looked for before any is read.
-    named = {role: sources_with_fields(params, role, root) for role in params.roles}
-    for role, found in named.items():
+    roles = roles_of_corpus({"shard": params, "distill": distill})
+    named = {
+        role: (
+            sources_with_fields(params, role, root),
+            reading_files(distill.readings_of(role), root),
+        )
+        for role in roles
+    }
+    for role, (found, files) in named.items():
         items = chain.from_iterable(read(source, field) for source, field in found)
-        kept = clean(counted.over(items), params, rejected, role)
-        for shard in cut(kept, params.rows_per_shard, role):
+        seen = TextKeySet()
+        kept = clean(counted.over(items), params, rejected, role, seen)
+        more = _texts_read(files, params, role, seen, added)
+        for shard in cut(chain(kept, more), params.rows_per_shard, role):
             yield role, shard
+
+
+def _texts_read(
+    files: Sequence[Path],
+    params: ShardParams,
+    role: Role,
+    seen: TextKeySet,
+    added: Counter[Role],
+) -> Iterator[str]:
+    """Yield the texts of readings that are not among those seen before."""
+    for pair in chain.from_iterable(map(read_readings, files)):
+        if isinstance(pair, Rejected) or _broken_pair(pair, params) is not None:
+            continue
+        if seen.add(text_key(pair.text, role)):
+            added[role] += 1
+            yield pair.text
+
+
+def reading_shards(
+    params: ShardParams, distill: DistillParams, root: Path, counts: Counter[str]
+) -> Iterator[tuple[Role, Sequence[Reading]]]:
+    """Yield each shard of readings with the role of their texts.
+
+    Args:
+        params: The settings `shard`.
+        distill: The settings `distill`.
+        root: The work tree, to which files are relative.
+        counts: Counts all pairs as `read`, and those that are not kept by `RULES_OF_READINGS`.
+
+    Raises:
+        TeachonceError: a file is missing, truncated or unreadable.
+    """
+    files = {role: reading_files(distill.readings_of(role), root) for role in distill.roles}
+    for role, of_role in files.items():
+        kept = _clean_readings(of_role, params, role, counts)
+        for shard in cut_readings(kept, params.rows_per_shard):
+            yield role, shard
+
+
+def _clean_readings(
+    files: Sequence[Path], params: ShardParams, role: Role, counts: Counter[str]
+) -> Iterator[Reading]:
+    seen = TextKeySet()
+    for pair in chain.from_iterable(map(read_readings, files)):
+        counts["read"] += 1
+        if isinstance(pair, Rejected):
+            counts[pair.rule] += 1
+            continue
+        reading = Reading(text_key(pair.text, role), pair.reading)
+        broken = _broken_pair(pair, params)
+        if broken is None and pair.text == pair.reading:
+            broken = "unchanged"
+        if broken is None and not seen.add(reading.key):
+            broken = "duplicate"
+        if broken is None:
+            yield reading
+        else:
+            counts[broken] += 1
+
+
+def _broken_pair(pair: PairOfTexts, params: ShardParams) -> str | None:
+    """Returns the rule that a text or its reading breaks, or None."""
+    if any(map(has_control_characters, pair)):
+        return "control_characters"
+    of_text = _wrong_length(pair.text, params)
+    of_reading = _wrong_length(pair.reading, params)
+    # Keywords may be short, and so are texts in some scripts.
+    return of_text or (None if of_reading == "too_short" else of_reading)
+
+
+def _put_readings(
+    params: ShardParams,
+    distill: DistillParams,
+    root: Path,
+    store: Store,
+    corpus: Manifest,
+    out: Path | None,
+) -> dict[str, Any]:
+    """Publish the readings and leave their manifest; returns the ledger."""
+    counts = Counter(dict.fromkeys(("read", *RULES_OF_READINGS), 0))
+    objects = tuple(
+        store.find(key_of_readings(shard, role)) or put_readings(store, shard, role)
+        for role, shard in reading_shards(params, distill, root, counts)
+    )
+    manifest = Manifest(
+        kind="readings", recipe=recipe(params), parent=corpus.content, objects=objects
+    )
+    if out is not None:
+        manifest.save(out, store)
+    read = counts.pop("read")
+    _check_balance(read, manifest.rows, counts)
+    if distill.readings and not manifest.rows:
+        raise TeachonceError(
+            "distill.readings",
+            f"no reading is left: {read:,} read{_rejections(counts)}",
+            "name files with readings of other texts in params.yaml, or loosen shard.min_chars and "
+            "shard.max_chars",
+        )
+    return {"read": read, "kept": manifest.rows, "rejected": dict(counts)}
 
 
 def _publish(
@@ -201,10 +373,17 @@ def _publish(
 
 
 def clean(
-    items: Iterable[Item], params: ShardParams, rejected: Counter[str], role: Role = "text"
+    items: Iterable[Item],
+    params: ShardParams,
+    rejected: Counter[str],
+    role: Role = "text",
+    seen: TextKeySet | None = None,
 ) -> Iterator[str]:
-    """Yield the texts of one role to keep, stripped, in order; the others are counted in `rejected`."""
-    seen = TextKeySet()
+    """Yield the texts of one role to keep, stripped, in order; the others are counted in `rejected`.
+
+    The keys of those that are kept are added to `seen`.
+    """
+    seen = TextKeySet() if seen is None else seen
     for item in items:
         if isinstance(item, Rejected):
             rejected[item.rule] += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from stages.outcome import Outcome, write_json
 from stages.params import SplitParams
 from stages.reading.evaluation_sets import evaluation_keys
-from storage.corpus import Corpus
+from storage.corpus import Corpus, text_key
 from storage.errors import TeachonceError
+from storage.readings import Readings
 from storage.split import Split
 
 VERSION = 1
@@ -25,7 +26,13 @@ def recipe(params: SplitParams) -> dict[str, Any]:
 
 
 def run(
-    params: SplitParams, *, corpus: Corpus, evaluation: Iterable[str], out: Path, facts: Path
+    params: SplitParams,
+    *,
+    corpus: Corpus,
+    evaluation: Iterable[str],
+    out: Path,
+    facts: Path,
+    readings: Readings | None = None,
 ) -> Outcome:
     """Find the rows that stand in evaluation sets and write the split.
 
@@ -35,6 +42,7 @@ def run(
         evaluation: Every text that a model will be judged on: STS sentences, queries.
         out: The split.
         facts: Counts for `dvc metrics`.
+        readings: Readings of the texts; a text with one of them in an evaluation set is found there.
 
     Raises:
         TeachonceError: nothing is left to train on.
@@ -43,6 +51,9 @@ def run(
         key for text in evaluation for role in corpus.roles for key in evaluation_keys(text, role)
     }
     evaluation_rows = rows_with_keys(corpus.text_keys, keys)
+    if readings is not None:
+        found = readings.rows_read()[list(_readings_with_keys(readings, keys))]
+        evaluation_rows = np.union1d(evaluation_rows, found)
     split = Split(
         corpus=corpus.manifest.content,
         heldout=params.heldout,
@@ -69,6 +80,15 @@ def run(
         ),
         facts=counts,
     )
+
+
+def _readings_with_keys(readings: Readings, wanted: set[bytes]) -> Iterator[int]:
+    """Yield the ids of the readings that, as texts, have one of these keys."""
+    for shard in range(len(readings.objects)):
+        role, start = readings.role_of(shard), int(readings.starts[shard])
+        for row, reading in enumerate(readings.texts(shard), start):
+            if text_key(reading, role) in wanted:
+                yield row
 
 
 def rows_with_keys(text_keys: NDArray[np.bytes_], wanted: set[bytes]) -> NDArray[np.int64]:

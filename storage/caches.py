@@ -8,13 +8,14 @@ from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.mixes import Mixes
 from storage.negatives import Negatives
+from storage.readings import Readings
 from storage.split import Split
 from storage.store import Store
 
 
 @dataclass(frozen=True)
 class Caches:
-    """A corpus, the teacher's vectors, mined neighbours if an objective needs them, and the split.
+    """A corpus, the teacher's vectors, the split, and neighbours, mixes and readings if they are needed.
 
     Args:
         corpus: The texts.
@@ -23,6 +24,7 @@ class Caches:
         split: The split of the rows.
         store: The store of all these, and of token ids.
         mixes: The teacher's vectors of mixes; None if no objective reads them.
+        readings: Readings of texts; None if the student reads texts as they are.
     """
 
     corpus: Corpus
@@ -31,3 +33,4 @@ class Caches:
     split: Split
     store: Store
     mixes: Mixes | None = None
+    readings: Readings | None = None

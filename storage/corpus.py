@@ -7,7 +7,8 @@ text added or removed moves only the borders around it, so all other shards keep
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from storage.errors import DamagedError
 from storage.manifest import Manifest
 from storage.roles import ROLES, Role
 from storage.store import Object, Store, digest
+
+Row = TypeVar("Row")
 
 NO_TEXT = b"\xff"
 """A byte that is in no UTF-8."""
@@ -60,11 +63,18 @@ def cut(
     texts: Iterable[str], rows_per_shard: int, role: Role = "text"
 ) -> Iterator[list[tuple[str, bytes]]]:
     """Yield shards of texts of one role as lists of (text, text key); holds one shard in memory."""
-    shard: list[tuple[str, bytes]] = []
-    for text in texts:
-        key = text_key(text, role)
-        shard.append((text, key))
-        if ends_shard(key, rows=len(shard), rows_per_shard=rows_per_shard):
+    keyed = ((text, text_key(text, role)) for text in texts)
+    return cut_by(keyed, rows_per_shard, lambda row: row[1])
+
+
+def cut_by(
+    rows: Iterable[Row], rows_per_shard: int, key_of: Callable[[Row], bytes]
+) -> Iterator[list[Row]]:
+    """Yield shards of rows of any kind, ended by `ends_shard` of their keys; holds one shard in memory."""
+    shard: list[Row] = []
+    for row in rows:
+        shard.append(row)
+        if ends_shard(key_of(row), rows=len(shard), rows_per_shard=rows_per_shard):
             yield shard
             shard = []
     if shard:
@@ -88,6 +98,9 @@ def put_texts(store: Store, shard: Sequence[tuple[str, bytes]], role: Role = "te
 
 class Corpus(Column):
     """All texts, by row id."""
+
+    texts_in: ClassVar[str] = "text"
+    """The column of an object that holds them."""
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -116,14 +129,14 @@ class Corpus(Column):
 
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, in row order."""
-        texts: list[str] = self.batch(shard).column("text").to_pylist()
+        texts: list[str] = self.batch(shard).column(self.texts_in).to_pylist()
         return texts
 
     def take(self, ids: NDArray[np.integer]) -> list[str]:
         """The texts of some rows, in the order of `ids`."""
         texts_by_place: list[str] = [""] * len(ids)
         for shard, places, rows in self.by_shard(ids):
-            texts = self.batch(shard).column("text").take(pa.array(rows)).to_pylist()
+            texts = self.batch(shard).column(self.texts_in).take(pa.array(rows)).to_pylist()
             for place, text in zip(places, texts, strict=True):
                 texts_by_place[place] = text
         return texts_by_place

@@ -22,10 +22,11 @@ from storage.holders import MAX_BYTES, REFS, HeldManifest
 from storage.regular import IrregularError
 from storage.store import Object, Store, canonical_json, digest
 
-Kind = Literal["corpus", "embeddings", "mixes", "negatives"]
+Kind = Literal["corpus", "readings", "embeddings", "mixes", "negatives"]
 
 MADE_BY = {
     "corpus": "teachonce shard",
+    "readings": "teachonce shard",
     "embeddings": "teachonce embed",
     "mixes": "teachonce embed",
     "negatives": "teachonce mine",
@@ -45,7 +46,7 @@ class Manifest(BaseModel):
     """One kind of column over a whole corpus.
 
     Args:
-        kind: "corpus", "embeddings", "mixes" or "negatives".
+        kind: "corpus", "readings", "embeddings", "mixes" or "negatives".
         recipe: Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
         parent: `content` of the manifests it was made from; None for a corpus.
         objects: The objects in row order.

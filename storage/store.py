@@ -61,7 +61,7 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
 
 DIGEST_PATTERN = r"[0-9a-f]{40}"
 KEY_PATTERN = (
-    rf"(text/{DIGEST_PATTERN}"
+    rf"((text|readings)/{DIGEST_PATTERN}"
     rf"|(vectors|mixes|tokens)/{DIGEST_PATTERN}/{DIGEST_PATTERN}"
     rf"|negatives/{DIGEST_PATTERN}/[0-9]{{6}})\.arrow"
 )
@@ -76,6 +76,7 @@ COLUMNS = {
     kind: rf"text_key: fixed_size_binary\[16\], {columns}"
     for kind, columns in {
         "text": r"text: large_string",
+        "readings": r"reading: large_string",
         "vectors": VECTOR,
         "mixes": rf"first: int32, second: int32, ratio: float, {VECTOR}",
         "tokens": r"token_ids: large_list<item: int32>",
@@ -105,6 +106,7 @@ YOUNG_SECONDS = 3600.0
 # Token ids have no entry: each stage that needs them makes them.
 MADE_BY = {
     "text": "teachonce shard",
+    "readings": "teachonce shard",
     "vectors": "teachonce embed",
     "mixes": "teachonce embed",
     "negatives": "teachonce mine",
@@ -117,8 +119,8 @@ TEXT_ROLE = ("role", "text")
 class Object(BaseModel):
     """One object as a manifest names it. `sha256` is that of the payload, not of the file.
 
-    `role` is that of a text shard's texts. The role `text` is not written: a corpus without roles has the
-    bytes that it had before there were any.
+    `role` is that of a text shard's texts, or of the texts that readings stand for. The role `text` is not
+    written: a corpus without roles has the bytes that it had before there were any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,7 +139,7 @@ class Object(BaseModel):
 class Header(BaseModel):
     """The header of an object. `facts` are counts of its making, such as tokens read.
 
-    `role` is that of a text shard's texts; `text` is not written.
+    `role` is that of a text shard's texts, or of those that readings stand for; `text` is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

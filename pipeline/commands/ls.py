@@ -26,8 +26,11 @@ from storage.upkeep.inventory import (
     take_inventory,
 )
 
-KINDS = ("vectors", "mixes", "text", "tokens", "negatives")
+KINDS = ("vectors", "mixes", "text", "readings", "tokens", "negatives")
 """Kinds of objects in the order in which they are listed."""
+
+TOKENIZED = ("text/", "readings/")
+"""Kinds of objects whose token ids have as many rows as they."""
 
 LINES = 10  # of a kind; `--json` has all
 
@@ -163,7 +166,7 @@ def _refs_or_why_not(root: Path) -> tuple[list[Ref], Sequence[TeachonceError]]:
 def _groups(objects: Sequence[File], refs: Sequence[Ref]) -> Iterator[dict[str, Any]]:
     """Yield a group for each folder of objects, with the refs that keep any of them."""
     rows = {entry.key: entry.rows for ref in refs for entry in ref.manifest.objects}
-    of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith("text/")}
+    of_texts = {key.rpartition("/")[2]: n for key, n in rows.items() if key.startswith(TOKENIZED)}
     of_texts[f"{PROBE_DIGEST}.arrow"] = 0  # probe texts are rows of no corpus
     unnamed = set(orphans(objects, refs))
     used = {ref.name: _folders_of(ref, objects) for ref in refs}

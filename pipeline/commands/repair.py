@@ -67,6 +67,7 @@ def run(workspace: Workspace) -> tuple[Outcome, TeachonceError | None]:
     ]
     words = {
         "corpus": "texts",
+        "readings": "readings",
         "embeddings": "vectors",
         "mixes": "mixes",
         "negatives": "negatives",
@@ -132,8 +133,8 @@ def _fetch_missing(workspace: Workspace, manifests: Manifests, fetched: list[str
 
 
 def _remake(workspace: Workspace, manifests: Manifests, lost: Mapping[Kind, list[str]]) -> None:
-    if lost.get("corpus"):
-        _remake_texts(workspace, lost["corpus"])
+    if texts := [*lost.get("corpus", ()), *lost.get("readings", ())]:
+        _remake_texts(workspace, texts)
     of_teacher: dict[Kind, int] = {
         kind: len(lost[kind]) for kind in ("embeddings", "mixes") if lost.get(kind)
     }
@@ -155,13 +156,17 @@ def _move_damaged(store: Store, keys: list[str], moved: dict[str, str]) -> None:
 
 def _remake_texts(workspace: Workspace, keys: list[str]) -> None:
     irreproducible = shard.make_again(
-        workspace.params.shard, root=workspace.at.root, store=workspace.store, keys=keys
+        workspace.params.shard,
+        root=workspace.at.root,
+        store=workspace.store,
+        keys=keys,
+        distill=workspace.params.distill,
     )
     if irreproducible:
         raise MissingError(
             workspace.at.corpus,
-            f"{len(irreproducible)} of its text shards are lost, and the sources have changed: they do not "
-            f"give them any more (first: {irreproducible[0]})",
+            f"{len(irreproducible)} of its shards of texts or readings are lost, and the sources have "
+            f"changed: they do not give them any more (first: {irreproducible[0]})",
             "put the old sources and settings of `shard` back, or run `teachonce shard` for a new corpus",
         )
 

@@ -172,7 +172,7 @@ def entries_of(store: Store, manifests: Collection[Manifest]) -> dict[str, Objec
         entry.key: entry for manifest in manifests for entry in manifest.objects
     }
     for manifest in manifests:
-        if manifest.kind == "corpus":
+        if manifest.kind in {"corpus", "readings"}:
             entries |= dict.fromkeys(tokens_of(store, manifest.objects))
         if manifest.kind == "embeddings":
             probes = map(probe_key, fingerprints(manifest.recipe).values())

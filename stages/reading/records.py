@@ -2,9 +2,9 @@
 
 JSON lines, one JSON array of all records, TSV, CSV and Parquet. Values are not
 validated here: a record has all requested fields of its row. Rows without names (a JSON array as a line, a
-table without a header line) are read by position, in the order of `finetune.fields`.
+table without a header line) are read by position, in the order of the fields that are asked for.
 
-A header line is one that has the names of anchor and positive that `finetune.fields` says, or one whose
+A header line is one that has the names of the first two of these fields, or one whose
 every cell is a name that such files usually have (`HEADER_WORDS`). Anything else is data; a first line
 that looks like a header but is none by this rule is an error, never a row.
 
@@ -17,6 +17,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,12 @@ from stages.reading.corpus_files import (
     holds_text,
 )
 from stages.reading.files import reading, unpacked_name, with_compressed
-from stages.reading.lines import content, lines
+from stages.reading.lines import content, is_utf8, lines
 from storage.errors import TeachonceError, shown
 
 ENDINGS = (*with_compressed(".jsonl", ".json", ".tsv", ".csv"), ".parquet")
-CURE = "fetch or make the file again, or take it out of `finetune.triplets` in params.yaml"
-
 ROWS_AT_ONCE = 4096
 HEAD_ROWS = 100  # of a table, from which it is decided whether it has a header line
-MAX_COLUMNS_WITHOUT_NAMES = 3
 MAX_JSON_BYTES = 2 << 30  # of one JSON array, which is parsed as a whole
 
 Record = dict[str, Any]
@@ -80,16 +78,39 @@ NUMBERED = re.compile(r"([_ -]?)(\d+)")  # behind the name of a field: negative_
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What labelled files are read for, as errors and the log say it.
+
+    Args:
+        stage: The stage that reads them.
+        setting: The setting that names them.
+        if_names: What to do if a first line is of names of other fields than those that are asked for.
+    """
+
+    stage: str
+    setting: str
+    if_names: str
+
+
+TRIPLETS = Purpose(
+    "finetune",
+    "finetune.triplets",
+    "set finetune.fields in params.yaml to those of anchor, positive and negative",
+)
+
+
 class LabelledFile:
     """One labelled file.
 
     Args:
         path: Path of the file; its ending, before .gz or .zst, says its format.
-        fields: Names of anchor, positive and negative.
+        fields: Names of anchor and positive, and of the negative if there may be any.
+        purpose: What it is read for.
     """
 
-    def __init__(self, path: Path, fields: Sequence[str]) -> None:
-        self.path, self.fields = path, fields
+    def __init__(self, path: Path, fields: Sequence[str], purpose: Purpose = TRIPLETS) -> None:
+        self.path, self.fields, self.purpose = path, fields, purpose
         self.kinds: dict[str, str] = {}
         """Field -> what it holds, such as `text` or `list of texts`; grows while the file is read."""
         self._roles: dict[str, tuple[int, int] | None] = {}
@@ -101,7 +122,8 @@ class LabelledFile:
             TeachonceError: the file is damaged, or the meaning of its columns is ambiguous.
         """
         name = unpacked_name(self.path)
-        with reading(self.path, CURE):
+        cure = f"fetch or make the file again, or take it out of `{self.purpose.setting}` in params.yaml"
+        with reading(self.path, cure):
             if name.endswith(".parquet"):
                 yield from self._from_parquet()
             elif name.endswith((".jsonl", ".json")):
@@ -114,7 +136,10 @@ class LabelledFile:
                 yield from self._from_table(rows)
 
     def role(self, name: str) -> tuple[int, int] | None:
-        """Returns a field's place in `fields` and its number: 0 for `negative`, 3 for `negative_3`."""
+        """Returns a field's place in `fields` and its number: 0 for `negative`, 3 for `negative_3`.
+
+        None if it is none of them.
+        """
         if name not in self._roles:
             self._roles[name] = self._role(name)
         return self._roles[name]
@@ -122,8 +147,7 @@ class LabelledFile:
     def _role(self, name: str) -> tuple[int, int] | None:
         if name in self.fields:
             return self.fields.index(name), 0
-        for place in (1, 2):
-            field = self.fields[place]
+        for place, field in enumerate(self.fields[1:], 1):
             numbered = NUMBERED.fullmatch(name.removeprefix(field))
             # The next number of a field that ends in one (text1, text12) stands behind a sign.
             if name.startswith(field) and numbered and (numbered[1] or not field[-1].isdigit()):
@@ -185,8 +209,8 @@ class LabelledFile:
 
     def _by_place(self, row: Sequence[Any]) -> Record:
         """Turn a row without names into a record: from the third on, cells are negatives."""
-        anchor, positive, negative = self.fields
-        numbered = (f"{negative}_{number}" for number in range(1, len(row) - 1))
+        anchor, positive, *negative = self.fields
+        numbered = (f"{name}_{number}" for name in negative for number in range(1, len(row) - 1))
         return dict(zip([anchor, positive, *numbered], row, strict=False))
 
     # --- tables
@@ -222,7 +246,8 @@ class LabelledFile:
             self._check_nameless(table)
             if table:
                 log.info(
-                    "finetune: %s: no header line, so its columns are %s; the first row is %s",
+                    "%s: %s: no header line, so its columns are %s; the first row is %s",
+                    self.purpose.stage,
                     self.path,
                     shown(", ".join(self.fields[: len(table[0])])),
                     shown(table[0]),
@@ -230,7 +255,7 @@ class LabelledFile:
         else:
             head.remove(table[0])
         for row in chain(head, rows):
-            most = MAX_COLUMNS_WITHOUT_NAMES if names is None else len(names)
+            most = len(self.fields) if names is None else len(names)
             if isinstance(row, Rejected):
                 yield row
             elif len(row) > most:
@@ -264,8 +289,8 @@ class LabelledFile:
             raise TeachonceError(
                 self.path,
                 f"its first line may be a header or a row: {shown(', '.join(names))}",
-                "if these are names, set finetune.fields in params.yaml to those of anchor, positive and "
-                f"negative; if they are texts, write the line {shown(self._header_line())} above them",
+                f"if these are names, {self.purpose.if_names}; if they are texts, write the line "
+                f"{shown(self._header_line())} above them",
             )
         return None
 
@@ -284,19 +309,20 @@ class LabelledFile:
         )
 
     def _check_nameless(self, table: Sequence[list[str]]) -> None:
-        """Raise unless a table without names has two or three columns, all of texts."""
+        """Raise unless a table without names has two columns or one for each field, all of texts."""
+        several = shown(self.fields[-1])
         cure = (
-            f"write a header line: {shown(self._header_line())} (and {shown(self.fields[2])}_1, "
-            f"{shown(self.fields[2])}_2, … for several) above these texts, any other name above the rest"
+            f"write a header line: {shown(self._header_line())} (and {several}_1, {several}_2, … for "
+            "several) above these texts, any other name above the rest"
         )
-        if table and len(table[0]) > MAX_COLUMNS_WITHOUT_NAMES:
+        if table and len(table[0]) > len(self.fields):
             problem = f"{len(table[0])} columns, and no header line says what they are"
             raise TeachonceError(self.path, problem, cure)
         if table and max(map(len, table)) == 1:
-            problem = "one column, where anchor and positive are wanted"
+            problem = f"one column, where {shown(' and '.join(self.fields[:2]))} are wanted"
             separated = "separate columns by commas in .csv files, by tabs in .tsv files"
             raise TeachonceError(self.path, problem, separated)
-        for place in range(MAX_COLUMNS_WITHOUT_NAMES):
+        for place in range(len(self.fields)):
             column = [
                 row[place].strip() for row in table if len(row) > place and row[place].strip()
             ]
@@ -331,6 +357,26 @@ class LabelledFile:
                 columns = [_values(batch.column(name)) for name in wanted]
                 for row in range(len(batch)):
                     yield {name: column[row] for name, column in zip(wanted, columns, strict=True)}
+
+
+def texts_of(values: Sequence[Any]) -> list[str] | Rejected:
+    """Returns the stripped texts among values; flattens lists, skips nulls. The rest is malformed."""
+    texts: list[str] = []
+    for value in values:
+        if isinstance(value, str):
+            if not is_utf8(value):
+                return Rejected("undecodable")
+            texts.append(value.strip())
+        elif isinstance(value, Rejected):
+            return value
+        elif isinstance(value, list):
+            inner = texts_of(value)
+            if isinstance(inner, Rejected):
+                return inner
+            texts += inner
+        elif value is not None:
+            return Rejected("malformed")
+    return texts
 
 
 def is_grade(name: str) -> bool:

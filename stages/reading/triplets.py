@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from stages.outcome import log
 from stages.reading.corpus_files import Rejected
 from stages.reading.files import matching
-from stages.reading.lines import has_control_characters, is_utf8
+from stages.reading.lines import has_control_characters
 from stages.reading.records import (
     ANCHOR_WORDS,
     ENDINGS,
@@ -28,6 +28,7 @@ from stages.reading.records import (
     Record,
     base_name,
     is_grade,
+    texts_of,
 )
 from storage.corpus import text_key
 from storage.errors import TeachonceError, shown
@@ -216,7 +217,7 @@ class _TripletReader:
             role = self.file.role(name)
             if role is not None:
                 values_by_role[role[0]].append(value)
-        read = [_texts(values) for values in values_by_role]
+        read = [texts_of(values) for values in values_by_role]
         for texts in read:
             if isinstance(texts, Rejected):
                 return [texts]
@@ -332,26 +333,6 @@ def _broken(row: Row, kept: Collection[Triplet], evaluation: Collection[bytes]) 
     if evaluation and any(text_key(text) in evaluation for text in row.texts):
         return "in_evaluation"
     return None
-
-
-def _texts(values: Sequence[Any]) -> list[str] | Rejected:
-    """Returns the stripped texts among values; flattens lists, skips nulls. The rest is malformed."""
-    texts: list[str] = []
-    for value in values:
-        if isinstance(value, str):
-            if not is_utf8(value):
-                return Rejected("undecodable")
-            texts.append(value.strip())
-        elif isinstance(value, Rejected):
-            return value
-        elif isinstance(value, list):
-            inner = _texts(value)
-            if isinstance(inner, Rejected):
-                return inner
-            texts += inner
-        elif value is not None:
-            return Rejected("malformed")
-    return texts
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -150,6 +150,11 @@ def qualities(models: Mapping[str, Metrics], most_sets: float = math.inf) -> lis
         ]
     every_quality.append(Quality("fidelity", likeness, 3, 8))
     every_quality.append(Quality("top-10\noverlap", of("fidelity.top10_overlap"), 3, 3))
+    every_quality += [
+        Quality("text to\nreading", of("readings.text_to_reading"), 3, 5),
+        Quality("reading\nto text", of("readings.reading_to_text"), 3, 5),
+        Quality("reading\nfidelity", of("readings.spearman"), 3, 4),
+    ]
     return every_quality
 
 

@@ -24,6 +24,9 @@ GLOSSARY = {
     "teacher's index": "the student embeds the queries, the teacher has embedded the documents",
     "fidelity": "rank correlation of the model's cosines with the teacher's, over all pairs of texts",
     "top-10 overlap": "share of a text's ten nearest neighbours that the teacher finds as well",
+    "text to reading": "share of held-out texts whose own reading is the nearest of all their readings",
+    "reading to text": "share of readings of held-out texts whose own text is the nearest of all",
+    "reading fidelity": "as fidelity, but the model reads the readings, and the teacher has read the texts",
 }
 
 

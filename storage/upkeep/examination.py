@@ -73,7 +73,7 @@ def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Find
 
 
 def tokens_of(store: Store, texts: Iterable[Object]) -> Iterator[str]:
-    """Yield the keys of all token ids in the store that were made from these text shards."""
+    """Yield the keys of all token ids in the store that were made from these texts or readings."""
     folder = store.root / "tokens"
     with durable.named(folder, "listing"):
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []

@@ -339,11 +339,11 @@ def orphans(objects: Iterable[File], refs: Iterable[Ref]) -> list[File]:
     """Returns the objects that no ref keeps.
 
     A ref keeps what its manifest names. Token ids stand in no manifest: they are kept as long as the
-    texts that they were made of. Neither do a teacher's vectors of the probe texts: they are kept as long
-    as any vectors of that teacher.
+    texts or readings that they were made of. Neither do a teacher's vectors of the probe texts: they are
+    kept as long as any vectors of that teacher.
     """
     named = {entry.key for ref in refs for entry in ref.manifest.objects}
-    texts = {_last(key) for key in named if key.startswith("text/")}
+    texts = {_last(key) for key in named if key.startswith(("text/", "readings/"))}
     named |= {probe_key(key.split("/")[1]) for key in named if key.startswith("vectors/")}
     return [
         file

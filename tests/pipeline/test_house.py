@@ -90,7 +90,7 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
     expected = {
         "check": [at.sources, at.versions],
         "docs": [at.raw, at.stage_facts("docs")],
-        "shard": [at.corpus, at.stage_facts("shard")],
+        "shard": [at.corpus, at.readings, at.stage_facts("shard")],
         "split": [at.split, at.stage_facts("split")],
         "embed": [at.embeddings, at.mixes, at.stage_facts("embed")],
         "start": [at.start("${key}")],
@@ -352,7 +352,7 @@ def test_every_setting_has_one_place():
             # A key of entries that users write, which came later: their entries still load.
             optional = (section.__name__, name) in {
                 *(("StartParams", "pooling"), ("StartParams", "passes")),
-                *(("RecipeParams", "pretrain"), ("RecipeParams", "prompts")),
+                *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
                 ("SourceParams", "field"),
             }
             assert field.is_required() != optional, f"{section.__name__}.{name} has a default"

@@ -29,6 +29,7 @@ FIXED = (
     "versions",
     "raw",
     "corpus",
+    "readings",
     "split",
     "embeddings",
     "mixes",

@@ -125,7 +125,7 @@ def test_the_shipped_settings_are_right():
 
 
 def test_the_shipped_recipes_differ_in_their_objectives_only():
-    """But for those of DisCo, which always project, kd_ckd with its dropout, and warmup's first steps."""
+    """But for DisCo's, which always project, kd_ckd's dropout, warmup's first steps, and readings."""
     recipes = load_params(SHIPPED).recipes
     common = recipes["kd"].model_dump(exclude={"objectives"})
     for name, recipe in recipes.items():
@@ -133,6 +133,8 @@ def test_the_shipped_recipes_differ_in_their_objectives_only():
         expected = common | {"projection": projection, "dropout": name == "kd_ckd"}
         if name == "warmup":
             expected["pretrain"] = {"share": 0.1}
+        if name == "readings":
+            expected["readings"] = 0.5
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
 
 

@@ -140,7 +140,17 @@ def split_of(corpus, heldout):
 
 
 def measure(
-    tmp_path, corpus, embeddings, encoder, *, heldout=0.4, name="kd", widths=(), load=None, **params
+    tmp_path,
+    corpus,
+    embeddings,
+    encoder,
+    *,
+    heldout=0.4,
+    name="kd",
+    widths=(),
+    load=None,
+    readings=None,
+    **params,
 ):
     params = EvaluateParams.model_validate(
         {
@@ -165,6 +175,7 @@ def measure(
         documents=tmp_path / "documents",
         in_teachers_space=name != "teacher",
         widths=widths,
+        readings=readings,
     )
 
 

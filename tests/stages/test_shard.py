@@ -356,7 +356,7 @@ def test_a_damaged_shard_that_is_there_is_not_taken_for_done(place):
 
 
 def test_an_item_lost_on_the_way_is_a_bug_and_not_a_smaller_corpus(place, monkeypatch):
-    def forgetful(items, params, rejected, role):
+    def forgetful(items, params, rejected, role, seen):
         return (text for n, text in enumerate(items) if n != 5)
 
     monkeypatch.setattr(shard, "clean", forgetful)
