@@ -58,6 +58,7 @@ from storage.store import Store
 if TYPE_CHECKING:
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
+    from stages.reading.evaluation_sets import RetrievalSet, StsSet
     from stages.teaching.api import ApiTeacher
     from stages.teaching.api_texts import TextCounter
     from stages.teaching.interface import Encode, Engine
@@ -210,6 +211,12 @@ class Workspace:
         """Every text that a model will be judged on."""
         from stages.reading import evaluation_sets
 
+        return evaluation_sets.evaluation_texts(*self.evaluation_sets())
+
+    def evaluation_sets(self) -> tuple[list[StsSet], list[RetrievalSet]]:
+        """The sets of sentence pairs, and those with queries and documents."""
+        from stages.reading import evaluation_sets
+
         params, root = self.params.evaluate, self.at.root
         sts = [
             evaluation_sets.read_sts(
@@ -221,7 +228,7 @@ class Workspace:
             evaluation_sets.read_beir(evaluation_sets.beir_folder(setting, root, name), name)
             for name, setting in params.retrieval.items()
         ]
-        return evaluation_sets.evaluation_texts(sts, retrieval)
+        return sts, retrieval
 
     def teacher(self) -> tuple[dict[str, str], Callable[[], Encode] | None]:
         """The hashes of the teacher's files, and how to load it; None where it is not on this machine.

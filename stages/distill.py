@@ -47,6 +47,7 @@ from storage.caches import Caches
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
+from storage.roles import Role
 from storage.tokens import Tokens
 
 VERSION = 5  # raise it when a code change gives other weights for the same recipe and caches
@@ -189,11 +190,7 @@ def prepare(
         address="recipes.*.max_tokens",
         who=f"the start in {start}",
     )
-    prompts = {}
-    if params.prompts == "teacher":
-        prompts = prompts_of_teacher(caches.embeddings.manifest.recipe)
-        if not prompts:
-            log.info("the teacher read no prompt, so prompts: teacher is the same as none")
+    prompts = prompts_of_student(params, caches.embeddings)
     student = Student(
         model,
         teacher_dim=dim,
@@ -227,6 +224,20 @@ def prepare(
         caches=caches,
         device=device,
     )
+
+
+def prompts_of_student(params: RecipeParams, embeddings: Embeddings) -> dict[Role, str]:
+    """Returns role -> what a student of this recipe reads before texts of that role; empty for none.
+
+    Raises:
+        TeachonceError: the recipe says `prompts: teacher`, and the teacher's are not known.
+    """
+    if params.prompts == "none":
+        return {}
+    prompts = prompts_of_teacher(embeddings.manifest.recipe)
+    if not prompts:
+        log.info("the teacher read no prompt, so prompts: teacher is the same as none")
+    return prompts
 
 
 class DistillTask(nn.Module):

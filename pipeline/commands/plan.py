@@ -23,7 +23,6 @@ from pipeline.workspace import Workspace
 from stages import embed, mine
 from stages.outcome import Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER
-from stages.reading.evaluation_sets import beir_folder, read_beir
 from stages.teaching.reuse import unknown_rows
 from stages.teaching.sharing import lacking_shards
 from stages.vectors import MOST_ROWS
@@ -32,6 +31,7 @@ from storage.caches import Caches
 from storage.corpus import Corpus
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest
+from storage.roles import Role
 from storage.split import Split
 from storage.store import Store
 
@@ -68,7 +68,10 @@ class Plan:
     def __init__(self, here: Workspace, corpus: Corpus, seconds: float, seed: int) -> None:
         self.here, self.params, self.corpus, self.seconds = here, here.params, corpus, seconds
         self.draw = np.random.default_rng(seed).permutation
-        self.texts = list(dict.fromkeys(corpus.take(self.draw(corpus.rows)[:SAMPLE])))
+        drawn = self.draw(corpus.rows)[:SAMPLE]
+        self.sample = list(dict.fromkeys(self._texts_of(drawn)))
+        self.texts = [text for text, _ in self.sample]
+        self.recipe: dict[str, Any] = {}  # of the teacher, once `embed` was planned
         try:
             split = here.split()
         except TeachonceError:  # it will be this one, less the rows that evaluation sets have
@@ -79,6 +82,10 @@ class Plan:
         kinds = ("counted", "measured", "extrapolated", "not_planned")
         self.facts: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         self.counted, self.measured, self.extrapolated, self.not_planned = self.facts.values()
+
+    def _texts_of(self, rows: NDArray[np.int64]) -> list[tuple[str, Role]]:
+        """Texts of some rows, each with its role."""
+        return list(zip(self.corpus.take(rows), self.corpus.roles_of(rows), strict=True))
 
     def embed(self) -> NDArray[Any] | None:
         """Plan what neither store nor remote has; returns (m, dim) vectors of the teacher.
@@ -92,7 +99,8 @@ class Plan:
         self.device = pick_device(self.params.device)
         params, corpus, store = self.here.embed_params(self.corpus), self.corpus, self.here.store
         files, load_teacher = self.here.teacher()
-        teachers = embeddings.fingerprints(embed.recipe(params, files, corpus.roles), corpus.roles)
+        self.recipe = embed.recipe(params, files, corpus.roles)
+        teachers = embeddings.fingerprints(self.recipe, corpus.roles)
         keys = embed.keys_of(teachers, corpus)
         shards = lacking_shards(keys, store, self.here.remote())
         folders = sorted({f"vectors/{teacher}" for teacher in teachers.values()})
@@ -110,7 +118,10 @@ class Plan:
             asked = api_plan.count_tokens(self.here, corpus, teachers, self.draw(new), SAMPLE)
             self.counted["api"], took = asked
         elif len(new):
-            load, texts = partial(self.here.encoder, TEACHER), corpus.take(self.draw(new)[:SAMPLE])
+            load, texts = (
+                partial(self.here.encoder, TEACHER),
+                self._texts_of(self.draw(new)[:SAMPLE]),
+            )
             at, vectors = rate_of(load, texts, rows // len(shards), self.seconds)
             at["load_seconds"] += importing
             self.measured[TEACHER] = at
@@ -144,7 +155,14 @@ class Plan:
         from stages.learning.rehearsal import random_caches
 
         dim, embedding = vectors.shape[1], self.params.embed
-        caches = random_caches(self.texts, dim, heldout=self.judged, params=embedding, store=store)
+        caches = random_caches(
+            self.sample,
+            dim,
+            heldout=self.judged,
+            params=embedding,
+            recipe=self.recipe,
+            store=store,
+        )
         params, rows, out = self.params.mine, self.train, store.root / "mined"
         corpus, known, split = caches.corpus, caches.embeddings, caches.split
         sample = len(split.train_rows(corpus))
@@ -171,7 +189,7 @@ class Plan:
 
     def distill(self, caches: Caches) -> None:
         """Plan each student whose start is made, by some of its steps and an evaluation."""
-        from stages.distill import prepare, resolved
+        from stages.distill import prepare, prompts_of_student, resolved
         from stages.learning.rehearsal import characters, measure, training
         from stages.learning.token_rows import token_rows
         from stages.models.loading import load_model
@@ -187,6 +205,7 @@ class Plan:
             recipe = resolved(self.params.recipes[student.recipe], self.device)
             ids = partial(token_rows, load_model(start, **how).tokenizer, start)
             ids = partial(ids, corpus=caches.corpus, store=caches.store)  # it keeps them
+            ids = partial(ids, prompts=prompts_of_student(recipe, caches.embeddings))
             token_seconds = seconds_of(partial(ids, max_tokens=recipe.max_tokens))
             begun = time.perf_counter()
             task = prepare(recipe, start=start, caches=caches, **how)
@@ -223,7 +242,7 @@ class Plan:
         from stages.measuring.metrics import TEXTS_AT_ONCE
         from stages.models.speed import CPU_ROUNDS, rate_of, reference_seconds
 
-        params, root = self.params, self.here.at.root
+        params = self.params
         models = {TEACHER: [TEACHER]} if TEACHER in self.measured else {}
         if not models:
             here = "not measured, since there is nothing to embed"
@@ -233,11 +252,16 @@ class Plan:
             if f"distill {name}" in self.measured:
                 finetuned = [f"{name}{FINETUNED}"] if name in params.finetune.students else []
                 models.setdefault(student.start, [student.start]).extend([name, *finetuned])
-        pool = list(self.here.evaluation_texts())
-        for name, setting in params.evaluate.retrieval.items():
-            pool += read_beir(beir_folder(setting, root, name), name).documents
-        pool += self.texts[: self.judged]
-        pool += (CPU_ROUNDS + 1) * self.texts[: params.evaluate.speed_texts]
+        pool: list[tuple[str, Role]] = []
+        sts, retrieval = self.here.evaluation_sets()
+        for pairs in sts:
+            pool += [(text, "text") for text in pairs.texts]
+        for asked in retrieval:
+            pool += [(text, "query") for text in asked.queries]
+            pool += [(text, "document") for text in asked.documents]
+        pool += self.sample[: self.judged]
+        timed = self.texts[: params.evaluate.speed_texts]
+        pool += (CPU_ROUNDS + 1) * [(text, "text") for text in timed]
         some = [pool[place] for place in self.draw(len(pool))[:SAMPLE]]
         turns = reference_seconds(self.device)
         for name, alike in models.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,52 +20,71 @@ from stages.vectors import unit
 from storage.caches import Caches
 from storage.column import text_keys_of
 from storage.corpus import Corpus, put_texts, text_key
-from storage.embeddings import Embeddings, put_vectors
+from storage.embeddings import Embeddings, fingerprints, put_vectors
 from storage.manifest import Manifest, fingerprint
 from storage.mixes import Mixes, draw_pairs
+from storage.roles import ROLES, Role
 from storage.split import Split
-from storage.store import Store
+from storage.store import Object, Store
 
 WARM_STEPS, MOST_STEPS = 2, 50
 """Of a measurement: 2 that are not counted, and at most 50 that are."""
 
 
 def random_caches(
-    texts: Sequence[str], dim: int, *, heldout: int, params: EmbedParams, store: Store
+    texts: Sequence[tuple[str, Role]],
+    dim: int,
+    *,
+    heldout: int,
+    params: EmbedParams,
+    recipe: Mapping[str, Any],
+    store: Store,
 ) -> Caches:
     """Returns caches of some texts with random vectors of unit length and no neighbours yet.
 
     Args:
-        texts: The texts, no two the same.
+        texts: The texts, each with its role, no two the same.
         dim: Width of the vectors.
         heldout: Number of rows to hold out, about; half of them at most.
         params: The settings `embed`: how vectors are stored, and how many mixes there are.
+        recipe: The teacher's recipe, which has its prompts.
         store: A scratch store.
     """
-    manifest = partial(Manifest, recipe={}, parent=None)
-    put = put_texts(store, [(text, text_key(text)) for text in texts])
-    corpus = Corpus(store, manifest(kind="corpus", objects=(put,)))
+    manifest = partial(Manifest, parent=None)
+    of_role = {role: [text for text, its in texts if its == role] for role in ROLES}
+    shards = tuple(
+        put_texts(store, [(text, text_key(text, role)) for text in of_role[role]], role)
+        for role in ROLES
+        if of_role[role]
+    )
+    corpus = Corpus(store, manifest(kind="corpus", recipe={}, objects=shards))
     draw = np.random.default_rng(0)
 
-    def put_random(kind: str, keys: NDArray[np.bytes_], more: Mapping[str, pa.Array]) -> Manifest:
-        put = put_vectors(
+    def put_random(key: str, keys: NDArray[np.bytes_], more: Mapping[str, pa.Array]) -> Object:
+        return put_vectors(
             store,
-            f"{kind}/{fingerprint({})}/{corpus.shard_digest(0)}.arrow",
+            key,
             vectors=unit(draw.standard_normal((len(keys), dim), np.float32)),
             text_keys=keys,
             storage=params.storage,
             facts={},
             more=more,
         )
-        return manifest(kind="embeddings" if kind == "vectors" else kind, objects=(put,))
 
-    keys = text_keys_of(corpus.batch(0))
-    vectors = Embeddings(store, put_random("vectors", keys, {}), corpus)
-    mixes = None
-    if params.mixes:
-        digest = corpus.shard_digest(0)
-        pairs = draw_pairs(digest, corpus.rows, share=params.mixes, alpha=1.0, seed=0)
-        mixes = Mixes(store, put_random("mixes", pairs.keys(keys), pairs.columns()), corpus)
+    digests = [corpus.shard_digest(shard) for shard in range(len(shards))]
+    keys = [text_keys_of(corpus.batch(shard)) for shard in range(len(shards))]
+    teachers = fingerprints(dict(recipe), corpus.roles)
+    embedded = tuple(
+        put_random(f"vectors/{teachers[role]}/{digest}.arrow", of_shard, {})
+        for role, digest, of_shard in zip(corpus.roles, digests, keys, strict=True)
+    )
+    made = manifest(kind="embeddings", recipe=dict(recipe), objects=embedded)
+    vectors, mixes = Embeddings(store, made, corpus), None
+    if params.mixes:  # of a corpus without roles, so of its one shard
+        pairs = draw_pairs(digests[0], corpus.rows, share=params.mixes, alpha=1.0, seed=0)
+        key = f"mixes/{fingerprint({})}/{digests[0]}.arrow"
+        put = put_random(key, pairs.keys(keys[0]), pairs.columns())
+        mixes = Mixes(store, manifest(kind="mixes", recipe={}, objects=(put,)), corpus)
     share = min(0.5, heldout / corpus.rows)
     split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
     return Caches(corpus, vectors, None, split, store, mixes)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from stages.models.devices import device_name
 from stages.outcome import seconds_of
+from storage.roles import Role
 
 CPU_PIECES, CPU_ROUNDS = 16, 3
 """A piece of 256 short texts takes a 12-layer model of 384 dimensions a tenth of a second."""
@@ -208,7 +209,7 @@ def _wall(device: torch.device) -> float:
 
 
 def rate_of(
-    load: Callable[[], Any], texts: Sequence[str], most: int, seconds: float
+    load: Callable[[], Any], texts: Sequence[tuple[str, Role]], most: int, seconds: float
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """How fast a model reads texts like a sample, as the wall clock sees it, and the vectors that it makes.
 
@@ -217,7 +218,7 @@ def rate_of(
 
     Args:
         load: Returns an `Encoder`.
-        texts: The sample, one text or more, in random order.
+        texts: The sample, one text or more, each with its role, in random order.
         most: Texts of a call.
         seconds: To read; the last call may go beyond.
 
@@ -227,12 +228,21 @@ def rate_of(
     started = time.perf_counter()
     model = load()
     load_seconds, most = time.perf_counter() - started, min(most, len(texts))
+    calls: list[Any] = []
+
+    def encode(some: Sequence[tuple[str, Role]]) -> None:
+        of_role: dict[Role, list[str]] = {}
+        for text, role in some:
+            of_role.setdefault(role, []).append(text)
+        calls.extend(model.encode_counted(batch, role=role) for role, batch in of_role.items())
+
     size = min(4, most)  # a model may need seconds for each
-    while seconds_of(partial(model.encode_counted, texts[:size])) < seconds / CALLS and size < most:
+    while seconds_of(partial(encode, texts[:size])) < seconds / CALLS and size < most:
         size = min(2 * size, most)
-    calls, read, started = [], 0, time.perf_counter()
+    calls.clear()
+    read, started = 0, time.perf_counter()
     while read < len(texts) and time.perf_counter() - started < seconds:
-        calls.append(model.encode_counted(texts[read : read + size]))
+        encode(texts[read : read + size])
         read = min(read + size, len(texts))
     taken, tokens = time.perf_counter() - started, sum(call.tokens for call in calls)
     at = {"device": model.device, "max_tokens": model.max_tokens, "load_seconds": load_seconds}

@@ -44,15 +44,17 @@ class SlowTeacher(HashTeacher):
     def __init__(self, *, token_seconds, dim=16):
         super().__init__(dim)
         self.token_seconds, self.calls, self.slept = token_seconds, [], []
+        self.roles_asked = {}
 
-    def encode_counted(self, texts):
+    def encode_counted(self, texts, *, role):
         self.calls.append(len(texts))
+        self.roles_asked.update(dict.fromkeys(texts, role))
         words = np.array([len(text.split()) for text in texts])
         tokens = int(np.minimum(words, self.max_tokens).sum())
         self.slept.append(tokens * self.token_seconds)
         time.sleep(self.slept[-1])
         longer = int((words > self.max_tokens).sum())
-        return Made(self(texts).vectors, tokens=tokens, truncated=longer)
+        return Made(self(texts, role).vectors, tokens=tokens, truncated=longer)
 
 
 class Tree(Workspace):
@@ -126,14 +128,15 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
 
 def test_calls_grow_to_a_shard_and_only_then_the_clock_runs():
     texts = sentences(300)
+    sample = [(text, "text") for text in texts]
     teacher = SlowTeacher(token_seconds=0)
-    at, vectors = rate_of(lambda: teacher, texts, 64, 20)
+    at, vectors = rate_of(lambda: teacher, sample, 64, 20)
     assert teacher.calls == [4, 8, 16, 32, 64, 64, 64, 64, 64, 44]
     assert at["texts"] == len(vectors) == 300
     assert np.array_equal(vectors, teacher(texts).vectors)
     # Time that is short makes calls smaller, and the last one may go beyond.
     teacher = SlowTeacher(token_seconds=1e-3)
-    at, _ = rate_of(lambda: teacher, texts, 64, 0.4)
+    at, _ = rate_of(lambda: teacher, sample, 64, 0.4)
     assert set(teacher.calls[:2]) <= {4, 8}
     assert max(teacher.calls) <= 16
     assert at["texts"] < 300
@@ -344,6 +347,43 @@ def test_a_finetuning_and_evaluations_are_planned_by_what_they_read(place, half)
     )
 
 
+def test_texts_of_each_role_are_read_behind_their_own_prompt(place, half):
+    queries, documents = sentences(150, seed=1), sentences(450, seed=2)
+    documents[:50] = queries[:50]  # the same text in two roles is two rows
+    corpus = place.corpus({"query": queries, "document": documents})
+    teacher = SlowTeacher(token_seconds=0)
+    read = embed_params(prompts=prompts("", "clue amber: ", "river basin cedar: ")).model_dump()
+    here = Tree(place, corpus, teacher, half=half, mine={"neighbours": 8}, embed=read)
+    content = yaml.safe_load((place.root / "params.yaml").read_text())
+    content["recipes"]["kd"]["prompts"] = "teacher"
+    (place.root / "params.yaml").write_text(yaml.safe_dump(content))
+    here.params = Workspace(place.root).params
+    made = plan.Plan(here, corpus, 20, 0)
+    assert len(made.sample) == len(set(made.sample)) == 600
+    vectors = made.embed()
+    assert made.measured["teacher"]["texts"] == len(vectors) == 600
+    assert {teacher.roles_asked[text] for text in queries[50:]} == {"query"}
+    assert {teacher.roles_asked[text] for text in documents[50:]} == {"document"}
+    scratch = Store(place.root / "scratch")
+    caches = made.mine(vectors, scratch)
+    assert caches.corpus.roles == ("query", "document")
+    assert sorted(caches.corpus.texts(1)) == sorted(documents)
+    made.seconds = 0.2
+    made.distill(caches)
+    assert made.extrapolated["distill kd"]["steps"] > 0
+    files = sorted((scratch.root / "tokens").rglob("*.arrow"))
+    ids = [scratch.find(path.relative_to(scratch.root).as_posix()) for path in files]
+    assert len(ids) == 2  # each role behind its prompt
+    lengths = {
+        role: np.mean([len(row) for row in table.column("token_ids").to_pylist()])
+        for role, table in (
+            ("query" if entry.rows == 150 else "document", scratch.open(entry)) for entry in ids
+        )
+    }
+    own = np.mean([len(text.split()) + 3 for text in documents])
+    assert lengths["document"] - own == pytest.approx(4, abs=0.01)
+
+
 def heldout_of(here):
     corpus = here.corpus()
     split = Split(corpus=corpus.manifest.content, heldout=0.03, evaluation=())
@@ -356,7 +396,7 @@ def test_the_sample_has_neighbours_and_as_many_held_out_as_judge(place, tmp_path
     made = plan.Plan(here, here.corpus(), 1, 0)
     made.device = CPU
     assert made.judged == len(heldout_of(here))
-    made.texts = made.texts[:300]
+    made.sample, made.texts = made.sample[:300], made.texts[:300]
     caches = made.mine(np.ones((9, 32), np.float32), Store(tmp_path / "scratch"))
     assert caches.corpus.texts(0) == made.texts
     assert np.allclose(np.linalg.norm(caches.embeddings.shard(0), axis=1), 1)
