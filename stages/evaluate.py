@@ -278,7 +278,7 @@ def _left_out(
     in_teachers_space: bool,
     imported: bool,
     heldout: int,
-    judged: int | None,
+    judged: int | None = None,
 ) -> list[str]:
     """Returns a phrase for each metric that cannot be measured, with the reason; logs them as warnings."""
     reasons = []

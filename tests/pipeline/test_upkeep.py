@@ -166,7 +166,7 @@ def flip_a_value(tree, kind, place=0):
     content = path.read_bytes()
     batch = tree.store.open(tree.manifest(kind).objects[place])
     column = batch.column(batch.num_columns - 1)
-    column = column.flatten() if kind != "corpus" else column
+    column = column if kind in {"corpus", "readings"} else column.flatten()
     values = column.buffers()[-1].to_pybytes()[:64]
     at = content.index(values) + 3
     damaged = bytearray(content)
