@@ -2,8 +2,8 @@
 
 Not a stage of dvc.yaml: the data sets come from a model hub, or from its cache on this machine, so no
 file of the project says what they are; mteb pins a revision of each. The model reads them as in all our
-evaluation: the teacher behind the prompt of the settings, starts and students as they are. Prompts that a
-model keeps for roles or for single tasks of mteb are not used, since the cache was not made with them. On
+evaluation: the teacher behind the prompts of the settings, a student behind those that it was trained with,
+a start without any. Other prompts that a model keeps for roles or for single tasks of mteb are not used. On
 the same texts mteb and `evaluate` agree: all-MiniLM-L6-v2 has 72.3676 on STS12 by both.
 """
 

@@ -28,6 +28,7 @@ from storage.roles import ROLES
 from storage.split import Split
 from tests.conftest import Place, embed_params, prompts, sentences
 from tests.models.test_roles import TEACHERS, make_teacher
+from tests.pipeline.test_upkeep import write_params
 from tests.stages.test_distill import recipe
 from tests.stages.test_finetune import settings
 
@@ -302,6 +303,17 @@ def test_onnx_of_a_student_that_leaves_its_prompt_out_is_refused(world_of):
         TeachonceError, match=r"export\.onnx: true, but the student's vectors leave"
     ):
         world.export(world.train(), onnx=True)
+
+
+def test_a_student_is_loaded_with_its_prompts_and_a_start_without(e5, tmp_path):
+    from pipeline.workspace import Workspace
+
+    write_params(tmp_path, embed__max_tokens=LIMIT)
+    here = Workspace(tmp_path)
+    wanted = {"text": "", "query": "query: ", "document": "passage: "}
+    for folder in (student := e5.train("loaded"), e5.export(student)):
+        assert here.load_encoder(folder, is_teacher=False).prompts == wanted
+    assert here.load_encoder(e5.start, is_teacher=False).prompts == dict.fromkeys(ROLES, "")
 
 
 def test_rows_say_their_roles_in_python(e5):
