@@ -149,7 +149,7 @@ def run(
     prompts = _prompts_told(sections["embed"], survey.own_prompts)
     for role, told in prompts.items():
         log.info("check: before %s the teacher reads %s", NAMED[role], told)
-    for note in _students_told(sections, has_prompts=bool(prompts)):
+    for note in _students_told(sections, survey.own_prompts, is_told=bool(prompts)):
         log.info("check: %s", note)
     embed = sections["embed"]
     slow = slow_precision(embed.precision, flags) if embed.api_model is None else None
@@ -185,16 +185,23 @@ def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str
     return told if own or any(prompt.text for prompt in prompts.values()) else {}
 
 
-def _students_told(sections: Sections, *, has_prompts: bool) -> Iterator[str]:
-    """Yield what students read, where that is not plain: with prompts, or with roles."""
-    students = sections["students"]
+def _students_told(sections: Sections, own: Mapping[str, str], *, is_told: bool) -> Iterator[str]:
+    """Yield what students read, where that is not plain: with prompts, or with roles.
+
+    Args:
+        sections: The settings.
+        own: The teacher's own prompts.
+        is_told: Whether it is told what the teacher reads.
+    """
+    students, roles = sections["students"], roles_of_corpus(sections)
+    prompts = prompts_by_role(sections["embed"].prompts, own)
     behind = students_behind_prompts(students, sections["recipes"])
     without = [name for name in students if name not in behind]
-    if behind and not has_prompts:
-        yield "prompts: teacher is the same as none, since the teacher reads no prompt"
+    if behind and not any(prompts[role].text for role in roles):
+        yield "prompts: teacher is the same as none, since the teacher reads none before the corpus's texts"
     elif behind:
         yield f"students that read the same (prompts: teacher): {', '.join(behind)}"
-    if without and has_prompts and (behind or roles_of_corpus(sections) != ("text",)):
+    if without and is_told and (behind or roles != ("text",)):
         who = f"students {', '.join(without)}" if behind else "students"
         yield f"{who} read all of these as they are, and learn one vector for each text"
 

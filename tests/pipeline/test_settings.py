@@ -1249,7 +1249,7 @@ def test_check_says_which_students_read_the_prompts(project, caplog):
         f"{teacher}; ckd, gram, kd read the same",
     ]
     assert told("", "kd") == [
-        "prompts: teacher is the same as none, since the teacher reads no prompt",
+        "prompts: teacher is the same as none, since the teacher reads none before the corpus's texts",
         "none",
     ]
 
