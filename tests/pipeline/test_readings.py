@@ -239,7 +239,7 @@ def test_from_files_to_the_table(tmp_path, monkeypatch, tiny_model):
     def typed(*words):
         ended = CliRunner().invoke(app, [*words, "--json"])
         assert ended.exit_code == 0, (words, ended.output, ended.exception)
-        return json.loads(ended.stdout)
+        return json.loads(ended.stdout)["facts"]
 
     assert typed("shard")["added"] > 800
     for words in ("split", "embed", "mine", "neighbours"):
