@@ -335,6 +335,44 @@ def test_rows_say_their_roles_in_python(e5):
     assert (whole["id"][:], whole["role"][:]) == ([41, 3], ["document", "query"])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["E5", "Qwen3"])
+def test_a_student_finds_what_its_teacher_finds_by_reading_its_prompts(place, name):
+    from sentence_transformers import SentenceTransformer
+
+    documents = sentences(500, seed=2)
+    draw = np.random.default_rng(0)
+    queries = [
+        " ".join(draw.permutation(text[:-1].lower().split())[:4]) + "?" for text in documents[:300]
+    ]
+    world = World(place, name, {"query": queries, "document": documents})
+    heldout = world.caches.split.heldout_rows(world.corpus)
+    asked = world.corpus.take(world.corpus.of_role(heldout, "query"))
+    teacher = Encoder(world.teacher, device=CPU, max_tokens=LIMIT, prompts=world.prompts)
+    index = teacher.encode(documents, role="document")
+
+    def first_ten(vectors, among):
+        return np.argsort(-(vectors @ among.T), axis=1, kind="stable")[:, :10]
+
+    wanted = first_ten(teacher.encode(asked, role="query"), index)
+    shares = {}
+    for setting in ("none", "teacher"):
+        student = world.train(
+            setting, prompts=setting, epochs=24, batch_size=32, learning_rate=1e-3
+        )
+        model = SentenceTransformer(str(world.export(student)), device="cpu")
+        model.max_seq_length = LIMIT
+        vectors, own = model.encode_query(asked), model.encode_document(documents)
+        shares[setting] = [
+            np.mean([len({*a} & {*b}) / 10 for a, b in zip(found, wanted, strict=True)])
+            for found in (first_ten(vectors, index), first_ten(vectors, own))
+        ]
+    # In the teacher's index, and among its own documents.
+    assert shares["teacher"][0] > shares["none"][0] + 0.03
+    assert shares["teacher"][1] > shares["none"][1] + 0.03
+
+
 # ---------------------------------------------------------------------------------------- finetuning
 
 ROWS = [
