@@ -449,3 +449,17 @@ def test_a_teacher_is_asked_for_texts_alone(place):
     teacher = HashTeacher()
     place.embed(tree.corpus, teacher)
     assert teacher.texts_seen == 60
+
+
+def test_a_reading_stands_behind_the_prompt_of_its_text(world):
+    folder = world.root / "half"
+    tokenizer = load_model(folder, device=CPU, trust_remote_code=False).tokenizer
+    settings = {"store": world.place.store, "max_tokens": 24, "prompts": {"text": "amber: "}}
+    tokens = token_rows(tokenizer, folder, corpus=world.readings, **settings)
+    of_texts = token_rows(tokenizer, folder, corpus=world.corpus, **settings)
+    ids = np.arange(world.readings.rows)[::50]
+    expected = [tokenizer(f"amber: {reading}")["input_ids"] for reading in world.readings.take(ids)]
+    assert [row.tolist() for row in tokens.rows_of(ids)] == expected
+    rows = world.readings.rows_read()[ids]
+    assert tokens.prompt_tokens(ids).tolist() == of_texts.prompt_tokens(rows).tolist()
+    assert tokens.prompt_tokens(ids).min() == 3
