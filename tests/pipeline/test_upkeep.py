@@ -508,7 +508,7 @@ def test_changed_sources_do_not_become_a_new_corpus_by_repair(tree):
     lost = tree.manifest("corpus").objects
     row = lost[0].rows + 1  # in shard 1
     (tree.at.root / "texts.txt").write_text("\n".join([*texts[:row], *texts[row + 1 :]]))
-    with pytest.raises(MissingError, match="1 of its text shards are lost, and the sources have"):
+    with pytest.raises(MissingError, match="1 of its shards of texts or readings are lost"):
         repaired(tree)
     assert tree.manifests() == manifests
     assert tree.path("corpus", 3).exists()
@@ -705,7 +705,7 @@ def test_verify_looks_at_what_all_refs_of_a_store_name(tree):
     mine, all_of_it = verify.run(tree, read_data=True), verify.run_all(root, read_data=True)
     assert all_of_it.facts["sound"] and all_of_it.facts["read"] == mine.facts["read"]
     for path in tree.at.manifests.values():
-        path.unlink()
+        path.unlink(missing_ok=True)  # there are no readings
     lost = next(root.glob("text/*.arrow"))
     lost.unlink()
     (root / "refs/broken.json").write_text("{")

@@ -297,6 +297,7 @@ def test_onnx_reads_the_text_behind_its_prompt(e5):
     assert "Put the prompt before a text before you tokenise it." in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_onnx_of_a_student_that_leaves_its_prompt_out_is_refused(world_of):
     world = world_of("E5, prompt not pooled")
     with pytest.raises(

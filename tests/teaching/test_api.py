@@ -521,6 +521,7 @@ def test_an_interrupted_evaluation_asks_nothing_more(place):
         handler.send(200, reply)
 
     server.misbehave.append(interrupts)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     with running(server) as url:
         purse = Purse(Ledger(place.store.root, "a-model"), price=None, budget=None)
         asked = Server("a-model", ApiParams(**api_params(url=url, concurrency=1)), purse)
@@ -531,6 +532,7 @@ def test_an_interrupted_evaluation_asks_nothing_more(place):
         held.set()
         teacher._pool.shutdown()  # as Python does at its end
         teacher.close()
+    signal.signal(signal.SIGINT, before)
     assert server.requests == 1
 
 
