@@ -197,7 +197,7 @@ BUGS = {
         f"{STORAGE}::test_digests_of_different_sequences_differ",
     ),
     "a fingerprint without the prompt": (
-        [Change("stages/embed.py", '{"prompt": prompts["text"]', '{"prompt": ""')],
+        [Change("stages/embed.py", '"prompt": prompts["text"],', '"prompt": "",')],
         f"{EMBED}::test_each_setting_of_the_recipe_changes_the_fingerprint",
     ),
     "the first neighbour is dropped as the row itself": (
