@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.layout import Layout
 from pipeline.settings import load_params, store_folder
 from stages.check import Survey, read_sources, reads_texts
-from stages.models.config import (
-    NAMED,
-    own_prompts,
-    prompts_by_role,
-    undecided,
-    with_prompts,
-)
+from stages.models.config import NAMED, own_prompts, prompts_by_role, undecided, with_prompts
 from stages.models.folder import find_model
 from stages.models.lineage import leaves_teacher_space, prompts_read, read_lineage
 from stages.outcome import log, write_json

@@ -752,8 +752,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_cut_imports(sections.get("embed")),
         *_unknown_prompts(sections.get("embed"), sections.get("recipes", {})),
         *_unreadable_mixes(sections.get("embed")),
-        *_unmade_mixes(sections),
-        *_unnamed_readings(sections),
+        *_unmade(sections),
         *_not_of_an_api(sections),
         *_unusable_roles(sections.get("embed"), sections),
         *_two_poolings(sections.get("starts", {}), sections.get("embed")),
@@ -895,19 +894,20 @@ def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:
     return []
 
 
-def _unmade_mixes(sections: Sections) -> list[Problem]:
-    """A student whose recipe reads mixes needs some."""
-    if getattr(sections.get("embed"), "mixes", 1):
-        return []
-    recipes = sections.get("recipes", {})
-    return [
-        (
-            f"students.{name}.recipe",
-            f"{student.recipe} reads mixes, and embed.mixes is 0: set that one to 0.5, say",
-        )
-        for name, student in sections.get("students", {}).items()
-        if student.recipe in recipes and recipes[student.recipe].reads_mixes
-    ]
+def _unmade(sections: Sections) -> list[Problem]:
+    """A student whose recipe reads mixes or readings needs some."""
+    recipes, wrong = sections.get("recipes", {}), []
+    mixes = getattr(sections.get("embed"), "mixes", True)
+    readings = getattr(sections.get("distill"), "readings", True)
+    for name, student in sections.get("students", {}).items():
+        recipe = recipes.get(student.recipe)
+        if recipe is not None and recipe.reads_mixes and not mixes:
+            problem = "reads mixes, and embed.mixes is 0: set that one to 0.5, say"
+            wrong.append((f"students.{name}.recipe", f"{student.recipe} {problem}"))
+        if recipe is not None and recipe.readings and not readings:
+            problem = "reads readings, and distill.readings names none: name files there"
+            wrong.append((f"students.{name}.recipe", f"{student.recipe} {problem}"))
+    return wrong
 
 
 def _not_of_an_api(sections: Sections) -> list[Problem]:
@@ -938,21 +938,6 @@ def _not_of_an_api(sections: Sections) -> list[Problem]:
         if value != only:
             wrong.append((f"embed.{name}", f"{value}, but the teacher is behind an API: {cure}"))
     return wrong
-
-
-def _unnamed_readings(sections: Sections) -> list[Problem]:
-    """A student whose recipe reads readings needs some."""
-    if getattr(sections.get("distill", NO_READINGS), "readings", True):
-        return []
-    recipes = sections.get("recipes", {})
-    return [
-        (
-            f"students.{name}.recipe",
-            f"{student.recipe} reads readings, and distill.readings names none: name files there",
-        )
-        for name, student in sections.get("students", {}).items()
-        if student.recipe in recipes and recipes[student.recipe].readings
-    ]
 
 
 def _unusable_roles(embed: EmbedParams | None, sections: Sections) -> list[Problem]:

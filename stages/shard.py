@@ -199,7 +199,12 @@ def make_again(
         TeachonceError: a source is missing, truncated or unreadable.
     """
     wanted = dict.fromkeys(keys)
-    texts = shards_of(params, root, CountedItems(), Counter(), distill, Counter())
+    # The sources may be large: they are not read for readings alone.
+    texts = (
+        shards_of(params, root, CountedItems(), Counter(), distill, Counter())
+        if any(key.startswith("text/") for key in keys)
+        else ()
+    )
     of_readings = reading_shards(params, distill, root, Counter())
     for key, put in chain(
         (

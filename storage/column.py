@@ -79,6 +79,11 @@ class Column:
             self._compared.add(shard)
         return batch
 
+    def shards_of(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Returns (n,) the shard of each of n row ids, 0 <= id < rows."""
+        shards: NDArray[np.int64] = np.searchsorted(self.starts, ids, "right") - 1
+        return shards
+
     def by_shard(
         self, ids: NDArray[np.integer]
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:

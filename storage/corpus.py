@@ -119,13 +119,12 @@ class Corpus(Column):
     def of_role(self, rows: NDArray[np.int64], role: Role) -> NDArray[np.int64]:
         """Returns those of some row ids whose texts are of a role, in their order."""
         is_of = np.array([entry.role == role for entry in self.objects], bool)
-        found: NDArray[np.int64] = rows[is_of[np.searchsorted(self.starts, rows, "right") - 1]]
+        found: NDArray[np.int64] = rows[is_of[self.shards_of(rows)]]
         return found
 
     def roles_of(self, ids: NDArray[np.int64]) -> list[Role]:
         """The roles of some rows, in the order of `ids`."""
-        shards = np.searchsorted(self.starts, ids, "right") - 1
-        return [self.objects[shard].role for shard in shards.tolist()]
+        return [self.objects[shard].role for shard in self.shards_of(ids).tolist()]
 
     def texts(self, shard: int) -> list[str]:
         """The texts of one shard, in row order."""

@@ -48,9 +48,7 @@ class Tokens(Column):
 
     def prompt_tokens(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
         """(n,) int64: how many of the first tokens of each row are its prompt."""
-        counts: NDArray[np.int64] = self._prompt_tokens[
-            np.searchsorted(self.starts, ids, "right") - 1
-        ]
+        counts: NDArray[np.int64] = self._prompt_tokens[self.shards_of(ids)]
         return counts
 
     def lengths(self) -> NDArray[np.int32]:
