@@ -283,7 +283,9 @@ class FinetuneTask(nn.Module):
             params.temperature, learnable=params.learnable_temperature
         ).to(device)
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
-        place = {text: number for number, text in enumerate(_texts(triplets))}
+        anchors = dict.fromkeys(row.anchor for row in triplets)
+        texts = list(anchors | dict.fromkeys(_texts(triplets)))  # anchors first
+        place = {text: number for number, text in enumerate(texts)}
         counts = prompt_tokens(
             tokenizer,
             student.prompts,
@@ -297,9 +299,9 @@ class FinetuneTask(nn.Module):
             return Prompted(ids, np.full(len(ids), counts.get(role, 0)))
 
         # By text: the same one may be an anchor here and a positive there.
-        self.as_documents = self.as_queries = read(list(place), "document")
+        self.as_documents = self.as_queries = read(texts, "document")
         if student.prompts.get("query") != student.prompts.get("document"):
-            self.as_queries = read(list(place), "query")
+            self.as_queries = read(list(anchors), "query")
         self.judged = Prompted.joined(
             *(read(texts, role) for role, texts in judge.texts_by_role.items())
         )
