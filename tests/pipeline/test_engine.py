@@ -229,7 +229,7 @@ class TwoSteps(HashTeacher):
     def encode_read(self, read):
         number, texts = read
         with self.lock:  # of all but the last, the next ones are being read by now
-            self.lock.wait_for(lambda: self.begun > number or number == self.last, timeout=5)
+            self.lock.wait_for(lambda: self.begun > number or number == self.last, timeout=60)
             self.behind.append(self.begun - number)
         made = HashTeacher.__call__(self, texts)
         if POISON in texts:
@@ -326,9 +326,11 @@ def test_workers_share_the_cores(place, seen, monkeypatch):
 class ReadsAhead(Plainly):
     """In two steps, with a note of each and of how many were read ahead of the one that is encoded."""
 
-    def __init__(self, folder, shards, patience):
+    def __init__(self, folder, shards, patient):
         super().__init__(folder)
-        self.shards, self.patience, self.encoded = shards, patience, 0
+        self.shards, self.encoded = shards, 0
+        # The first workers wait until the next shard is read; one that replaces them has shards alone.
+        self.patience = 60.0 if len(notes(folder, "loaded")) <= patient else 0.0
 
     def read(self, texts, role):
         if DEADLY in texts:
@@ -355,7 +357,7 @@ def test_processes_read_the_next_shard_while_they_encode_one(place, whole, seen)
     texts = [text for text in whole[0] if text != DEADLY]
     corpus = place.corpus(texts, rows_per_shard=32)
     shards = len(corpus.objects)
-    place.embed(corpus, Load(ReadsAhead, (seen, shards, 30.0)), engine=local(2))
+    place.embed(corpus, Load(ReadsAhead, (seen, shards, 2)), engine=local(2))
     assert len(notes(seen, "read")) == shards > 6
     # One and no more: what a worker has in hand is lost to one that is faster.
     assert len(notes(seen, "ahead=0")) + len(notes(seen, "ahead=1")) == shards
@@ -376,7 +378,7 @@ def test_a_shard_that_kills_while_it_is_read_is_found_and_the_one_before_it_is_n
     deadly = shard_of(corpus, DEADLY)
     assert 2 < deadly < len(corpus.objects) - 2
     with pytest.raises(FailedShardsError) as caught:
-        place.embed(corpus, Load(ReadsAhead, (seen, 99, 0.3)), engine=local(1))
+        place.embed(corpus, Load(ReadsAhead, (seen, 99, 1)), engine=local(1))
     assert f"failed at 1 of {len(corpus.objects)} shards" in caught.value.problem
     assert f"\n  shard {deadly} (" in caught.value.problem
     assert f"{ATTEMPTS} workers were lost at it: killed by SIGKILL" in caught.value.problem

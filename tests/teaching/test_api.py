@@ -276,7 +276,7 @@ def test_an_answer_that_does_not_end_is_given_up(place):
         handler.close_connection = True
 
     server.misbehave.append(hangs)
-    with behind(server, place, timeout=0.2, concurrency=1) as run:
+    with behind(server, place, timeout=2.0, concurrency=1) as run:
         run(place.corpus(sentences(8)))
         held.set()
     assert server.requests == 3
