@@ -7,7 +7,8 @@ dot product of unit vectors; a zero vector has cosine 0 with everything.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -142,39 +143,39 @@ def run(
     indexed: dict[str, tuple[list[str], NDArray[np.float32]]] = {}
     if sts or retrieval:
         # Deleted before the next is loaded: a device may not have the memory for two.
-        encoder = load(for_sets=True)
-        set_metrics, searches, indexed = measure_retrieval(
-            name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
-        )
-        set_metrics = {**measure_sts(name, encoder, sts, cuts), **set_metrics}
-        _close(encoder)
-        del encoder
-    encoder = load(for_sets=False)
-    likeness, shown_details = _measure_fidelity(name, encoder, corpus, embeddings, heldout, cuts)
-    metrics: dict[str, Fact] = {
-        **set_metrics,
-        **likeness,
-        **(
-            measure_readings(
-                name,
-                encoder,
-                readings,
-                judged,
-                embeddings,
-                cuts,
-                in_teachers_space=in_teachers_space or name == TEACHER,
+        with _ended(load(for_sets=True)) as encoder:
+            set_metrics, searches, indexed = measure_retrieval(
+                name, encoder, retrieval, of_teacher, cuts, params.ignore_identical_ids
             )
-            if readings is not None and judged is not None and len(judged) >= LEAST_PAIRS
-            else {}
-        ),
-        **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
-        **_size(encoder),
-    }
+            set_metrics = {**measure_sts(name, encoder, sts, cuts), **set_metrics}
+        del encoder
+    with _ended(load(for_sets=False)) as encoder:
+        likeness, shown_details = _measure_fidelity(
+            name, encoder, corpus, embeddings, heldout, cuts
+        )
+        metrics: dict[str, Fact] = {
+            **set_metrics,
+            **likeness,
+            **(
+                measure_readings(
+                    name,
+                    encoder,
+                    readings,
+                    judged,
+                    embeddings,
+                    cuts,
+                    in_teachers_space=in_teachers_space or name == TEACHER,
+                )
+                if readings is not None and judged is not None and len(judged) >= LEAST_PAIRS
+                else {}
+            ),
+            **_measure_speed(name, encoder, corpus, heldout, params.speed_texts),
+            **_size(encoder),
+        }
     if "device" not in metrics:
         left_out.append(
             "speed and size: the model is behind an API, whose speed is not the model's alone"
         )
-    _close(encoder)
     if name == TEACHER:
         write_documents(documents, indexed, teacher=teacher, as_read=as_read)
     write_json(details, {**shown_details, "searches": searches or shown_details["searches"]})
@@ -265,9 +266,14 @@ def _size(encoder: EvaluatedModel) -> dict[str, Fact]:
     }
 
 
-def _close(encoder: EvaluatedModel) -> None:
-    if isinstance(encoder, Closes):
-        encoder.close()
+@contextmanager
+def _ended(encoder: EvaluatedModel) -> Iterator[EvaluatedModel]:
+    """Close a model that `Closes`, also after an error or Ctrl-C: it asks and pays for nothing more."""
+    try:
+        yield encoder
+    finally:
+        if isinstance(encoder, Closes):
+            encoder.close()
 
 
 def _left_out(

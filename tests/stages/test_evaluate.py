@@ -680,6 +680,39 @@ def test_a_model_with_nan_has_no_metrics(tmp_path, corpus, embeddings):
     assert not (tmp_path / "kd.json").exists()
 
 
+class Closed(HashEncoder):
+    """A model behind a server: interrupted at one text, and closed once."""
+
+    closed = 0
+
+    def __init__(self, interrupts):
+        super().__init__()
+        self.interrupts = interrupts
+
+    def encode(self, texts, *, role):
+        if self.interrupts in texts:
+            raise KeyboardInterrupt
+        return super().encode(texts, role=role)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("set_alone", [True, False])
+def test_a_model_is_closed_also_after_an_interrupt(tmp_path, corpus, embeddings, set_alone):
+    (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\tblue\n")
+    models = []
+
+    def load(for_sets):
+        heldout = corpus.take(split_of(corpus, 0.4).heldout_rows(corpus))
+        models.append(Closed("blue" if set_alone else heldout[3]))
+        return models[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, corpus, embeddings, None, load=load, sts={"A": "a.tsv"})
+    assert [model.closed for model in models] == ([1] if set_alone else [1, 1])
+
+
 def test_wrong_files_are_found_before_the_model_is_used(tmp_path, corpus, embeddings, beir):
     (beir / "queries.jsonl").write_text("nonsense\n")
     (tmp_path / "a.tsv").write_text("5\tsame\tsame\n1\tred\tblue\n")

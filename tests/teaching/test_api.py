@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from email.utils import formatdate
 
 import numpy as np
@@ -512,27 +512,28 @@ def test_a_run_stops_before_the_budget_and_over_all_runs(place, caplog):
     assert server.texts == dict.fromkeys(texts, 1)
 
 
-def test_an_interrupted_evaluation_asks_nothing_more(place):
-    server, held = EmbeddingServer(), threading.Event()
-
-    def interrupts(handler, reply):
-        os.kill(os.getpid(), signal.SIGINT)
-        held.wait(10)
-        handler.send(200, reply)
-
-    server.misbehave.append(interrupts)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+def test_a_teacher_that_is_closed_after_an_interrupt_asks_nothing_more(place):
+    server = EmbeddingServer()
     with running(server) as url:
         purse = Purse(Ledger(place.store.root, "a-model"), price=None, budget=None)
         asked = Server("a-model", ApiParams(**api_params(url=url, concurrency=1)), purse)
+
+        def interrupts(handler, reply):
+            os.kill(os.getpid(), signal.SIGINT)
+            asked._closing.wait(30)  # the next one would be asked after this answer
+            handler.send(200, reply)
+
+        server.misbehave.append(interrupts)
         roles = {"text": ReadAs("0" * 40, "", None)}
-        teacher = ApiTeacher(asked, TextCounter(None, 512), roles, None)
-        with pytest.raises(KeyboardInterrupt):
+        before = signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's `&` ignores it
+        with (
+            pytest.raises(KeyboardInterrupt),
+            closing(ApiTeacher(asked, TextCounter(None, 512), roles, None)) as teacher,
+        ):
             teacher.encode(sentences(64))
-        held.set()
-        teacher._pool.shutdown()  # as Python does at its end
-        teacher.close()
-    signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
     assert server.requests == 1
 
 
