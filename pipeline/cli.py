@@ -359,16 +359,18 @@ def mine(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def neighbours(as_json: Json = False) -> None:
-    """Write which mined neighbours, mixes and readings each recipe reads. DVC compares these files.
+    """Write which mined neighbours, mixes, readings and labels each recipe reads. DVC compares these files.
 
     No stage reads them.
 
-    Reads: data/negatives.json, data/mixes.json, data/readings.json.
+    Reads: data/negatives.json, data/mixes.json, data/readings.json; for a
+    recipe that reads labels also the files of `finetune.triplets`.
 
     Leaves: data/neighbours.
 
     Example: teachonce neighbours
     """
+    from stages.learning.labelled_rows import learned_triplets
     from stages.neighbours import run
 
     here = workspace()
@@ -377,7 +379,12 @@ def neighbours(as_json: Json = False) -> None:
     mixes = here.manifest("mixes") if here.at.mixes.exists() else None
     readings = here.manifest("readings") if here.at.readings.exists() else None
     outcome = run(
-        recipes, negatives=negatives, mixes=mixes, readings=readings, out=here.at.neighbours
+        recipes,
+        negatives=negatives,
+        mixes=mixes,
+        readings=readings,
+        labelled=partial(learned_triplets, here.params.finetune, here.at.root),
+        out=here.at.neighbours,
     )
     show(outcome, as_json)
 
@@ -403,8 +410,8 @@ def distill(
     Its recipe and start stand in params.yaml's `students`; for any other name, give both.
 
     Reads: data/corpus.json, data/embeddings.json, data/split.json,
-    models/start/START; the recipe's neighbours, mixes and readings, which
-    data/neighbours tells DVC.
+    models/start/START; the recipe's neighbours, mixes, readings and labelled
+    triplets, which data/neighbours tells DVC.
 
     Leaves: models/NAME, reports/training/NAME.json, reports/curves/NAME.csv.
 
@@ -428,6 +435,7 @@ def distill(
                 with_negatives=params.reads_neighbours,
                 with_mixes=params.reads_mixes,
                 with_readings=params.readings > 0,
+                with_labels=params.reads_labels,
             ),
             device=device,
             work=here.at.work,

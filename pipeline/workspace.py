@@ -50,6 +50,9 @@ from storage.split import Split
 from storage.store import Store
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
     from stages.reading.evaluation_sets import RetrievalSet, StsSet
@@ -191,15 +194,26 @@ class Workspace:
         return readings
 
     def caches(
-        self, *, with_negatives: bool, with_mixes: bool = False, with_readings: bool = False
+        self,
+        *,
+        with_negatives: bool,
+        with_mixes: bool = False,
+        with_readings: bool = False,
+        with_labels: bool = False,
     ) -> Caches:
-        """What a student learns from; neighbours, mixes and readings only for those that read them."""
+        """What a student learns from; neighbours, mixes and so on only for those that read them."""
         corpus = self.corpus()
         embeddings, split = self.embeddings(corpus), self.split(corpus)
         negatives = self.negatives(embeddings, split, corpus) if with_negatives else None
         mixes = self.mixes(corpus) if with_mixes else None
         readings = self.needed_readings(corpus) if with_readings else None
-        return Caches(corpus, embeddings, negatives, split, self.store, mixes, readings)
+        labelled = self._labelled_rows(corpus, split) if with_labels else None
+        return Caches(corpus, embeddings, negatives, split, self.store, mixes, readings, labelled)
+
+    def _labelled_rows(self, corpus: Corpus, split: Split) -> NDArray[np.int64]:
+        from stages.learning.labelled_rows import labelled_rows, learned_triplets
+
+        return labelled_rows(learned_triplets(self.params.finetune, self.at.root), corpus, split)
 
     def evaluation_texts(self) -> Iterator[str]:
         """Every text that a model will be judged on."""

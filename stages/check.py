@@ -266,6 +266,9 @@ class Survey:
         entries["readings"] = {
             name: recipe.readings > 0 for name, recipe in sections.get("recipes", {}).items()
         }
+        entries["labelled"] = {
+            name: recipe.reads_labels for name, recipe in sections.get("recipes", {}).items()
+        }
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()
@@ -502,7 +505,7 @@ class Survey:
 
     def _finetune(self, params: FinetuneParams) -> Entry:
         # Where nobody is finetuned, nothing is read, so nothing need be there.
-        students = getattr(params, "students", ())
+        students = getattr(params, "students", ()) or self._students_that_read_labels()
         triplets = [
             one
             for one in (params.triplets if students else ())
@@ -529,6 +532,14 @@ class Survey:
 
         declared = {"triplets": list(params.triplets), "dev": params.dev}
         return self._entry("finetune", declared, partial(self._hashed, look))
+
+    def _students_that_read_labels(self) -> list[str]:
+        recipes = self.sections.get("recipes", {})
+        return [
+            name
+            for name, student in self.sections.get("students", {}).items()
+            if student.recipe in recipes and recipes[student.recipe].reads_labels
+        ]
 
     def _hashed(self, look: Callable[[], list[Path]]) -> list[list[str]]:
         return [[as_utf8(path.name), self.sha256(path)] for path in look()]

@@ -22,7 +22,7 @@ from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.mixed_rows import MixedRows
 from stages.learning.objectives import Candidates, MixedBatch, Objectives
-from stages.learning.pretraining import Pretraining
+from stages.learning.pretraining import LabelledTriples, MinedTriples, Pretraining
 from stages.learning.proposals import Proposers
 from stages.learning.reading_rows import ReadingRows, some_readings
 from stages.learning.student import Rows, Student, encode_ids
@@ -48,6 +48,7 @@ from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.roles import Role
+from storage.store import digest
 from storage.tokens import Tokens
 
 VERSION = 5  # raise it when a code change gives other weights for the same recipe and caches
@@ -61,7 +62,10 @@ def recipe(params: RecipeParams) -> dict[str, Any]:
     # A recipe without them has the fingerprint that it had before there were such settings.
     left_out = {name for name in ("pretrain", "readings") if not getattr(params, name)}
     left_out |= {"prompts"} if params.prompts == "none" else set()
-    return {"version": VERSION, **params.model_dump(mode="json", exclude=left_out)}
+    dumped = params.model_dump(mode="json", exclude=left_out)
+    if params.pretrain and not params.reads_labels:
+        del dumped["pretrain"]["triplets"]
+    return {"version": VERSION, **dumped}
 
 
 def resolved(params: RecipeParams, device: torch.device) -> RecipeParams:
@@ -103,7 +107,7 @@ def run(
     Raises:
         TeachonceError: too few rows, or a loss that is NaN or infinite.
     """
-    params = resolved(params, device)
+    params, labelled = resolved(params, device), caches.labelled
     run_name = fingerprint(
         {
             **recipe(params),
@@ -117,6 +121,7 @@ def run(
             "negatives": caches.negatives.manifest.content if caches.negatives else None,
             **({"mixes": caches.mixes.manifest.content} if caches.mixes else {}),
             **({"readings": caches.readings.manifest.content} if caches.readings else {}),
+            **({"labelled": digest(labelled.tobytes())} if labelled is not None else {}),
             "split": caches.split.content,
             "device": device.type,
         }
@@ -378,21 +383,26 @@ class DistillTask(nn.Module):
     def _make_pretraining(self) -> Pretraining | None:
         if self.params.pretrain is None:
             return None
-        if self.caches.negatives is None:
-            raise TypeError("pretrain needs mined neighbours")
+        triples: MinedTriples | LabelledTriples
+        seed, labelled, negatives = self.params.seed, self.caches.labelled, self.caches.negatives
+        if self.params.reads_labels:
+            assert labelled is not None  # read for a recipe that asks for them
+            triples = LabelledTriples(labelled, self.caches.embeddings, seed=seed)
+        else:
+            assert negatives is not None
+            triples = MinedTriples(negatives, seed=seed)
         return Pretraining(
-            self.caches.negatives,
+            triples,
             evenly(self.rows, min(MOST_ROWS, len(self.rows))),
             steps=round(self.params.pretrain.share * self.params.epochs * self._steps_of_epoch),
             dim=self.caches.embeddings.dim,
-            seed=self.params.seed,
         ).to(self.device)
 
     def _pretrain(
         self, pretraining: Pretraining, rows: NDArray[np.int64], step: int
     ) -> tuple[Tensor, list[float | None]]:
         # Three texts for each row: as many as a batch of other steps has.
-        triples, margins = pretraining.draw(rows[: max(len(rows) // 3, 1)], step)
+        triples, margins = pretraining.triples.draw(rows[: max(len(rows) // 3, 1)], step)
         others: list[float | None] = [None] * len(self.objectives.names)
         # None of these rows has two neighbours: nothing but the head gets a gradient, which is 0.
         if not len(margins):

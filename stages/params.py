@@ -590,6 +590,8 @@ class PretrainParams(Section):
     """What a student learns before the objectives: the teacher's predictions as classes (Pea-KD)."""
 
     share: Annotated[float, Field(gt=0, lt=1)]  # of all steps
+    # A text with two of its mined neighbours, or the rows of finetune.triplets; it may be left out.
+    triplets: Literal["mined", "labelled"] = "mined"
 
 
 class RecipeParams(TrainingParams):
@@ -598,7 +600,7 @@ class RecipeParams(TrainingParams):
     projection: Literal["auto", "always"]  # auto: only where the widths differ
     widths: tuple[PositiveInt, ...]  # of the student's vector that serve alone, too (Matryoshka)
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
-    # Steps on classes of mined neighbours before all others; it may be left out.
+    # Steps on classes of the teacher's margins before all others; it may be left out.
     pretrain: PretrainParams | None = None
     # What the student reads before a text: what its teacher read, or nothing; it may be left out.
     prompts: Literal["teacher", "none"] = "none"
@@ -608,9 +610,15 @@ class RecipeParams(TrainingParams):
     @property
     def reads_neighbours(self) -> bool:
         """Whether it asks for mined neighbours."""
-        return self.pretrain is not None or any(
+        mined = self.pretrain is not None and self.pretrain.triplets == "mined"
+        return mined or any(
             isinstance(o, AmongOthers) and o.neighbours > 0 for o in self.objectives
         )
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it asks for labelled triplets."""
+        return self.pretrain is not None and self.pretrain.triplets == "labelled"
 
     @property
     def reads_mixes(self) -> bool:
@@ -895,10 +903,11 @@ def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:
 
 
 def _unmade(sections: Sections) -> list[Problem]:
-    """A student whose recipe reads mixes or readings needs some."""
+    """A student whose recipe reads mixes, readings or labelled triplets needs some."""
     recipes, wrong = sections.get("recipes", {}), []
     mixes = getattr(sections.get("embed"), "mixes", True)
     readings = getattr(sections.get("distill"), "readings", True)
+    labels = getattr(sections.get("finetune"), "triplets", True)
     for name, student in sections.get("students", {}).items():
         recipe = recipes.get(student.recipe)
         if recipe is not None and recipe.reads_mixes and not mixes:
@@ -906,6 +915,9 @@ def _unmade(sections: Sections) -> list[Problem]:
             wrong.append((f"students.{name}.recipe", f"{student.recipe} {problem}"))
         if recipe is not None and recipe.readings and not readings:
             problem = "reads readings, and distill.readings names none: name files there"
+            wrong.append((f"students.{name}.recipe", f"{student.recipe} {problem}"))
+        if recipe is not None and recipe.reads_labels and not labels:
+            problem = "reads labelled triplets, and finetune.triplets names none: name files there"
             wrong.append((f"students.{name}.recipe", f"{student.recipe} {problem}"))
     return wrong
 

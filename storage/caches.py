@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings
 from storage.mixes import Mixes
@@ -15,7 +18,7 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class Caches:
-    """A corpus, the teacher's vectors, the split, and neighbours, mixes and readings if they are needed.
+    """A corpus, the teacher's vectors, the split, and what else a recipe needs.
 
     Args:
         corpus: The texts.
@@ -25,6 +28,8 @@ class Caches:
         store: The store of all these, and of token ids.
         mixes: The teacher's vectors of mixes; None if no objective reads them.
         readings: Readings of texts; None if the student reads texts as they are.
+        labelled: (n, 3) int64 row ids of labelled triplets: anchor, positive, negative; None if the recipe
+            reads none.
     """
 
     corpus: Corpus
@@ -34,3 +39,4 @@ class Caches:
     store: Store
     mixes: Mixes | None = None
     readings: Readings | None = None
+    labelled: NDArray[np.int64] | None = None

@@ -72,7 +72,7 @@ class Labels:
         rows, rejected = read_triplets(files, params.fields, evaluation)
         judge: TripletJudge | StsJudge
         if params.dev is None:
-            learned, heldout = _split_by_anchor(rows, params.heldout)
+            learned, heldout = split_by_anchor(rows, params.heldout)
             sample = judging_rows(heldout)
             judge, scores = TripletJudge(sample, apart=apart), b""
         else:
@@ -191,7 +191,7 @@ def judging_rows(heldout: Sequence[Triplet], most_texts: int = MOST_TEXTS) -> Se
     return order
 
 
-def _split_by_anchor(
+def split_by_anchor(
     triplets: Sequence[Triplet], heldout: float
 ) -> tuple[list[Triplet], list[Triplet]]:
     """Split rows into learned and held-out ones by the anchor's text key, so that rows keep their part."""

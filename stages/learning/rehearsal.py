@@ -87,7 +87,8 @@ def random_caches(
         mixes = Mixes(store, manifest(kind="mixes", recipe={}, objects=(put,)), corpus)
     share = min(0.5, heldout / corpus.rows)
     split = Split(corpus=corpus.manifest.content, heldout=share, evaluation=())
-    return Caches(corpus, vectors, None, split, store, mixes)
+    labelled = draw.integers(0, corpus.rows, (corpus.rows, 3))
+    return Caches(corpus, vectors, None, split, store, mixes, labelled=labelled)
 
 
 def measure(

@@ -12,18 +12,28 @@ from safetensors.torch import load_file
 
 from stages import distill
 from stages.learning import loop
-from stages.learning.pretraining import Pretraining, margin_classes
+from stages.learning.labelled_rows import labelled_rows, learned_triplets
+from stages.learning.pretraining import (
+    LabelledTriples,
+    MinedTriples,
+    Pretraining,
+    margin_classes,
+)
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.negatives import NONE
+from storage.split import Split
+from tests.conftest import sentences
 from tests.stages.test_distill import (  # noqa: F401 - fixtures among them
     PowerCut,
     recipe,
     start_folder,
     world,
 )
+from tests.stages.test_finetune import settings
 
 WARM = {"pretrain": {"share": 0.25}, "dropout": True}
+LABELLED = {"pretrain": {"share": 0.25, "triplets": "labelled"}}
 
 
 class Lists:
@@ -41,7 +51,7 @@ class Lists:
 
 
 def pretraining(lists, rows=60, dim=4):
-    return Pretraining(lists, np.arange(rows), steps=5, dim=dim, seed=0)
+    return Pretraining(MinedTriples(lists, seed=0), np.arange(rows), steps=5, dim=dim)
 
 
 def test_classes_are_the_sign_and_the_sureness_of_a_margin():
@@ -50,7 +60,7 @@ def test_classes_are_the_sign_and_the_sureness_of_a_margin():
 
 
 def test_two_neighbours_are_drawn_by_seed_and_step_with_the_teachers_margin():
-    made = pretraining(Lists(0.9, 0.7, 0.4, short={3, 8}))
+    made = MinedTriples(Lists(0.9, 0.7, 0.4, short={3, 8}), seed=0)
     rows = np.arange(100, 400)
     (anchors, first, second), margins = made.draw(rows, step=7)
     assert anchors.tolist() == rows.tolist()
@@ -91,6 +101,110 @@ def test_lists_without_two_neighbours_are_refused(lists):
         "recipes.*.pretrain: the mined neighbours of most rows are fewer than two, or equally near\n"
         "  cure: set mine.neighbours to 2 or more, raise mine.max_score, or take pretrain away"
     )
+
+
+# ---------------------------------------------------------------------------------- labelled triplets
+
+
+class Cached:
+    """Vectors of rows, of no length in particular."""
+
+    def __init__(self, rows, dim=6):
+        self.vectors = np.random.default_rng(3).standard_normal((rows, dim)).astype(np.float16) * 7
+
+    def rows_of(self, ids):
+        return self.vectors[ids]
+
+
+def test_labelled_triplets_have_the_margins_of_the_teachers_vectors():
+    """By the definition, one triplet at a time."""
+    ids = np.random.default_rng(0).integers(0, 50, (40, 3))
+    made = LabelledTriples(ids, Cached(50), seed=4)
+    triples, margins = made.draw(np.arange(1000, 1016), step=9)
+    assert triples.shape == (3, 16)
+    lines = [tuple(line) for line in ids.tolist()]
+    drawn = [tuple(line) for line in triples.T.tolist()]
+    assert set(drawn) <= set(lines) and len(set(drawn)) == len(drawn)
+    of = Cached(50).vectors.astype(np.float64)
+    for (i, j, k), margin in zip(drawn, margins, strict=True):
+        near = of[i] @ of[j] / np.linalg.norm(of[i]) / np.linalg.norm(of[j])
+        far = of[i] @ of[k] / np.linalg.norm(of[i]) / np.linalg.norm(of[k])
+        assert margin == pytest.approx(near - far, abs=1e-5)
+    again, later = made.draw(np.arange(16), step=9)[0], made.draw(np.arange(16), step=10)[0]
+    assert np.array_equal(again, triples) and not np.array_equal(later, triples)
+    # Where there are fewer than the step has rows, all of them, each once.
+    assert sorted(map(tuple, made.draw(np.arange(99), step=0)[0].T.tolist())) == sorted(lines)
+    every = np.abs(made.draw(np.arange(40), 0)[1])
+    assert made.median(np.arange(40)) == pytest.approx(np.median(every))
+
+
+def test_triplets_that_are_equally_near_are_refused():
+    ids = np.tile([1, 2, 2], (8, 1))
+    with pytest.raises(TeachonceError, match="equally near\n  cure: look at the rows of finetune"):
+        LabelledTriples(ids, Cached(4), seed=0).median(np.arange(4))
+
+
+def lines_of(rows):
+    return "".join(
+        json.dumps(dict(zip(("anchor", "positive", "negative"), row, strict=True))) + "\n"
+        for row in rows
+    )
+
+
+def test_only_triplets_of_rows_to_train_on_are_learned(world, tmp_path):  # noqa: F811
+    corpus, texts = world.corpus, world.corpus.take(np.arange(400))
+    train = set(world.split.train_rows(corpus).tolist())
+    out = next(iter(set(range(400)) - train))
+    inside = sorted(train)
+    ids = [[inside[n], inside[n + 1], inside[n + 2]] for n in range(0, 120, 3)]
+    rows = [[texts[i], texts[j], [texts[k], texts[j + 0 * k][:-1] + "!"]] for i, j, k in ids]
+    # A text that the corpus has not, one that is held out, and a pair.
+    rows += [[texts[inside[0]], "Nobody embedded this one.", [texts[inside[1]]]]]
+    rows += [[texts[inside[2]], texts[inside[3]], [texts[out]]], [texts[5], texts[6], []]]
+    (tmp_path / "rows.jsonl").write_text(lines_of(rows))
+    learned = learned_triplets(settings(dev=None, heldout=0.3), tmp_path)
+    found = labelled_rows(learned, corpus, world.split)
+    kept = {row[0] for row in learned}
+    wanted = [line for line in ids if texts[line[0]] in kept]
+    assert 15 < len(wanted) < 38  # a part is finetuning's to hold out
+    assert found.tolist() == wanted
+    assert len(learned_triplets(settings(dev="sts.tsv"), tmp_path)) == 2 * len(ids) + 2
+    with pytest.raises(TeachonceError) as error:
+        labelled_rows(learned[-1:], corpus, world.split)
+    assert str(error.value) == (
+        "finetune.triplets: 0 of 1 triplets have all three texts among the rows to train on; a recipe with "
+        "`pretrain.triplets: labelled` needs 2\n  cure: put these texts into a file of shard.sources, too, "
+        "so that the teacher reads them, or set the recipe's pretrain.triplets to mined"
+    )
+
+
+def test_an_anchor_is_looked_for_among_queries_and_the_others_among_documents(place):
+    texts = sentences(80)
+    corpus = place.corpus({"query": texts[:50], "document": texts[30:]})
+    split = Split(corpus=corpus.manifest.content, heldout=1e-9, evaluation=())
+    both, query, document = texts[40], texts[3], texts[70]
+    found = labelled_rows([(both, both, query), (document, query, both)], corpus, split)
+    texts_found = corpus.take(found.ravel())
+    assert texts_found == [both, both, query, document, query, both]
+    roles = corpus.roles_of(found.ravel())
+    assert roles == ["query", "document", "query", "document", "query", "document"]
+
+
+def test_a_run_learns_the_classes_of_labelled_triplets_and_needs_no_neighbours(warm):
+    params = recipe(**LABELLED)
+    assert params.reads_labels and not params.reads_neighbours
+    assert distill.recipe(params)["pretrain"] == {"share": 0.25, "triplets": "labelled"}
+    warm.negatives = None
+    train = warm.split.train_rows(warm.corpus)
+    lines = np.random.default_rng(1).choice(train, (60, 3))
+    warm.labelled = lines
+    warm.train(params, "labelled")
+    rows = list(csv.DictReader((warm.place.root / "labelled.csv").read_text().splitlines()))
+    assert rows[1]["loss_pretraining"] and not rows[1]["loss_kd"]
+    # Other triplets, other weights, also where the run before has left a checkpoint.
+    warm.labelled = lines[::-1].copy()
+    warm.train(params, "reversed")
+    assert warm.weights("reversed") != warm.weights("labelled")
 
 
 def test_a_recipe_without_it_keeps_its_fingerprint():

@@ -92,7 +92,7 @@ class World:
         place.embed(self.corpus, teacher.encode_counted, params=params)
         self.embeddings = Embeddings(place.store, place.embeddings, self.corpus)
         self.split = Split(corpus=self.corpus.manifest.content, heldout=0.1, evaluation=())
-        self.negatives = None
+        self.negatives = self.labelled = None
         self.tracked = []
 
     def train(self, params, name="student"):
@@ -102,7 +102,12 @@ class World:
             name=name,
             start=self.start,
             caches=Caches(
-                self.corpus, self.embeddings, self.negatives, self.split, self.place.store
+                self.corpus,
+                self.embeddings,
+                self.negatives,
+                self.split,
+                self.place.store,
+                labelled=self.labelled,
             ),
             device=CPU,
             work=at / "work",

@@ -4,6 +4,7 @@ import json
 
 from pipeline.settings import load_params
 from stages import neighbours
+from stages.params import PretrainParams
 from storage.manifest import Manifest
 from storage.store import Object
 from tests.pipeline.test_house import ROOT
@@ -49,3 +50,26 @@ def test_a_recipe_that_reads_mixes_names_those_and_no_other_recipe_changes(tmp_p
         name: found for name, found in files(second).items() if name != "mixes"
     }
     assert files(first)["kd"] == {"negatives": None}
+
+
+def test_a_recipe_that_reads_labels_follows_the_triplets_and_no_other_reads_a_file(tmp_path):
+    recipes = dict(load_params(ROOT / "params.yaml").recipes)
+    some = {"kd": recipes["kd"], "warmup": recipes["warmup"]}
+
+    def files(recipes, labelled):
+        out = tmp_path / "out"
+        neighbours.run(recipes, negatives=mined("0" * 64), labelled=labelled, out=out)
+        return {path.stem: json.loads(path.read_bytes()) for path in out.iterdir()}
+
+    def unreadable():
+        raise AssertionError("nobody reads labels")
+
+    assert files(some, unreadable)["warmup"] == {"negatives": mined("0" * 64).content}
+    labelled = PretrainParams(share=0.1, triplets="labelled")
+    some["labelled"] = recipes["warmup"].model_copy(update={"pretrain": labelled})
+    first = files(some, lambda: [("a", "b", "c"), ("d", "e", "f")])
+    second = files(some, lambda: [("a", "b", "c"), ("d", "e", "g")])
+    assert first["labelled"].keys() == {"negatives", "labelled"}
+    assert first["labelled"]["negatives"] is None
+    assert first["labelled"]["labelled"] != second["labelled"]["labelled"]
+    assert {**first, "labelled": None} == {**second, "labelled": None}
