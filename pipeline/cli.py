@@ -364,7 +364,8 @@ def neighbours(as_json: Json = False) -> None:
     No stage reads them.
 
     Reads: data/negatives.json, data/mixes.json, data/readings.json; for a
-    recipe that reads labels also the files of `finetune.triplets`.
+    recipe that reads labels also the files of `finetune.triplets`, such as
+    those in data/raw.
 
     Leaves: data/neighbours.
 

@@ -63,8 +63,8 @@ def recipe(params: RecipeParams) -> dict[str, Any]:
     left_out = {name for name in ("pretrain", "readings") if not getattr(params, name)}
     left_out |= {"prompts"} if params.prompts == "none" else set()
     dumped = params.model_dump(mode="json", exclude=left_out)
-    if params.pretrain and not params.reads_labels:
-        del dumped["pretrain"]["triplets"]
+    if params.pretrain and params.pretrain.triplets == "mined":
+        del dumped["pretrain"]["triplets"]  # likewise
     return {"version": VERSION, **dumped}
 
 

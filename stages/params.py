@@ -590,8 +590,9 @@ class PretrainParams(Section):
     """What a student learns before the objectives: the teacher's predictions as classes (Pea-KD)."""
 
     share: Annotated[float, Field(gt=0, lt=1)]  # of all steps
-    # A text with two of its mined neighbours, or the rows of finetune.triplets; it may be left out.
-    triplets: Literal["mined", "labelled"] = "mined"
+    triplets: Literal[
+        "mined", "labelled"
+    ]  # a text and two of its neighbours; rows of finetune.triplets
 
 
 class RecipeParams(TrainingParams):

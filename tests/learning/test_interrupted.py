@@ -136,7 +136,12 @@ KD_MIXES_AND_CKD = [
     [
         ("both", {"objectives": KD_MIXES_AND_CKD}, HALF, 20),
         ("both", {"objectives": KD_MIXES_AND_CKD}, HALF | {"passes": 2}, 10),
-        ("both", {"objectives": KD_MIXES_AND_CKD, "pretrain": {"share": 0.3}}, HALF, 10),
+        (
+            "both",
+            {"objectives": KD_MIXES_AND_CKD, "pretrain": {"share": 0.3, "triplets": "mined"}},
+            HALF,
+            10,
+        ),
         ("speculative", {"objectives": [SPECULATIVE]}, HALF, 10),
         ("adapter", {"objectives": [ADAPTER]}, HALF, 10),
     ],

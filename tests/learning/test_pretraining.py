@@ -32,7 +32,7 @@ from tests.stages.test_distill import (  # noqa: F401 - fixtures among them
 )
 from tests.stages.test_finetune import settings
 
-WARM = {"pretrain": {"share": 0.25}, "dropout": True}
+WARM = {"pretrain": {"share": 0.25, "triplets": "mined"}, "dropout": True}
 LABELLED = {"pretrain": {"share": 0.25, "triplets": "labelled"}}
 
 
@@ -247,7 +247,14 @@ def test_a_run_learns_the_classes_then_its_objectives(warm):
 
 
 def test_the_classes_alone_bring_a_student_nearer_to_its_teacher(warm):
-    warm.train(recipe(pretrain={"share": 0.9}, epochs=6, evaluate_every=119, batch_size=18))
+    warm.train(
+        recipe(
+            pretrain={"share": 0.9, "triplets": "mined"},
+            epochs=6,
+            evaluate_every=119,
+            batch_size=18,
+        )
+    )
     scores = [row["agreement"] for row in warm.tracked]
     assert scores[1] > scores[0] + 0.03
 
@@ -264,7 +271,11 @@ class Short(Mined):
 def test_a_step_among_rows_without_two_neighbours_changes_nothing(warm):
     """A batch of four pretrains on one row, so two steps in five are such."""
     warm.negatives = Short(warm.negatives.lists, warm.embeddings)
-    warm.train(recipe(pretrain={"share": 0.2}, batch_size=4, epochs=1, evaluate_every=1))
+    warm.train(
+        recipe(
+            pretrain={"share": 0.2, "triplets": "mined"}, batch_size=4, epochs=1, evaluate_every=1
+        )
+    )
     learned = [row["loss_pretraining"] is not None for row in warm.tracked[1:18]]
     assert 0.3 < np.mean(learned) < 0.9
     scores = [row["agreement"] for row in warm.tracked[:18]]

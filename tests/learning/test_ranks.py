@@ -49,7 +49,7 @@ MIXES = MIXED | {
     ]
 }
 DROPPED = MIXED | {"dropout": True}
-WARM = MIXED | {"pretrain": {"share": 0.5}}
+WARM = MIXED | {"pretrain": {"share": 0.5, "triplets": "mined"}}
 SPECULATES = MIXED | {"objectives": [SPECULATIVE]}
 ADAPTS = MIXED | {"objectives": [ADAPTER]}
 STALE = MIXED | {"learning_rate": 1e-12, "patience": 2}

@@ -132,7 +132,7 @@ def test_the_shipped_recipes_differ_in_their_objectives_only():
         projection = "always" if name.startswith("disco_") else "auto"
         expected = common | {"projection": projection, "dropout": name == "kd_ckd"}
         if name == "warmup":
-            expected["pretrain"] = {"share": 0.1}
+            expected["pretrain"] = {"share": 0.1, "triplets": "mined"}
         if name == "readings":
             expected["readings"] = 0.5
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
