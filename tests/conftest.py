@@ -23,6 +23,19 @@ from storage.probe import PROBE_TEXTS, probe_key
 from storage.store import FORMAT, HEADER, Header, Store, payload_sha256
 
 
+def pytest_configure():
+    """Hypothesis measures no time: its 200 ms for an example are over on a machine that is busy."""
+    from hypothesis import HealthCheck, settings  # here: children of tests import this module, too
+
+    settings.register_profile(
+        "any machine",
+        settings(),  # CI's own, where that is set
+        deadline=None,
+        suppress_health_check=[*settings().suppress_health_check, HealthCheck.too_slow],
+    )
+    settings.load_profile("any machine")
+
+
 @pytest.fixture(autouse=True)
 def _levels_of_logging():
     """What a test sets for the whole process, as `-v` does, ends with the test."""

@@ -1068,7 +1068,8 @@ def test_forget_refuses_what_is_ambiguous_unknown_or_too_short(tree):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     subsets=st.lists(

@@ -243,7 +243,7 @@ def expected(texts):
     return kept, rejected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(ODD, max_size=60))
 def test_odd_texts_never_shift_a_row_and_the_ledger_balances(tmp_path_factory, texts):
     place = Place(tmp_path_factory.mktemp("odd"))
@@ -373,7 +373,7 @@ def test_rejections_of_the_reader_keep_their_names():
     assert rejected == {"malformed": 1, "undecodable": 1, "too_long": 1, "duplicate": 1}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(numbers=st.lists(st.integers(0, 5000), max_size=3000))
 def test_keys_are_a_set(numbers):
     # Few distinct beginnings, so that many keys want the same slot.
