@@ -45,6 +45,7 @@ class Shaky(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
 
     asked: list = []  # noqa: RUF012 - (operation, path), in order
+    asking = threading.Lock()  # two threads that ask at once have a number each
     fails = staticmethod(lambda number: None)  # number of the operation -> an error, or None
     lost = staticmethod(lambda number: None)  # the same, but the operation has been done
     lie = staticmethod(lambda path, start, content: content)  # what is read instead
@@ -62,8 +63,9 @@ class Shaky(MemoryFileSystem):
         return super()._strip_protocol(path.rpartition("://")[2])
 
     def do(self, operation, path, call):
-        self.asked.append((operation, path))
-        number = len(self.asked)
+        with self.asking:
+            self.asked.append((operation, path))
+            number = len(self.asked)
         if error := self.fails(number):
             raise error
         result = call()
@@ -223,7 +225,7 @@ def test_names_go_after_all_bytes(shaky, tmp_path):
 
 def test_several_are_moved_at_a_time(shaky, tmp_path):
     here, manifests = furnished(tmp_path / "here", sentences(600))
-    together = threading.Barrier(4, timeout=20)
+    together = threading.Barrier(4, timeout=60)
     waiting = threading.Semaphore(4)
 
     def wait_for_others(number):
@@ -308,7 +310,13 @@ def test_a_pull_that_fails_at_any_operation_leaves_nothing_half(shaky, tmp_path)
 @pytest.mark.parametrize("kind", [OSError, TimeoutError, ConnectionResetError, BlockingIOError])
 def test_what_fails_now_and_then_is_tried_again(shaky, tmp_path, kind):
     here, manifests = furnished(tmp_path / "here")
-    Shaky.fails = staticmethod(lambda number: kind("now and then") if number % 3 == 0 else None)
+
+    def fails(number):
+        asked = Shaky.asked[number - 1]
+        # Of each request the first time and the fourth, so that threads change nothing.
+        return kind("now and then") if Shaky.asked[:number].count(asked) % 3 == 1 else None
+
+    Shaky.fails = staticmethod(fails)
     transfer.push(manifests, store=here.store, remote=remote_at(shaky))
     there = Store(tmp_path / "there")
     transfer.pull(manifests, store=there, remote=remote_at(shaky))
@@ -905,20 +913,24 @@ def test_received_vectors_need_their_columns(tmp_path):
         )
 
 
+# Its teacher waits at one call, of which the probe texts are the first, until the file `go on` is there.
 WORKER = """
 import sys, time
 from pathlib import Path
 from storage.remote import Remote
 from tests.conftest import HashTeacher, Place, embed_params, sentences
 
-class Slow(HashTeacher):
+class Waits(HashTeacher):
+    calls = 0
     def __call__(self, texts, role="text"):
-        with open(sys.argv[1] + ".begun", "a") as begun:
-            begun.write("one more\\n")
-        time.sleep(0.15)
+        self.calls += 1
+        if self.calls == int(sys.argv[3]):
+            Path(sys.argv[1] + " waits").touch()
+            while not Path(sys.argv[1]).with_name("go on").exists():
+                time.sleep(0.01)
         return super().__call__(texts, role)
 
-place, teacher = Place(Path(sys.argv[1])), Slow()
+place, teacher = Place(Path(sys.argv[1])), Waits()
 outcome = place.embed(place.corpus(sentences(1500)), teacher, remote=Remote(sys.argv[2]))
 print(teacher.texts_seen, outcome.facts["shards_fetched"], outcome.facts["shards_not_handed_over"])
 """
@@ -928,25 +940,30 @@ def test_two_workers_without_a_common_disk_one_killed(tmp_path):
     remote = tmp_path / "remote"
     remote.mkdir()
 
-    def worker(name):
+    def worker(name, waits_at):
+        words = [str(tmp_path / name), f"file://{remote}", str(waits_at)]
         return subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / name), f"file://{remote}"],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
+            [sys.executable, "-c", WORKER, *words], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
 
-    killed, other = worker("killed"), worker("other")
+    def shards(root):
+        return {path.name for path in (root / "vectors").rglob("*.arrow")}
+
+    # At their sixth and third shard: both are at work, and neither can take all that there is.
+    killed, other = worker("killed", 7), worker("other", 4)
     try:
         deadline = time.monotonic() + 60
-        begun = tmp_path / "killed.begun"
-        # Not counted in its store: some of what is there came from the other. First go the probe texts.
-        while not begun.exists() or len(begun.read_text().splitlines()) < 7:
-            assert killed.poll() is None
+        # What it finished is handed over in the background; its store also has the probe texts' record.
+        made = tmp_path / "killed/store"
+        waiting = [tmp_path / f"{name} waits" for name in ("killed", "other")]
+        while not all(map(Path.exists, waiting)) or not shards(made) <= shards(remote):
+            assert (killed.poll(), other.poll()) == (None, None)
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert len(shards(made)) >= 6
         killed.send_signal(signal.SIGKILL)
         killed.wait()
+        (tmp_path / "go on").touch()
         output, _ = other.communicate(timeout=120)
     finally:
         for process in (killed, other):
@@ -967,7 +984,7 @@ def test_two_workers_without_a_common_disk_one_killed(tmp_path):
     for entry in whole.embeddings.objects:
         Store(remote).open(entry)
     # The killed one, started again, embeds at most the shard it was at.
-    again = worker("killed")
+    again = worker("killed", 0)
     output, _ = again.communicate(timeout=120)
     assert int(output.split()[0]) <= max(entry.rows for entry in corpus.objects)
     assert (tmp_path / "killed/embeddings.json").read_bytes() == manifest
