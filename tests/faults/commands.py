@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import faiss  # noqa: F401
 import numpy.random  # noqa: F401
@@ -29,7 +30,9 @@ from tests.conftest import HashTeacher
 NOBODY = 65534
 
 
-def run(folder, output, words, as_user=False, file_bytes=None, seconds_a_shard=0.0):
+def run(
+    folder, output, words, as_user=False, file_bytes=None, seconds_a_shard=0.0, most_shards=None
+):
     """Stop; when continued, do what `teachonce WORDS` does in `folder`, as a user that modes bind."""
     said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(said, 1)
@@ -42,7 +45,7 @@ def run(folder, output, words, as_user=False, file_bytes=None, seconds_a_shard=0
     if file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    teacher = SlowTeacher(seconds_a_shard)
+    teacher = SlowTeacher(seconds_a_shard, most_shards)
     Workspace.teacher = lambda self: ({"model.safetensors": "0" * 64}, lambda: teacher)
     sys.argv = ["teachonce", *words]
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -50,16 +53,28 @@ def run(folder, output, words, as_user=False, file_bytes=None, seconds_a_shard=0
 
 
 class SlowTeacher(HashTeacher):
-    """Says "asked" once for each shard that it is asked for."""
+    """Says "asked" once for each shard that it is asked for.
 
-    def __init__(self, seconds):
+    Args:
+        seconds: That it takes for each.
+        most_shards: From so many in the store on it waits until the file `go on` is there; None for never.
+    """
+
+    def __init__(self, seconds, most_shards):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.most_shards = seconds, most_shards
 
     def __call__(self, texts, role="text"):
         os.write(1, b"asked\n")
         time.sleep(self.seconds)
+        while self.must_wait():
+            time.sleep(0.01)
         return super().__call__(texts, role)
+
+    def must_wait(self):
+        if self.most_shards is None or Path("go on").exists():
+            return False
+        return len(list(Path("store/vectors").glob("*/*.arrow"))) >= self.most_shards
 
 
 HashTeacher()(["warm"])
