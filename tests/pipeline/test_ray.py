@@ -87,7 +87,7 @@ def test_actors_read_the_next_shard_while_they_encode_one(place, tmp_path, seen)
     alone.embed(alone.corpus(texts, rows_per_shard=32), HashTeacher())
     corpus = place.corpus(texts, rows_per_shard=32)
     shards = len(corpus.objects)
-    place.embed(corpus, Load(ReadsAhead, (seen, shards, 30.0)), engine=on_ray())
+    place.embed(corpus, Load(ReadsAhead, (seen, shards, 2)), engine=on_ray())
     assert place.embeddings == alone.embeddings
     assert len(notes(seen, "ahead=0")) + len(notes(seen, "ahead=1")) == shards > 6
     assert 1 <= len(notes(seen, "ahead=0")) <= 2
