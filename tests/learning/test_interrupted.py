@@ -23,7 +23,7 @@ from tests.processes import COMMAND as TRAINING
 
 ROOT = Path(__file__).parents[2]
 
-# The commands themselves, with a slow teacher and a remote that never answers.
+# The commands themselves, with a teacher that stays at one shard and a remote that never answers.
 COMMAND = """
 import sys, time
 from pipeline import cli
@@ -32,9 +32,12 @@ from storage.probe import probe_key
 from storage.remote import Remote
 from tests.conftest import HashTeacher
 
-class Slow(HashTeacher):
+class Waits(HashTeacher):
+    calls = 0  # the first is for the probe texts
     def __call__(self, texts, role="text"):
-        time.sleep(0.1)
+        self.calls += 1
+        if self.calls == 6:
+            time.sleep(600)
         return super().__call__(texts, role)
 
 class Hangs(Remote):
@@ -46,14 +49,14 @@ class Hangs(Remote):
         if named.key != probe_key(named.key.split("/")[1]):  # that one goes before all shards
             time.sleep(600)
 
-Workspace.teacher = lambda self: ({"model.safetensors": "0" * 64}, Slow)
+Workspace.teacher = lambda self: ({"model.safetensors": "0" * 64}, Waits)
 Workspace.remote = lambda self: Hangs() if self.params.remote else None
 cli.main()
 """
 
 
 def embedding(root):
-    """`teachonce embed` as a process of its own, after it has finished a few shards."""
+    """`teachonce embed` as a process of its own, which has finished four shards and is at the next one."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "embed"],
         cwd=root,

@@ -74,6 +74,16 @@ class Other(HashTeacher):
         return super().vector(f"{text}!")
 
 
+class Waits(Witness):
+    """Stays at its third shard until somebody ends the process."""
+
+    def __call__(self, texts, role="text"):
+        if notes(self.folder, "asked").count(str(os.getpid())) == 2:
+            self.note("waits")
+            time.sleep(600)
+        return super().__call__(texts, role)
+
+
 class Threads(Witness):
     """Leaves a note of the threads that torch would take."""
 
@@ -504,14 +514,14 @@ def test_an_error_arrives_from_a_worker_as_it_was():
     assert (type(copy), str(copy), copy.__dict__) == (MissingError, str(error), error.__dict__)
 
 
-# The command itself with two workers, each with a slow teacher.
+# The command itself with two workers, each with a teacher that waits at its third shard.
 COMMAND = """
 import sys
 from pathlib import Path
 from pipeline import cli
 from pipeline.workspace import Workspace
 from tests.conftest import HashTeacher
-from tests.pipeline.test_engine import Load, Witness
+from tests.pipeline.test_engine import Load, Waits
 
 Workspace.teacher = lambda self: ({{"model.safetensors": "0" * 64}}, {load})
 cli.main()
@@ -549,7 +559,7 @@ def test_no_worker_outlives_the_command(tmp_path, seen, number, code, whole_grou
         [
             sys.executable,
             "-c",
-            COMMAND.format(load=f"Load(Witness, (Path({str(seen)!r}), 1.0))"),
+            COMMAND.format(load=f"Load(Waits, (Path({str(seen)!r}),))"),
             "embed",
         ],
         cwd=tmp_path,
@@ -560,9 +570,9 @@ def test_no_worker_outlives_the_command(tmp_path, seen, number, code, whole_grou
     )
     try:
         deadline = time.monotonic() + 60
-        # Both are at work, and a shard is finished; one object holds the probe texts.
+        # Both are at work, and what each did before is finished; one object holds the probe texts.
         vectors = tmp_path / "store/vectors"
-        while len(set(notes(seen, "asked"))) < 2 or len(list(vectors.rglob("*.arrow"))) < 2:
+        while len(notes(seen, "waits")) < 2 or len(list(vectors.rglob("*.arrow"))) < 5:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
