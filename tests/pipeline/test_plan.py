@@ -17,6 +17,7 @@ from pipeline.commands import plan, plan_table
 from pipeline.workspace import Workspace
 from stages import embed, start
 from stages.learning.rehearsal import MOST_STEPS
+from stages.mining import self_join
 from stages.models.encoder import Encoder
 from stages.models.speed import rate_of
 from stages.params import StartParams
@@ -104,7 +105,7 @@ def test_counts_are_exact_and_rates_are_the_teachers(place):
     texts = sentences(1000)
     here = Tree(place, place.corpus(texts), SlowTeacher(token_seconds=1e-4))
     corpus, before = here.corpus(), snapshot(place.root)
-    outcome = plan.run(here, seconds=20, seed=0)
+    outcome = plan.run(here, seconds=600, seed=0)
     assert snapshot(place.root) == before
     assert outcome.summary.endswith("nothing was written")
     facts = outcome.facts
@@ -130,7 +131,7 @@ def test_calls_grow_to_a_shard_and_only_then_the_clock_runs():
     texts = sentences(300)
     sample = [(text, "text") for text in texts]
     teacher = SlowTeacher(token_seconds=0)
-    at, vectors = rate_of(lambda: teacher, sample, 64, 20)
+    at, vectors = rate_of(lambda: teacher, sample, 64, 600)
     assert teacher.calls == [4, 8, 16, 32, 64, 64, 64, 64, 64, 44]
     assert at["texts"] == len(vectors) == 300
     assert np.array_equal(vectors, teacher(texts).vectors)
@@ -358,7 +359,7 @@ def test_texts_of_each_role_are_read_behind_their_own_prompt(place, half):
     content["recipes"]["kd"]["prompts"] = "teacher"
     (place.root / "params.yaml").write_text(yaml.safe_dump(content))
     here.params = Workspace(place.root).params
-    made = plan.Plan(here, corpus, 20, 0)
+    made = plan.Plan(here, corpus, 600, 0)
     assert len(made.sample) == len(set(made.sample)) == 600
     vectors = made.embed()
     assert made.measured["teacher"]["texts"] == len(vectors) == 600
@@ -408,8 +409,16 @@ def test_the_sample_has_neighbours_and_as_many_held_out_as_judge(place, tmp_path
 
 
 @pytest.mark.parametrize("index", ["flat", "hnsw"])
-def test_mining_grows_with_its_rows(place, tmp_path, index):
+def test_mining_grows_with_its_rows(place, tmp_path, index, monkeypatch):
     """How exact search grows: test_self_join. How it agrees with the clock: benchmarks/plan.py."""
+
+    def second(call):
+        call()
+        return 1.0
+
+    # Whatever is measured takes a second, however busy the machine is.
+    monkeypatch.setattr(plan, "seconds_of", second)
+    monkeypatch.setattr(self_join, "seconds_of", second)
     here = Tree(place, place.corpus(sentences(600)), mine={"index": index})
     made = plan.Plan(here, here.corpus(), 1, 0)
     made.device = CPU
@@ -426,7 +435,7 @@ def test_the_share_that_is_cut_is_embeds(place, tiny_model):
     corpus = place.corpus(texts)
     params = embed_params(max_tokens=9, prompts=prompts("amber basin "))
     encoder = Encoder(tiny_model, device=CPU, max_tokens=9, prompts={"text": "amber basin "})
-    facts = planned(place, corpus, encoder, seconds=20, embed=params.model_dump())
+    facts = planned(place, corpus, encoder, seconds=600, embed=params.model_dump())
     at = facts["measured"]["teacher"]
     facts = place.embed(corpus, encoder.encode_counted, files=FILES, params=params).facts
     assert 0.1 < at["truncated"] < 1
