@@ -282,10 +282,13 @@ def test_a_step_among_rows_without_two_neighbours_changes_nothing(warm):
     assert [before != after for before, after in pairwise(scores)] == learned
 
 
-@pytest.mark.parametrize("dies_after", [1, 10, 11, 12, 30])
+@pytest.mark.parametrize("dies_after", [1, 3, 10, 11, 12, 30])
 def test_a_killed_run_ends_with_the_same_weights(warm, monkeypatch, dies_after):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    warm.train(recipe(**WARM), "whole")
+    params = recipe(**(LABELLED if dies_after == 3 else WARM))
+    train = warm.split.train_rows(warm.corpus)
+    warm.labelled = np.random.default_rng(2).choice(train, (60, 3))
+    warm.train(params, "whole")
     steps, plain_step = 0, loop.take_step
 
     def dying_step(*args):
@@ -297,9 +300,9 @@ def test_a_killed_run_ends_with_the_same_weights(warm, monkeypatch, dies_after):
 
     monkeypatch.setattr(loop, "take_step", dying_step)
     with pytest.raises(PowerCut):
-        warm.train(recipe(**WARM), "killed")
+        warm.train(params, "killed")
     monkeypatch.setattr(loop, "take_step", plain_step)
-    warm.train(recipe(**WARM), "killed")
+    warm.train(params, "killed")
     assert warm.weights("killed") == warm.weights("whole")
     curves = [(warm.place.root / f"{name}.csv").read_bytes() for name in ("killed", "whole")]
     assert curves[0] == curves[1]
