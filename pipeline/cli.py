@@ -303,7 +303,8 @@ def start(
 ) -> None:
     """Make a student before training: NAME of params.yaml's `starts`.
 
-    Reads: the teacher, or the model that the start is made from.
+    Reads: the teacher, or the model that the start is made from; for a start
+    that depends on how often tokens occur also data/corpus.json.
 
     Leaves: models/start/NAME.
 
@@ -321,6 +322,7 @@ def start(
             folder=folder,
             pooling=pooling,
             trust_remote_code=here.params.embed.trust_remote_code,
+            corpus=here.corpus,
             out=here.at.start(name),
         ),
         as_json,

@@ -31,7 +31,7 @@ from stages.learning.judges import (
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.objectives import Candidates, Temperature, info_nce, kd
 from stages.learning.student import Student, encode_ids
-from stages.learning.token_rows import prompt_tokens, token_rows
+from stages.learning.token_rows import prompt_tokens, token_ids, token_rows
 from stages.learning.trackers import Track
 from stages.models.abilities import check_length
 from stages.models.config import NO_PROMPTS
@@ -295,7 +295,7 @@ class FinetuneTask(nn.Module):
 
         def read(texts: Sequence[str], role: Role) -> Prompted:
             prompted = [student.prompts.get(role, "") + text for text in texts]
-            ids = token_ids(tokenizer, prompted, params.max_tokens)
+            ids = _token_ids(tokenizer, prompted, params.max_tokens)
             return Prompted(ids, np.full(len(ids), counts.get(role, 0)))
 
         # By text: the same one may be an anchor here and a positive there.
@@ -401,8 +401,8 @@ def positives_mask(
     return same
 
 
-def token_ids(
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+def _token_ids(
+    tokenizer: Any,  # noqa: ANN401 - as above
     texts: Sequence[str],
     max_tokens: int,
 ) -> list[NDArray[np.int32]]:
@@ -411,13 +411,7 @@ def token_ids(
     all_ids: list[NDArray[np.int32]] = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         batch = list(texts[first : first + TEXTS_AT_ONCE])
-        batch_ids = tokenizer(
-            batch,
-            truncation=True,
-            max_length=max_tokens,
-            padding=False,
-            return_attention_mask=False,
-        )["input_ids"]
+        batch_ids = token_ids(tokenizer, batch, max_tokens=max_tokens)
         all_ids += [np.array(ids, np.int32) for ids in batch_ids]
         progress.advance(len(batch))
     return all_ids

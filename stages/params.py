@@ -358,6 +358,22 @@ class StartParams(Section):
     pooling: Pooling | None = None
     # How often the layers are read, with the same weights; they may be left out, and are then read once.
     passes: Annotated[int, Field(ge=2, le=8)] | None = None
+    # static: a table of the tokens' vectors, `hidden` values each, and their mean; both may be left out.
+    kind: Literal["static"] | None = None
+    hidden: PositiveInt | None = None
+
+    @property
+    def reads_corpus(self) -> bool:
+        """Whether it depends on how often tokens occur in the corpus."""
+        return self.kind is not None
+
+    @model_validator(mode="after")
+    def _static_has_a_width_and_no_layers(self) -> Self:
+        if (self.kind == "static") != (self.hidden is not None):
+            raise ValueError("kind: static and hidden, the width of its table, belong together")
+        if self.kind == "static" and (self.layers is not None or self.passes is not None):
+            raise ValueError("a static model has no layers: set layers: null, and take passes away")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

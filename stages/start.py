@@ -1,10 +1,12 @@
-"""Write a start, a student before training: some layers of the teacher, or any model as it is.
+"""Write a start, a student before training: some layers of the teacher, a static model of it, or any model.
 
-Its layers may be read several times with the same weights (`stages.models.shared_layers`).
+A static model is a table of its tokens' vectors (`stages.models.static`). Layers may be read several times
+with the same weights (`stages.models.shared_layers`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from stages.models.config import check_one_model, own_prompts
 from stages.outcome import Outcome
 from stages.params import TEACHER, StartParams
 from storage import durable
+from storage.corpus import Corpus
 from storage.errors import shown
 
 VERSION = 1
@@ -26,6 +29,7 @@ def run(
     trust_remote_code: bool,
     out: Path,
     pooling: str | None = None,
+    corpus: Callable[[], Corpus] | None = None,
 ) -> Outcome:
     """Write the start as a sentence-transformers folder.
 
@@ -36,6 +40,7 @@ def run(
         trust_remote_code: Whether code in that folder may run.
         out: The folder to write.
         pooling: Pooling of that model if it has no modules.json; the start gets one. None otherwise.
+        corpus: Opens the corpus, whose tokens are counted; called only if the start depends on it.
 
     Raises:
         TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.
@@ -43,6 +48,8 @@ def run(
     from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
     from stages.models.shared_layers import copied, separate, share_layers
+    from stages.models.static import static_model
+    from stages.models.token_counts import token_counts
 
     check_one_model(folder, address=f"starts.{name}.from")
     model = load_model(
@@ -59,6 +66,10 @@ def run(
         proof = keep_layers(model, params.layers, address=f"starts.{name}.layers")
     if params.passes is not None:
         share_layers(model, params.passes, address=f"starts.{name}.passes")
+    if params.hidden is not None:
+        assert corpus is not None  # given for a start that reads it
+        counts = token_counts(model.tokenizer, corpus())
+        model = static_model(model, counts, width=params.hidden, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
     copies = copied(model)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -66,11 +77,13 @@ def run(
         save_model(model, scratch, address=f"starts.{name}.from")
         if proof is not None and params.passes is None:  # else it is another model by now
             proof.check_saved(scratch, trust_remote_code=trust_remote_code)
-    layers = "all layers" if params.layers is None else f"layers {list(params.layers)}"
+    kept = "all layers" if params.layers is None else f"layers {list(params.layers)}"
+    if params.hidden is not None:
+        kept = f"a table of {params.hidden} values for each token"
     return Outcome(
         stage="start",
         made=out,
-        summary=f"{layers} of {params.from_}, {parameters / 1e6:.1f} million parameters"
+        summary=f"{kept} of {params.from_}, {parameters / 1e6:.1f} million parameters"
         + (f" ({(parameters + copies) / 1e6:.1f} with copies of shared layers)" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
         facts={"parameters": parameters, "dim": model.get_embedding_dimension()},

@@ -83,7 +83,8 @@ class Student(nn.Module):
         if self.projection is not None and width == teacher_dim:
             nn.init.eye_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
-        self.packed, self.equal_lengths = self._readers()
+        self.is_static = type(model[0]).__name__ == "StaticEmbedding"
+        self.packed, self.equal_lengths = (None, False) if self.is_static else self._readers()
 
     def forward(self, token_ids: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """Returns (B, D) float32 vectors of (B, L) token ids and mask, as the saved student would."""
@@ -114,6 +115,8 @@ class Student(nn.Module):
             features = mixed_features(list(self.body), mixes)
             return self._to_teacher_space(self._through(features, prompt_tokens))
         texts = [row for row in rows if not isinstance(row, MixedIds)]
+        if self.is_static:
+            return self._to_teacher_space(self._through(self._bags(texts), prompt_tokens))
         if self.packed is not None:
             packed = self.packed(texts, np.arange(len(texts)), prompt_tokens)
             return self._to_teacher_space(packed)
@@ -121,6 +124,15 @@ class Student(nn.Module):
         padded = pad(ids, pad_id=pad_id, device=next(self.parameters()).device)
         vectors: Tensor = self(*padded, prompt_tokens)
         return vectors
+
+    def _bags(self, texts: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
+        """The features that a static model reads: all ids, and where each text begins."""
+        device = next(self.parameters()).device
+        ends = np.cumsum([0, *(len(row) for row in texts)])
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(texts).astype(np.int64)).to(device),
+            "offsets": torch.from_numpy(ends[:-1]).to(device),
+        }
 
     @torch.no_grad()
     def check_mixing(self, *, address: str) -> None:
@@ -167,7 +179,7 @@ class Student(nn.Module):
             self.eval()
             alone = torch.cat([self._padded(*pad([row], pad_id=0, device=device)) for row in rows])
         except CANNOT_PACK:
-            return None, False  # a static model, or one that has no table of tokens
+            return None, False  # it has no table of tokens
         own = alone.float().cpu().numpy()
         try:
             packed = PackedReader(self.body)
@@ -250,7 +262,9 @@ def encode_ids(
     """
     lengths = np.array([len(row) for row in rows], np.int64)
     piece_tokens = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
-    if student.packed is not None:
+    if student.is_static:
+        piece_tokens = len(rows) * int(lengths.max(initial=1))  # all at once
+    elif student.packed is not None:
         piece_tokens = min(piece_tokens, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
     left_out = np.zeros(len(rows), np.int64)
     if prompt_tokens is not None and leaves_out_prompts(student.body):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from stages.models.config import NO_PROMPTS, room_for_texts
 from stages.models.folder import sha256_of
@@ -16,7 +18,7 @@ from storage.embeddings import prompts_of
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.roles import ROLES, Role
-from storage.store import Object, Store
+from storage.store import Object, Store, digest
 from storage.tokens import Tokens, put_tokens
 
 VERSION = 1
@@ -72,10 +74,34 @@ def prompt_tokens(
     for role, prompt in prompts.items():
         if not prompt:
             continue
-        ids = tokenizer(prompt)["input_ids"]
+        [ids] = token_ids(tokenizer, [prompt], max_tokens=None)
         room_for_texts(max_tokens, around=len(ids), prompted=role, address=address)
-        counts[role] = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+        ends = getattr(tokenizer, "all_special_ids", ())  # a static model reads none
+        counts[role] = len(ids) - (ids[-1] in ends)
     return counts
+
+
+def token_ids(
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer, or that of a static model
+    texts: Sequence[str],
+    *,
+    max_tokens: int | None,
+) -> list[list[int]]:
+    """Returns the ids of each text as the model reads it, truncated at `max_tokens`; None for all.
+
+    A transformer's have special tokens, which are kept; a static model's have none.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        read = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids[:max_tokens] for encoding in read]
+    ids: list[list[int]] = tokenizer(
+        texts,
+        truncation=max_tokens is not None,
+        max_length=max_tokens,
+        padding=False,
+        return_attention_mask=False,
+    )["input_ids"]
+    return ids
 
 
 def token_rows(
@@ -91,7 +117,7 @@ def token_rows(
     """Returns the token ids of all texts, special tokens included; computes those that the store lacks.
 
     Args:
-        tokenizer: The student's tokenizer.
+        tokenizer: The student's tokenizer; a static model's own kind, too.
         folder: The student's folder; the hashes of its tokenizer files are in the fingerprint.
         corpus: The texts.
         store: The store for the token ids.
@@ -102,17 +128,21 @@ def token_rows(
     Raises:
         TeachonceError: the student has no transformers tokenizer, or a prompt leaves no room for a text.
     """
-    if not callable(tokenizer):
+    is_static = isinstance(tokenizer, Tokenizer)
+    if not (is_static or callable(tokenizer)):
         raise TeachonceError(
             folder,
             f"a student needs a transformers tokenizer, not {type(tokenizer).__name__}",
-            "choose a transformer as the start",
+            "choose a transformer or a StaticEmbedding as the start",
         )
     # A slow tokenizer is not in tokenizer.json, but in files that its class names: vocab.txt and others.
     vocabulary_files = set(getattr(tokenizer, "vocab_files_names", {}).values())
     recipe = {
         "version": VERSION,
-        "tokenizer": {
+        # A static model's may lie in a folder of its own, and is read otherwise than a transformer's.
+        "tokenizer": {"static": digest(tokenizer.to_str().encode())}
+        if is_static
+        else {
             path.name: sha256_of(path)
             for path in sorted(folder.iterdir())
             if path.name in vocabulary_files
@@ -136,13 +166,8 @@ def token_rows(
         entry = store.find(key)
         if entry is None:
             prompt = prompts.get(role, "")
-            ids = tokenizer(
-                [prompt + text for text in corpus.texts(shard)],
-                truncation=True,
-                max_length=max_tokens,
-                padding=False,
-                return_attention_mask=False,
-            )["input_ids"]
+            texts = [prompt + text for text in corpus.texts(shard)]
+            ids = token_ids(tokenizer, texts, max_tokens=max_tokens)
             entry = put_tokens(store, key, ids=ids, text_keys=text_keys_of(corpus.batch(shard)))
         objects.append(entry)
         progress.advance(entry.rows)

@@ -29,8 +29,8 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
 WHOLE_OR_SMALL = "set layers: null to start from the whole model, or name a small model in `from`"
 
-NOT_TRAINED = {"StaticEmbedding", "WordEmbeddings", "BoW", "CLIPModel"}
-"""Modules that read texts and are no transformers."""
+NOT_TRAINED = {"WordEmbeddings", "BoW", "CLIPModel"}
+"""Modules that read texts and are neither transformers nor static models with a tokenizer.json."""
 
 NO_MIXES = "set embed.mixes to 0, or name a teacher whose transformer reads `inputs_embeds`"
 """The cure for a teacher that cannot read mixes of texts."""
@@ -154,13 +154,13 @@ def check_passes_of(folder: Path, *, address: str) -> None:
 
 
 def check_trainable(folder: Path, *, address: str) -> None:
-    """Raise for a model without a transformer, which cannot be trained as a student."""
+    """Raise for a model of a kind that cannot be trained as a student."""
     kind = _first_kind(folder, address)
     if kind in NOT_TRAINED:
         raise TeachonceError(
             address,
-            f"the model in {folder} is a {kind}, and students of teachonce are transformers",
-            "name a transformer to start from; a static model can be the teacher",
+            f"the model in {folder} is a {kind}; students are transformers, or of the kind StaticEmbedding",
+            "name one of these to start from; this one can be the teacher",
         )
 
 

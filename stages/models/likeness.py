@@ -61,7 +61,7 @@ def encode(
 
 
 def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
-    """Returns the lowest cosine between rows of `own` and `copied`.
+    """Returns the lowest cosine between rows of `own` and `copied`; two rows of zeros are alike.
 
     Args:
         own: (n, D) vectors of the model.
@@ -72,8 +72,10 @@ def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
     """
     if own.shape != copied.shape:
         raise ValueError(f"its vectors are {copied.shape[1]} wide, not {own.shape[1]}")
-    lowest = float(row_cosines(own, copied).min())
-    stretch = float(row_stretches(own, copied).max())
+    # A static model has a vector of zeros for a text without a token that it knows.
+    some = own.any(axis=1) | copied.any(axis=1)
+    lowest = float(row_cosines(own[some], copied[some]).min(initial=1.0))
+    stretch = float(row_stretches(own[some], copied[some]).max(initial=0.0))
     # Not `lowest < LEAST_COSINE`, which is False for NaN.
     if not lowest >= LEAST_COSINE:
         raise ValueError(f"on a probe text the cosine of the two is {lowest:.6f}")

@@ -50,6 +50,12 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
     Raises:
         TeachonceError: the exporter does not support the architecture.
     """
+    if not hasattr(model[0], "auto_model"):
+        raise TeachonceError(
+            address,
+            "a static model has no ONNX form: it is a table and a mean",
+            "set export.onnx: false",
+        )
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     # Neither axis is 0 or 1 long here: the exporter would take these for constants.

@@ -36,7 +36,7 @@ TOKENIZER_KEYS = (
 NO_LIMIT = 1_000_000
 """A tokenizer without a limit says 10**30, which older versions try to cut at."""
 
-CURE = "distill from a start whose modules are Transformer, Pooling, Dense and Normalize"
+CURE = "distill from a start whose modules are Transformer or StaticEmbedding, Pooling, Dense and Normalize"
 
 
 def save_portable(
@@ -67,7 +67,8 @@ def save_portable(
                 f"the module {shown(type(module).__name__)} has no form that all versions read",
                 CURE,
             )
-    if not getattr(model.tokenizer, "is_fast", False):
+    is_static = type(model[0]).__name__ == STATIC
+    if not (is_static or getattr(model.tokenizer, "is_fast", False)):
         kind = type(model.tokenizer).__name__
         raise TeachonceError(
             address,
@@ -84,10 +85,12 @@ def save_portable(
         if kind in REWRITES:
             _rewrite(folder / entry["path"] / "config.json", REWRITES[kind], address)
     _write(folder / "modules.json", modules)
+    _rewrite(folder / "config_sentence_transformers.json", model_config, address)
+    if is_static:  # it has a tokenizer.json alone, and no limit
+        return
     # Lowercasing is part of the tokenizer that lies beside it.
     limits = {"max_seq_length": limit_of(model), "do_lower_case": False}
     _write(folder / "sentence_bert_config.json", limits)
-    _rewrite(folder / "config_sentence_transformers.json", model_config, address)
     core = _read(folder / "tokenizer.json")
     _write(
         folder / "tokenizer_config.json",
@@ -97,14 +100,14 @@ def save_portable(
 
 def limit_of(model: SentenceTransformer) -> int | None:
     """Returns the number of tokens that a model reads; None for no limit."""
-    limit: int | None = model.max_seq_length
-    return None if limit is None or limit > NO_LIMIT else limit
+    limit: float | None = model.max_seq_length
+    return None if limit is None or limit > NO_LIMIT else int(limit)
 
 
 def old_ones_read(model: SentenceTransformer) -> bool:
     """Whether transformers 4 gives the same vectors: it ignores rotary settings as version 5 saves them."""
-    body: Any = model[0].auto_model
-    return getattr(body.config, "rope_parameters", None) is None
+    body: Any = getattr(model[0], "auto_model", None)
+    return body is None or getattr(body.config, "rope_parameters", None) is None
 
 
 def pooling_config(config: Json) -> Json:
@@ -157,7 +160,9 @@ def tokenizer_config(config: Json, core: Json, *, inputs: list[str]) -> Json:
 REWRITES: dict[str, Callable[[Json], Json]] = {"Pooling": pooling_config, "Dense": dense_config}
 """Module -> its config.json as older versions want it."""
 
-STOCK = {"Transformer", "Normalize", *REWRITES}
+STATIC = "StaticEmbedding"
+
+STOCK = {"Transformer", STATIC, "Normalize", *REWRITES}
 
 
 def _is_stock(module: object) -> bool:
