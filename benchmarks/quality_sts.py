@@ -37,7 +37,10 @@ PROTOTYPE = {
 }
 
 # Recipes that stand beside the others on a start of their own.
-STARTS = {"shared_layers": ("twice", {"from": "teacher", "layers": [0, 2, 5], "passes": 2})}
+STARTS = {
+    "shared_layers": ("twice", {"from": "teacher", "layers": [0, 2, 5], "passes": 2}),
+    "static": ("table", {"from": "teacher", "layers": None, "kind": "static", "hidden": 256}),
+}
 
 
 def main():

@@ -26,6 +26,7 @@ from stages.models.abilities import (
     check_length,
     check_mixable,
     check_passes_of,
+    check_static_of,
     check_trainable,
     token_limit_of,
     width_of,
@@ -360,6 +361,8 @@ class Survey:
             self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
         if start.passes is not None:
             self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
+        if start.hidden is not None:
+            self._ask(partial(check_static_of, folder, start.hidden, address=at))
 
     def _ask_of_recipes(self, names: set[str], folder: Path, address: str, who: str) -> None:
         """Whether a start can read what the recipes of its students give it to read."""

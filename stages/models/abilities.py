@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.models.config import POOLING_FLAGS, read_object, transformers_of
-from stages.models.folder import MODULES, TRANSFORMER, modules_of, read_header
+from stages.models.folder import MODULES, TOKENIZER, TRANSFORMER, modules_of, read_header
 from stages.models.portable import STOCK
 from stages.models.shared_layers import check_swappable
 from storage import regular
@@ -161,6 +161,37 @@ def check_trainable(folder: Path, *, address: str) -> None:
             address,
             f"the model in {folder} is a {kind}; students are transformers, or of the kind StaticEmbedding",
             "name one of these to start from; this one can be the teacher",
+        )
+
+
+def check_static_of(folder: Path, hidden: int, *, address: str) -> None:
+    """Raise if no static model can be made of the model in a folder.
+
+    Args:
+        folder: The folder.
+        hidden: The width of the static model's table.
+        address: The setting of the start, to name in an error.
+    """
+    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+        raise TeachonceError(
+            f"{address}.kind",
+            f"static is made of a transformer, and the model in {folder} is a {shown(kind)}",
+            "name a transformer, or take kind and hidden away to start from the model as it is",
+        )
+    if not any(
+        (path / TOKENIZER).is_file() for path in (folder, *transformers_of(folder, address))
+    ):
+        raise TeachonceError(
+            f"{address}.kind",
+            f"static, but the model in {folder} has no {TOKENIZER}",
+            "name a model with one",
+        )
+    width = width_of(folder, address)
+    if width is not None and hidden > width:
+        raise TeachonceError(
+            f"{address}.hidden",
+            f"{hidden}, but the model's vectors have {width} values",
+            f"set it to {width} or less",
         )
 
 

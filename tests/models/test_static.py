@@ -1,6 +1,7 @@
 """Static models: what their table begins with, how they learn, and what other programs read of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from stages import export, start
 from stages.learning.student import Student, encode_ids
 from stages.learning.token_rows import token_ids, token_rows
+from stages.models.abilities import check_static_of
 from stages.models.encoder import Encoder
 from stages.models.lineage import read_lineage
 from stages.models.loading import load_model, save_model
@@ -103,6 +105,22 @@ def test_settings_that_contradict_each_other_are_refused(changes, problem):
         StartParams.model_validate(STATIC | changes)
 
 
+def test_check_says_it_before_anything_is_computed(tiny_model, tmp_path, world):
+    check_static_of(tiny_model, 32, address="starts.bag")
+    with pytest.raises(TeachonceError) as error:
+        check_static_of(tiny_model, 33, address="starts.bag")
+    assert str(error.value) == (
+        "starts.bag.hidden: 33, but the model's vectors have 32 values\n  cure: set it to 32 or less"
+    )
+    with pytest.raises(TeachonceError, match=r"made of a transformer, and .* a StaticEmbedding"):
+        check_static_of(world.start, 8, address="starts.bag")
+    slow = tmp_path / "slow"
+    shutil.copytree(tiny_model, slow)
+    (slow / "tokenizer.json").rename(slow / "vocab.txt")
+    with pytest.raises(TeachonceError, match=r"no tokenizer\.json\n  cure: name a model with one"):
+        check_static_of(slow, 8, address="starts.bag")
+
+
 def test_counts_are_those_of_each_text_without_special_tokens(place, tiny_model):
     texts = [*sentences(90), "東京 amber, amber!", "violin " * 90]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -160,7 +178,6 @@ def test_a_static_student_reads_as_its_saved_folder_does(world):
 def test_a_static_student_learns_is_saved_and_exported(world, tmp_path):
     world.train(recipe(epochs=12, learning_rate=0.01))
     scores = [row["agreement"] for row in world.tracked]
-    print(scores)
     assert scores[0] > 0.4 and max(scores) > scores[0] + 0.05
     folder = world.place.root / "student"
     texts = ["Amber harbor, silver lantern.", "violin " * 99, "unknown xyzzy", ""]

@@ -351,7 +351,7 @@ def test_every_setting_has_one_place():
         for name, field in section.model_fields.items():
             # A key of entries that users write, which came later: their entries still load.
             optional = (section.__name__, name) in {
-                *(("StartParams", "pooling"), ("StartParams", "passes")),
+                *(("StartParams", name) for name in ("pooling", "passes", "kind", "hidden")),
                 *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
                 ("SourceParams", "field"),
             }

@@ -125,7 +125,7 @@ def test_the_shipped_settings_are_right():
 
 
 def test_the_shipped_recipes_differ_in_their_objectives_only():
-    """But for DisCo's, which always project, kd_ckd's dropout, warmup's first steps, and readings."""
+    """But for DisCo's, which always project, kd_ckd's dropout, warmup's first steps, readings, static."""
     recipes = load_params(SHIPPED).recipes
     common = recipes["kd"].model_dump(exclude={"objectives"})
     for name, recipe in recipes.items():
@@ -135,6 +135,8 @@ def test_the_shipped_recipes_differ_in_their_objectives_only():
             expected["pretrain"] = {"share": 0.1, "triplets": "mined"}
         if name == "readings":
             expected["readings"] = 0.5
+        if name == "static":
+            expected |= {"epochs": 5, "batch_size": 512, "learning_rate": 3e-3}
         assert recipe.model_dump(exclude={"objectives"}) == expected, name
 
 
@@ -200,7 +202,8 @@ def test_sections_for_anchors_are_left_out_and_what_they_bring_is_checked(tmp_pa
     with pytest.raises(SettingsError) as caught:
         load_params(tmp_path / "params.yaml")
     found = dict(caught.value.problems)
-    assert set(found) == {f"recipes.{name}.batch_size" for name in load_params(SHIPPED).recipes}
+    shipped = load_params(SHIPPED).recipes.keys() - {"static"}  # it has a batch size of its own
+    assert set(found) == {f"recipes.{name}.batch_size" for name in shipped}
     (tmp_path / "params.yaml").write_text(SHIPPED.read_text() + "\ny-mine: {a: 1}\n")
     with pytest.raises(SettingsError, match="y-mine: no such setting"):
         load_params(tmp_path / "params.yaml")
@@ -1511,21 +1514,21 @@ def test_check_refuses_a_start_that_cannot_be_trained_or_exported(project):
         modules = [{"path": "", "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
         (make_model(project / name) / "modules.json").write_text(json.dumps(modules))
 
-    with_modules("static", "StaticEmbedding")
+    with_modules("bag", "BoW")
     with_modules("odd", "Transformer", "Pooling", "CNN")
 
     def change(content):
-        content["starts"] = {name: {"from": name, "layers": None} for name in ("static", "odd")}
+        content["starts"] = {name: {"from": name, "layers": None} for name in ("bag", "odd")}
         content["students"] = {
-            "a": {"recipe": "kd", "start": "static"},
+            "a": {"recipe": "kd", "start": "bag"},
             "b": {"recipe": "kd", "start": "odd"},
         }
         content["finetune"] |= {"students": []}
         content["export"]["model"] = "b"
 
     assert problems_of(project, change) == {
-        "starts.static.from": f"the model in {project / 'static'} is a StaticEmbedding, and students of "
-        "teachonce are transformers",
+        "starts.bag.from": f"the model in {project / 'bag'} is a BoW; students are transformers, or of the "
+        "kind StaticEmbedding",
         "export.model": f"its start in {project / 'odd'} has the module CNN, which cannot be exported",
     }
     # Its name is that of a stock module, its code is not.
