@@ -345,6 +345,9 @@ class Survey:
         if not students:
             return
         self._ask(partial(check_trainable, folder, address=address))
+        if start.kind == "static":
+            self._ask_of_static_students(students)
+            return
         self._ask_of_recipes(set(students.values()), folder, address, who)
         if self._can_read("finetune", "students", "max_tokens"):
             finetune = self.sections["finetune"]
@@ -353,6 +356,21 @@ class Survey:
         exported = getattr(self.sections.get("export"), "model", "").removesuffix(FINETUNED)
         if exported in students:
             self._ask(partial(check_exportable, folder, address="export.model"))
+
+    def _ask_of_static_students(self, students: Mapping[str, str]) -> None:
+        """Whether students without a transformer are asked for what only a transformer can do."""
+        recipes, export = self.sections.get("recipes", {}), self.sections.get("export")
+        for student, recipe in students.items():
+            if recipe in recipes and recipes[recipe].reads_mixes:
+                problem = (
+                    f"{recipe} reads mixes, and a static start has no transformer to mix inputs of"
+                )
+                cure = "take a recipe without `mixes`"
+                self._report(TeachonceError(f"students.{student}.recipe", problem, cure))
+        exported = getattr(export, "model", "").removesuffix(FINETUNED)
+        if exported in students and getattr(export, "onnx", False):
+            problem = f"true, but {exported} is a static model, which has no ONNX form"
+            self._report(TeachonceError("export.onnx", problem, "set it to false"))
 
     def _ask_layers(self, name: str, start: StartParams, folder: Path) -> None:
         """Whether a model has the layers of a start, and they can share weights if it asks for that."""

@@ -1544,6 +1544,45 @@ def test_check_refuses_a_start_that_cannot_be_trained_or_exported(project):
     assert found.keys() == {"export.model"}
 
 
+def test_check_refuses_what_a_static_student_cannot_do(project):
+    def change(content):
+        content["starts"]["table"] = {
+            "from": "teacher",
+            "layers": None,
+            "kind": "static",
+            "hidden": 16,
+        }
+        content["embed"]["mixes"] = 0.5
+        content["students"] |= {
+            "mixed": {"recipe": "mixes", "start": "table"},
+            "plain": {"recipe": "static", "start": "table"},
+        }
+        # Longer than the teacher can read: a table reads texts of any length.
+        content["recipes"]["static"]["max_tokens"] = 4096
+        content["export"] |= {"model": "plain", "onnx": True}
+
+    change_settings(project, change)
+    with pytest.raises(SettingsError) as caught:
+        run_check(project)
+    found = [(address, problem.split("\n")[0]) for address, problem in caught.value.problems]
+    assert found[:2] == [
+        (
+            "students.mixed.recipe",
+            "mixes reads mixes, and a static start has no transformer to mix inputs of",
+        ),
+        ("export.onnx", "true, but plain is a static model, which has no ONNX form"),
+    ]
+    assert {address for address, _ in found[2:]} <= {"export.onnx"}  # where its extra is missing
+
+    def also_wrong(content):
+        change(content)
+        content["export"]["onnx"] = False
+        del content["students"]["mixed"]
+        content["starts"]["table"]["hidden"] = 16.5
+
+    assert problems_of(project, also_wrong).keys() == {"starts.table.hidden"}
+
+
 def test_check_says_how_many_values_the_teachers_vectors_have(project):
     modules = [
         {"path": path, "type": f"sentence_transformers.models.{kind}"}
