@@ -505,8 +505,9 @@ class Workspace:
         for name, start in self.params.starts.items():
             layers = ", ".join(map(str, start.layers or ()))
             read = "" if start.passes is None else f", read {start.passes} times"
+            kept = "" if start.vocabulary is None else ", fewer tokens"
             descriptions[name] = (
-                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}{read}"
+                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}{read}{kept}"
             )
         for name, student in self.params.students.items():
             layers = descriptions.get(student.start, "no such start")

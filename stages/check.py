@@ -28,6 +28,7 @@ from stages.models.abilities import (
     check_passes_of,
     check_static_of,
     check_trainable,
+    check_vocabulary_of,
     token_limit_of,
     width_of,
 )
@@ -373,7 +374,7 @@ class Survey:
             self._report(TeachonceError("export.onnx", problem, "set it to false"))
 
     def _ask_layers(self, name: str, start: StartParams, folder: Path) -> None:
-        """Whether a model has the layers of a start, and they can share weights if it asks for that."""
+        """Whether a start can have the layers and tokens that it asks for, and its layers share weights."""
         at = f"starts.{name}"
         if start.layers is not None:
             self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
@@ -381,6 +382,9 @@ class Survey:
             self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
         if start.hidden is not None:
             self._ask(partial(check_static_of, folder, start.hidden, address=at))
+        if start.vocabulary is not None:
+            wanted = start.vocabulary if isinstance(start.vocabulary, int) else None
+            self._ask(partial(check_vocabulary_of, folder, wanted, address=f"{at}.vocabulary"))
 
     def _ask_of_recipes(self, names: set[str], folder: Path, address: str, who: str) -> None:
         """Whether a start can read what the recipes of its students give it to read."""

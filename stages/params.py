@@ -349,6 +349,21 @@ class MineParams(Section):
         return self
 
 
+class VocabularyShare(Section):
+    """The tokens that cover a share of the corpus."""
+
+    keep: Annotated[float, Field(gt=0, le=1)]  # of all occurrences of tokens
+
+
+Vocabulary = Annotated[
+    Annotated[int, Field(strict=True, ge=1000), Tag("number")]
+    | Annotated[VocabularyShare, Tag("mapping")],
+    Discriminator(
+        lambda value: "mapping" if isinstance(value, dict | VocabularyShare) else "number"
+    ),
+]
+
+
 class StartParams(Section):
     """A student before training."""
 
@@ -361,11 +376,14 @@ class StartParams(Section):
     # static: a table of the tokens' vectors, `hidden` values each, and their mean; both may be left out.
     kind: Literal["static"] | None = None
     hidden: PositiveInt | None = None
+    # How many tokens are kept, the most frequent of the corpus, or {keep: share of its tokens to cover};
+    # it may be left out, and all are kept then.
+    vocabulary: Vocabulary | None = None
 
     @property
     def reads_corpus(self) -> bool:
         """Whether it depends on how often tokens occur in the corpus."""
-        return self.kind is not None
+        return self.kind is not None or self.vocabulary is not None
 
     @model_validator(mode="after")
     def _static_has_a_width_and_no_layers(self) -> Self:
@@ -373,6 +391,8 @@ class StartParams(Section):
             raise ValueError("kind: static and hidden, the width of its table, belong together")
         if self.kind == "static" and (self.layers is not None or self.passes is not None):
             raise ValueError("a static model has no layers: set layers: null, and take passes away")
+        if self.kind == "static" and self.vocabulary is not None:
+            raise ValueError("a static model has all tokens of its teacher: take vocabulary away")
         return self
 
     @model_validator(mode="after")

@@ -1,13 +1,15 @@
 """Write a start, a student before training: some layers of the teacher, a static model of it, or any model.
 
 A static model is a table of its tokens' vectors (`stages.models.static`). Layers may be read several times
-with the same weights (`stages.models.shared_layers`).
+with the same weights (`stages.models.shared_layers`), and the tokens may be those alone that the corpus
+uses (`stages.models.vocabulary`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +19,9 @@ from stages.params import TEACHER, StartParams
 from storage import durable
 from storage.corpus import Corpus
 from storage.errors import shown
+
+if TYPE_CHECKING:
+    from stages.models.vocabulary import CutVocabulary
 
 VERSION = 1
 
@@ -43,13 +48,14 @@ def run(
         corpus: Opens the corpus, whose tokens are counted; called only if the start depends on it.
 
     Raises:
-        TeachonceError: the layers cannot be taken from this model, or it has NaN or Inf in its weights.
+        TeachonceError: its layers or tokens cannot be taken, or it has NaN or Inf in its weights.
     """
     from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
     from stages.models.shared_layers import copied, separate, share_layers
     from stages.models.static import static_model
     from stages.models.token_counts import token_counts
+    from stages.models.vocabulary import keep_tokens
 
     check_one_model(folder, address=f"starts.{name}.from")
     model = load_model(
@@ -61,6 +67,12 @@ def run(
     )
     if params.layers is not None or params.passes is not None:
         separate(model)  # layers of a model are taken one by one
+    tokens = None
+    # Before the layers, which are proved as they are saved: with the tokens that are kept.
+    if params.vocabulary is not None:
+        assert corpus is not None  # given for a start that reads it
+        at = f"starts.{name}.vocabulary"
+        tokens = keep_tokens(model, params.vocabulary, corpus=corpus(), address=at)
     proof = None
     if params.layers is not None:
         proof = keep_layers(model, params.layers, address=f"starts.{name}.layers")
@@ -71,20 +83,28 @@ def run(
         counts = token_counts(model.tokenizer, corpus())
         model = static_model(model, counts, width=params.hidden, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
-    copies = copied(model)
-    parameters = sum(weight.numel() for weight in model.parameters())
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=f"starts.{name}.from")
         if proof is not None and params.passes is None:  # else it is another model by now
             proof.check_saved(scratch, trust_remote_code=trust_remote_code)
-    kept = "all layers" if params.layers is None else f"layers {list(params.layers)}"
-    if params.hidden is not None:
-        kept = f"a table of {params.hidden} values for each token"
+        if tokens is not None:
+            tokens.check_saved(scratch, model, trust_remote_code=trust_remote_code)
+    copies = copied(model)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    facts = {"parameters": parameters, "dim": model.get_embedding_dimension()}
     return Outcome(
         stage="start",
         made=out,
-        summary=f"{kept} of {params.from_}, {parameters / 1e6:.1f} million parameters"
+        summary=", ".join([*_kept(params, tokens), f"{parameters / 1e6:.1f} million parameters"])
         + (f" ({(parameters + copies) / 1e6:.1f} with copies of shared layers)" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
-        facts={"parameters": parameters, "dim": model.get_embedding_dimension()},
+        facts=facts if tokens is None else {**facts, **tokens.facts},
     )
+
+
+def _kept(params: StartParams, tokens: CutVocabulary | None) -> list[str]:
+    """What of a model a start has, for a person."""
+    what = "all layers" if params.layers is None else f"layers {list(params.layers)}"
+    if params.hidden is not None:
+        what = f"a table of {params.hidden} values for each token"
+    return [f"{what} of {params.from_}", *([] if tokens is None else [tokens.summary])]

@@ -16,6 +16,7 @@ from typing import Any
 
 from stages.models.config import POOLING_FLAGS, read_object, transformers_of
 from stages.models.folder import MODULES, TOKENIZER, TRANSFORMER, modules_of, read_header
+from stages.models.pieces import check_kind, check_number, no_transformer
 from stages.models.portable import STOCK
 from stages.models.shared_layers import check_swappable
 from storage import regular
@@ -151,6 +152,32 @@ def check_passes_of(folder: Path, *, address: str) -> None:
         layer = {name: shape for name, shape in shapes.items() if first.match(name)}
         kind = str(config.get("model_type"))
         check_swappable(layer, kind=kind, address=address)
+
+
+def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> None:
+    """Raise if the tokens of the model in a folder cannot be cut, as far as its tokenizer.json says it.
+
+    Args:
+        folder: Folder of the model.
+        wanted: Number of tokens to keep; None for a share of the corpus.
+        address: The setting, to name in an error.
+    """
+    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+        raise no_transformer(kind, address=address)
+    for path in transformers_of(folder, address)[:1]:
+        if not (path / TOKENIZER).is_file():
+            continue
+        try:
+            content = json.loads(regular.content(path / TOKENIZER))
+            kind, vocab = content["model"].get("type"), content["model"]["vocab"]
+            own = [entry if isinstance(entry, str) else entry[0] for entry in vocab]
+            there = {*own, *(token["content"] for token in content["added_tokens"])}
+        except (AttributeError, LookupError, TypeError, ValueError):
+            continue  # loading the model says what is wrong with the file
+        if kind is not None:  # older files have none
+            check_kind(str(kind), address=address)
+        if wanted is not None:
+            check_number(wanted, len(there), address=address)
 
 
 def check_trainable(folder: Path, *, address: str) -> None:

@@ -81,7 +81,7 @@ class LayersProof:
             for name, value in own.items():
                 if now.get(name) != value:
                     self._refuse(f"{when}{name} of layer {layer} is {now.get(name)}, not {value}")
-        apart = max(map(_distance, self.states, _token_vectors(model)))
+        apart = max(map(distance, self.states, token_vectors(model, PROOF_TEXTS)))
         if not apart <= TOLERANCE:
             self._refuse(f"{when}its vectors of tokens are off by {100 * apart:.2g} %")
 
@@ -255,7 +255,7 @@ def _states_of_layers(
     before: list[Tensor] | None = None
     for run in runs:
         with _passing_over(blocks, run, before) as after:
-            states = _token_vectors(model)
+            states = token_vectors(model, PROOF_TEXTS)
         before = after
     return states
 
@@ -305,19 +305,19 @@ def _passing_over(
 
 
 @torch.inference_mode()
-def _token_vectors(model: SentenceTransformer) -> list[Tensor]:
-    """Returns the token vectors of each of `PROOF_TEXTS`, read alone: (tokens, width)."""
+def token_vectors(model: SentenceTransformer, texts: Sequence[str]) -> list[Tensor]:
+    """Returns the token vectors of each text, read alone: (tokens, width)."""
     reader: Any = model[0].eval()
     own = reader.processor
     # A tokenizer stores the truncation of its last texts, and is saved with the model.
     reader.processor = deepcopy(own)
     try:
-        return [reader(model.preprocess([text]))["token_embeddings"][0] for text in PROOF_TEXTS]
+        return [reader(model.preprocess([text]))["token_embeddings"][0] for text in texts]
     finally:
         reader.processor = own
 
 
-def _distance(own: Tensor, other: Tensor) -> float:
+def distance(own: Tensor, other: Tensor) -> float:
     """The largest difference between two tensors, relative to the largest value; inf for other shapes.
 
     NaN where both have NaN is no difference: `save_model` names the weight.

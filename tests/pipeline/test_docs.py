@@ -185,7 +185,7 @@ def check_setting(address):
     for part in address.split("."):
         if part.isupper():
             part = next(iter(found))
-        if part in {"pooling", "passes"} and "from" in found:  # which may be left out
+        if part in {"pooling", "passes", "vocabulary"} and "from" in found:  # which may be left out
             return
         assert isinstance(found, dict) and part in found, address
         found = found[part]

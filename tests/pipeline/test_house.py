@@ -351,7 +351,10 @@ def test_every_setting_has_one_place():
         for name, field in section.model_fields.items():
             # A key of entries that users write, which came later: their entries still load.
             optional = (section.__name__, name) in {
-                *(("StartParams", name) for name in ("pooling", "passes", "kind", "hidden")),
+                *(
+                    ("StartParams", name)
+                    for name in ("pooling", "passes", "kind", "hidden", "vocabulary")
+                ),
                 *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
                 ("SourceParams", "field"),
             }

@@ -1475,6 +1475,72 @@ def test_check_says_which_layers_cannot_share_weights(project, config, shapes, s
     assert said is None or found["starts.half.passes"].startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "said"),
+    [
+        ({"type": "WordPiece", "vocab": {f"t{n}": n for n in range(1100)}}, 1000, None),
+        (
+            {"type": "BPE", "vocab": {f"t{n}": n for n in range(1100)}},
+            1101,
+            "1101, but the tokenizer has 1101 tokens, so there is nothing to cut",
+        ),
+        ({"vocab": {"a": 0}}, {"keep": 0.5}, None),
+        ({"type": "Unigram", "vocab": [["a", -1.0]]}, {"keep": 0.5}, None),
+        (
+            {"type": "WordLevel", "vocab": {"a": 0}},
+            {"keep": 0.5},
+            "the tokens of a tokenizer of the kind WordPiece, BPE, Unigram can be cut, not of WordLevel",
+        ),
+    ],
+)
+def test_check_says_which_tokens_cannot_be_cut(project, model, vocabulary, said):
+    make_transformer(project / "other", BERT, LAYERS)
+    content = {"model": model, "added_tokens": [{"id": 5, "content": "[MASK]"}]}
+    (project / "other/tokenizer.json").write_text(json.dumps(content))
+
+    def change(content):
+        start = {"from": "other", "layers": None, "vocabulary": vocabulary}
+        content["starts"]["half"] = start
+
+    problems = problems_of(project, change)
+    assert problems == ({} if said is None else {"starts.half.vocabulary": said})
+    for broken in ("{}", "[]", "{", '{"model": {"vocab": [[]]}, "added_tokens": []}'):
+        (project / "other/tokenizer.json").write_text(broken)
+        assert problems_of(project, change) == {}  # loading it will say so
+
+
+def test_check_says_that_a_static_model_has_no_tokens_to_cut(project):
+    make_transformer(project / "static", BERT, LAYERS)
+    modules = [{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]
+    (project / "static/modules.json").write_text(json.dumps(modules))
+
+    def change(content):
+        content["starts"]["half"] = {"from": "static", "layers": None, "vocabulary": 1000}
+
+    assert problems_of(project, change)["starts.half.vocabulary"] == (
+        "the tokens of a model with one transformer can be cut, not those of StaticEmbedding"
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "said"),
+    [
+        (999, ": must be greater than or equal to 1000, got 999"),
+        ("all", ": must be a whole number, got 'all'"),
+        ({"keep": 0}, ".keep: must be greater than 0.0, got 0"),
+        ({"keep": 1.5}, ".keep: must be less than or equal to 1.0, got 1.5"),
+        ({"kept": 0.5}, ".kept: no such setting; did you mean keep?"),
+    ],
+)
+def test_a_vocabulary_is_a_number_or_a_share(project, vocabulary, said):
+    change_settings(
+        project, lambda content: content["starts"]["half"].update(vocabulary=vocabulary)
+    )
+    with pytest.raises(SettingsError) as error:
+        load_params(project / "params.yaml")
+    assert f"starts.half.vocabulary{said}\n" in f"{error.value}\n"
+
+
 def test_check_refuses_code_that_may_not_run(project):
     make_transformer(project / "own", {"model_type": "mine", "auto_map": {}}, {"w": [2]})
     (project / "own/modeling_mine.py").write_text("")
