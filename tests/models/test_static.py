@@ -98,6 +98,7 @@ def test_what_no_static_model_can_be_made_of_is_refused(tiny_model, counts):
         ({"layers": [0]}, "a static model has no layers"),
         ({"passes": 2}, "a static model has no layers"),
         ({"hidden": 0}, "greater than 0"),
+        ({"vocabulary": 12000}, "has all tokens of its teacher"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, problem):
