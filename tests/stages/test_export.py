@@ -434,7 +434,8 @@ def test_other_modules_are_refused(body, tmp_path):
     error = refused((folder, lineage_of(projection=False)), tmp_path / "out")
     assert str(error) == (
         f"{folder}: the module Dropout has no form that all versions read\n"
-        "  cure: distill from a start whose modules are Transformer, Pooling, Dense and Normalize"
+        "  cure: distill from a start whose modules are Transformer or StaticEmbedding, Pooling, Dense "
+        "and Normalize"
     )
 
 
