@@ -27,6 +27,7 @@ from stages.models.lineage import LINEAGE
 from stages.models.loading import is_normalize, leaves_out_prompts, save_model
 from stages.models.mixing import MixedIds, mixed_features
 from stages.models.packed import CANNOT_PACK, PackedReader
+from stages.models.portable import STATIC
 from stages.outcome import log, write_json
 from storage.errors import TeachonceError, shown
 from storage.roles import Role
@@ -83,7 +84,7 @@ class Student(nn.Module):
         if self.projection is not None and width == teacher_dim:
             nn.init.eye_(self.projection.weight)
             nn.init.zeros_(self.projection.bias)
-        self.is_static = type(model[0]).__name__ == "StaticEmbedding"
+        self.is_static = type(model[0]).__name__ == STATIC
         self.packed, self.equal_lengths = (None, False) if self.is_static else self._readers()
 
     def forward(self, token_ids: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:

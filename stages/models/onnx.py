@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.models.portable import STATIC
 from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
     Raises:
         TeachonceError: the exporter does not support the architecture.
     """
-    if not hasattr(model[0], "auto_model"):
+    if type(model[0]).__name__ == STATIC:
         raise TeachonceError(
             address,
             "a static model has no ONNX form: it is a table and a mean",
