@@ -79,6 +79,12 @@ def save_portable(
     modules: list[dict[str, str]] = json.loads(
         (folder / "modules.json").read_text(encoding="utf-8")
     )
+    if is_static:  # older versions take a first module in the folder itself for a transformer
+        own = folder / f"0_{STATIC}"
+        own.mkdir()
+        for name in ("model.safetensors", "tokenizer.json"):
+            (folder / name).rename(own / name)
+        modules[0]["path"] = own.name
     for entry, module in zip(modules, model, strict=True):
         kind = type(module).__name__
         entry["type"] = f"sentence_transformers.models.{kind}"

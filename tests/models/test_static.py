@@ -190,6 +190,7 @@ def test_a_static_student_learns_is_saved_and_exported(world, tmp_path):
     np.testing.assert_allclose(exported.encode(texts), own, atol=1e-6)
     modules = json.loads((tmp_path / "out/modules.json").read_text())
     assert modules[0]["type"] == "sentence_transformers.models.StaticEmbedding"
+    assert modules[0]["path"] == "0_StaticEmbedding"  # version 3.4 reads it nowhere else
     with pytest.raises(TeachonceError, match="a static model has no ONNX form"):
         from stages.models.onnx import write_onnx
 
