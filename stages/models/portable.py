@@ -79,12 +79,8 @@ def save_portable(
     modules: list[dict[str, str]] = json.loads(
         (folder / "modules.json").read_text(encoding="utf-8")
     )
-    if is_static:  # older versions take a first module in the folder itself for a transformer
-        own = folder / f"0_{STATIC}"
-        own.mkdir()
-        for name in ("model.safetensors", "tokenizer.json"):
-            (folder / name).rename(own / name)
-        modules[0]["path"] = own.name
+    if is_static:
+        modules[0]["path"] = _give_own_folder(folder)
     for entry, module in zip(modules, model, strict=True):
         kind = type(module).__name__
         entry["type"] = f"sentence_transformers.models.{kind}"
@@ -102,6 +98,15 @@ def save_portable(
         folder / "tokenizer_config.json",
         tokenizer_config(_read(folder / "tokenizer_config.json"), core, inputs=_inputs(model)),
     )
+
+
+def _give_own_folder(folder: Path) -> str:
+    """Move a static model's files; older versions take a first module that lies above for a transformer."""
+    own = folder / f"0_{STATIC}"
+    own.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).rename(own / name)
+    return own.name
 
 
 def limit_of(model: SentenceTransformer) -> int | None:
