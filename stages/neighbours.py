@@ -38,6 +38,8 @@ def run(
         labelled: Returns the labelled triplets; called only if a recipe reads them.
         out: Destination folder, replaced atomically.
     """
+    reads_labels = any(recipe.reads_labels for recipe in recipes.values())
+    labels = digest(*(text.encode() for row in labelled() for text in row)) if reads_labels else ""
     reading = [name for name, recipe in recipes.items() if recipe.reads_neighbours]
     with durable.replace_folder(out) as scratch:
         for name in recipes:
@@ -47,7 +49,7 @@ def run(
             if recipes[name].readings:
                 read["readings"] = readings.content if readings else None
             if recipes[name].reads_labels:
-                read["labelled"] = digest(*(text.encode() for row in labelled() for text in row))
+                read["labelled"] = labels
             write_json(scratch / f"{name}.json", read)
     return Outcome(
         stage="neighbours",

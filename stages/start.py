@@ -53,8 +53,7 @@ def run(
     from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
     from stages.models.shared_layers import copied, separate, share_layers
-    from stages.models.static import static_model
-    from stages.models.token_counts import token_counts
+    from stages.models.static import make_static
     from stages.models.vocabulary import keep_tokens
 
     check_one_model(folder, address=f"starts.{name}.from")
@@ -80,8 +79,7 @@ def run(
         share_layers(model, params.passes, address=f"starts.{name}.passes")
     if params.hidden is not None:
         assert corpus is not None  # given for a start that reads it
-        counts = token_counts(model.tokenizer, corpus())
-        model = static_model(model, counts, width=params.hidden, address=f"starts.{name}")
+        model = make_static(model, corpus(), width=params.hidden, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=f"starts.{name}.from")

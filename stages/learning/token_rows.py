@@ -77,7 +77,7 @@ def prompt_tokens(
         [ids] = token_ids(tokenizer, [prompt], max_tokens=None)
         room_for_texts(max_tokens, around=len(ids), prompted=role, address=address)
         ends = getattr(tokenizer, "all_special_ids", ())  # a static model reads none
-        counts[role] = len(ids) - (ids[-1] in ends)
+        counts[role] = len(ids) - any(number in ends for number in ids[-1:])
     return counts
 
 

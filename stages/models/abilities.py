@@ -205,15 +205,26 @@ def check_static_of(folder: Path, hidden: int, *, address: str) -> None:
             f"static is made of a transformer, and the model in {folder} is a {shown(kind)}",
             "name a transformer, or take kind and hidden away to start from the model as it is",
         )
-    if not any(
-        (path / TOKENIZER).is_file() for path in (folder, *transformers_of(folder, address))
-    ):
+    places = (folder, *transformers_of(folder, address))
+    has_tokenizer = any((path / TOKENIZER).is_file() for path in places)
+    check_static(hidden, width_of(folder, address), has_tokenizer=has_tokenizer, address=address)
+
+
+def check_static(hidden: int, width: int | None, *, has_tokenizer: bool, address: str) -> None:
+    """Raise if no static model can be made of a transformer.
+
+    Args:
+        hidden: The width of the static model's table.
+        width: Values of the transformer's vectors; None if that is not known.
+        has_tokenizer: Whether it has a tokenizer.json.
+        address: The setting of the start, to name in an error.
+    """
+    if not has_tokenizer:
         raise TeachonceError(
             f"{address}.kind",
-            f"static, but the model in {folder} has no {TOKENIZER}",
+            f"static, but the tokenizer of this model has no {TOKENIZER}",
             "name a model with one",
         )
-    width = width_of(folder, address)
     if width is not None and hidden > width:
         raise TeachonceError(
             f"{address}.hidden",

@@ -68,14 +68,16 @@ def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
         copied: (n, D) vectors of its copy.
 
     Raises:
-        ValueError: the cosine is below `LEAST_COSINE` or NaN, or lengths or widths differ.
+        ValueError: the cosine is below `LEAST_COSINE` or NaN, lengths or widths differ, or all are zeros.
     """
     if own.shape != copied.shape:
         raise ValueError(f"its vectors are {copied.shape[1]} wide, not {own.shape[1]}")
     # A static model has a vector of zeros for a text without a token that it knows.
     some = own.any(axis=1) | copied.any(axis=1)
-    lowest = float(row_cosines(own[some], copied[some]).min(initial=1.0))
-    stretch = float(row_stretches(own[some], copied[some]).max(initial=0.0))
+    if not some.any():
+        raise ValueError("its vectors of all probe texts are zeros")
+    lowest = float(row_cosines(own[some], copied[some]).min())
+    stretch = float(row_stretches(own[some], copied[some]).max())
     # Not `lowest < LEAST_COSINE`, which is False for NaN.
     if not lowest >= LEAST_COSINE:
         raise ValueError(f"on a probe text the cosine of the two is {lowest:.6f}")

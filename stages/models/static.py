@@ -17,11 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stages.models.abilities import check_static
 from stages.models.loading import ends_in_normalize
+from stages.models.token_counts import token_counts
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from storage.corpus import Corpus
 
 FREQUENCY = 1e-3
 """The share in the corpus at which a token counts half."""
@@ -32,38 +36,40 @@ WORDS = ("a", "the", "of", "1", "yes", "house")
 """Texts of one token, of which at least one is so to any tokenizer."""
 
 
+def make_static(
+    model: SentenceTransformer, corpus: Corpus, *, width: int, address: str
+) -> SentenceTransformer:
+    """As `static_model`, with the counts of a corpus.
+
+    Raises:
+        TeachonceError: the model has no fast tokenizer, or its vectors have fewer values than `width`.
+    """
+    has_tokenizer = bool(getattr(model.tokenizer, "is_fast", False))
+    known = model.get_embedding_dimension()
+    check_static(width, known, has_tokenizer=has_tokenizer, address=address)
+    counts = token_counts(model.tokenizer, corpus)
+    return static_model(model, counts, width=width, address=address)
+
+
 def static_model(
     model: SentenceTransformer, counts: NDArray[np.int64], *, width: int, address: str
 ) -> SentenceTransformer:
     """Returns a static model with the transformer's tokenizer, and vectors as wide as the transformer's.
 
     Args:
-        model: The transformer, on the CPU.
+        model: The transformer, on the CPU, with a fast tokenizer.
         counts: (V,) how often each token id occurs in the corpus.
-        width: Values of a token's vector in the table.
+        width: Values of a token's vector in the table; at most as many as the transformer's have.
         address: The setting of the start, to name in an error.
 
     Raises:
-        TeachonceError: the model has no fast tokenizer, or its vectors have fewer values than `width`.
+        TeachonceError: no common word is one token of the model.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 
-    if not getattr(model.tokenizer, "is_fast", False):
-        raise TeachonceError(
-            f"{address}.kind",
-            "static, but the tokenizer of this model has no tokenizer.json",
-            "name a model with one",
-        )
     of_tokens = _vectors_of_tokens(model, len(counts), address=address)
-    most = min(of_tokens.shape)
-    if width > most:
-        raise TeachonceError(
-            f"{address}.hidden",
-            f"{width}, but the model's vectors have {most} values",
-            f"set it to {most} or less",
-        )
     components = _principal_components(of_tokens, width)
     shares = (counts + 1) / (counts + 1).sum()
     weights = torch.from_numpy(FREQUENCY / (FREQUENCY + shares)).float()

@@ -16,7 +16,7 @@ from stages.models.abilities import check_static_of
 from stages.models.encoder import Encoder
 from stages.models.lineage import read_lineage
 from stages.models.loading import load_model, save_model
-from stages.models.static import FREQUENCY, static_model
+from stages.models.static import FREQUENCY, make_static, static_model
 from stages.models.token_counts import token_counts
 from stages.params import ExportParams, StartParams
 from storage.errors import TeachonceError
@@ -77,17 +77,17 @@ def test_components_are_those_that_lose_least(tiny_model, counts):
     assert torch.equal(again[0].embedding.weight, cut[0].embedding.weight)
 
 
-def test_what_no_static_model_can_be_made_of_is_refused(tiny_model, counts):
+def test_what_no_static_model_can_be_made_of_is_refused(place, tiny_model, counts):
+    """Before a text is read."""
+    corpus, model = place.corpus(sentences(30)), load_model(tiny_model, device=CPU)
     with pytest.raises(TeachonceError) as error:
-        made_of(tiny_model, counts, 33)
+        make_static(model, corpus, width=33, address="starts.bag")
     assert str(error.value) == (
         "starts.bag.hidden: 33, but the model's vectors have 32 values\n  cure: set it to 32 or less"
     )
-    model = load_model(tiny_model, device=CPU)
     static = made_of(tiny_model, counts, 12)
     with pytest.raises(TeachonceError, match=r"has no tokenizer\.json"):
-        static_model(static, counts, width=4, address="starts.bag")
-    assert model is not static
+        make_static(static, corpus, width=4, address="starts.bag")
 
 
 @pytest.mark.parametrize(
