@@ -504,11 +504,12 @@ class Workspace:
         descriptions = {}
         for name, start in self.params.starts.items():
             layers = ", ".join(map(str, start.layers or ()))
+            what = f"layers {layers}" if layers else "all layers"
+            if start.kind == "static":
+                what = "a table of tokens"
             read = "" if start.passes is None else f", read {start.passes} times"
             kept = "" if start.vocabulary is None else ", fewer tokens"
-            descriptions[name] = (
-                f"{f'layers {layers}' if layers else 'all layers'} of {start.from_}{read}{kept}"
-            )
+            descriptions[name] = f"{what} of {start.from_}{read}{kept}"
         for name, student in self.params.students.items():
             layers = descriptions.get(student.start, "no such start")
             descriptions[name] = f"recipe {student.recipe}, start {student.start} ({layers})"

@@ -29,6 +29,7 @@ from stages.models.abilities import (
     check_static_of,
     check_trainable,
     check_vocabulary_of,
+    is_static,
     token_limit_of,
     width_of,
 )
@@ -346,10 +347,12 @@ class Survey:
         if not students:
             return
         self._ask(partial(check_trainable, folder, address=address))
-        if start.kind == "static":
+        if start.kind == "static" or is_static(folder, address):
             self._ask_of_static_students(students)
+        else:
+            self._ask_of_recipes(set(students.values()), folder, address, who)
+        if start.kind == "static":  # made here, of modules that all versions know
             return
-        self._ask_of_recipes(set(students.values()), folder, address, who)
         if self._can_read("finetune", "students", "max_tokens"):
             finetune = self.sections["finetune"]
             if set(students) & set(finetune.students):

@@ -17,7 +17,7 @@ from typing import Any
 from stages.models.config import POOLING_FLAGS, read_object, transformers_of
 from stages.models.folder import MODULES, TOKENIZER, TRANSFORMER, modules_of, read_header
 from stages.models.pieces import check_kind, check_number, no_transformer
-from stages.models.portable import STOCK
+from stages.models.portable import STATIC, STOCK
 from stages.models.shared_layers import check_swappable
 from storage import regular
 from storage.errors import TeachonceError, shown
@@ -186,9 +186,14 @@ def check_trainable(folder: Path, *, address: str) -> None:
     if kind in NOT_TRAINED:
         raise TeachonceError(
             address,
-            f"the model in {folder} is a {kind}; students are transformers, or of the kind StaticEmbedding",
+            f"the model in {folder} is a {kind}; students are transformers, or of the kind {STATIC}",
             "name one of these to start from; this one can be the teacher",
         )
+
+
+def is_static(folder: Path, address: str) -> bool:
+    """Whether the model in a folder is a table of tokens, of which a text has the mean."""
+    return _first_kind(folder, address) == STATIC
 
 
 def check_static_of(folder: Path, hidden: int, *, address: str) -> None:
@@ -297,7 +302,7 @@ def width_of(folder: Path, address: str) -> int | None:
             flags = [config.get(flag) for flag in POOLING_FLAGS]
             times = len(modes) if isinstance(modes, list) else max(flags.count(True), 1)
             width = None if width is None else int(width) * times
-        elif kind == "StaticEmbedding":
+        elif kind == STATIC:
             shapes = read_header(folder / path / "model.safetensors", address)
             width = next((shape[1] for shape in shapes.values() if len(shape) == 2), None)
     return None if width is None else int(width)

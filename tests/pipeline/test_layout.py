@@ -125,7 +125,10 @@ def test_a_project_is_called_by_its_folder_also_in_an_experiment(tmp_path):
 def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
     whole = {"from": "some/model", "layers": None, "pooling": None}
-    settings["starts"] = {"half": settings["starts"]["half"], "whole": whole}
+    table = {"from": "teacher", "layers": None, "kind": "static", "hidden": 8}
+    half = settings["starts"]["half"]
+    settings["starts"] = {"half": half, "whole": whole, "table": table}
+    settings["starts"]["tiny"] = half | {"vocabulary": 9000}
     settings["students"] = {
         "kd": {"recipe": "kd", "start": "half"},
         "small": {"recipe": "ckd", "start": "whole"},
@@ -136,6 +139,8 @@ def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
     assert Workspace(tmp_path).made_of() == {
         "half": f"layers {layers} of teacher",
         "whole": "all layers of some/model",
+        "table": "a table of tokens of teacher",
+        "tiny": f"layers {layers} of teacher, fewer tokens",
         "kd": f"recipe kd, start half (layers {layers} of teacher)",
         "small": "recipe ckd, start whole (all layers of some/model)",
         "kd-finetuned": "kd, then labelled rows",

@@ -1640,6 +1640,17 @@ def test_check_refuses_what_a_static_student_cannot_do(project):
     ]
     assert {address for address, _ in found[2:]} <= {"export.onnx"}  # where its extra is missing
 
+    # A static model that is taken as it is can do no more.
+    model = make_model(project / "words")
+    modules = [{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]
+    (model / "modules.json").write_text(json.dumps(modules))
+
+    def as_it_is(content):
+        change(content)
+        content["starts"]["table"] = {"from": "words", "layers": None}
+
+    assert problems_of(project, as_it_is).keys() == {"students.mixed.recipe", "export.onnx"}
+
     def also_wrong(content):
         change(content)
         content["export"]["onnx"] = False

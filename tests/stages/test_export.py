@@ -490,6 +490,18 @@ def test_a_projection_that_is_not_there_is_damage(same, tmp_path):
     )
 
 
+def test_zeros_are_like_zeros_and_no_likeness_by_themselves():
+    """A static model has them for a text of which it knows no token."""
+    own = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+    assert likeness.likeness(own, own) == 1
+    one_more, one_less = np.array([[3.0, 4.0], [0.0, 1.0]]), np.zeros((2, 2))
+    for copied in (one_more, one_less):
+        with pytest.raises(ValueError, match="nan"):
+            likeness.likeness(own, copied.astype(np.float32))
+    with pytest.raises(ValueError, match="all probe texts are zeros"):
+        likeness.likeness(0 * own, 0 * own)
+
+
 def test_likeness_is_the_lowest_cosine():
     own = np.array([[1, 0], [3, 4]], np.float32)
     assert likeness.likeness(own, own) == 1
