@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from stages import distill
-from stages.learning import loop
 from stages.learning.labelled_rows import labelled_rows, learned_triplets
 from stages.learning.pretraining import (
     LabelledTriples,
@@ -25,7 +24,7 @@ from storage.negatives import NONE
 from storage.split import Split
 from tests.conftest import sentences
 from tests.stages.test_distill import (  # noqa: F401 - fixtures among them
-    PowerCut,
+    power_cut,
     recipe,
     start_folder,
     world,
@@ -283,25 +282,13 @@ def test_a_step_among_rows_without_two_neighbours_changes_nothing(warm):
 
 
 @pytest.mark.parametrize("dies_after", [1, 3, 10, 11, 12, 30])
-def test_a_killed_run_ends_with_the_same_weights(warm, monkeypatch, dies_after):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+def test_a_killed_run_ends_with_the_same_weights(warm, dies_after):
     params = recipe(**(LABELLED if dies_after == 3 else WARM))
     train = warm.split.train_rows(warm.corpus)
     warm.labelled = np.random.default_rng(2).choice(train, (60, 3))
     warm.train(params, "whole")
-    steps, plain_step = 0, loop.take_step
-
-    def dying_step(*args):
-        nonlocal steps
-        steps += 1
-        if steps > dies_after:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
-    with pytest.raises(PowerCut):
+    with power_cut(after=dies_after):
         warm.train(params, "killed")
-    monkeypatch.setattr(loop, "take_step", plain_step)
     warm.train(params, "killed")
     assert warm.weights("killed") == warm.weights("whole")
     curves = [(warm.place.root / f"{name}.csv").read_bytes() for name in ("killed", "whole")]

@@ -21,7 +21,7 @@ from stages.models.token_counts import token_counts
 from stages.params import ExportParams, StartParams
 from storage.errors import TeachonceError
 from tests.conftest import WORDS, sentences
-from tests.stages.test_distill import CPU, World, recipe
+from tests.stages.test_distill import CPU, World, power_cut, recipe
 from tests.stages.test_finetune import settings
 
 STATIC = {"from": "teacher", "layers": None, "kind": "static", "hidden": 12}
@@ -197,25 +197,10 @@ def test_a_static_student_learns_is_saved_and_exported(world, tmp_path):
         write_onnx(exported, tmp_path / "model.onnx", address="x")
 
 
-def test_a_killed_static_run_ends_with_the_same_weights(world, monkeypatch):
-    from stages.learning import loop
-    from tests.stages.test_distill import PowerCut
-
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+def test_a_killed_static_run_ends_with_the_same_weights(world):
     world.train(recipe(), "whole")
-    steps, plain_step = 0, loop.take_step
-
-    def dying_step(*args):
-        nonlocal steps
-        steps += 1
-        if steps > 13:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
-    with pytest.raises(PowerCut):
+    with power_cut(after=13):
         world.train(recipe(), "killed")
-    monkeypatch.setattr(loop, "take_step", plain_step)
     world.train(recipe(), "killed")
     assert world.weights("killed") == world.weights("whole")
 

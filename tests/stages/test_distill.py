@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -761,6 +762,24 @@ class PowerCut(Exception):
     pass
 
 
+@contextmanager
+def power_cut(*, after):
+    """The power fails after so many steps of training, each of which is checkpointed."""
+    plain_step, taken = loop.take_step, 0
+
+    def dying_step(*args):
+        nonlocal taken
+        if taken == after:
+            raise PowerCut
+        taken += 1
+        return plain_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(loop, "take_step", dying_step)
+        yield
+
+
 @pytest.mark.parametrize(
     ("objectives", "dies_after"),
     [
@@ -770,27 +789,14 @@ class PowerCut(Exception):
     ],
     ids=lambda value: value if isinstance(value, int) else value[0]["name"],
 )
-def test_a_killed_run_ends_with_the_same_weights(world, monkeypatch, objectives, dies_after):
+def test_a_killed_run_ends_with_the_same_weights(world, objectives, dies_after):
     world.negatives = world.mine(world.embeddings.manifest.content, 30)
     params = recipe(objectives=objectives, dropout=True)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     world.train(params, "whole")
-    steps = 0
     whole_curve, world.tracked = world.tracked, []
-    plain_step = loop.take_step
-
-    def dying_step(*args):
-        nonlocal steps
-        steps += 1
-        if steps > dies_after:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
-    with pytest.raises(PowerCut):
+    with power_cut(after=dies_after):
         world.train(params, "killed")
     assert not (world.place.root / "killed").exists()
-    monkeypatch.setattr(loop, "take_step", plain_step)
     world.tracked = []
     outcome = world.train(params, "killed")
     assert world.tracked == whole_curve  # a dashboard is shown what was before, too
@@ -807,15 +813,6 @@ def test_a_killed_run_is_gone_on_with_by_nobody_who_learns_from_something_else(
     world, tiny_model, monkeypatch
 ):
     """Whatever a run reads stands in its name; the same again goes on."""
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    plain_step = loop.take_step
-
-    def dying_step(*args):
-        if args[4] == 1:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
     params = recipe(objectives=[{**CKD[0], "neighbours": 2}], evaluate_every=100)
     lists = [world.mine("a", 1), world.mine("b", 7)]
 
@@ -823,7 +820,7 @@ def test_a_killed_run_is_gone_on_with_by_nobody_who_learns_from_something_else(
         with monkeypatch.context() as patch:
             for name, value in {"negatives": lists[0], **world_is}.items():
                 patch.setattr(world, name, value)
-            with pytest.raises(PowerCut):
+            with power_cut(after=1):
                 world.train(params)
         return sorted(path.name for path in (world.place.root / "work").iterdir())
 
@@ -843,19 +840,9 @@ def test_a_killed_run_is_gone_on_with_by_nobody_who_learns_from_something_else(
     assert runs() == found[-1]
 
 
-def test_the_minutes_are_those_of_all_starts_of_a_run(world, monkeypatch):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    plain_step = loop.take_step
-
-    def dying_step(*args):
-        if args[4] == 12:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
-    with pytest.raises(PowerCut):
+def test_the_minutes_are_those_of_all_starts_of_a_run(world):
+    with power_cut(after=12):
         world.train(recipe())
-    monkeypatch.setattr(loop, "take_step", plain_step)
     (run,) = (world.place.root / "work").iterdir()
     state, tensors = Checkpoints(run).load()
     assert 0 < state.seconds < 600

@@ -15,7 +15,6 @@ from pyarrow import parquet
 
 from stages import finetune
 from stages.finetune import FinetuneTask, Rehearsal, positives_mask
-from stages.learning import loop
 from stages.learning.batches import some_rows
 from stages.learning.judges import (
     MOST_TEXTS,
@@ -37,6 +36,7 @@ from storage.embeddings import Embeddings
 from storage.errors import MissingError, TeachonceError
 from storage.split import Split
 from tests.conftest import HashTeacher, make_tiny_model, sentences
+from tests.stages.test_distill import power_cut
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)
@@ -507,28 +507,12 @@ def test_what_cannot_be_finetuned_is_refused(world, tmp_path):
         world.train(settings(distill_weight=1.0), caches=caches)
 
 
-class PowerCut(Exception):
-    pass
-
-
-def test_a_killed_finetuning_ends_with_the_same_weights(world, monkeypatch):
+def test_a_killed_finetuning_ends_with_the_same_weights(world):
     params = settings(dropout=True, distill_weight=10.0)
     caches = world.caches()
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     world.train(params, "whole", caches=caches)
-    plain_step, steps = loop.take_step, 0
-
-    def dying_step(*args):
-        nonlocal steps
-        steps += 1
-        if steps > 23:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
-    with pytest.raises(PowerCut):
+    with power_cut(after=23):
         world.train(params, "killed", caches=caches)
-    monkeypatch.setattr(loop, "take_step", plain_step)
     world.train(params, "killed", caches=caches)
     assert world.weights("killed") == world.weights("whole")
     assert (world.place.root / "killed.csv").read_bytes() == (
@@ -537,18 +521,9 @@ def test_a_killed_finetuning_ends_with_the_same_weights(world, monkeypatch):
 
 
 def test_a_killed_finetuning_is_gone_on_with_by_nobody_who_learns_from_something_else(
-    world, tmp_path, monkeypatch
+    world, tmp_path
 ):
     """Student, labels, cached vectors, split and settings stand in a run's name; the same again goes on."""
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    plain_step = loop.take_step
-
-    def dying_step(*args):
-        if args[4] == 1:
-            raise PowerCut
-        return plain_step(*args)
-
-    monkeypatch.setattr(loop, "take_step", dying_step)
     params = settings(distill_weight=10.0, evaluate_every=100)
     caches = world.caches()
     other_split = caches.split.model_copy(update={"evaluation": (3, 4)})
@@ -556,7 +531,7 @@ def test_a_killed_finetuning_is_gone_on_with_by_nobody_who_learns_from_something
     others = Embeddings(world.place.store, world.place.embeddings, caches.corpus)
 
     def runs(params=params, caches=caches):
-        with pytest.raises(PowerCut):
+        with power_cut(after=1):
             world.train(params, caches=caches)
         return sorted(path.name for path in (world.place.root / "work").iterdir())
 
