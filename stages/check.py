@@ -260,18 +260,11 @@ class Survey:
                 for name, start in sections.get("starts", {}).items()
             }
         # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
-        entries["neighbours"] = {
-            name: recipe.reads_neighbours for name, recipe in sections.get("recipes", {}).items()
-        }
-        entries["mixes"] = {
-            name: recipe.reads_mixes for name, recipe in sections.get("recipes", {}).items()
-        }
-        entries["readings"] = {
-            name: recipe.readings > 0 for name, recipe in sections.get("recipes", {}).items()
-        }
-        entries["labelled"] = {
-            name: recipe.reads_labels for name, recipe in sections.get("recipes", {}).items()
-        }
+        recipes = sections.get("recipes", {})
+        entries["neighbours"] = {name: one.reads_neighbours for name, one in recipes.items()}
+        entries["mixes"] = {name: one.reads_mixes for name, one in recipes.items()}
+        entries["readings"] = {name: one.readings > 0 for name, one in recipes.items()}
+        entries["labelled"] = {name: one.reads_labels for name, one in recipes.items()}
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()
