@@ -201,6 +201,8 @@ def ours(stored, k, device, clock):
         min_recall=0.95,
         among={"text": "text", "query": "document", "document": "document"},
         memory_mb=1024,
+        pool=None,
+        most_hours=12,
     )
     keys = np.frombuffer(draw_keys(len(rows)), "V16")
     started = clock()

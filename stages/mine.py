@@ -6,6 +6,10 @@ one of two methods, whichever is estimated to be faster: a self-join, all lists 
 (mining/faiss_search.py). With FAISS a shard's lists are published when they are finished, so a killed run
 resumes; a self-join publishes at its end and starts over, so it is limited to EXACT_ROWS.
 
+With `mine.pool` only so many rows can be found, drawn at random: the time grows with the number of rows,
+not with its square. The 64 nearest of a pool of 1 % are about the 6,400 nearest of all, so they are still
+hard, and fewer of them say the same as the row itself.
+
 Held-out and evaluation rows neither get lists nor appear in any: their lists are empty.
 
 This file is long because the stage and the miner share how shards are grouped, searched and published.
@@ -79,6 +83,8 @@ def recipe(params: MineParams, index: Mapping[str, Any] | None = None) -> dict[s
     # Only if it is another, so that lists of before there were roles keep their fingerprints.
     if params.among != AMONG:
         settings["among"] = dict(params.among)
+    if params.pool is not None:
+        settings["pool"] = params.pool
     return settings if index is None else {**settings, "index": dict(index)}
 
 
@@ -98,6 +104,9 @@ def resolve(
     """
     from stages.mining.faiss_search import index_bytes, index_settings
 
+    if params.pool is not None:
+        log.info("mine: index flat: a pool of %s rows is searched exactly", f"{params.pool:,}")
+        return None
     wanted = "hnsw" if params.index == "auto" else params.index
     limit = EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
     megabytes = index_bytes(wanted, rows=rows, dim=dim) >> 20
@@ -114,13 +123,6 @@ def resolve(
         )
     chosen = "flat" if exact else wanted
     log.info("mine: index %s: %s", chosen, "as set" if params.index != "auto" else reason)
-    if params.index == "auto" and exact and rows > limit:
-        log.warning(
-            "mine: exact search among %s rows may take days: raise mine.memory_mb to %d or more, if this "
-            "machine has it; `teachonce plan` says how long each takes",
-            f"{rows:,}",
-            megabytes,
-        )
     if exact:
         return None
     return index_settings(wanted, rows=rows, k=min(params.range_max + 1, rows))
@@ -146,6 +148,7 @@ class ExactCosts:
         self.device = device if device.type in EXACT_ROWS else torch.device("cpu")
         self.rows_of, self.count, self.tile = rows_of, count, tile_on(self.device)
         self.k, self.memory = min(params.range_max + 1, count), params.memory_mb << 20
+        self.params = params
 
     @cached_property
     def sample(self) -> NDArray[np.floating]:
@@ -178,7 +181,9 @@ class ExactCosts:
         return self.join if is_faster else None
 
     def seconds_for(self, rows: int) -> float:
-        """Returns the seconds of the lists of all of `rows` rows."""
+        """Returns the seconds of the lists of all of `rows` rows, among the pool if there is one."""
+        if self.params.pool is not None and self.params.pool < rows:
+            return self.flat.seconds_for(self.params.pool, asked=rows)
         join = self.join_for(rows, asked=rows)
         return join.seconds_for(rows) if join else self.flat.seconds_for(rows, asked=rows)
 
@@ -227,8 +232,9 @@ def run(
         TeachonceError: FAISS is needed and not installed, or an approximate index misses too much.
     """
     train = split.train_rows(corpus)
-    pools = pools_of(params, corpus, train)
-    index = resolve(params, rows=largest(pools), dim=embeddings.dim, device=device)
+    asking = rows_of_roles(params, corpus, train)
+    found = pools_of(params, corpus, asking)
+    index = resolve(params, rows=largest(found), dim=embeddings.dim, device=device)
     negatives_recipe, parent = recipe(params, index), parent_of(embeddings, split)
     name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
@@ -242,12 +248,12 @@ def run(
             params,
             corpus=corpus,
             embeddings=embeddings,
-            train=pools[role],
-            among=pools[params.among[role]],
+            train=asking[role],
+            among=found[params.among[role]],
         )
         rows_to_search = sum(miner.train_rows_of(shard) for shard in shards)
         # The settings of an index are those for so many rows.
-        its_index = index if len(miner.among) == largest(pools) else None
+        its_index = index if len(miner.among) == largest(found) else None
         search = miner.search(its_index, asked=rows_to_search, device=device)
         for group in miner.groups(shards):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
@@ -288,7 +294,7 @@ def _put(store: Store, key: str, lists: ShardLists, texts: pa.RecordBatch) -> Ob
     )
 
 
-def pools_of(
+def rows_of_roles(
     params: MineParams, corpus: Corpus, train: NDArray[np.int64]
 ) -> dict[Role, NDArray[np.int64]]:
     """Returns role -> (n,) ids of its training rows, ascending, for the roles of a corpus.
@@ -296,15 +302,32 @@ def pools_of(
     Raises:
         TeachonceError: rows are to find rows of a role that none has.
     """
-    pools = {role: corpus.of_role(train, role) for role in ROLES}
+    of_role = {role: corpus.of_role(train, role) for role in ROLES}
     for role in corpus.roles:
         among = params.among[role]
-        if len(pools[role]) and not len(pools[among]):
+        if len(of_role[role]) and not len(of_role[among]):
             raise TeachonceError(
                 f"mine.among.{role}",
                 f"{among}, but the corpus has no training rows of that role",
                 f"name another role there, or files of the role {among} in shard.sources",
             )
+    return of_role
+
+
+def pools_of(
+    params: MineParams, corpus: Corpus, of_role: Mapping[Role, NDArray[np.int64]]
+) -> dict[Role, NDArray[np.int64]]:
+    """Returns role -> (m,) ids of its rows that may be found, ascending: all, or `mine.pool` of them.
+
+    A pool has the rows with the highest second halves of text keys, which is as good as drawn: a key is a
+    hash. So a corpus that grows changes few rows of it, and a larger share of held-out rows none, since
+    those have the lowest.
+    """
+    pools = {}
+    for role, rows in of_role.items():
+        halves = np.ascontiguousarray(corpus.text_keys[rows]).view("<u8").reshape(-1, 2)[:, 1]
+        highest = np.argsort(halves, kind="stable")[::-1][: params.pool]
+        pools[role] = rows if params.pool is None else np.sort(rows[highest])
     return pools
 
 
@@ -428,13 +451,17 @@ class Miner:
     ) -> NearestRows:
         """Returns the search to use for `asked` rows; measures the recall of an approximate index first.
 
+        An index that finds too little looks at twice as many candidates, and so on, before it makes a list.
+
         Raises:
-            TeachonceError: FAISS is needed and not installed, or the index misses too much.
+            TeachonceError: FAISS is needed and not installed, the index misses too much whatever it looks
+                at, or `auto` would search exactly for longer than `mine.most_hours`.
         """
         from stages.mining.faiss_search import ApproximateSearch, hits_in
 
         rows = len(self.among)
         if index is None or not asked:
+            self._check_hours(asked, device)
             return self._exact(asked, device)
         search = ApproximateSearch(self.unit_rows, rows, self.k, index=index)
         draw = np.random.default_rng(0)
@@ -443,10 +470,40 @@ class Miner:
         sample += self.first_asking
         exact = self.flat(device).nearest(sample)
         self.recall_rows, self.recall_found = sample, hits_in(search.nearest(sample), exact)
-        recall = float(self.recall_found.mean()) / self.k
-        check_recall(recall, self.params.min_recall, index)
-        log.info("mine: %s finds %.4f of what exact search finds", index["name"], recall)
+        while self._recall < self.params.min_recall and search.look_at_more():
+            self.recall_found = hits_in(search.nearest(sample), exact)
+        check_recall(self._recall, self.params.min_recall, index)
+        log.info(
+            "mine: %s finds %.4f of what exact search finds, with %s",
+            index["name"],
+            self._recall,
+            search.effort,
+        )
         return search
+
+    @property
+    def _recall(self) -> float:
+        """The share of the nearest rows of the sample that the index returned."""
+        return float(self.recall_found.mean()) / self.k
+
+    def _check_hours(self, asked: int, device: torch.device) -> None:
+        """Refuse an exact search that `auto` chose and that would take longer than `mine.most_hours`."""
+        rows, limit = len(self.among), EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
+        if self.params.index != "auto" or asked * rows <= limit**2:
+            return
+        costs = ExactCosts(self.params, self.rows_of, rows, device)
+        hours = costs.flat.seconds_for(rows, asked=asked) / 3600
+        most = self.params.most_hours
+        if hours <= most:
+            return
+        pool = min(100_000, max(1, int(rows * most / hours / 1000)) * 1000)
+        raise TeachonceError(
+            "mine.most_hours",
+            f"is {most:g}, but exact search of {asked:,} rows among {rows:,} would take about {hours:,.0f} "
+            "hours here",
+            f"set mine.pool: {pool} (about {clock(3600 * hours * pool / rows)}), or give mine.memory_mb "
+            "room for hnsw, or begin it all the same with mine.index: flat",
+        )
 
     def _exact(self, asked: int, device: torch.device) -> NearestRows:
         """Returns a finished self-join where it fits and is estimated to be faster, else FAISS search."""

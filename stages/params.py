@@ -332,11 +332,22 @@ class MineParams(Section):
     ]  # an approximate index that finds less is refused
     memory_mb: Annotated[int, Field(ge=64)]  # speed only
     among: dict[Role, Role]  # role -> role of the rows that its rows find
+    # Rows of each role that may be found, drawn at random; null: all.
+    pool: Annotated[int, Field(ge=1000)] | None
+    most_hours: PositiveFloat  # speed only: `auto` begins no exact search that would take longer
 
     @model_validator(mode="after")
     def _every_role(self) -> Self:
         if lacking := [role for role in ROLES if role not in self.among]:
             raise ValueError(f"among says nothing of {' and '.join(lacking)}")
+        return self
+
+    @model_validator(mode="after")
+    def _pool_is_searched_exactly(self) -> Self:
+        if self.pool is not None and self.index not in ("auto", "flat"):
+            raise ValueError(
+                f"a pool is searched exactly: set index to auto or flat, or pool to null ({self.index})"
+            )
         return self
 
     @model_validator(mode="after")

@@ -233,7 +233,8 @@ def _remake_negatives(workspace: Workspace, manifests: Manifests, lost: int) -> 
         mine.with_resolved_index(workspace.params.mine, manifest.recipe),
         pick_device(workspace.params.device),
     )
-    pools = mine.pools_of(params, corpus, split.train_rows(corpus))
+    asking = mine.rows_of_roles(params, corpus, split.train_rows(corpus))
+    pools = mine.pools_of(params, corpus, asking)
     index = mine.resolve(params, rows=mine.largest(pools), dim=embeddings.dim, device=device)
     _check_settings(workspace.at.negatives, manifest, mine.recipe(params, index), lost)
     if manifest.parent != mine.parent_of(embeddings, split):

@@ -23,6 +23,7 @@ UnitRows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
+MOST_EFFORT = 16  # times what an index looks at first; beyond, exact search is nearly as fast
 
 
 class NearestRows(Protocol):
@@ -110,6 +111,36 @@ class ApproximateSearch:
             self.index.train(unit_rows(np.sort(sample)))
         for first in range(0, rows, BUILD_ROWS):
             self.index.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
+
+        self.most = MOST_EFFORT * self._looked_at
+        if index["name"] == "ivf":
+            self.most = min(self.most, 2 * index["nlist"])  # FAISS takes more than all lists as all
+
+    @property
+    def effort(self) -> str:
+        """How much the index looks at for each row, by FAISS's name."""
+        return f"{self._setting} {self._looked_at}"
+
+    def look_at_more(self) -> bool:
+        """Look at twice as many candidates from now on; returns False if that would be too many."""
+        more = 2 * self._looked_at
+        if more > self.most:
+            return False
+        setattr(self._owner, self._setting, more)
+        return True
+
+    @property
+    def _setting(self) -> str:
+        return "efSearch" if hasattr(self.index, "hnsw") else "nprobe"
+
+    @property
+    def _owner(self) -> Any:  # noqa: ANN401 - FAISS has no types
+        return getattr(self.index, "hnsw", self.index)
+
+    @property
+    def _looked_at(self) -> int:
+        looked_at: int = getattr(self._owner, self._setting)
+        return looked_at
 
     def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """As in `NearestRows`."""

@@ -119,6 +119,8 @@ def mine_params(**changes):
             "min_recall": 0.9,
             "among": {"text": "text", "query": "document", "document": "document"},
             "memory_mb": 64,
+            "pool": None,
+            "most_hours": 12,
         }
         | changes
     )

@@ -149,9 +149,9 @@ def test_names_of_mined_lists(tmp_path, count):
     indexed = [mine.recipe(mine_params(), {"name": name}) for name in ("ivf", "hnsw")]
     assert len({fingerprint(made_of) for made_of in [mine.recipe(mine_params()), *indexed]}) == 3
     changes = {"neighbours": 4, "range_min": 1, "range_max": 9, "max_score": 0.9, "min_score": 0.1}
-    assert {*changes, "memory_mb", "min_recall", "index", "among"} == set(
-        mine.MineParams.model_fields
-    )
+    changes |= {"pool": 9}
+    unnamed = {"memory_mb", "most_hours", "min_recall", "index", "among"}
+    assert {*changes, *unnamed} == set(mine.MineParams.model_fields)
     seen = [plain, *(keys(**{name: value}) for name, value in changes.items())]
     seen.append(keys(split_of(corpus).model_copy(update={"heldout": 0.2})))
     seen.append(keys(split_of(corpus).model_copy(update={"evaluation": (3,)})))

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +35,8 @@ def params(**changes):
             "min_recall": 0.9,
             "among": {"text": "text", "query": "document", "document": "document"},
             "memory_mb": 64,
+            "pool": None,
+            "most_hours": 12,
         }
         | changes
     )
@@ -332,12 +336,93 @@ def test_auto_picks_by_rows_device_and_memory_and_says_why(
     assert (None if index is None else index["name"]) == chosen
     assert f"mine: index {chosen or 'flat'}: " in caplog.text
     assert why in caplog.text
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    if rows > 400_000 and chosen is None and device == "cpu":
-        [warning] = warnings
-        assert "among 400,001 rows may take days: raise mine.memory_mb to 109 or more" in warning
-    else:
-        assert not warnings
+
+
+def test_auto_does_not_begin_what_takes_days(world, monkeypatch):
+    """All rows among all take 36 hours, of which 12 may be spent."""
+    searcher = miner(world, params(index="auto"))
+    rows = len(searcher.train)
+    flat = self_join.FlatCost(seconds=36 * 3600, rows=rows)
+    monkeypatch.setattr(self_join, "flat_cost", lambda *_: flat)
+    assert isinstance(searcher.search(None, asked=rows, device=CPU), searches.FlatSearch)
+    monkeypatch.setattr(mine, "EXACT_ROWS", {"cpu": rows - 1, "cuda": rows - 1})
+    with pytest.raises(TeachonceError) as refused:
+        searcher.search(None, asked=rows, device=CPU)
+    assert str(refused.value).startswith(
+        f"mine.most_hours: is 12, but exact search of {rows} rows among {rows} would take about 36 hours"
+    )
+    assert "set mine.pool: 1000 (about " in refused.value.cure
+    # What is left of it takes a third of the time; and who says so may begin it.
+    searcher.search(None, asked=rows // 3, device=CPU)
+    searcher.params = searcher.params.model_copy(update={"index": "flat"})
+    searcher.search(None, asked=rows, device=CPU)
+
+
+@pytest.mark.parametrize(("hours", "pool"), [(13, 100_000), (1300, 92_000), (10**9, 1000)])
+def test_the_pool_that_is_named_fits_into_the_hours(monkeypatch, hours, pool):
+    rows = 10_000_000
+    searcher = mine.Miner.__new__(mine.Miner)
+    searcher.params, searcher.among = params(index="auto"), np.arange(rows)
+    cost = self_join.FlatCost(seconds=3600.0 * hours, rows=rows)
+    monkeypatch.setattr(mine, "ExactCosts", lambda *_: SimpleNamespace(flat=cost))
+    searcher.rows_of = None
+    with pytest.raises(TeachonceError, match=f"set mine.pool: {pool} "):
+        searcher._check_hours(rows, CPU)
+
+
+def test_a_pool_has_rows_of_all_and_lists_are_those_of_comparing_with_it(world):
+    _, corpus, embeddings, split = world
+    settings = params(max_score=0.9).model_copy(update={"pool": 60})
+    train = split.train_rows(corpus)
+    [pool] = {tuple(rows) for rows in mine.pools_of(settings, corpus, {"text": train}).values()}
+    assert len(pool) == 60
+    assert set(pool) < set(train.tolist())
+    assert list(pool) == sorted(pool)
+    # All over the corpus: of the first and the last third about a third each.
+    thirds = np.histogram(pool, bins=3, range=(0, corpus.rows))[0]
+    assert min(thirds) > 10
+    outcome, neighbours, scores = run(world, settings)
+    vectors = embeddings.rows_of(np.arange(corpus.rows)).astype(np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for row in train.tolist():
+        cosines = sorted((float(vectors[row] @ vectors[j]) for j in pool if j != row), reverse=True)
+        kept = [cosine for cosine in cosines[:20] if cosine <= 0.9][:4]
+        assert set(neighbours[row].tolist()) <= {*pool, NONE}
+        assert scores[row][neighbours[row] != NONE] == pytest.approx(kept, abs=1e-5)
+    assert outcome.facts["rejected"]["itself"] == 60
+
+
+def test_a_pool_stays_as_it_is_when_the_corpus_grows_or_more_is_held_out(place):
+    few, many = place.corpus(sentences(300)), place.corpus(sentences(330))
+    texts = []
+    for corpus, heldout in ((few, 0.1), (few, 0.3), (many, 0.1)):
+        split = Split(corpus=corpus.manifest.content, heldout=heldout, evaluation=())
+        rows = {"text": split.train_rows(corpus)}
+        settings = params().model_copy(update={"pool": 100})
+        texts.append({*corpus.take(mine.pools_of(settings, corpus, rows)["text"])})
+    assert texts[0] == texts[1]
+    assert 80 < len(texts[0] & texts[2]) < 100
+
+
+def test_a_pool_as_large_as_the_corpus_gives_the_lists_of_all(world):
+    _, plain, _ = run(world, params())
+    _, pooled, _ = run(world, params(pool=1000))
+    assert (plain == pooled).all()
+    assert "pool" not in mine.recipe(params())
+    assert mine.recipe(params(pool=1000))["pool"] == 1000
+
+
+def test_a_pool_and_an_approximate_index_are_refused():
+    with pytest.raises(ValueError, match="a pool is searched exactly: set index to auto or flat"):
+        params(pool=1000, index="hnsw")
+
+
+def test_a_plan_of_a_pool_grows_with_the_rows(monkeypatch):
+    flat = self_join.FlatCost(seconds=2.0, rows=1000)
+    monkeypatch.setattr(self_join, "flat_cost", lambda *_: flat)
+    costs = mine.ExactCosts(params(pool=5000), lambda _: np.ones((1, 8)), 300, CPU)
+    assert costs.seconds_for(1_000_000) == pytest.approx(2.0 * 5 * 1000)
+    assert costs.seconds_for(4000) == pytest.approx(2.0 * 16)
 
 
 def test_auto_stays_what_it_was_for_lists_that_exist():
@@ -365,9 +450,30 @@ def test_approximate_lists_say_their_recall(world, name):
     assert again.facts == outcome.facts
 
 
+@pytest.mark.parametrize(
+    ("index", "setting"),
+    [
+        ({"name": "hnsw", "M": 2, "efConstruction": 4, "efSearch": 1}, "efSearch"),
+        ({"name": "ivf", "nlist": 7, "nprobe": 1, "seed": 0}, "nprobe"),
+    ],
+)
+def test_an_index_looks_at_more_until_it_finds_enough(world, monkeypatch, caplog, index, setting):
+    caplog.set_level(logging.INFO, "teachonce")
+    monkeypatch.setattr(searches, "index_settings", lambda *_, **__: index)
+    first, _, _ = run(world, params(index=index["name"], min_recall=0.01))
+    assert f", with {setting} 1" in caplog.text
+    for path in (world[0].root / "store").rglob("negatives/*/*.arrow"):
+        path.unlink()
+    enough = first.facts["recall"] + 0.05
+    again, _, _ = run(world, params(index=index["name"], min_recall=enough))
+    assert again.facts["recall"] >= enough
+    assert int(re.findall(rf", with {setting} (\d+)", caplog.text)[-1]) > 1
+
+
 def test_an_index_that_finds_too_little_is_refused_before_anything_is_mined(world, monkeypatch):
     poor = {"name": "ivf", "nlist": 7, "nprobe": 1, "seed": 0}
     monkeypatch.setattr(searches, "index_settings", lambda *_, **__: poor)
+    monkeypatch.setattr(searches, "MOST_EFFORT", 1)
     with pytest.raises(TeachonceError, match=r"(?s)ivf found 0\.\d+ .*0.9 are wanted.*index: flat"):
         run(world, params(index="ivf"))
     place = world[0]
