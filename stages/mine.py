@@ -233,8 +233,8 @@ def run(
     """
     train = split.train_rows(corpus)
     asking = rows_of_roles(params, corpus, train)
-    found = pools_of(params, corpus, asking)
-    index = resolve(params, rows=largest(found), dim=embeddings.dim, device=device)
+    pools = pools_of(params, corpus, asking)
+    index = resolve(params, rows=largest(pools), dim=embeddings.dim, device=device)
     negatives_recipe, parent = recipe(params, index), parent_of(embeddings, split)
     name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
@@ -249,20 +249,18 @@ def run(
             corpus=corpus,
             embeddings=embeddings,
             train=asking[role],
-            among=found[params.among[role]],
+            among=pools[params.among[role]],
         )
-        rows_to_search = sum(miner.train_rows_of(shard) for shard in shards)
+        asked = sum(miner.train_rows_of(shard) for shard in shards)
         # The settings of an index are those for so many rows.
-        its_index = index if len(miner.among) == largest(found) else None
-        search = miner.search(its_index, asked=rows_to_search, device=device)
+        its_index = index if len(miner.among) == largest(pools) else None
+        search = miner.search(its_index, asked=asked, device=device)
         for group in miner.groups(shards):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
                 published[keys[shard]] = _put(store, keys[shard], lists, corpus.batch(shard))
                 progress.advance(corpus.objects[shard].rows)
-    objects = [entry for entry in published.values() if entry is not None]
-    manifest = Manifest(
-        kind="negatives", recipe=negatives_recipe, parent=parent, objects=tuple(objects)
-    )
+    objects = tuple(entry for entry in published.values() if entry is not None)
+    manifest = Manifest(kind="negatives", recipe=negatives_recipe, parent=parent, objects=objects)
     counts = _counts(store, manifest, train_rows=len(train), neighbours=params.neighbours)
     if index is not None:
         check_recall(counts["recall"], params.min_recall, index)

@@ -121,7 +121,7 @@ def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
     # `similarity` is a word that check asks for; all compare by cosine.
     speed_only = {
         "embed": {"batch_tokens", "reuse", "similarity", "api"},
-        "mine": {"memory_mb"},
+        "mine": {"memory_mb", "most_hours"},
         "finetune": {"students", "evaluate.sts", "evaluate.retrieval"},
     }
     for section in ("embed", "mine", "finetune"):
@@ -130,7 +130,7 @@ def test_dvc_names_the_settings_of_each_recipe_and_no_others(stages):
         # Of a teacher behind an API; the tokenizer is hashed in data/sources.json.
         named -= {"api.dimensions", "api.input_type"}
         assert named - speed_only[section] == set(type(model).model_fields) - speed_only[section]
-        assert not named & {"batch_tokens", "reuse", "memory_mb", "students"}
+        assert not named & {"batch_tokens", "reuse", "memory_mb", "most_hours", "students"}
     for name, stage in stages.items():
         if name.startswith("evaluate"):
             assert "evaluate" in params_of(stage)[0], name
