@@ -634,6 +634,7 @@ def report(
         details=here.at.details,
         curve=here.at.curve,
         training=here.at.training,
+        exports=here.at.formats,
         facts={
             "project": here.at.project,
             **here.facts(),

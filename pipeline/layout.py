@@ -123,6 +123,10 @@ class Layout:
         """`export`: the model that is served, for anyone who has sentence-transformers."""
         return self._folder("export")
 
+    def formats(self, model: str) -> Path:
+        """`export`: the metrics of one model's formats."""
+        return self._file(f"reports/exports/{model}.json")
+
     def stage_facts(self, stage: str) -> Path:
         """Counts a stage leaves for `dvc metrics`."""
         return self._file(f"reports/stages/{stage}.json")

@@ -12,10 +12,17 @@ from pathlib import Path
 from stages.outcome import Outcome, write_json
 from stages.reporting.measures import verdict
 from stages.reporting.page import page as drawn
-from stages.reporting.results import Model, read_curve, read_details, read_metrics, read_training
+from stages.reporting.results import (
+    Model,
+    read_curve,
+    read_details,
+    read_exports,
+    read_metrics,
+    read_training,
+)
 from storage import durable
 
-VERSION = 6  # raise it when a code change alters the report of the same metrics
+VERSION = 7  # raise it when a code change alters the report of the same metrics
 
 
 def run(
@@ -26,6 +33,7 @@ def run(
     details: Callable[[str], Path],
     curve: Callable[[str], Path],
     training: Callable[[str], Path],
+    exports: Callable[[str], Path],
     facts: Mapping[str, str],
     rank_by: str | None,
     made_of: Mapping[str, str],
@@ -41,6 +49,7 @@ def run(
         details: Model -> the details that `evaluate` left.
         curve: Model -> the CSV that its training left, if it was trained here.
         training: Model -> the JSON that its training left, if it was trained here.
+        exports: Model -> the JSON that its export left, if it was exported here.
         facts: Lines about how all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
         made_of: Start or student -> what it was made of, in a few words, to stand below its name.
@@ -63,10 +72,12 @@ def run(
             read_details(details(name), name),
             read_curve(curve(name), name),
             read_training(training(name), name),
+            read_exports(exports(name), name),
         )
         for name in models
     ]
-    report = {"models": metrics_of_models}
+    formats = {model.name: model.formats for model in evaluated if model.formats}
+    report = {"models": metrics_of_models, "formats": formats}
     write_json(out, report)
     html = drawn(evaluated, students=students, facts=facts, rank_by=rank_by, made_of=made_of)
     durable.replace(page, html.encode())

@@ -14,11 +14,11 @@ from markupsafe import Markup
 from stages.reporting.results import Points, Similarities
 from stages.reporting.svg import (
     CHARACTER,
+    FONT,
+    LABEL,
     Axis,
-    Box,
     cut,
     grid,
-    label_boxes,
     line,
     picture,
     px,
@@ -26,9 +26,7 @@ from stages.reporting.svg import (
     text,
 )
 
-FONT = 12  # pixels; the page's style has the same
 FEW_POINTS = 12  # of a line: more would hide it
-LABEL = 15  # height of a label
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,6 @@ class Bar:
     def label(self) -> str:
         """The number as it is written."""
         return f"{self.percent:.{self.decimals}f} %"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A model in a plane.
-
-    Args:
-        name: The model's name.
-        tone: CSS class of its colour.
-        x: The model's cost.
-        y: The model's quality.
-        note: Said after its name; may be empty.
-    """
-
-    name: str
-    tone: str
-    x: float
-    y: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -112,44 +91,6 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
         )
     said = ", ".join(f"{bar.name} {bar.label}" for bar in rows)
     return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
-
-
-def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
-    """All models by cost and quality, each with its name and note beside it.
-
-    Args:
-        marks: At least one.
-        x_title: What the cost is, on the horizontal axis.
-        y_title: What the quality is, on the vertical axis.
-    """
-    width, height = 400.0, 320.0
-    x = Axis.around([mark.x for mark in marks], 44, width - 12, margin=0.12)
-    y = Axis.around([mark.y for mark in marks], height - 40, 26, margin=0.1)
-    names = [" · ".join(filter(None, (cut(mark.name, 20), mark.note))) for mark in marks]
-    places = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
-    boxes = label_boxes(
-        places,
-        [len(name) * FONT * CHARACTER + 4 for name in names],
-        LABEL,
-        Box(x.begin + 2, y.end + 2, x.end - 2, y.begin - 2),
-    )
-    parts = [grid(x, y, (x_title, y_title))]
-    # All leaders, then all marks, then all names: nothing is drawn over a name.
-    parts += [
-        f'<g class="{mark.tone}">{leader}</g>'
-        for mark, place, box in zip(marks, places, boxes, strict=True)
-        if (leader := _leader(place, box))
-    ]
-    parts += [
-        f'<circle class="dot {mark.tone}" cx="{px(left)}" cy="{px(top)}" r="5"/>'
-        for mark, (left, top) in zip(marks, places, strict=True)
-    ]
-    parts += [
-        text(box.left + 2, box.bottom - 4, name, f"label {mark.tone}")
-        for mark, name, box in zip(marks, names, boxes, strict=True)
-    ]
-    said = "; ".join(f"{mark.name} {mark.x:,.4g}, {mark.y:,.4g}" for mark in marks)
-    return picture(width, height, f"{y_title} against {x_title}: {said}", parts)
 
 
 def lines(rows: Sequence[Line], *, title: str) -> Markup:
@@ -284,14 +225,6 @@ def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
     ]
     said = ", ".join(f"{name} {value:.2f}" for name, (_, value) in values.items())
     return picture(width, height, f"cosine: {said}", parts)
-
-
-def _leader(place: tuple[float, float], box: Box) -> str:
-    """A thin line from a point to its label, where that is not right beside it."""
-    x, y = place
-    to_x, to_y = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
-    apart = (to_x - x) ** 2 + (to_y - y) ** 2
-    return line(x, y, to_x, to_y, "leader") if apart > 100 else ""
 
 
 def _path(points: Points, x: Axis, y: Axis) -> str:

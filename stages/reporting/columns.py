@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from stages.params import TEACHER
+from stages.reporting.forms import BASE_FORMATS, published
 from stages.reporting.measures import (
     Measure,
     at_widths,
@@ -17,6 +18,7 @@ from stages.reporting.measures import (
     measured,
     millions,
     ndcg,
+    number,
     of,
     short,
     sts,
@@ -24,11 +26,12 @@ from stages.reporting.measures import (
     times_as_fast,
     with_interval,
 )
-from stages.reporting.results import Metrics
+from stages.reporting.results import Formats, Metrics
 
 MOST_SETS = 4  # with more, the average alone stands where there is little room
 TITLE_WIDTH = 9
 GAP = 2  # blanks between two columns
+NO_FORMATS: Mapping[str, Formats] = {}
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,34 @@ class TableColumn:
         return _one_line(self.title)
 
 
-def rows(models: Mapping[str, Metrics]) -> dict[str, Metrics]:
-    """A row for each model, and one below it for each width at which it was measured.
+def rows(
+    models: Mapping[str, Metrics], formats: Mapping[str, Formats] = NO_FORMATS
+) -> dict[str, Metrics]:
+    """A row for each model, and one below it for each width and each published format of it.
+
+    The format of the model itself has one only where the model became another by it.
 
     Returns:
-        `kd`, `kd · first 128` -> metrics under the keys of whole vectors, in the order of `models`.
+        `kd`, `kd · first 128`, `kd · onnx-int8` -> metrics under the keys of whole vectors, in the order
+        of `models`.
     """
     by_row = {}
     for name, metrics in models.items():
         by_row[name] = metrics
         by_row |= {f"{name} · first {w}": cut for w, cut in at_widths(metrics).items()}
+        by_row |= {
+            f"{name} · {key}": found
+            for key, found in published(formats.get(name, {})).items()
+            if key not in BASE_FORMATS or _differs(found, metrics)
+        }
     return by_row
+
+
+def _differs(exported: Metrics, metrics: Metrics) -> bool:
+    """Whether an export of the model itself has other metrics, or is smaller by more than a header."""
+    here, there = (number(one, "megabytes") or 0 for one in (exported, metrics))
+    others = {key: value for key, value in metrics.items() if key != "megabytes"}
+    return here < 0.95 * there or not others.items() <= exported.items()
 
 
 def part_of(row: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stages.reporting.columns import TableColumn, names_of_sets
+from stages.reporting.columns import NO_FORMATS, TableColumn, names_of_sets
 from stages.reporting.measures import (
     SPEED,
     devices,
@@ -13,7 +13,7 @@ from stages.reporting.measures import (
     of,
     yardstick,
 )
-from stages.reporting.results import Metrics
+from stages.reporting.results import Formats, Metrics
 
 CUT = ".truncated"
 """Suffix of the keys that say which share of the texts of a set was truncated."""
@@ -30,17 +30,32 @@ GLOSSARY = {
 }
 
 
+FORMATS = {
+    "safetensors": "the model itself, as exported",
+    "fp16": "two bytes a weight instead of four",
+    "onnx": "for ONNX Runtime",
+    "openvino": "for OpenVINO, a runtime for Intel's processors",
+    "static": "a static model's table, in its own module",
+    "int8": "one byte a weight",
+}
+"""A format's name, or a part of it between hyphens -> meaning."""
+
+
 def glossary(titled: Sequence[TableColumn], shown: Collection[str]) -> dict[str, str]:
     """Term -> meaning, of the terms in the titles of the columns and in the names of the rows."""
     titles = " ".join(column.name for column in titled).lower()
     terms = {term: meaning for term, meaning in GLOSSARY.items() if term.lower() in titles}
     if any(" · first " in row for row in shown):
         terms["first N"] = "the model with nothing but the first N values of its vectors"
-    return terms
+    parts = {part for row in shown if " · " in row for part in row.rpartition(" · ")[2].split("-")}
+    return terms | {part: meaning for part, meaning in FORMATS.items() if part in parts}
 
 
 def notes(
-    models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None = None
+    models: Mapping[str, Metrics],
+    students: Collection[str],
+    rank_by: str | None = None,
+    formats: Mapping[str, Formats] = NO_FORMATS,
 ) -> list[str]:
     """Sentences without which the table cannot be read: which student is best, how things were measured."""
     said = [
@@ -49,6 +64,7 @@ def notes(
         _ignored(models),
         _shared(models),
         _speed(models),
+        _refused(formats),
     ]
     return [note for note in said if note]
 
@@ -91,6 +107,17 @@ def _shared(models: Mapping[str, Metrics]) -> str:
         for name, count in measured(models, of("parameters_in_file")).items()
     ]
     return f"Weights that layers share are counted once in {listed(said)}." if said else ""
+
+
+def _refused(formats: Mapping[str, Formats]) -> str:
+    """Which formats were not published, and why."""
+    said = [
+        f"{name} {key} ({found['reason']})"
+        for name, of_model in formats.items()
+        for key, found in of_model.items()
+        if not found["published"]
+    ]
+    return f"Not published: {listed(said)}." if said else ""
 
 
 def _speed(models: Mapping[str, Metrics]) -> str:

@@ -305,5 +305,5 @@ def _has(models: Mapping[str, Metrics], name: str, measure: Measure) -> bool:
 
 
 def _sets(metrics: Metrics, kind: str) -> set[str]:
-    """The keys of one kind of evaluation."""
-    return {key for key in metrics if key.startswith(kind)}
+    """The names of the sets of one kind of evaluation."""
+    return {key.split(".")[1] for key in metrics if key.startswith(kind)}

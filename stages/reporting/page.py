@@ -39,10 +39,10 @@ def page(
     """
     trained = [model.name for model in models if model.name in students]
     subject = sections.Subject({model.name: model for model in models}, trained, rank_by)
-    metrics, rows = subject.metrics, columns.rows(subject.metrics)
+    metrics, rows = subject.metrics, columns.rows(subject.metrics, subject.formats)
     shown = columns.columns(rows, trained)
     ties = measures.ties(metrics, trained, rank_by)
-    timed = measures.measured(metrics, measures.of("sentences_per_second"))
+    timed = measures.measured(subject.forms, measures.of("sentences_per_second"))
     disagreements = sections.disagreements(subject)
     return templating.html(
         "page.html",
@@ -59,11 +59,11 @@ def page(
         columns=shown,
         glossary=legend.glossary(shown, rows),
         leaders={subject.best, *ties} if len(trained) > 1 else set(),
-        notes=legend.notes(metrics, trained, rank_by),
+        notes=legend.notes(metrics, trained, rank_by, subject.formats),
         quality=sections.quality(subject),
         starts=subject.starts,
         trade_off=sections.trade_off(subject),
-        elsewhere=sorted(set(timed) - set(sections.speeds_of(metrics)[0])),
+        elsewhere=sorted(set(timed) - set(sections.speeds_of(subject.forms)[0])),
         curves=sections.curves(subject),
         runs={name: run for name in trained if (run := subject.models[name].training)},
         by_step=sections.by_step(subject),

@@ -1,4 +1,7 @@
-"""What stages leave about a model, read back and checked: metrics, details, the curve of its training."""
+"""What stages leave about a model, read back and checked.
+
+Its metrics and details, the curve of its training, and what was measured of its exports.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -20,6 +23,9 @@ from storage.errors import DamagedError, MissingError, shown
 
 Metrics = Mapping[str, str | int | float]
 """One model's metrics: flat keys, as `evaluate` writes them."""
+
+Formats = Mapping[str, Metrics]
+"""A model's exports: format -> its metrics, and beside them `published` and, if it is not, the `reason`."""
 
 SCORES = ("agreement", "dev")  # a curve has one of them
 
@@ -91,6 +97,23 @@ class Training(BaseModel):
     best_step: NonNegativeInt
 
 
+class Format(BaseModel):
+    """A model in a format: whether it was published, why not, and its flat metrics beside that."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, str | int | float]
+
+    published: bool
+    reason: str  # empty for what was published
+
+
+class ExportedFormats(Part):
+    """What `export` leaves of a model in the formats that were asked for."""
+
+    model: str
+    formats: dict[str, Format]
+
+
 Points = Sequence[tuple[float, float]]
 """Steps, each with a value."""
 
@@ -122,6 +145,7 @@ class Model:
         details: What to look at.
         curve: Score, losses and notes by step, if it was trained here.
         training: How that ended, if it was trained here.
+        formats: What it is in other formats, if it was exported here.
     """
 
     name: str
@@ -129,6 +153,7 @@ class Model:
     details: Details
     curve: Curve | None = None
     training: Training | None = None
+    formats: Formats = field(default_factory=dict)
 
 
 def read_metrics(path: Path, name: str) -> Metrics:
@@ -177,6 +202,24 @@ def read_training(path: Path, name: str) -> Training | None:
     except ValidationError as error:
         problem = f"not the end of a training run: {_first(error)}"
         raise DamagedError(path, problem, _train(name)) from error
+
+
+def read_exports(path: Path, name: str) -> Formats:
+    """What `export` measured of the model `name` in each format; nothing of one that was not exported.
+
+    Raises:
+        DamagedError: not what `export` writes of this model.
+    """
+    cure = "run `teachonce export`"
+    try:
+        found = ExportedFormats.model_validate_json(regular.content(path))
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        raise DamagedError(path, f"not the exports of a model: {_first(error)}", cure) from error
+    if found.model != name:
+        raise DamagedError(path, f"the exports of {shown(found.model)}, not of {name}", cure)
+    return {key: exported.model_dump() for key, exported in found.formats.items()}
 
 
 def read_curve(path: Path, name: str) -> Curve | None:

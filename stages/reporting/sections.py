@@ -13,7 +13,9 @@ from markupsafe import Markup
 from stages.params import FINETUNED, TEACHER
 from stages.reporting import charts, measures
 from stages.reporting.columns import MOST_SETS, qualities
-from stages.reporting.results import Disagreement, Metrics, Model, Result
+from stages.reporting.forms import forms, front, model_of
+from stages.reporting.plane import Mark, plane
+from stages.reporting.results import Disagreement, Formats, Metrics, Model, Result
 from stages.reporting.svg import cut
 
 HUES = 6  # classes hue0 ... hue5 of style.css
@@ -49,6 +51,18 @@ class Subject:
         return {name: model.metrics for name, model in self.models.items()}
 
     @property
+    def formats(self) -> dict[str, Formats]:
+        """Name -> what `export` left, of models that were exported."""
+        return {name: model.formats for name, model in self.models.items() if model.formats}
+
+    @property
+    def forms(self) -> dict[str, Metrics]:
+        """The teacher, and each student in each form in which it can be served."""
+        served = {TEACHER: self.metrics.get(TEACHER, {})}
+        served |= {name: self.metrics[name] for name in self.students}
+        return forms(served, self.formats)
+
+    @property
     def best(self) -> str | None:
         """The student to serve, if quality is all."""
         return measures.best(self.metrics, self.students, self.rank_by)
@@ -67,6 +81,10 @@ class Subject:
             hue = f"hue{families.index(name.removesuffix(FINETUNED)) % HUES}"
             tones[name] = f"{hue} second" if name.endswith(FINETUNED) else hue
         return tones
+
+    def tone(self, form: str) -> str:
+        """CSS classes of the colour of a model in any form."""
+        return self.tones[model_of(form)]
 
 
 def quality(subject: Subject) -> list[Figure]:
@@ -93,26 +111,34 @@ def quality(subject: Subject) -> list[Figure]:
 
 
 def trade_off(subject: Subject) -> list[Figure]:
-    """All models by quality and speed, and by quality and size."""
-    yardstick = measures.yardstick(subject.metrics, subject.students, subject.rank_by)
-    if yardstick is None:
+    """The teacher and each student in each form, by quality and speed, and by quality and size."""
+    ranking = measures.yardstick(subject.metrics, subject.students, subject.rank_by)
+    if ranking is None:
         return []
-    title, measure = yardstick
-    values = measures.measured(subject.metrics, measure)
-    speeds, speed_title = speeds_of(subject.metrics)
-    sizes = measures.measured(subject.metrics, measures.of("megabytes"))
+    title, measure = ranking
+    served = subject.forms
+    values = measures.measured(served, measure)
+    theirs = values.get(TEACHER, 0)
+    if theirs > 0:
+        title = f"% of the teacher's {title}"
+        values = {name: 100 * value / theirs for name, value in values.items()}
+    speeds, speed_title = speeds_of(served)
+    sizes = measures.measured(served, measures.of("megabytes"))
     figures = []
-    for heading, costs, x_title in (
-        ("Against speed: up and right is better", speeds, speed_title),
-        ("Against size: up and left is better", sizes, "MB"),
+    for heading, costs, x_title, better in (
+        ("Against speed: up and right is better", speeds, speed_title, 1),
+        ("Against size: up and left is better", sizes, "MB", -1),
     ):
+        places = {
+            name: (better * costs[name], value) for name, value in values.items() if name in costs
+        }
+        on_front = front(places)
         marks = [
-            charts.Mark(name, tone, costs[name], values[name], _minutes(subject.models[name]))
-            for name, tone in subject.tones.items()
-            if name in costs and name in values
+            Mark(name, subject.tone(name), costs[name], values[name], name in on_front)
+            for name in places
         ]
         if len(marks) > 1:
-            figures.append((heading, charts.plane(marks, x_title=x_title, y_title=title)))
+            figures.append((heading, plane(marks, x_title=x_title, y_title=title)))
     return figures
 
 
@@ -126,10 +152,6 @@ def speeds_of(metrics: Mapping[str, Metrics]) -> tuple[dict[str, float], str]:
     times = {name: measures.times_as_fast(metrics[name], metrics[first]) for name in timed}
     known = {name: value for name, value in times.items() if value is not None}
     return known, f"times as fast as {'the teacher' if first == TEACHER else first}"
-
-
-def _minutes(model: Model) -> str:
-    return f"{measures.short(model.training.minutes)} min" if model.training else ""
 
 
 def curves(subject: Subject) -> list[Figure]:

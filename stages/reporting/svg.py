@@ -13,6 +13,9 @@ from markupsafe import Markup, escape
 
 from stages.reporting.templating import clean
 
+FONT = 12  # pixels; the page's style has the same
+LABEL = 15  # height of a label
+NEAR = 12  # pixels from a point to a label that reads as its own without a leader
 CHARACTER = 0.68  # width of a character as a share of the font size: a wide bold font's
 
 
@@ -49,14 +52,20 @@ class Axis:
 
     @classmethod
     def around(
-        cls, values: Sequence[float], begin: float, end: float, *, margin: float = 0.08
+        cls,
+        values: Sequence[float],
+        begin: float,
+        end: float,
+        *,
+        margin: float = 0.08,
+        log_above: float = 20,
     ) -> Axis:
         """An axis with all of the values (at least one) on it, and some room beside them.
 
-        Positive values that differ by more than 20 times stand on a logarithmic axis.
+        Positive values that differ by more than `log_above` times stand on a logarithmic axis.
         """
         low, high = min(values), max(values)
-        if low > 0 and high / low > 20:
+        if low > 0 and high / low > log_above:
             room = (high / low) ** margin
             return cls(low / room, high * room, begin, end, log=True)
         room = margin * ((high - low) or abs(high) or 1)
@@ -153,30 +162,40 @@ class Box:
 
 
 def label_boxes(
-    points: Sequence[tuple[float, float]], widths: Sequence[float], height: float, frame: Box
-) -> list[Box]:
+    points: Sequence[tuple[float, float]],
+    widths: Sequence[float],
+    height: float,
+    frame: Box,
+    needed: int | None = None,
+) -> list[Box | None]:
     """A place for the label of each point: near it, inside `frame`, on no point and on no other label.
 
-    Where nothing is free (more labels than room), a label stands right of its point.
+    Where nothing is free (more labels than room), a needed label stands right of its point; any other
+    has none, nor where it would be far from its point.
 
     Args:
-        points: (x, y) of n points.
+        points: (x, y) of n points; the first choose first.
         widths: Pixels, of the n labels.
         height: Pixels, the same for every label.
         frame: Where labels may be.
+        needed: How many of the first labels must stand somewhere; None for all.
     """
     taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    boxes = []
-    for (x, y), width in zip(points, widths, strict=True):
+    boxes: list[Box | None] = []
+    for place, ((x, y), width) in enumerate(zip(points, widths, strict=True)):
+        is_needed = needed is None or place < needed
         candidates = list(_around(x, y, width, height, frame))
         free = (
             box
             for box in candidates
-            if box.inside(frame) and not any(box.hits(other) for other in taken)
+            if box.inside(frame)
+            and not any(box.hits(other) for other in taken)
+            and (is_needed or _distance(x, y, box) < NEAR)
         )
-        box = next(free, candidates[0])
-        # Two names on one line need a gap, or they read as one.
-        taken.append(Box(box.left - 8, box.top, box.right + 8, box.bottom))
+        box = next(free, candidates[0] if is_needed else None)
+        if box is not None:
+            # Two names on one line need a gap, or they read as one.
+            taken.append(Box(box.left - 8, box.top, box.right + 8, box.bottom))
         boxes.append(box)
     return boxes
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.params import TEACHER
 from stages.reporting.columns import GAP, MOST_SETS, TableColumn, columns, part_of, rows
 from stages.reporting.legend import notes
 from stages.reporting.measures import verdict
-from stages.reporting.results import Metrics
 from storage.errors import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Report = Mapping[str, Mapping[str, Metrics]]
-"""{"models": {name: metrics}}"""
+Report = Mapping[str, Mapping[str, Any]]
+"""{"models": {name: metrics}, "formats": {name: {format: metrics}}}; the second may be left out."""
 
 NOTHING = "-"
 
@@ -37,17 +36,17 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    models = report["models"]
+    models, formats = report["models"], report.get("formats", {})
     others = [name for name in models if name not in students]
     names = sorted(others, key=lambda name: name != TEACHER)
     names += [name for name in students if name in models]
-    shown = rows({name: models[name] for name in names})
+    shown = rows({name: models[name] for name in names}, formats)
     labels = {row: row if row in models else f"  {part_of(row)}" for row in shown}
     every_column = columns(shown, students, most_sets=MOST_SETS)
     fitting = _fitting(every_column, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
-    said = [verdict(models, students, rank_by), *notes(models, students, rank_by)]
+    said = [verdict(models, students, rank_by), *notes(models, students, rank_by, formats)]
     if missing := [column.name for column in every_column if column not in fitting]:
         said.append(f"No room for: {', '.join(missing)}.")
     drawn.caption = Text(harmless("\n".join(["", *filter(None, said)])))

@@ -27,7 +27,13 @@ from stages.reading.corpus_files import read, source_files
 from stages.reading.evaluation_sets import beir_files, read_sts, sts_files
 from stages.reading.records import LabelledFile
 from stages.reading.triplets import triplet_files
-from stages.reporting.results import read_curve, read_details, read_metrics, read_training
+from stages.reporting.results import (
+    read_curve,
+    read_details,
+    read_exports,
+    read_metrics,
+    read_training,
+)
 from stages.teaching import vector_files
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest
@@ -203,6 +209,7 @@ READERS = {
     "metrics": lambda path: read_metrics(path, "kd"),
     "details": lambda path: read_details(path, "kd"),
     "a training": lambda path: read_training(path, "kd"),
+    "exports": lambda path: read_exports(path, "kd"),
     "a curve": lambda path: read_curve(path, "kd"),
     "a model's file": lambda path: read_object(path, "embed.teacher"),
     "modules": lambda path: model_folder.modules_of(path.parent, "embed.teacher"),

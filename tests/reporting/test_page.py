@@ -17,18 +17,19 @@ from jinja2 import UndefinedError
 
 from stages.reporting import charts
 from stages.reporting.page import page as drawn
+from stages.reporting.plane import Mark, plane
 from stages.reporting.results import Details, Model, Similarities
 from stages.reporting.sections import HUES, MOST_SEARCHES, Subject
 from stages.reporting.svg import Axis, Box, cut, label_boxes, picture, px, spread, text
 from stages.reporting.templating import html as filled
-from tests.stages.test_report import DETAILS, Folder, at_width, metrics_of, with_ends
+from tests.stages.test_report import DETAILS, Folder, at_width, in_format, metrics_of, with_ends
 
 STUDENTS = ["kd", "ckd", "kd-finetuned"]
 MODELS = ["teacher", "half", *STUDENTS]
 SECTIONS = [
+    "trade-off",
     "models",
     "quality",
-    "trade-off",
     "training",
     "similarity",
     "disagreements",
@@ -276,6 +277,19 @@ def test_a_label_stands_right_of_its_point_if_it_can():
     assert label_boxes([(5, 5)], [50], 10, Box(0, 0, 20, 20)) == [Box(14, 0, 64, 10)]
 
 
+def test_a_label_that_is_not_needed_stands_close_or_not_at_all():
+    frame, row = Box(0, 0, 120, 300), [(60, 100), (60, 100), (60, 100), (60, 200)]
+    boxes = label_boxes(row, [50] * 4, 10, frame, needed=1)
+    assert boxes[0] == Box(69, 95, 119, 105)
+    assert boxes[1] == Box(1, 95, 51, 105)
+    assert boxes[3] == Box(69, 195, 119, 205)
+    assert label_boxes([(5, 5)], [50], 10, Box(0, 0, 20, 20), needed=0) == [None]
+    # All others stand in the way: a needed label goes far from its point, another is left out.
+    crowd = [(60, 60 + 8 * n) for n in range(12)]
+    assert None in label_boxes(crowd, [100] * 12, 10, frame, needed=6)
+    assert None not in label_boxes(crowd, [100] * 12, 10, frame)
+
+
 # --- charts
 
 
@@ -295,20 +309,34 @@ def test_a_student_may_pass_the_teacher():
 
 def test_models_in_a_plane():
     marks = [
-        charts.Mark("teacher", "teacher", 200, 72, ""),
-        charts.Mark("kd", "hue0", 400, 70, "8.7 min"),
-        charts.Mark("ckd", "hue1", 400, 70, "9.5 min"),
+        Mark("teacher", "teacher", 200, 72, False),
+        Mark("ckd", "hue1", 400, 68, False),
+        Mark("kd", "hue0", 400, 70, True),
+        Mark("kd onnx", "hue0", 250, 73, True),
     ]
-    svg = charts.plane(marks, x_title="texts per second", y_title="STS average")
-    dots = shapes(svg, "circle", "dot")
-    assert [(d["cx"], d["cy"]) for d in dots] == [
-        ("77.3", "47.2"), ("354.7", "258.8"), ("354.7", "258.8"),
-    ]  # fmt: skip
-    assert [d["class"] for d in dots] == ["dot teacher", "dot hue0", "dot hue1"]
-    assert words(svg)[-3:] == ["teacher", "kd · 8.7 min", "ckd · 9.5 min"]
-    ends = [(t["x"], t["y"]) for t in shapes(svg, "text", "label")]
-    assert len(set(ends)) == 3
-    assert "kd 400, 70; ckd 400, 70" in svg
+    svg = plane(marks, x_title="texts per second", y_title="STS average")
+    dots = {d["class"]: (d["cx"], d["cy"]) for d in shapes(svg, "circle", "dot")}
+    # What is passed is grey and below all others; the teacher never is.
+    assert list(dots) == ["dot passed", "dot hue0", "dot teacher"]
+    assert dots["dot passed"] == ("354.7", "258.8")
+    assert [way["d"] for way in shapes(svg, "path", "front")] == ["M146.6 47.2L354.7 174.2"]
+    assert words(svg)[-4:] == ["teacher", "kd", "kd onnx", "ckd"]
+    labels = [label["class"] for label in shapes(svg, "text", "label")]
+    assert labels == ["label teacher", "label hue0", "label hue0", "label passed"]
+    assert "kd 400, 70; kd onnx 250, 73; ckd 400, 68. Front: kd, kd onnx" in svg
+    assert "<title>ckd 400, 68</title>" in svg
+
+
+def test_a_plane_grows_with_its_names_and_speeds_of_all_sizes_have_room():
+    def marks(count):
+        return [Mark(f"m{n}", "hue0", 1.5**n, -n, True) for n in range(count)]
+
+    heights = [
+        ElementTree.fromstring(plane(marks(n), x_title="x", y_title="y")).attrib["viewBox"]
+        for n in (2, 8, 14)
+    ]
+    assert heights == ["0 0 400 320", "0 0 400 320", "0 0 400 410"]
+    assert [w for w in words(plane(marks(14), x_title="x", y_title="y")) if w == "100"]
 
 
 def test_lines_by_step():
@@ -485,12 +513,37 @@ def test_bars_are_shares_of_the_teacher(full):
 
 
 def test_quality_stands_against_speed_and_size(full):
-    said = re.findall(r'aria-label="(STS average against .*?)"', full)
-    assert [label.split(";")[0] for label in said] == [
-        "STS average against times as fast as the teacher: teacher 1, 72.9",
-        "STS average against MB: teacher 69.6, 72.9",
+    said = re.findall(r'aria-label="(% of the teacher&#39;s STS average against .*?)"', full)
+    assert [label.split(": ", 1)[0] for label in said] == [
+        "% of the teacher&#39;s STS average against times as fast as the teacher",
+        "% of the teacher&#39;s STS average against MB",
     ]
-    assert "kd 1.875, 72.5; ckd 1.88, 72.3; kd-finetuned 1.884, 72.1" in said[0]
+    assert "kd 1.875, 99.45; ckd 1.88, 99.18; kd-finetuned 1.884, 98.9" in said[0]
+    assert said[0].endswith("Front: teacher, kd, ckd, kd-finetuned")
+    # All are of one size, so that the best one alone is on the front; no start is drawn.
+    assert said[1].endswith("Front: teacher")
+    assert "half" not in said[0]
+
+
+def test_each_format_is_a_point_of_its_own(site):
+    site.fill()
+    exports = {
+        "safetensors-fp16": in_format(72.5, 402, 34.8),
+        "onnx-int8": in_format(72.0, 1_600, 17.6),
+        "openvino-int8": in_format(20, 9, 9, reason="it loses too much"),
+    }
+    site.exported("kd", **exports)
+    page = site.drawn()
+    said = re.findall(r'aria-label="(% of the teacher&#39;s STS average against .*?)"', page)
+    assert "kd onnx-int8 7.463, 98.77" in said[0]
+    assert "kd 34.8, 99.45; kd onnx-int8 17.6, 98.77" in said[1]
+    assert said[1].endswith("Front: teacher, kd, kd onnx-int8")
+    assert "openvino" not in "".join(said)
+    assert "Not published: kd openvino-int8 (it loses too much)." in Outline(page).text
+    rows = re.findall(r'<tr class="part"><th scope="row">(.*?)</th>', page)
+    assert rows == ["safetensors-fp16", "onnx-int8"]
+    terms = re.findall("<dt>(.*?)</dt>", page[: page.index('<section id="quality">')])
+    assert terms[-4:] == ["safetensors", "fp16", "onnx", "int8"]
 
 
 def test_curves_of_one_score_share_a_picture(full):
@@ -648,8 +701,8 @@ def test_speeds_of_another_device_are_not_drawn(site):
     page = site.drawn()
     speed = page[page.index("Against speed") : page.index("Against size")]
     assert "Measured on another device, so not compared: ckd." in page
-    assert ">kd · 7.9 min<" in speed
-    assert ">ckd ·" not in speed
+    assert ">kd<" in speed
+    assert ">ckd<" not in speed
 
 
 def test_a_finetuned_student_has_the_hue_of_its_first_stage():

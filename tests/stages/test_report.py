@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from stages import report
+from stages.reporting.forms import forms, front
 from stages.reporting.measures import decimals_of, verdict
 from stages.reporting.table import table
 from storage.errors import DamagedError, MissingError, TeachonceError
@@ -45,12 +46,13 @@ def models():
     }
 
 
-def drawn(models, *, width=100, students=STUDENTS, styled=False):
+def drawn(models, *, width=100, students=STUDENTS, styled=False, formats=None):
     sink = StringIO()
     console = Console(
         width=width, file=sink, force_terminal=styled, color_system="standard" if styled else None
     )
-    console.print(table({"models": models}, students=students, width=width))
+    report = {"models": models, "formats": formats or {}}
+    console.print(table(report, students=students, width=width))
     lines = sink.getvalue().splitlines()
     return lines if styled else [line.rstrip() for line in lines]
 
@@ -76,6 +78,10 @@ class Folder:
         (self.root / f"{name}.json").write_text(json.dumps(metrics))
         (self.root / f"{name}.details.json").write_text(json.dumps(details))
 
+    def exported(self, name, **formats):
+        content = {"model": name, "formats": formats}
+        (self.root / f"{name}.exports.json").write_text(json.dumps(content))
+
     def report(self, models, students=STUDENTS, made_of=None, **facts):
         return report.run(
             models,
@@ -84,6 +90,7 @@ class Folder:
             details=lambda name: self.root / f"{name}.details.json",
             curve=lambda name: self.root / f"{name}.csv",
             training=lambda name: self.root / f"{name}.training.json",
+            exports=lambda name: self.root / f"{name}.exports.json",
             facts=facts,
             rank_by=None,
             made_of=made_of or {},
@@ -101,7 +108,8 @@ def test_what_is_known_of_the_named_models_is_gathered(folder, models):
     for name, found in (models | {"forgotten": {}}).items():
         folder.evaluated(name, found)
     outcome = folder.report(list(models))
-    assert json.loads(folder.out.read_bytes()) == {"models": models} == outcome.facts
+    found = json.loads(folder.out.read_bytes())
+    assert found == {"models": models, "formats": {}} == outcome.facts
     assert list(outcome.facts["models"]) == list(models)
     assert outcome.summary == (
         "5 models: kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and "
@@ -214,6 +222,93 @@ def test_the_cure_for_a_finetuned_student_is_to_finetune(folder, models):
         f"{folder.root}/kd-finetuned.training.json: not the end of a training run: best_step: "
         "Field required\n  cure: run `teachonce finetune kd`"
     )
+
+
+def in_format(sts, speed, megabytes, *, reason=""):
+    """What `export` measures of a model in a format."""
+    found = metrics_of(sts, sts / 100, 0.9, 0.7, speed, parameters=7, megabytes=megabytes)
+    return found | {"published": not reason, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "not the exports of a model: Invalid JSON"),
+        ('{"formats": {}}', "not the exports of a model: model: Field required"),
+        ('{"model": "ckd", "formats": {}}', "the exports of ckd, not of kd"),
+        (
+            '{"model": "kd", "formats": {"onnx": {"reason": ""}}}',
+            "not the exports of a model: formats.onnx.published: Field required",
+        ),
+        (
+            '{"model": "kd", "formats": {"onnx": {"published": true, "reason": "", "sts": [1]}}}',
+            "not the exports of a model: formats.onnx.sts",
+        ),
+    ],
+)
+def test_exports_that_no_export_wrote_are_refused(folder, models, content, problem):
+    folder.evaluated("kd", models["kd"])
+    (folder.root / "kd.exports.json").write_text(content)
+    with pytest.raises(DamagedError) as caught:
+        folder.report(["kd"])
+    assert str(caught.value).startswith(f"{folder.root}/kd.exports.json: {problem}")
+    assert caught.value.cure == "run `teachonce export`"
+    assert not folder.page.exists()
+
+
+def test_a_model_in_another_format_has_a_row_of_its_own(folder, models):
+    for name, found in models.items():
+        folder.evaluated(name, found)
+    exports = {
+        "safetensors-fp16": in_format(72.55, 401.7, 34.8),
+        "onnx-int8": in_format(72.1, 812.3, 17.6),
+        "static-int8": in_format(50, 9, 1, reason="it loses 31 % of the STS average"),
+    }
+    folder.exported("kd-finetuned", **exports)
+    same = models["ckd"] | {"published": True, "reason": "", "megabytes": 69.61}
+    folder.exported("ckd", safetensors=same)
+    facts = folder.report(list(models)).facts
+    assert facts["formats"]["kd-finetuned"] == exports
+    lines = drawn(models, width=120, formats=facts["formats"])
+    rows = [line.split() for line in lines if line.startswith("  ")][2:]
+    # Of what is as large as the model, the model's own row says all.
+    assert [[row[0], row[1], *row[-4:]] for row in rows] == [
+        ["safetensors-fp16", "72.55", "402", "1.9x", "0.0", "34.8"],
+        ["onnx-int8", "72.10", "812", "3.8x", "0.0", "17.6"],
+    ]
+    said = " ".join(lines)
+    assert "Not published: kd-finetuned static-int8 (it loses 31 % of the STS average)." in said
+    # No format is a rival of the students.
+    assert "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average" in said
+
+
+def test_a_model_is_served_in_its_published_formats(models):
+    formats = {
+        "kd": {
+            "safetensors-fp16": models["kd"] | {"megabytes": 34.8, "published": True},
+            "onnx-int8": in_format(71, 800, 17.6),
+            "onnx": in_format(70, 9, 9, reason="it loses too much"),
+        }
+    }
+    served = forms({name: models[name] for name in ("teacher", "kd")}, formats)
+    assert served == {
+        "teacher": models["teacher"],
+        "kd": formats["kd"]["safetensors-fp16"],
+        "kd onnx-int8": formats["kd"]["onnx-int8"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        ({"a": (1, 1)}, "a"),
+        ({"a": (1, 2), "b": (2, 1), "c": (1, 1)}, "ab"),
+        ({"a": (1, 2), "b": (1, 2), "c": (0, 2)}, "ab"),  # equals do not pass each other
+        ({"a": (1, 2), "b": (1, 3), "c": (-9, 4)}, "bc"),
+    ],
+)
+def test_the_front_has_those_that_no_other_passes(places, names):
+    assert front(places) == set(names)
 
 
 def test_the_table_at_100_columns(models):
