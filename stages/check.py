@@ -66,6 +66,7 @@ from stages.params import (
     StartParams,
     check_recipe_widths,
     larger_queues,
+    larger_shards,
     roles_of_corpus,
     students_behind_prompts,
 )
@@ -147,7 +148,7 @@ def run(
     problems = [*problems, *survey.problems]
     if problems:
         raise SettingsError("params.yaml", problems)
-    for note in _queue_notes(sections, corpus):
+    for note in _notes_of_corpus(sections, corpus):
         log.info("check: %s", note)
     prompts = _prompts_told(sections["embed"], survey.own_prompts)
     for role, told in prompts.items():
@@ -669,15 +670,16 @@ class RememberedHashes:
         write_json(self.memory, self.known)
 
 
-def _queue_notes(sections: Sections, corpus: Path) -> list[str]:
-    """Queues of the recipes in use that are not smaller than the corpus, once that has been cut."""
+def _notes_of_corpus(sections: Sections, corpus: Path) -> list[str]:
+    """Too many shards, and queues in use that are not smaller than the corpus, once that has been cut."""
     try:
         manifest = Manifest.load(corpus, "corpus")
     except TeachonceError:
         return []
-    rows = round(sum(entry.rows for entry in manifest.objects) * (1 - sections["split"].heldout))
+    note = larger_shards(sections["shard"], rows=manifest.rows, shards=len(manifest.objects))
+    rows = round(manifest.rows * (1 - sections["split"].heldout))
     names = {student.recipe for student in sections["students"].values()}
-    return [
+    return ([] if note is None else [note]) + [
         f"recipes.{name}: {note}"
         for name in sorted(names)
         for note in larger_queues(sections["recipes"][name], rows)

@@ -810,6 +810,24 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
     ]
 
 
+MANY_SHARDS, FEW_SHARDS = 2000, 400
+"""A shard is a file for texts, vectors, tokens and neighbours each. Small ones save work when a run is killed or
+the corpus grows; of more than the first number, the files themselves take longer."""
+
+
+def larger_shards(params: ShardParams, *, rows: int, shards: int) -> str | None:
+    """Returns what to say of a corpus of `rows` texts in too many shards; None if they are not."""
+    if shards <= MANY_SHARDS:
+        return None
+    digits = 10 ** (len(str(rows // FEW_SHARDS)) - 1)
+    wanted = -(-rows // (FEW_SHARDS * digits)) * digits
+    return (
+        f"shard.rows_per_shard: {params.rows_per_shard} cuts {rows:,} texts into {shards:,} shards, and "
+        f"each is a file of every kind; {wanted} would make about {-(-rows // wanted)}. Then `embed` "
+        "copies the vectors that the store has (embed.reuse), and `mine` begins anew"
+    )
+
+
 def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
     """Returns a note for each queue of a recipe that is not smaller than the number of training rows.
 

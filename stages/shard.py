@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
-from stages.params import NO_READINGS, DistillParams, ShardParams, roles_of_corpus
+from stages.params import (
+    NO_READINGS,
+    DistillParams,
+    ShardParams,
+    larger_shards,
+    roles_of_corpus,
+)
 from stages.reading.corpus_files import Item, Rejected, read, sources_with_fields
 from stages.reading.lines import has_control_characters
 from stages.reading.readings import PairOfTexts, read_readings, reading_files
@@ -144,6 +150,8 @@ def run(
             rule,
             CURES[rule].format(**params.model_dump()),
         )
+    if note := larger_shards(params, rows=manifest.rows, shards=len(made)):
+        log.warning("shard: %s", note)
     shares = ", ".join(f"{100 * count / texts:.0f} % {rule}" for rule, count in lost.items())
     plural = "s" if len(made) > 1 else ""
     return Outcome(

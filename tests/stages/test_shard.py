@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import shard
-from stages.params import ShardParams
+from stages.params import ShardParams, larger_shards
 from stages.reading.corpus_files import MALFORMED, TOO_LONG, UNDECODABLE
 from storage.corpus import Corpus
 from storage.errors import DamagedError, TeachonceError
@@ -319,6 +319,32 @@ def test_golden_text_shards(place):
 
 GOLDEN_ROWS = [15, 4, 6, 4, 11]
 GOLDEN_KEY = "text/5466e2834f76e1472283fdc2ea1087b29b4ff9a5.arrow"
+
+
+@pytest.mark.parametrize(
+    ("rows", "shards", "wanted", "then"),
+    [
+        (2_100_000, 2051, 6000, 350),
+        (5_000_000, 4883, 20_000, 250),
+        (10**9, 976_563, 3_000_000, 334),
+    ],
+)
+def test_very_many_shards_are_told_with_a_size_that_makes_fewer(rows, shards, wanted, then):
+    params = ShardParams(
+        sources=("a.txt",), field="text", rows_per_shard=1024, min_chars=1, max_chars=9
+    )
+    note = larger_shards(params, rows=rows, shards=shards)
+    assert note.startswith(f"shard.rows_per_shard: 1024 cuts {rows:,} texts into {shards:,} shards")
+    assert f"; {wanted} would make about {then}. Then `embed` "
+        "copies" in note
+    assert larger_shards(params, rows=rows, shards=2000) is None
+
+
+def test_a_corpus_of_very_many_shards_is_told(place, monkeypatch, caplog):
+    monkeypatch.setattr("stages.params.MANY_SHARDS", 1)
+    (place.root / "a.txt").write_text("\n".join(f"text {number}" for number in range(300)))
+    place.run("a.txt")
+    assert "shard: shard.rows_per_shard: " in caplog.text
 
 
 def test_no_text_left_is_an_error_and_leaves_no_manifest(place):
