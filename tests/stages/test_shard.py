@@ -335,8 +335,7 @@ def test_very_many_shards_are_told_with_a_size_that_makes_fewer(rows, shards, wa
     )
     note = larger_shards(params, rows=rows, shards=shards)
     assert note.startswith(f"shard.rows_per_shard: 1024 cuts {rows:,} texts into {shards:,} shards")
-    assert f"; {wanted} would make about {then}. Then `embed` "
-        "copies" in note
+    assert f"; {wanted} would make about {then}. Then `embed` copies" in note
     assert larger_shards(params, rows=rows, shards=2000) is None
 
 
