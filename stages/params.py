@@ -811,8 +811,8 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
 
 
 MANY_SHARDS, FEW_SHARDS = 2000, 400
-"""A shard is a file for texts, vectors, tokens and neighbours each. Small ones save work when a run is killed
-or the corpus grows; of more than the first number, the files themselves take longer."""
+"""A shard has a file of texts, of vectors, of tokens and of neighbours. Small ones save work when a run is
+killed or the corpus grows; of more than the first number, the files themselves take longer."""
 
 
 def larger_shards(params: ShardParams, *, rows: int, shards: int) -> str | None:
