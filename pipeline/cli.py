@@ -31,7 +31,7 @@ from typer.core import TyperGroup
 
 from pipeline.printing import LogLine, as_json_object, place_of, say, show, show_lines
 from storage import durable
-from storage.errors import DamagedError, TeachonceError, shown
+from storage.errors import DamagedError, MissingError, TeachonceError, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
@@ -304,26 +304,44 @@ def start(
     """Make a student before training: NAME of params.yaml's `starts`.
 
     Reads: the teacher, or the model that the start is made from; for a start
-    that depends on how often tokens occur also data/corpus.json.
+    that depends on how often tokens occur also data/corpus.json. To say how far
+    it agrees with the teacher: data/corpus.json, data/embeddings.json,
+    data/split.json, as far as they are there.
 
-    Leaves: models/start/NAME.
+    Leaves: models/start/NAME, reports/starts/NAME.json.
 
     Example: teachonce start half
     """
-    from stages.start import run
+    from stages.start import as_it_is, measure, run
 
     here = workspace()
-    params = here.named("starts", name)
-    folder, pooling = here.start_source(name)
-    show(
-        run(
+    params, out = here.named("starts", name), here.at.start(name)
+    record, made_from = here.at.start_facts(name), here.start_made_from(name)
+    try:
+        folder, pooling = here.start_source(name)
+    except MissingError:
+        there = as_it_is(name, folder=out, record=record, made_from=made_from)
+        if there is None:
+            raise
+        outcome = there
+    else:
+        outcome = run(
             params,
             name=name,
             folder=folder,
             pooling=pooling,
             trust_remote_code=here.params.embed.trust_remote_code,
             corpus=here.corpus,
-            out=here.at.start(name),
+            out=out,
+        )
+    show(
+        measure(
+            outcome,
+            name=name,
+            load=partial(here.encoder, name),
+            caches=partial(here.caches, with_negatives=False),
+            record=record,
+            made_from=made_from,
         ),
         as_json,
     )

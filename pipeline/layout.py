@@ -131,6 +131,10 @@ class Layout:
         """Counts a stage leaves for `dvc metrics`."""
         return self._file(f"reports/stages/{stage}.json")
 
+    def start_facts(self, name: str) -> Path:
+        """`start`: what a start keeps of its model, and how far it agrees with the teacher."""
+        return self._file(f"reports/starts/{name}.json")
+
     def training(self, student: str) -> Path:
         """`distill`: how a run ended, for `dvc metrics`."""
         return self._file(f"reports/training/{student}.json")

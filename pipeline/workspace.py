@@ -30,6 +30,7 @@ from stages.params import (
     RecipeParams,
     Sections,
     SettingsError,
+    StartParams,
     neighbours_wanted,
     students_behind_prompts,
 )
@@ -389,6 +390,24 @@ class Workspace:
             pooling=params.pooling,
         )
         return folder, params.pooling
+
+    def start_made_from(self, name: str) -> str | None:
+        """The fingerprint of what a start is made from; None if `check` has not noted its model yet."""
+        from stages.start import recipe
+
+        params: StartParams = self.named("starts", name)
+        from_teacher = params.from_ == TEACHER
+        noted = read_sources(self.at.sources).get("starts", {}).get(name, {})
+        model = self.params.embed.teacher if from_teacher else params.from_
+        if not noted.get("files") or noted.get("declared", {}).get("name") != model:
+            return None
+        made_from = recipe(
+            params,
+            pooling=self.params.embed.pooling if from_teacher else params.pooling,
+            files=noted["files"],
+            corpus=self.corpus() if params.counts_tokens else None,
+        )
+        return fingerprint(made_from)
 
     def student(self, name: str, recipe: str | None, start: str | None) -> tuple[RecipeParams, str]:
         """The recipe and the name of the start of a student.

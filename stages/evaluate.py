@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from stages.measuring.details import likeness_details, neighbour_details
 from stages.measuring.documents import read_documents, write_documents
+from stages.measuring.heldout import HeldOut
 from stages.measuring.metrics import (
     CUT,
     Cuts,
     EvaluatedModel,
-    encoded_in_steps,
     measure_retrieval,
     measure_sts,
     with_interval,
@@ -207,18 +207,10 @@ def _measure_fidelity(
     """Metrics of likeness to the teacher's whole vectors, and what the page shows of it."""
     if len(heldout) < LEAST_ROWS:
         return {}, {"texts": len(heldout), "searches": [], **NOTHING_TO_SHOW}
-    rows = evenly(heldout, min(MOST_ROWS, len(heldout)))
+    sample = HeldOut.of(corpus, heldout, MOST_ROWS)
+    rows = sample.rows
     log.info("evaluate: %s, likeness to the teacher on %s rows", name, f"{len(rows):,}")
-    # Each as the cache was made: in its role, which decides the teacher's prompt.
-    of_roles = {role: corpus.of_role(rows, role) for role in corpus.roles}
-    ours = np.concatenate(
-        [
-            encoded_in_steps(name, encoder, corpus.take(of_role), role)[0]
-            for role, of_role in of_roles.items()
-            if len(of_role)
-        ]
-    )
-    rows = np.concatenate(list(of_roles.values()))
+    ours = sample.vectors(name, encoder)
     texts, teacher = corpus.take(rows), embeddings.rows_of(rows)
     metrics: dict[str, Fact] = {}
     for prefix, width in cuts.items():

@@ -391,6 +391,11 @@ class StartParams(Section):
     # it may be left out, and all are kept then.
     vocabulary: Vocabulary | None = None
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it depends on how often tokens occur in the corpus."""
+        return self.kind == "static" or self.vocabulary is not None
+
     @model_validator(mode="after")
     def _static_has_a_width_and_no_layers(self) -> Self:
         if (self.kind == "static") != (self.hidden is not None):

@@ -7,23 +7,98 @@ uses (`stages.models.vocabulary`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.measuring.heldout import NOT_MEASURED, agreement_of_start
 from stages.models.config import check_one_model, own_prompts
-from stages.outcome import Outcome
+from stages.outcome import Outcome, write_json
 from stages.params import TEACHER, StartParams
-from storage import durable
+from storage import durable, regular
+from storage.caches import Caches
 from storage.corpus import Corpus
-from storage.errors import shown
+from storage.errors import TeachonceError, shown
 
 if TYPE_CHECKING:
+    from stages.measuring.metrics import EvaluatedModel
     from stages.models.vocabulary import CutVocabulary
 
-VERSION = 1
+VERSION = 1  # raise it when a code change makes another folder of the same settings and model
+
+
+def recipe(
+    params: StartParams, *, pooling: str | None, files: Mapping[str, str], corpus: Corpus | None
+) -> dict[str, Any]:
+    """What the folder of a start is made from.
+
+    Args:
+        params: The settings of the start.
+        pooling: As in `run`.
+        files: The hashes of the model's files.
+        corpus: The corpus of a start that counts tokens; None for one that does not.
+    """
+    return {
+        "version": VERSION,
+        "start": params.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "pooling": pooling,
+        "files": dict(files),
+        "corpus": None if corpus is None else corpus.manifest.content,
+    }
+
+
+def as_it_is(name: str, *, folder: Path, record: Path, made_from: str | None) -> Outcome | None:
+    """What is said of a start that cannot be made here, but is here already, made from the same.
+
+    Args:
+        name: Name of the start.
+        folder: Its folder.
+        record: The JSON file that `measure` left when it was made.
+        made_from: The fingerprint of its `recipe`; None if that is not known.
+
+    Returns:
+        None if it is not here, or was made from something else.
+    """
+    try:
+        facts = json.loads(regular.content(record))
+        is_same = made_from is not None and facts.pop("made_from") == made_from
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TeachonceError):
+        return None
+    if not is_same or not (folder / "modules.json").is_file():
+        return None
+    summary = f"{name} stays as it was made of this model, which is not on this machine"
+    facts = {key: value for key, value in facts.items() if not key.startswith("agreement")}
+    return Outcome("start", folder, summary, facts)
+
+
+def measure(
+    outcome: Outcome,
+    *,
+    name: str,
+    load: Callable[[], EvaluatedModel],
+    caches: Callable[[], Caches],
+    record: Path,
+    made_from: str | None,
+) -> Outcome:
+    """Say of a start how far it agrees with its teacher before it is trained, and write down its facts.
+
+    Args:
+        outcome: What `run` said.
+        name: Name of the start.
+        load: Loads it, to read texts as its students do.
+        caches: Opens corpus, vectors and split; where there are none, the reason is said.
+        record: JSON file to write: the facts.
+        made_from: The fingerprint of its `recipe`; None if that is not known.
+    """
+    said, agreement = agreement_of_start(name, load, caches)
+    facts = {**outcome.facts, **agreement}
+    noted = {key: value for key, value in facts.items() if key != NOT_MEASURED}
+    write_json(record, {**noted, "made_from": made_from})
+    return replace(outcome, summary=f"{outcome.summary}; {said}", facts=facts)
 
 
 def run(

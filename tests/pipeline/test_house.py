@@ -93,7 +93,7 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "shard": [at.corpus, at.readings, at.stage_facts("shard")],
         "split": [at.split, at.stage_facts("split")],
         "embed": [at.embeddings, at.mixes, at.stage_facts("embed")],
-        "start": [at.start("${key}")],
+        "start": [at.start("${key}"), at.start_facts("${key}")],
         "mine": [at.negatives, at.stage_facts("mine")],
         "neighbours": [at.neighbours],
         "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],

@@ -18,6 +18,7 @@ NAMED = (
     "model",
     "finetuned",
     "stage_facts",
+    "start_facts",
     "training",
     "curve",
     "metrics",

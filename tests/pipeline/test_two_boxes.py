@@ -227,6 +227,25 @@ def test_the_student_of_a_box_without_the_teacher(with_teacher, without_teacher,
         assert models.keys() == {"teacher", "half", "small"}
         assert models["small"]["fidelity.spearman"] > models["half"]["fidelity.spearman"]
         assert b.objects("vectors") == vectors
+
+        # Another split measures the start anew, which stays as it is: it cannot be made here.
+        folder = b.project / "models/start/half"
+        before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+        measured = json.loads(b.read("reports/starts/half.json"))
+        params["split"]["heldout"] *= 2
+        (b.project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        ended = b.run("dvc repro start")
+        assert ended.ran == {"check", "split", "start@half"}
+        assert "half stays as it was made of this model, which is not on this" in ended.output
+        assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+        anew = json.loads(b.read("reports/starts/half.json"))
+        assert anew["agreement"] != measured["agreement"]
+        assert anew["made_from"] == measured["made_from"]
+        params["starts"]["half"]["layers"] = [0, 1]
+        (b.project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        ended = b.attempt("dvc repro start")
+        assert ended.code != 0 and "embed.teacher: " in ended.output
+        b.run("git checkout -q . && dvc checkout -q")
     finally:
         off.rename(a.root)
 
