@@ -659,6 +659,7 @@ def report(
             "teacher's fingerprint": here.teacher_fingerprint(),
         },
         rank_by=here.params.report.rank_by,
+        choose=here.params.report.choose,
         made_of=here.made_of(),
         out=here.at.report,
         page=here.at.page,
@@ -670,8 +671,16 @@ def report(
 
     # The sentence of the outcome stands below the table already.
     console = Console()
-    rank_by = here.params.report.rank_by
-    console.print(table(outcome.facts, students=students, width=console.width, rank_by=rank_by))
+    params = here.params.report
+    console.print(
+        table(
+            outcome.facts,
+            students=students,
+            width=console.width,
+            rank_by=params.rank_by,
+            choose=params.choose,
+        )
+    )
     say(f"  -> {place_of(outcome.made)}")
 
 

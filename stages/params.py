@@ -721,12 +721,39 @@ class ExportParams(Section):
     onnx: bool  # also as ONNX (extra `onnx`)
 
 
+def _as_share(value: float) -> float:
+    if value > MOST_KEPT:
+        raise ValueError("a share of the teacher's quality: 97 % is written 0.97")
+    return value
+
+
+MOST_KEPT = 2
+"""A student that learned from labels may pass its teacher, but not so far."""
+
+
+class ChooseParams(Section):
+    """A bound within which the report names a student: one of these."""
+
+    # Each may be left out, since only one is named.
+    at_most_mb: PositiveFloat | None = None  # megabytes: the best student that is no larger
+    # Share of the teacher's quality: the smallest student that keeps it.
+    at_least: Annotated[PositiveFloat, AfterValidator(_as_share)] | None = None
+    at_least_times_as_fast: PositiveFloat | None = None  # as the teacher: the best student that is
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"takes one of {', '.join(type(self).model_fields)}")
+        return self
+
+
 class ReportParams(Section):
     """All models -> a table and a page."""
 
     rank_by: (
         Text | None
     )  # the metric whose highest value is the best student's; null: see params.yaml
+    choose: ChooseParams | None  # within which bound a student is named; null: the best one is
 
 
 class RayParams(Section):
@@ -802,6 +829,7 @@ def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> 
         *_collisions(names),
         *_unusable_set_names(sections.get("evaluate")),
         *_unknown_rank(sections.get("report"), sections.get("evaluate"), sections),
+        *_unanswerable_choice(sections.get("report"), sections.get("embed")),
         *_too_few_neighbours(sections),
         *_unknown_students(sections.get("finetune"), sections.get("export"), names),
         *_starts_of_nobody(sections.get("starts", {}), sections.get("embed")),
@@ -1096,6 +1124,20 @@ def _unknown_rank(
     if rank_by in known:
         return []
     return [("report.rank_by", f"{rank_by} is not measured; choose one of {', '.join(known)}")]
+
+
+def _unanswerable_choice(report: ReportParams | None, embed: EmbedParams | None) -> list[Problem]:
+    """A student is compared with the teacher only by what was measured of the teacher."""
+    choose, teacher = getattr(report, "choose", None), getattr(embed, "teacher", "")
+    if choose is None or not teacher.startswith((IMPORTED, API)):
+        return []
+    if choose.at_least_times_as_fast is not None:
+        why = "of a teacher that does not run here no speed is measured: take at_most_mb"
+        return [("report.choose.at_least_times_as_fast", why)]
+    if choose.at_least is not None and teacher.startswith(IMPORTED):
+        why = "of imported vectors no quality is measured: take at_most_mb"
+        return [("report.choose.at_least", why)]
+    return []
 
 
 def _too_few_neighbours(sections: Sections) -> list[Problem]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stages.outcome import Outcome, write_json
-from stages.reporting.measures import verdict
+from stages.params import ChooseParams
+from stages.reporting.choice import Choice, choice
+from stages.reporting.forms import model_of
 from stages.reporting.page import page as drawn
 from stages.reporting.results import (
     Model,
@@ -36,6 +39,7 @@ def run(
     exports: Callable[[str], Path],
     facts: Mapping[str, str],
     rank_by: str | None,
+    choose: ChooseParams | None,
     made_of: Mapping[str, str],
     out: Path,
     page: Path,
@@ -52,6 +56,7 @@ def run(
         exports: Model -> the JSON that its export left, if it was exported here.
         facts: Lines about how all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
+        choose: The bound within which a student is named; None: the best one is.
         made_of: Start or student -> what it was made of, in a few words, to stand below its name.
         out: The JSON file to write.
         page: The HTML file to write.
@@ -77,10 +82,27 @@ def run(
         for name in models
     ]
     formats = {model.name: model.formats for model in evaluated if model.formats}
-    report = {"models": metrics_of_models, "formats": formats}
+    chosen = choice(metrics_of_models, students, rank_by=rank_by, choose=choose, formats=formats)
+    report = {"models": metrics_of_models, "formats": formats, "chosen": _as_facts(chosen)}
     write_json(out, report)
-    html = drawn(evaluated, students=students, facts=facts, rank_by=rank_by, made_of=made_of)
+    html = drawn(
+        evaluated,
+        students=students,
+        facts=facts,
+        rank_by=rank_by,
+        choose=choose,
+        made_of=made_of,
+    )
     durable.replace(page, html.encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
-    sentence = verdict(metrics_of_models, students, rank_by)
-    return Outcome("report", page, f"{count}: {sentence}" if sentence else count, report)
+    said = f"{count}: {chosen.sentence}" if chosen.sentence else count
+    return Outcome("report", page, said, report)
+
+
+def _as_facts(chosen: Choice) -> dict[str, Any] | None:
+    """Which student was chosen, for programs; None if there is no student."""
+    if chosen.form is None:
+        return None
+    model = model_of(chosen.form)
+    of_format = chosen.form.removeprefix(model).strip() or None
+    return {"model": model, "format": of_format, "fits": chosen.fits}

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from stages.params import TEACHER
-from stages.reporting.forms import BASE_FORMATS, published
+from stages.reporting.forms import BASE_FORMATS, NO_FORMATS, published
 from stages.reporting.measures import (
     Measure,
     at_widths,
@@ -31,7 +31,6 @@ from stages.reporting.results import Formats, Metrics
 MOST_SETS = 4  # with more, the average alone stands where there is little room
 TITLE_WIDTH = 9
 GAP = 2  # blanks between two columns
-NO_FORMATS: Mapping[str, Formats] = {}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from stages.reporting.results import Formats, Metrics
 BASE_FORMATS = ("safetensors", "safetensors-fp16")
 """Formats of the model itself; an export has one of them."""
 
+NO_FORMATS: Mapping[str, Formats] = {}
+"""Of models that were not exported."""
+
 
 def forms(models: Mapping[str, Metrics], formats: Mapping[str, Formats]) -> dict[str, Metrics]:
     """Name of a form -> metrics: each model, and behind it each other format of it that was published.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stages.reporting.columns import NO_FORMATS, TableColumn, names_of_sets
+from stages.reporting.columns import TableColumn, names_of_sets
+from stages.reporting.forms import NO_FORMATS
 from stages.reporting.measures import (
     SPEED,
     devices,

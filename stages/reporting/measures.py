@@ -66,7 +66,7 @@ def verdict(
     title = f"{name}, the best student," if len(rivals) > 1 else name
     if same := ties(models, students, rank_by):
         title = f"{name}, tied with {listed(same)} for the best student,"
-    return f"{title} {listed(_comparisons(models[name], models[TEACHER]))}."
+    return f"{title} {listed(comparisons(models[name], models[TEACHER]))}."
 
 
 def yardstick(
@@ -278,7 +278,7 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
-def _comparisons(student: Metrics, teacher: Metrics) -> list[str]:
+def comparisons(student: Metrics, teacher: Metrics) -> list[str]:
     """What a student is beside the teacher, each to stand after its name; at least one."""
     whose = ("the teacher's", "its")
     phrases = [

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stages.params import TEACHER
+from stages.params import TEACHER, ChooseParams
 from stages.reporting import columns, legend, measures, sections, templating
+from stages.reporting.choice import Choice
+from stages.reporting.forms import BASE_FORMATS, model_of
 from stages.reporting.results import Metrics, Model
 
 ON_TOP = ("project", "teacher", "corpus")
@@ -26,6 +28,7 @@ def page(
     students: Collection[str],
     facts: Mapping[str, str],
     rank_by: str | None = None,
+    choose: ChooseParams | None = None,
     made_of: Mapping[str, str] | None = None,
 ) -> str:
     """The report as HTML.
@@ -35,22 +38,26 @@ def page(
         students: Names of those that were trained.
         facts: Lines about how all this was made: label -> text.
         rank_by: The metric that ranks students; None for the first that was measured.
+        choose: The bound within which a student is named; None: the best one is.
         made_of: Start or student -> what it was made of, in a few words.
     """
     trained = [model.name for model in models if model.name in students]
-    subject = sections.Subject({model.name: model for model in models}, trained, rank_by)
+    subject = sections.Subject({model.name: model for model in models}, trained, rank_by, choose)
     metrics, rows = subject.metrics, columns.rows(subject.metrics, subject.formats)
     shown = columns.columns(rows, trained)
     ties = measures.ties(metrics, trained, rank_by)
     timed = measures.measured(subject.forms, measures.of("sentences_per_second"))
     disagreements = sections.disagreements(subject)
+    chosen = subject.choice
+    opened = None if chosen.form is None else model_of(chosen.form)
     return templating.html(
         "page.html",
         project=facts.get("project", "teachonce"),
         about=" · ".join(f"{label} {facts[label]}" for label in ON_TOP if label in facts),
-        verdict=measures.verdict(metrics, trained, rank_by)
+        verdict=chosen.sentence
         or f"{len(models)} model{'s' if len(models) != 1 else ''} side by side.",
-        cards=_cards(metrics, subject.best),
+        cards=_cards(subject.forms, chosen.form),
+        chosen=_tag(chosen, rows),
         models=subject.models,
         tones=subject.tones,
         made_of=made_of or {},
@@ -70,7 +77,7 @@ def page(
         held_out=max((subject.models[name].details.texts for name in trained), default=0),
         similarities=sections.similarities(subject),
         disagreements=disagreements,
-        opened=subject.best if subject.best in disagreements else next(iter(disagreements), None),
+        opened=opened if opened in disagreements else next(iter(disagreements), None),
         searches=sections.searches(subject),
         judged=any(
             result.relevant
@@ -82,11 +89,20 @@ def page(
     )
 
 
-def _cards(metrics: Mapping[str, Metrics], best: str | None) -> list[Card]:
-    """The numbers of the best student; none without a teacher to compare it with."""
-    if best is None or TEACHER not in metrics:
+def _tag(chosen: Choice, rows: Collection[str]) -> dict[str, str]:
+    """Row of the student that a bound chose -> what stands beside its name; none if no bound did."""
+    if chosen.form is None or chosen.fits is None:
+        return {}
+    own = chosen.form.replace(" ", " · ")
+    exported = [row for base in BASE_FORMATS if (row := f"{own} · {base}") in rows]
+    return {next(iter(exported), own): "chosen" if chosen.fits else "nearest"}
+
+
+def _cards(forms: Mapping[str, Metrics], chosen: str | None) -> list[Card]:
+    """The numbers of the student on top; none without a teacher to compare it with."""
+    if chosen is None or TEACHER not in forms:
         return []
-    student, teacher = metrics[best], metrics[TEACHER]
+    student, teacher = forms[chosen], forms[TEACHER]
     cards = [
         (part.percent_text, "%", f"of the teacher's {part.title}", _sides(part))
         for part in measures.kept(student, teacher)

@@ -35,6 +35,7 @@ class Mark:
         x: The model's cost, above 0.
         y: The model's quality.
         on_front: Whether no other is better by both.
+        is_chosen: Whether the page names it on top.
     """
 
     name: str
@@ -42,9 +43,22 @@ class Mark:
     x: float
     y: float
     on_front: bool
+    is_chosen: bool = False
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it stands out: its name is there whatever the room, and it is never grey."""
+        return self.on_front or self.is_chosen or self.tone == TEACHER
 
 
-def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
+def plane(
+    marks: Sequence[Mark],
+    *,
+    x_title: str,
+    y_title: str,
+    x_bound: float | None = None,
+    y_bound: float | None = None,
+) -> Markup:
     """All models by cost and quality: a line through those on the front, the others grey.
 
     Each has its name beside it; but a grey one only if there is room, since its drawing says it, too.
@@ -53,9 +67,11 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
         marks: At least one.
         x_title: What the cost is, on the horizontal axis.
         y_title: What the quality is, on the vertical axis.
+        x_bound: The cost within which one was chosen: a dashed line, where it is on the axis.
+        y_bound: Likewise the quality.
     """
-    marks = sorted(marks, key=lambda mark: not (mark.on_front or mark.tone == TEACHER))
-    named = [mark for mark in marks if mark.on_front or mark.tone == TEACHER]
+    marks = sorted(marks, key=lambda mark: not mark.is_named)
+    named = [mark for mark in marks if mark.is_named]
     width, height = 400.0, 320.0 + LABEL * max(0, len(named) - 8)
     x = Axis.around([mark.x for mark in marks], 44, width - 12, margin=0.12, log_above=6)
     y = Axis.around([mark.y for mark in marks], height - 40, 26, margin=0.1)
@@ -68,10 +84,14 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
         Box(x.begin + 2, y.end + 2, x.end - 2, y.begin - 2),
         needed=len(named),
     )
-    tones = [mark.tone if mark in named else "passed" for mark in marks]
+    tones = [mark.tone if mark.is_named else "passed" for mark in marks]
     drawn = list(zip(marks, tones, places, names, boxes, strict=True))
     ordered = sorted((mark.x, mark.y) for mark in marks if mark.on_front)
     parts = [grid(x, y, (x_title, y_title))]
+    if x_bound is not None and x.low <= x_bound <= x.high:
+        parts.append(line(x.at(x_bound), y.begin, x.at(x_bound), y.end, "bound"))
+    if y_bound is not None and y.low <= y_bound <= y.high:
+        parts.append(line(x.begin, y.at(y_bound), x.end, y.at(y_bound), "bound"))
     if len(ordered) > 1:
         way = "L".join(f"{px(x.at(cost))} {px(y.at(good))}" for cost, good in ordered)
         parts.append(f'<path class="front" d="M{way}"/>')
@@ -80,6 +100,11 @@ def plane(marks: Sequence[Mark], *, x_title: str, y_title: str) -> Markup:
         f'<g class="{tone}">{leader}</g>'
         for _, tone, place, _, box in drawn
         if box and (leader := _leader(place, box))
+    ]
+    parts += [
+        f'<g class="{tone}"><circle class="chosen" cx="{px(left)}" cy="{px(top)}" r="9"/></g>'
+        for mark, tone, (left, top), _, _ in drawn
+        if mark.is_chosen
     ]
     parts += [
         f'<circle class="dot {tone}" cx="{px(left)}" cy="{px(top)}" r="5">'

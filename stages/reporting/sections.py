@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from stages.params import FINETUNED, TEACHER
+from stages.params import FINETUNED, TEACHER, ChooseParams
 from stages.reporting import charts, measures
+from stages.reporting.choice import Choice, choice
 from stages.reporting.columns import MOST_SETS, qualities
 from stages.reporting.forms import forms, front, model_of
 from stages.reporting.plane import Mark, plane
@@ -39,11 +40,13 @@ class Subject:
         models: By name, in the order of the page: teacher, starts, students.
         students: Those of them that were trained, in their order.
         rank_by: The metric that ranks students; None for the first that was measured.
+        choose: The bound within which a student is named; None: the best one is.
     """
 
     models: Mapping[str, Model]
     students: Sequence[str]
     rank_by: str | None = None
+    choose: ChooseParams | None = None
 
     @property
     def metrics(self) -> dict[str, Metrics]:
@@ -58,14 +61,24 @@ class Subject:
     @property
     def forms(self) -> dict[str, Metrics]:
         """The teacher, and each student in each form in which it can be served."""
-        served = {TEACHER: self.metrics.get(TEACHER, {})}
-        served |= {name: self.metrics[name] for name in self.students}
+        served = {name: self.metrics[name] for name in self.models if name not in self.starts}
         return forms(served, self.formats)
 
     @property
     def best(self) -> str | None:
         """The student to serve, if quality is all."""
         return measures.best(self.metrics, self.students, self.rank_by)
+
+    @property
+    def choice(self) -> Choice:
+        """The student to serve, within the bound."""
+        return choice(
+            self.metrics,
+            self.students,
+            rank_by=self.rank_by,
+            choose=self.choose,
+            formats=self.formats,
+        )
 
     @property
     def starts(self) -> list[str]:
@@ -124,21 +137,43 @@ def trade_off(subject: Subject) -> list[Figure]:
         values = {name: 100 * value / theirs for name, value in values.items()}
     speeds, speed_title = speeds_of(served)
     sizes = measures.measured(served, measures.of("megabytes"))
+    chosen, choose = subject.choice, subject.choose
+    least = 100 * choose.at_least if choose and choose.at_least and theirs > 0 else None
     figures = []
-    for heading, costs, x_title, better in (
-        ("Against speed: up and right is better", speeds, speed_title, 1),
-        ("Against size: up and left is better", sizes, "MB", -1),
+    for heading, costs, x_title, better, bound in (
+        (
+            "Against speed: up and right is better",
+            speeds,
+            speed_title,
+            1,
+            choose.at_least_times_as_fast if choose else None,
+        ),
+        (
+            "Against size: up and left is better",
+            sizes,
+            "MB",
+            -1,
+            choose.at_most_mb if choose else None,
+        ),
     ):
         places = {
             name: (better * costs[name], value) for name, value in values.items() if name in costs
         }
         on_front = front(places)
         marks = [
-            Mark(name, subject.tone(name), costs[name], values[name], name in on_front)
+            Mark(
+                name,
+                subject.tone(name),
+                costs[name],
+                values[name],
+                on_front=name in on_front,
+                is_chosen=chosen.fits is not None and name == chosen.form,
+            )
             for name in places
         ]
         if len(marks) > 1:
-            figures.append((heading, plane(marks, x_title=x_title, y_title=title)))
+            drawn = plane(marks, x_title=x_title, y_title=title, x_bound=bound, y_bound=least)
+            figures.append((heading, drawn))
     return figures
 
 

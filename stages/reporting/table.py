@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.params import TEACHER
+from stages.params import TEACHER, ChooseParams
+from stages.reporting.choice import choice
 from stages.reporting.columns import GAP, MOST_SETS, TableColumn, columns, part_of, rows
 from stages.reporting.legend import notes
-from stages.reporting.measures import verdict
 from storage.errors import harmless
 
 if TYPE_CHECKING:
@@ -21,9 +21,14 @@ NOTHING = "-"
 
 
 def table(
-    report: Report, *, students: Collection[str], width: int = 100, rank_by: str | None = None
+    report: Report,
+    *,
+    students: Collection[str],
+    width: int = 100,
+    rank_by: str | None = None,
+    choose: ChooseParams | None = None,
 ) -> Table:
-    """The report for a terminal: its `rows`, best students bold, `verdict` below.
+    """The report for a terminal: its `rows`, best students bold, the sentence of the `choice` below.
 
     Args:
         report: As the stage gives it, or as reports/metrics.json holds it.
@@ -31,6 +36,7 @@ def table(
             then the others in the order of the report.
         width: The terminal's, in characters. Columns that do not fit are left out and named below.
         rank_by: The metric that ranks students; None for the first that was measured.
+        choose: The bound within which a student is named; None: the best one is.
     """
     from rich import box
     from rich.table import Table
@@ -46,7 +52,8 @@ def table(
     fitting = _fitting(every_column, width - max(map(len, ["model", *labels.values()])))
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
-    said = [verdict(models, students, rank_by), *notes(models, students, rank_by, formats)]
+    chosen = choice(models, students, rank_by=rank_by, choose=choose, formats=formats)
+    said = [chosen.sentence, *notes(models, students, rank_by, formats)]
     if missing := [column.name for column in every_column if column not in fitting]:
         said.append(f"No room for: {', '.join(missing)}.")
     drawn.caption = Text(harmless("\n".join(["", *filter(None, said)])))

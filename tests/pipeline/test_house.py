@@ -19,7 +19,7 @@ from pipeline.layout import Layout
 from pipeline.settings import load_params
 from stages import check, docs, embed, mine, shard, split
 from stages.learning.objectives import Objectives
-from stages.params import Objective, Params, RecipeParams
+from stages.params import ChooseParams, Objective, Params, RecipeParams
 from storage import errors
 from tests.conftest import embed_params
 
@@ -356,6 +356,7 @@ def test_every_setting_has_one_place():
                     for name in ("pooling", "passes", "kind", "hidden", "vocabulary")
                 ),
                 *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
+                *(("ChooseParams", name) for name in ChooseParams.model_fields),
                 ("SourceParams", "field"),
             }
             assert field.is_required() != optional, f"{section.__name__}.{name} has a default"

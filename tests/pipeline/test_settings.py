@@ -1900,9 +1900,54 @@ def test_a_part_of_a_model_in_the_hub_cache_is_not_taken_for_the_whole(tmp_path)
     ],
 )
 def test_students_are_ranked_by_what_is_measured(rank_by, problems):
-    report = ReportParams(rank_by=rank_by)
+    report = ReportParams(rank_by=rank_by, choose=None)
     sections = {"report": report, "evaluate": load_params(ROOT / "params.yaml").evaluate}
     assert [address for address, _ in contradictions(sections, {})] == problems
+
+
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [
+        ({"at_most_mb": 20}, None),
+        ({}, "report.choose: takes one of at_most_mb, at_least, at_least_times_as_fast"),
+        ({"at_most_mb": 20, "at_least": 0.9}, "report.choose: takes one of at_most_mb, at_least"),
+        ({"at_most_mb": 0}, "report.choose.at_most_mb: must be greater than 0.0, got 0"),
+        (
+            {"at_least": 97},
+            "report.choose.at_least: a share of the teacher's quality: 97 % is written 0.97, got 97",
+        ),
+        ({"at_most": 20}, "report.choose.at_most: no such setting; did you mean at_most_mb?"),
+    ],
+)
+def test_a_student_is_chosen_within_one_bound(tmp_path, choose, said):
+    path = write(tmp_path, lambda content: content["report"].update(choose=choose))
+    if said is None:
+        assert load_params(path).report.choose.at_most_mb == 20
+        return
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "refused"),
+    [
+        ("folder/model", []),
+        ("api:model", ["at_least_times_as_fast"]),
+        ("imported:vectors", ["at_least", "at_least_times_as_fast"]),
+    ],
+)
+def test_a_bound_is_on_what_is_measured_of_the_teacher(teacher, refused):
+    embed = load_params(SHIPPED).embed.model_copy(update={"teacher": teacher})
+    bounds = ({"at_most_mb": 9}, {"at_least": 0.9}, {"at_least_times_as_fast": 9})
+    wrong = [
+        address
+        for bound in bounds
+        for address, _ in contradictions(
+            {"report": ReportParams(rank_by=None, choose=bound), "embed": embed}, {}
+        )
+        if address.startswith("report")
+    ]
+    assert wrong == [f"report.choose.{name}" for name in refused]
 
 
 BAD = (None, -1, 0, 1.5, float("nan"), "x", "", "\ud800", True, [], [""], ["x"] * 9, {}, {"a": 1})

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from jinja2 import UndefinedError
 
+from stages.params import ChooseParams
 from stages.reporting import charts
 from stages.reporting.page import page as drawn
 from stages.reporting.plane import Mark, plane
@@ -110,8 +111,8 @@ class Site(Folder):
                 )
         return self
 
-    def drawn(self, models=MODELS, students=STUDENTS, made_of=None, **facts):
-        self.report(models, students, made_of, **facts)
+    def drawn(self, models=MODELS, students=STUDENTS, made_of=None, choose=None, **facts):
+        self.report(models, students, made_of, choose, **facts)
         return self.page.read_text()
 
 
@@ -544,6 +545,42 @@ def test_each_format_is_a_point_of_its_own(site):
     assert rows == ["safetensors-fp16", "onnx-int8"]
     terms = re.findall("<dt>(.*?)</dt>", page[: page.index('<section id="quality">')])
     assert terms[-4:] == ["safetensors", "fp16", "onnx", "int8"]
+
+
+def tags(page):
+    return re.findall(r'>([a-z0-9-]+) <span class="tag">(.*?)</span>', page)
+
+
+def test_the_chosen_form_is_marked_and_its_bound_is_drawn(site):
+    site.fill()
+    exports = {
+        "safetensors-fp16": in_format(72.5, 402, 34.8),
+        "onnx-int8": in_format(72.0, 1_600, 17.6),
+    }
+    site.exported("kd", **exports)
+    page = site.drawn(choose=ChooseParams(at_most_mb=20))
+    assert ("onnx-int8", "chosen") in tags(page)
+    assert '<p class="verdict">kd onnx-int8 (17.6 MB), the best of at most 20 MB, keeps' in page
+    assert "<i>17.6 MB, teacher 69.6</i>" in page  # the cards are about it, too
+    planes = [svg for svg in re.findall(r"<svg.*?</svg>", page) if "average against" in svg]
+    assert [len(shapes(svg, "circle", "chosen")) for svg in planes] == [1, 1]
+    assert [len(shapes(svg, "path", "bound")) for svg in planes] == [0, 1]
+    (bound,) = shapes(planes[1], "path", "bound")
+    left, right = sorted(
+        float(dot["cx"]) for dot in shapes(planes[1], "circle", "dot") if "hue0" in dot["class"]
+    )
+    assert left < float(bound["d"].split()[0][1:]) < right  # 17.6 < 20 < 34.8
+    quality = site.drawn(choose=ChooseParams(at_least=0.99))
+    planes = [svg for svg in re.findall(r"<svg.*?</svg>", quality) if "average against" in svg]
+    assert [len(shapes(svg, "path", "bound")) for svg in planes] == [1, 1]
+    assert ("safetensors-fp16", "chosen") in tags(quality)
+    nearest = site.drawn(choose=ChooseParams(at_most_mb=1))
+    assert ("onnx-int8", "nearest") in tags(nearest)
+    assert "bound that" in nearest  # told, though it lies beside the picture
+    assert 'class="bound"' not in nearest
+    plain = site.drawn()
+    assert 'class="chosen"' not in plain
+    assert "bound that" not in plain
 
 
 def test_curves_of_one_score_share_a_picture(full):

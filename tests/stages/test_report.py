@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from stages import report
+from stages.params import ChooseParams
+from stages.reporting.choice import choice
 from stages.reporting.forms import forms, front
 from stages.reporting.measures import decimals_of, verdict
 from stages.reporting.table import table
@@ -82,7 +84,7 @@ class Folder:
         content = {"model": name, "formats": formats}
         (self.root / f"{name}.exports.json").write_text(json.dumps(content))
 
-    def report(self, models, students=STUDENTS, made_of=None, **facts):
+    def report(self, models, students=STUDENTS, made_of=None, choose=None, **facts):
         return report.run(
             models,
             students=students,
@@ -93,6 +95,7 @@ class Folder:
             exports=lambda name: self.root / f"{name}.exports.json",
             facts=facts,
             rank_by=None,
+            choose=choose,
             made_of=made_of or {},
             out=self.out,
             page=self.page,
@@ -109,7 +112,8 @@ def test_what_is_known_of_the_named_models_is_gathered(folder, models):
         folder.evaluated(name, found)
     outcome = folder.report(list(models))
     found = json.loads(folder.out.read_bytes())
-    assert found == {"models": models, "formats": {}} == outcome.facts
+    chosen = {"model": "kd-finetuned", "format": None, "fits": None}
+    assert found == {"models": models, "formats": {}, "chosen": chosen} == outcome.facts
     assert list(outcome.facts["models"]) == list(models)
     assert outcome.summary == (
         "5 models: kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average and "
@@ -510,6 +514,157 @@ def test_figures_have_as_many_digits_as_are_known_and_their_interval(models):
     assert ["\x1b[1m72.5±0.4" in line or "\x1b[1m72.6±0.4" in line for line in bold[6:9]] == [
         *(False, False, True)
     ]
+
+
+# --- a student within a bound
+
+
+RANGE = {
+    "teacher": metrics_of(80, 0.8, 1.0, 1.0, 100, megabytes=90.9),
+    "half": metrics_of(60, 0.6, 0.5, 0.5, 190, megabytes=69.6),
+    "kd": metrics_of(79, 0.79, 0.9, 0.7, 190, megabytes=69.6),
+    "ckd": metrics_of(78, 0.78, 0.9, 0.7, 192, megabytes=69.6),
+    "tiny": metrics_of(77, 0.77, 0.8, 0.6, 290, megabytes=24.1),
+    "static": metrics_of(72, 0.72, 0.7, 0.5, 5_100, megabytes=31.2),
+}
+TINY = {
+    "safetensors-fp16": RANGE["tiny"] | {"megabytes": 12.1, "published": True, "reason": ""},
+    "onnx-int8": in_format(76.8, 620, 8.4),
+    "onnx": in_format(10, 9_999, 1, reason="it loses too much"),
+}
+
+
+def chosen(models=RANGE, **bound):
+    choose = ChooseParams(**bound) if bound else None
+    students = [name for name in models if name not in ("teacher", "half")]
+    return choice(models, students, choose=choose, formats={"tiny": TINY})
+
+
+def test_without_a_bound_the_best_student_is_named():
+    found = chosen()
+    assert (found.form, found.fits) == ("kd", None)
+    assert found.sentence == verdict(RANGE, ["kd", "ckd", "tiny", "static"])
+
+
+@pytest.mark.parametrize(
+    ("bound", "form", "sentence"),
+    [
+        (
+            {"at_most_mb": 20},
+            "tiny",  # as float16: the folder of the trained model has 24.1 MB
+            "tiny (12.1 MB), the best of at most 20 MB, keeps 96.2 % of the teacher's STS average and "
+            "96.2 % of its nDCG@10, is 2.9 times as fast and has 13 % of its size.",
+        ),
+        (
+            {"at_most_mb": 8.4},
+            "tiny onnx-int8",
+            "tiny onnx-int8 (8.4 MB), the best of at most 8.4 MB, keeps 96.0 % of the teacher's STS "
+            "average and 96.0 % of its nDCG@10, is 6.2 times as fast and has 9.2 % of its size.",
+        ),
+        (
+            {"at_least": 0.97},
+            "kd",  # of two that are as small, the better one
+            "kd (69.6 MB), the smallest with at least 97 % of the teacher's STS average, keeps 98.8 % of "
+            "the teacher's STS average and 98.8 % of its nDCG@10, is 1.9 times as fast and has 77 %",
+        ),
+        (
+            {"at_least": 0.96},
+            "tiny onnx-int8",
+            "tiny onnx-int8 (8.4 MB), the smallest with at least 96 % of the teacher's STS average, keeps",
+        ),
+        (
+            {"at_least_times_as_fast": 5},
+            "tiny onnx-int8",
+            "tiny onnx-int8 (8.4 MB), the best that is at least 5 times as fast as the teacher, keeps",
+        ),
+        (
+            {"at_least_times_as_fast": 50},
+            "static",
+            "static (31.2 MB), the best that is at least 50",
+        ),
+    ],
+)
+def test_a_bound_names_the_student_within_it(bound, form, sentence):
+    found = chosen(**bound)
+    assert (found.form, found.fits) == (form, True)
+    assert found.sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("bound", "form", "sentence"),
+    [
+        (
+            {"at_most_mb": 5},
+            "tiny onnx-int8",
+            "No student has at most 5 MB. The nearest is tiny onnx-int8 (8.4 MB): it keeps 96.0 % of the "
+            "teacher's STS average and 96.0 % of its nDCG@10, is 6.2 times as fast and has 9.2 % of its",
+        ),
+        (
+            {"at_least": 0.995},
+            "kd",
+            "No student keeps at least 99.5 % of the teacher's STS average. The nearest is kd",
+        ),
+        (
+            {"at_least_times_as_fast": 99},
+            "static",
+            "No student is at least 99 times as fast as the teacher. The nearest is static (31.2 MB): it",
+        ),
+    ],
+)
+def test_where_nothing_fits_the_nearest_is_named(bound, form, sentence):
+    found = chosen(**bound)
+    assert (found.form, found.fits) == (form, False)
+    assert found.sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("bound", "absent", "said"),
+    [
+        ({"at_most_mb": 20}, "megabytes", "No student's size is known, so none is chosen by it."),
+        (
+            {"at_least_times_as_fast": 2},
+            "texts_per_reference",
+            "No student's speed was compared with the teacher's, so none is chosen by it.",
+        ),
+        (
+            {"at_least": 0.9},
+            "sts.",
+            "The teacher's fidelity is not known, so no student is chosen by what it keeps of it.",
+        ),
+    ],
+)
+def test_what_was_not_measured_chooses_nobody(bound, absent, said):
+    models = {name: found for name, found in RANGE.items() if name != "tiny"}
+    models = without(models, *([absent] if absent != "sts." else ["sts.", "retrieval."]))
+    if absent == "sts.":
+        models["teacher"] = without({"it": models["teacher"]}, "fidelity.")["it"]
+    found = chosen(models, **bound)
+    assert found.fits is None
+    assert found.sentence.startswith(f"{said} kd, the best student, ")
+
+
+def test_students_within_a_bound_may_be_tied():
+    wide = with_ends(RANGE, 1.5, "sts.")
+    assert chosen(wide, at_most_mb=69.6).sentence.startswith(
+        "kd (69.6 MB), tied with ckd for the best of at most 69.6 MB, keeps 99 %"
+    )
+
+
+def test_the_choice_is_told_everywhere(folder):
+    for name, found in RANGE.items():
+        folder.evaluated(name, found)
+    folder.exported("tiny", **TINY)
+    students = ["kd", "ckd", "tiny", "static"]
+    choose = ChooseParams(at_most_mb=10)
+    outcome = folder.report(list(RANGE), students, choose=choose)
+    sentence = chosen(at_most_mb=10).sentence
+    assert outcome.summary == f"6 models: {sentence}"
+    assert outcome.facts["chosen"] == {"model": "tiny", "format": "onnx-int8", "fits": True}
+    sink = StringIO()
+    Console(width=999, file=sink).print(
+        table(outcome.facts, students=students, width=999, choose=choose)
+    )
+    assert sentence in " ".join(sink.getvalue().split())
 
 
 def test_there_is_no_verdict_without_both_sides(models):
