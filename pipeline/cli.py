@@ -35,7 +35,7 @@ from storage.errors import DamagedError, MissingError, TeachonceError, shown
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
-    from stages.embed import ShardSlice
+    from storage.corpus import ShardSlice
 
 
 class Commands(TyperGroup):
@@ -348,19 +348,30 @@ def start(
 
 
 @app.command(rich_help_panel=STAGES)
-def mine(as_json: Json = False) -> None:
-    """Find each row's hard negatives among the teacher's vectors.
+def mine(
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only the I-th of N shares, and no manifest, as in a Slurm array; "
+            "a last `teachonce mine` writes it.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find each row's hard negatives among the teacher's vectors. Safe to interrupt.
 
     Reads: data/corpus.json, data/embeddings.json, data/split.json.
 
     Leaves: neighbours in the store; data/negatives.json, which names them;
     reports/stages/mine.json.
 
-    Example: teachonce mine
+    Example: teachonce mine --shards 1/8
     """
     from stages.mine import run
     from stages.models.devices import pick_device
 
+    share = None if shards is None else _share(shards)
     here = workspace()
     show(
         run(
@@ -372,6 +383,7 @@ def mine(as_json: Json = False) -> None:
             device=pick_device(here.params.device),
             out=here.at.negatives,
             facts=here.at.stage_facts("mine"),
+            share=share,
         ),
         as_json,
     )
@@ -973,7 +985,7 @@ def _store_in_use(store: Path | None) -> Path:
 
 def _share(text: str) -> ShardSlice:
     """The share that I/N means."""
-    from stages.embed import ShardSlice
+    from storage.corpus import ShardSlice
 
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from stages.teaching.parts import MixesPart, ShardPart, TextsPart, mixes_recipe
 from stages.teaching.reuse import ReusableVectors
 from stages.teaching.rounding import Rounding, rounding_summary
 from stages.teaching.sharing import WIDEST_ROW_BYTES, Sharing
-from storage.corpus import Corpus
+from storage.corpus import Corpus, ShardSlice
 from storage.embeddings import BadVectorsError, check_received, fingerprints, put_vectors
 from storage.errors import MissingError, StorageError, TeachonceError, shown
 from storage.journal import Journal
@@ -61,28 +60,6 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 5, 40
 
 DISK_MARGIN = 1.1
 """Free space demanded, as a multiple of the vectors' size: other programs and stages write there, too."""
-
-
-@dataclass(frozen=True)
-class ShardSlice:
-    """The shards of a corpus that one of `count` workers embeds: every count-th.
-
-    Not a block of shards: a corpus grows at one end, and no worker should get all of the growth.
-
-    Args:
-        number: Number of this slice, 1 to `count`.
-        count: Number of slices.
-    """
-
-    number: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
-
-    def of(self, shards: int) -> range:
-        """Returns the numbers of this slice's shards, out of `shards`."""
-        return range(self.number - 1, shards, self.count)
 
 
 class FailedShardsError(TeachonceError):

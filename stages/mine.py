@@ -32,7 +32,7 @@ from stages.mining.filters import RULES, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import AMONG, MineParams
 from storage.column import matrix_of, text_keys_of
-from storage.corpus import Corpus
+from storage.corpus import Corpus, ShardSlice
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
@@ -225,11 +225,26 @@ def run(
     device: torch.device,
     out: Path,
     facts: Path,
+    share: ShardSlice | None = None,
 ) -> Outcome:
     """Mine the shards that the store lacks, then write the manifest of all of them.
 
+    It is long because it reads in the order of the work: what there is, what is mined, what is said of it.
+
+    Args:
+        params: The settings `mine`.
+        corpus: The corpus.
+        embeddings: The teacher's vectors.
+        split: Which rows take part.
+        store: The store for the lists.
+        device: The device for exact search.
+        out: The manifest.
+        facts: Counts of what was rejected, and quantiles of the scores.
+        share: Mine only these shards, and write neither manifest nor counts; None for all.
+
     Raises:
-        TeachonceError: FAISS is needed and not installed, or an approximate index misses too much.
+        TeachonceError: FAISS is needed and not installed, an approximate index misses too much, or exact
+            search that `auto` chose takes longer than `mine.most_hours`.
     """
     train = split.train_rows(corpus)
     asking = rows_of_roles(params, corpus, train)
@@ -239,8 +254,9 @@ def run(
     name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
     published = {key: store.find(key) for key in keys}
-    todo = [shard for shard, key in enumerate(keys) if published[key] is None]
-    log.info("mine: %d of %d shards are in the store", len(keys) - len(todo), len(keys))
+    of_share = (share or ShardSlice(1, 1)).of(len(keys))
+    todo = [shard for shard in of_share if published[keys[shard]] is None]
+    log.info("mine: %d of %d shards are in the store", len(of_share) - len(todo), len(of_share))
     progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
     for role in dict.fromkeys(map(corpus.role_of, todo)):
         shards = [shard for shard in todo if corpus.role_of(shard) == role]
@@ -259,6 +275,15 @@ def run(
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
                 published[keys[shard]] = _put(store, keys[shard], lists, corpus.batch(shard))
                 progress.advance(corpus.objects[shard].rows)
+    account = f"{len(todo)} shards mined, {len(of_share) - len(todo)} found in the store"
+    if share is not None:
+        return Outcome(
+            stage=f"mine --shards {share}",
+            made=store.root / "negatives" / name,
+            summary=f"{account}; no manifest yet: `teachonce mine` writes it when all {share.count} "
+            "shares are done",
+            facts={"share": str(share), "shards_mined": len(todo)},
+        )
     objects = tuple(entry for entry in published.values() if entry is not None)
     manifest = Manifest(kind="negatives", recipe=negatives_recipe, parent=parent, objects=objects)
     counts = _counts(store, manifest, train_rows=len(train), neighbours=params.neighbours)
@@ -274,8 +299,7 @@ def run(
         made=out,
         summary=(
             f"{counts['negatives']:,} negatives for {len(train):,} rows ({counts['short_lists']:,} "
-            f"lists are short); median cosine {counts['score_quantiles']['0.5']:.3f}; {recall}"
-            f"{len(todo)} shards mined, {len(keys) - len(todo)} found in the store"
+            f"lists are short); median cosine {counts['score_quantiles']['0.5']:.3f}; {recall}{account}"
         ),
         facts=counts,
     )

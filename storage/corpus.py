@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -94,6 +95,28 @@ def put_texts(store: Store, shard: Sequence[tuple[str, bytes]], role: Role = "te
         [text_key_array(keys), pa.array(texts, pa.large_string())], names=["text_key", "text"]
     )
     return store.put(key_of_texts(shard, role), batch, role=role)
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """The shards of a corpus that one of `count` workers takes: every count-th.
+
+    Not a block of shards: a corpus grows at one end, and no worker should get all of the growth.
+
+    Args:
+        number: Number of this slice, 1 to `count`.
+        count: Number of slices.
+    """
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, shards: int) -> range:
+        """Returns the numbers of this slice's shards, out of `shards`."""
+        return range(self.number - 1, shards, self.count)
 
 
 class Corpus(Column):

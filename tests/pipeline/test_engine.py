@@ -181,10 +181,19 @@ def test_a_share_of_a_grown_corpus_takes_from_older_shards_what_a_whole_run_woul
     assert results(place) == results(root)
 
 
-@pytest.mark.parametrize("shards", ["0/3", "4/3", "1", "1/0", "-1/3", "a/b", "1/2/3", "1.0/2", ""])
-def test_what_is_no_share_is_a_wrong_command_line(shards):
+@pytest.mark.parametrize(
+    ("stage", "shards"),
+    [
+        *(
+            ("embed", one)
+            for one in ("0/3", "4/3", "1", "1/0", "-1/3", "a/b", "1/2/3", "1.0/2", "")
+        ),
+        ("mine", "0/3"),
+    ],
+)
+def test_what_is_no_share_is_a_wrong_command_line(stage, shards):
     run = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "embed", f"--shards={shards}"],
+        [sys.executable, "-m", "pipeline.cli", stage, f"--shards={shards}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ from stages import mine
 from stages.mining import faiss_search as searches
 from stages.mining import filters, self_join
 from stages.params import MineParams
+from storage.corpus import ShardSlice
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
@@ -66,7 +67,7 @@ def world(place):
     return place, corpus, embeddings, split
 
 
-def run(world, settings):
+def run(world, settings, share=None):
     place, corpus, embeddings, split = world
     outcome = mine.run(
         settings,
@@ -77,7 +78,10 @@ def run(world, settings):
         device=CPU,
         out=place.root / "negatives.json",
         facts=place.root / "mine-facts.json",
+        share=share,
     )
+    if share is not None:
+        return outcome
     manifest = Manifest.load(place.root / "negatives.json", "negatives")
     negatives = Negatives(
         place.store, manifest, corpus, mined_from=mine.parent_of(embeddings, split)
@@ -617,6 +621,30 @@ def test_mined_shards_are_found_again(world):
     assert (place.root / "negatives.json").read_bytes() == before
     assert again.summary.endswith(f"0 shards mined, {len(world[1].objects)} found in the store")
     assert again.facts == first.facts
+
+
+@pytest.mark.parametrize("pool", [None, 100])
+def test_shares_make_what_one_run_makes(world, pool):
+    place, corpus, _, _ = world
+    settings = params().model_copy(update={"pool": pool})
+    shards = len(corpus.objects)
+    second = run(world, settings, ShardSlice(2, 2))
+    assert second.stage == "mine --shards 2/2"
+    assert second.facts["shards_mined"] == shards // 2
+    assert "`teachonce mine` writes it when all 2 shares are done" in second.summary
+    assert not (place.root / "negatives.json").exists()
+    first = run(world, settings, ShardSlice(1, 2))
+    assert first.facts["shards_mined"] == shards - shards // 2
+    again = run(world, settings, ShardSlice(1, 2))
+    assert again.facts["shards_mined"] == 0
+    outcome, neighbours, scores = run(world, settings)
+    assert outcome.summary.endswith(f"0 shards mined, {shards} found in the store")
+    for path in (place.root / "store").rglob("negatives/*/*.arrow"):
+        path.unlink()
+    whole, expected, expected_scores = run(world, settings)
+    assert whole.facts == outcome.facts
+    assert (neighbours == expected).all()
+    assert scores == pytest.approx(expected_scores, abs=1e-6)
 
 
 def test_the_report_has_quantiles_of_the_scores_kept(world):
