@@ -608,29 +608,44 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STAGES)
-def export(as_json: Json = False) -> None:
-    """Write the model that `export.model` names for anyone who has sentence-transformers.
+def export(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A student to export to exports/NAME; without it, `export.model` to export.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a student for anyone who has sentence-transformers, in the formats that `export.formats` names.
 
-    Reads: models/NAME of `export.model`, its reports/metrics and the teacher's,
-    reports/stages/shard.json.
+    Formats beside the first are measured as `evaluate` measures the student.
 
-    Leaves: export.
+    Reads: models/NAME, its reports/metrics and the teacher's,
+    reports/stages/shard.json; where formats are measured also the sets of
+    `evaluate`, such as those in data/raw, data/corpus.json,
+    data/readings.json, data/embeddings.json, data/split.json, data/documents.
 
-    Example: teachonce export
+    Leaves: export, or exports/NAME; reports/exports/NAME.json.
+
+    Example: teachonce export kd
     """
     from stages.export import run
     from stages.params import TEACHER
 
     here = workspace()
-    name = here.params.export.model
+    params = here.export_params(name)
     show(
         run(
-            here.params.export,
-            folder=here.model_folder(name),
-            lineage=here.lineage(name),
-            metrics={model: here.metrics(model) for model in (TEACHER, name)},
+            params,
+            folder=here.model_folder(params.model),
+            lineage=here.lineage(params.model),
+            metrics={model: here.metrics(model) for model in (TEACHER, params.model)},
             facts=here.facts(),
-            out=here.at.export,
+            out=here.at.export if name is None else here.at.exported(name),
+            results=here.at.formats(params.model),
+            comparison=here.comparison(params),
             trust_remote_code=here.params.embed.trust_remote_code,
         ),
         as_json,

@@ -123,6 +123,10 @@ class Layout:
         """`export`: the model that is served, for anyone who has sentence-transformers."""
         return self._folder("export")
 
+    def exported(self, model: str) -> Path:
+        """`export NAME`: a further model that is served."""
+        return self._folder(f"exports/{model}")
+
     def formats(self, model: str) -> Path:
         """`export`: the metrics of one model's formats."""
         return self._file(f"reports/exports/{model}.json")

@@ -77,7 +77,10 @@ SENTENCES = {
 }
 """pydantic's word for a mistake -> what is said of it, with its bounds."""
 
-RENAMED = {"embed.prompt": "embed.prompts.text"}
+RENAMED = {
+    "embed.prompt": "embed.prompts.text",
+    "export.onnx": "export.formats ([safetensors, onnx] for true, [safetensors] for false)",
+}
 """Setting of an earlier version -> its name now."""
 
 SECRETIVE = {"embed.api.key_env", "embed.api.url"}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipeline.layout import Layout
@@ -26,6 +27,7 @@ from stages.params import (
     START_FOLDER,
     TEACHER,
     EmbedParams,
+    ExportParams,
     Params,
     RecipeParams,
     Sections,
@@ -54,12 +56,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from stages.measuring.loss import Comparison, OpenForm
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
     from stages.reading.evaluation_sets import RetrievalSet, StsSet
     from stages.teaching.api import ApiTeacher
     from stages.teaching.api_texts import TextCounter
     from stages.teaching.interface import Encode, Engine
+
+HELDOUT_COMPARED = 256
+"""Held-out texts on which a format of an export is compared with its student."""
 
 
 class Workspace:
@@ -557,6 +563,55 @@ class Workspace:
         # A teacher may be an exported student; that is cut by `embed.dim` alone.
         recipe = {} if name == TEACHER else self.lineage(name).get("recipe", {})
         return tuple(recipe.get("widths", ()))
+
+    def export_params(self, name: str | None) -> ExportParams:
+        """The settings of an export: of the model that they name, or of another."""
+        params = self.params.export
+        if name is None:
+            return params
+        return ExportParams.model_validate(params.model_dump() | {"model": name, "also": ()})
+
+    def comparison(self, params: ExportParams) -> Comparison:
+        """How the formats of an export are measured: by `evaluate`, with the same settings and texts."""
+        from stages.measuring.loss import Comparison
+
+        return Comparison(
+            evaluate=partial(self._evaluated_form, params),
+            heldout=self._some_heldout,
+        )
+
+    def _evaluated_form(self, params: ExportParams, name: str, form: OpenForm) -> dict[str, Any]:
+        """The metrics of a form of a model, which `evaluate` writes into files of its own."""
+        from stages.evaluate import run
+
+        corpus, model = self.corpus(), params.model
+        rows_limit, sets_limit = self.params.embed.max_tokens, self.params.evaluate.max_tokens
+        drops = params.space == "student" and bool(self.lineage(model).get("projection"))
+        with TemporaryDirectory() as scratch:
+            outcome = run(
+                self.params.evaluate,
+                name=name,
+                load=lambda *, for_sets: form(sets_limit if for_sets else rows_limit),
+                corpus=corpus,
+                embeddings=self.embeddings(corpus),
+                split=self.split(corpus),
+                readings=self.readings(corpus),
+                root=self.at.root,
+                out=Path(scratch) / "metrics.json",
+                details=Path(scratch) / "details.json",
+                documents=self.at.documents,
+                in_teachers_space=self.is_in_teachers_space(model) and not drops,
+                widths=self.widths(model),
+            )
+        return dict(outcome.facts)
+
+    def _some_heldout(self) -> list[str]:
+        """Texts that are held out, evenly over the corpus; none if it holds none out."""
+        from stages.vectors import evenly
+
+        corpus = self.corpus()
+        rows = self.split(corpus).heldout_rows(corpus)
+        return corpus.take(evenly(rows, min(HELDOUT_COMPARED, len(rows)))) if len(rows) else []
 
     def metrics(self, model: str) -> dict[str, Any]:
         """One model's metrics."""

@@ -351,13 +351,20 @@ class Survey:
             finetune = self.sections["finetune"]
             if set(students) & set(finetune.students):
                 self._ask_length(finetune.max_tokens, folder, "finetune.max_tokens", who)
-        exported = getattr(self.sections.get("export"), "model", "").removesuffix(FINETUNED)
-        if exported in students:
-            self._ask(partial(check_exportable, folder, address="export.model"))
+        self._ask_exportable(students, folder)
+
+    def _ask_exportable(self, students: Collection[str], folder: Path) -> None:
+        """Whether those students of a start that are exported can be."""
+        export = self.sections.get("export")
+        named = {"export.model": getattr(export, "model", "")}
+        named |= {f"export.also.{i}": name for i, name in enumerate(getattr(export, "also", ()))}
+        for address, name in named.items():
+            if name.removesuffix(FINETUNED) in students:
+                self._ask(partial(check_exportable, folder, address=address))
 
     def _ask_of_static_students(self, students: Mapping[str, str]) -> None:
         """Whether students without a transformer are asked for what only a transformer can do."""
-        recipes, export = self.sections.get("recipes", {}), self.sections.get("export")
+        recipes = self.sections.get("recipes", {})
         for student, recipe in students.items():
             if recipe in recipes and recipes[recipe].reads_mixes:
                 problem = (
@@ -365,10 +372,6 @@ class Survey:
                 )
                 cure = "take a recipe without `mixes`"
                 self._report(TeachonceError(f"students.{student}.recipe", problem, cure))
-        exported = getattr(export, "model", "").removesuffix(FINETUNED)
-        if exported in students and getattr(export, "onnx", False):
-            problem = f"true, but {exported} is a static model, which has no ONNX form"
-            self._report(TeachonceError("export.onnx", problem, "set it to false"))
 
     def _ask_layers(self, name: str, start: StartParams, folder: Path) -> None:
         """Whether a start can have the layers and tokens that it asks for, and its layers share weights."""

@@ -713,12 +713,35 @@ class EvaluateParams(Section):
     speed_texts: PositiveInt  # texts encoded to measure sentences per second
 
 
+ExportFormat = Literal[
+    "safetensors", "safetensors-fp16", "onnx", "onnx-int8", "openvino-int8", "static-int8"
+]
+BASE_FORMATS: tuple[ExportFormat, ...] = ("safetensors", "safetensors-fp16")
+"""What sentence-transformers loads; an export has one of them."""
+
+
+def _one_base(formats: tuple[ExportFormat, ...]) -> tuple[ExportFormat, ...]:
+    if len(set(formats)) < len(formats):
+        raise ValueError("names a format twice")
+    if len(set(BASE_FORMATS) & set(formats)) != 1:
+        raise ValueError(f"must name one of {' and '.join(BASE_FORMATS)}, and not both")
+    return formats
+
+
 class ExportParams(Section):
     """A student -> a folder that sentence-transformers loads."""
 
     model: ModelName  # a student, or a finetuned one: NAME-finetuned
+    also: tuple[ModelName, ...]  # further ones, each to exports/NAME
     space: Literal["student", "teacher"]  # teacher: keep the projection into the teacher's space
-    onnx: bool  # also as ONNX (extra `onnx`)
+    # One of BASE_FORMATS, and others beside it.
+    formats: Annotated[tuple[ExportFormat, ...], AfterValidator(_one_base)]
+    max_loss: Share  # a format that loses more of the student's quality is not published
+
+    @property
+    def base(self) -> ExportFormat:
+        """The format that sentence-transformers loads."""
+        return next(one for one in self.formats if one in BASE_FORMATS)
 
 
 def _as_share(value: float) -> float:
@@ -947,11 +970,13 @@ def _unknown_students(
     if finetuned and not getattr(finetune, "triplets", True):
         wrong.append(("finetune.triplets", "names no file, but finetune.students names students"))
     student_names = [*students, *(f"{name}{FINETUNED}" for name in finetuned)]
-    model = getattr(export, "model", None)
-    if model is not None and model not in student_names:
-        wrong.append(
-            ("export.model", f"no student named {model}; there are {sorted(student_names)}")
-        )
+    exported = [("export.model", getattr(export, "model", None))]
+    exported += [(f"export.also.{i}", one) for i, one in enumerate(getattr(export, "also", ()))]
+    for place, (address, model) in enumerate(exported):
+        if model is not None and model not in student_names:
+            wrong.append((address, f"no student named {model}; there are {sorted(student_names)}"))
+        elif model is not None and model in {earlier for _, earlier in exported[:place]}:
+            wrong.append((address, f"{model} is exported already: take it away here"))
     return wrong
 
 

@@ -41,18 +41,23 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 """What the extra `onnx` installs."""
 
 
-def check_onnx(packages: Sequence[str] = ONNX) -> None:
-    """Raise unless the extra `onnx` is installed.
+PACKAGES_OF_FORMATS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "onnx": ("onnx", ONNX),
+    "onnx-int8": ("onnx", ONNX),
+}
+"""Format of an export -> the extra that writes and runs it, and what that installs."""
 
-    Args:
-        packages: The packages of that extra.
-    """
-    if lacking := missing(packages):
-        raise TeachonceError(
-            "export.onnx",
-            f"true, but {' and '.join(lacking)} cannot be imported",
-            'run `pip install "teachonce[onnx]"`, or set it to false',
-        )
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise unless the extras are installed that formats of an export need."""
+    for name in formats:
+        extra, packages = PACKAGES_OF_FORMATS.get(name, ("", ()))
+        if lacking := missing(packages):
+            raise TeachonceError(
+                "export.formats",
+                f"has {name}, but {' and '.join(lacking)} cannot be imported",
+                f'run `pip install "teachonce[{extra}]"`, or take {name} away',
+            )
 
 
 def absent_packages(sections: Sections) -> Iterator[TeachonceError]:
@@ -70,11 +75,10 @@ def absent_packages(sections: Sections) -> Iterator[TeachonceError]:
             "ray, which cannot be imported",
             "pip install 'teachonce[ray]', or set another",
         )
-    if getattr(sections.get("export"), "onnx", False):
-        try:
-            check_onnx()
-        except TeachonceError as error:
-            yield error
+    try:
+        check_formats(getattr(sections.get("export"), "formats", ()))
+    except TeachonceError as error:
+        yield error
 
 
 def api_notes(params: EmbedParams, environment: Mapping[str, str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("TEACHONCE_STORE", None)
 
 from stages import embed
-from stages.params import EmbedParams
+from stages.params import EmbedParams, ExportParams
 from storage.corpus import Corpus, cut, put_texts
 from storage.manifest import Manifest, fingerprint
 from storage.probe import PROBE_TEXTS, probe_key
@@ -118,6 +118,21 @@ def put_foreign(store, key, batch):
 def prompts(text, query=None, document=None):
     """The setting `embed.prompts`."""
     return {"text": text, "query": query, "document": document}
+
+
+def exporting(out, *formats, model="kd", space="teacher", max_loss=0.01, comparison=None):
+    """What `export.run` takes beside the student; without a comparison nothing is measured."""
+    from stages.measuring.loss import Comparison
+
+    params = ExportParams(
+        model=model, also=(), space=space, formats=formats or ("safetensors",), max_loss=max_loss
+    )
+    return {
+        "params": params,
+        "out": out,
+        "results": out.parent / f"{out.name}-formats.json",
+        "comparison": comparison or Comparison(lambda name, form: {}, lambda: []),
+    }
 
 
 def embed_params(**changes):

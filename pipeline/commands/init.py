@@ -17,7 +17,7 @@ HERE = Path(__file__).parents[1]  # pipeline/
 # Manifests, metrics and curves are committed: they are what lets a clone skip the teacher pass.
 # A killed writer leaves its scratch file (`.name.….tmp`) beside what it was writing. DVC ignores its
 # outputs itself, but takes that back when a stage after them fails: `git add -A` would commit weights.
-GITIGNORE = "/work/\n.venv/\n.*.tmp\n/data/raw\n/data/documents\n/models\n/export\n"
+GITIGNORE = "/work/\n.venv/\n.*.tmp\n/data/raw\n/data/documents\n/models\n/export\n/exports\n"
 DVCIGNORE = "work/\n.venv/\n__pycache__/\n"
 README = """\
 # A teachonce project

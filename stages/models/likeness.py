@@ -60,15 +60,18 @@ def encode(
     return vectors
 
 
-def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
+def likeness(
+    own: NDArray[np.float32], copied: NDArray[np.float32], *, least: float = LEAST_COSINE
+) -> float:
     """Returns the lowest cosine between rows of `own` and `copied`; two rows of zeros are alike.
 
     Args:
         own: (n, D) vectors of the model.
         copied: (n, D) vectors of its copy.
+        least: Lowest cosine.
 
     Raises:
-        ValueError: the cosine is below `LEAST_COSINE` or NaN, lengths or widths differ, or all are zeros.
+        ValueError: the cosine is below `least` or NaN, lengths or widths differ, or all are zeros.
     """
     if own.shape != copied.shape:
         raise ValueError(f"its vectors are {copied.shape[1]} wide, not {own.shape[1]}")
@@ -78,8 +81,8 @@ def likeness(own: NDArray[np.float32], copied: NDArray[np.float32]) -> float:
         raise ValueError("its vectors of all probe texts are zeros")
     lowest = float(row_cosines(own[some], copied[some]).min())
     stretch = float(row_stretches(own[some], copied[some]).max())
-    # Not `lowest < LEAST_COSINE`, which is False for NaN.
-    if not lowest >= LEAST_COSINE:
+    # Not `lowest < least`, which is False for NaN.
+    if not lowest >= least:
         raise ValueError(f"on a probe text the cosine of the two is {lowest:.6f}")
     if stretch > LENGTH_TOLERANCE:
         raise ValueError(f"on a probe text the vector's length is off by {100 * stretch:.1f} %")

@@ -55,7 +55,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
         raise TeachonceError(
             address,
             "a static model has no ONNX form: it is a table and a mean",
-            "set export.onnx: false",
+            "take onnx out of export.formats",
         )
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -78,7 +78,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
             raise TeachonceError(
                 address,
                 f"PyTorch cannot turn it into ONNX: {shown(first_line)}",
-                "set export.onnx: false",
+                "take onnx out of export.formats",
             ) from error
         assert program is not None  # as it would be with dynamo=False
         # Each node comes with the lines of code that made it, paths of this machine included.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,36 @@ NAMED_ON_CARD: Mapping[Role, str] = {
 
 
 @dataclass(frozen=True)
+class PublishedFormat:
+    """A format that lies in an export.
+
+    Args:
+        name: Such as onnx-int8.
+        place: Its file or folder within the export; empty for the folder itself.
+        megabytes: Size of its weights, in 10^6 bytes.
+        speed: Texts in the time of one pass of the fixed workload; None if it was not measured.
+        loss: Share of the student's quality that it loses; None for the student itself.
+    """
+
+    name: str
+    place: str
+    megabytes: float
+    speed: float | None = None
+    loss: float | None = None
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Its row of the table."""
+        return (
+            self.name,
+            f"`{self.place}`" if self.place else "this folder",
+            f"{self.megabytes:.1f}",
+            "-" if self.speed is None else f"{self.speed:.1f}",
+            "-" if self.loss is None else f"{max(self.loss, 0):.1%}",
+        )
+
+
+@dataclass(frozen=True)
 class Card:
     """What a card says of the model itself.
 
@@ -30,9 +60,10 @@ class Card:
         max_tokens: It reads no more of a text; None: no limit.
         dropped: Whether the projection was left out.
         old_ones_read: Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
-        onnx: Whether there is an ONNX file.
+        formats: The base, then the others that are published.
         has_code: Whether it needs the code that lies in its folder.
         prompts: Role -> what it reads before texts of that role; no empty ones.
+        padding: Id of the token that pads a batch.
     """
 
     name: str
@@ -41,9 +72,21 @@ class Card:
     max_tokens: int | None
     dropped: bool
     old_ones_read: bool
-    onnx: bool
+    formats: Sequence[PublishedFormat]
     has_code: bool = False
+    padding: int = 0
     prompts: Mapping[Role, str] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> str | None:
+        """The file of the last graph, which is the smallest; None if there is none."""
+        graphs = [one.place for one in self.formats if one.place.startswith("onnx/")]
+        return graphs[-1] if graphs else None
+
+    @property
+    def static_folder(self) -> str | None:
+        """The folder of the static model in int8; None if there is none."""
+        return next((one.place for one in self.formats if one.name == "static-int8"), None)
 
     @property
     def reads(self) -> dict[str, str]:

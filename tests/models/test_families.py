@@ -17,10 +17,10 @@ from stages import export, start
 from stages.models.encoder import Encoder
 from stages.models.loading import load_model
 from stages.models.onnx import run_onnx
-from stages.params import ExportParams, StartParams
+from stages.params import StartParams
 from stages.vectors import row_cosines
 from storage.errors import TeachonceError
-from tests.conftest import Place, sentences
+from tests.conftest import Place, exporting, sentences
 from tests.models.families import FAMILIES, make_family, make_tokenizer, table
 from tests.stages.test_distill import World, recipe
 from tests.stages.test_export import load_with
@@ -57,12 +57,11 @@ def exported(world, onnx):
     out = world.place.root / f"export-{onnx}"
     folder = world.place.root / "student"
     export.run(
-        ExportParams(model="kd", space="teacher", onnx=onnx),
         folder=folder,
         lineage=json.loads((folder / "teachonce.json").read_bytes()),
         metrics={},
         facts={},
-        out=out,
+        **exporting(out, "safetensors", *(["onnx"] if onnx else [])),
     )
     return out
 

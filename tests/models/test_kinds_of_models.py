@@ -10,10 +10,10 @@ import torch
 from stages import distill, export, finetune, start
 from stages.models.encoder import Encoder
 from stages.models.loading import load_model
-from stages.params import ExportParams, StartParams
+from stages.params import StartParams
 from storage.caches import Caches
 from storage.errors import TeachonceError
-from tests.conftest import sentences
+from tests.conftest import exporting, sentences
 from tests.stages.test_distill import World, recipe
 
 CPU = torch.device("cpu")
@@ -208,16 +208,14 @@ def test_a_start_with_code_of_its_own_goes_all_the_way(place, tiny_model, tmp_pa
         out=finetuned,
         **run,
     )
-    given = ExportParams(model="kd-finetuned", space="teacher", onnx=False)
     exported = tmp_path / "export"
     export.run(
-        given,
         folder=finetuned,
         lineage=json.loads((finetuned / "teachonce.json").read_bytes()),
         metrics={},
         facts={},
-        out=exported,
         trust_remote_code=True,
+        **exporting(exported, model="kd-finetuned"),
     )
     assert np.allclose(
         alone(exported, texts, trust_remote_code=True),

@@ -19,10 +19,10 @@ from stages.models.abilities import check_passes_of
 from stages.models.encoder import Encoder
 from stages.models.loading import load_model
 from stages.models.shared_layers import DISTINCT, copied
-from stages.params import ExportParams, StartParams
+from stages.params import StartParams
 from stages.reporting import legend
 from storage.errors import TeachonceError
-from tests.conftest import make_tiny_model
+from tests.conftest import exporting, make_tiny_model
 
 CPU = torch.device("cpu")
 TEXTS = ["Amber harbor, silver lantern.", "violin", "basin cedar delta ember fjord"]
@@ -206,12 +206,11 @@ def test_a_model_whose_queries_and_keys_cannot_change_places_is_refused(tiny_mod
 @pytest.mark.parametrize("with_onnx", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_export_is_expanded_and_says_so(twice, tmp_path, with_onnx):
     outcome = export.run(
-        ExportParams(model="kd", space="teacher", onnx=with_onnx),
         folder=twice,
         lineage={"projection": False},
         metrics={},
         facts={},
-        out=tmp_path / "export",
+        **exporting(tmp_path / "export", "safetensors", *(["onnx"] if with_onnx else [])),
     )
     megabytes, copies = outcome.facts["megabytes"], outcome.facts["megabytes_of_copies"]
     assert copies == round(4 * copied(load_model(twice, device=CPU)) / 1e6, 3)

@@ -18,9 +18,9 @@ from stages.models.lineage import read_lineage
 from stages.models.loading import load_model, save_model
 from stages.models.static import FREQUENCY, make_static, static_model
 from stages.models.token_counts import token_counts
-from stages.params import ExportParams, StartParams
+from stages.params import StartParams
 from storage.errors import TeachonceError
-from tests.conftest import WORDS, sentences
+from tests.conftest import WORDS, exporting, sentences
 from tests.stages.test_distill import CPU, World, power_cut, recipe
 from tests.stages.test_finetune import settings
 
@@ -183,9 +183,8 @@ def test_a_static_student_learns_is_saved_and_exported(world, tmp_path):
     folder = world.place.root / "student"
     texts = ["Amber harbor, silver lantern.", "violin " * 99, "unknown xyzzy", ""]
     own = Encoder(folder, device=CPU).encode(texts)
-    params = ExportParams(model="student", space="teacher", onnx=False)
-    how = {"lineage": read_lineage(folder), "metrics": {}, "facts": {}, "out": tmp_path / "out"}
-    export.run(params, folder=folder, **how)
+    how = {"lineage": read_lineage(folder), "metrics": {}, "facts": {}}
+    export.run(folder=folder, **how, **exporting(tmp_path / "out"))
     exported = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     np.testing.assert_allclose(exported.encode(texts), own, atol=1e-6)
     modules = json.loads((tmp_path / "out/modules.json").read_text())

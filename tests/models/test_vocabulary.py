@@ -25,9 +25,9 @@ from stages.models.loading import load_model
 from stages.models.renumbering import Pieces
 from stages.models.token_counts import token_counts
 from stages.models.vocabulary import cut_vocabulary
-from stages.params import ExportParams, StartParams, VocabularyShare
+from stages.params import StartParams, VocabularyShare
 from storage.errors import TeachonceError
-from tests.conftest import sentences
+from tests.conftest import exporting, sentences
 from tests.models.families import FAMILIES, make_family, make_tokenizer
 from tests.stages.test_distill import World, recipe
 
@@ -483,12 +483,11 @@ def test_a_student_with_fewer_tokens_is_trained_and_exported(tiny_model, place):
     make_start(tiny_model, world.corpus, folder, layers=[0, 3], vocabulary={"keep": 0.8})
     world.train(recipe(epochs=1))
     export.run(
-        ExportParams(model="kd", space="teacher", onnx=False),
         folder=student,
         lineage=read_lineage(student),
         metrics={},
         facts={},
-        out=place.root / "export",
+        **exporting(place.root / "export"),
     )
     ours = load_model(student, device=CPU)
     theirs = SentenceTransformer(str(place.root / "export"), device="cpu")

@@ -106,7 +106,8 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "evaluate_start": [at.details("${key}"), at.metrics("${key}")],
         "evaluate": [at.details("${key}"), at.metrics("${key}")],
         "evaluate_finetuned": [at.details("${item}-finetuned"), at.metrics("${item}-finetuned")],
-        "export": [at.export],
+        "export": [at.export, at.formats("${export.model}")],
+        "export_also": [at.exported("${item}"), at.formats("${item}")],
         "report": [at.report, at.page],
     }
     for name, stage in stages.items():
@@ -155,8 +156,10 @@ def test_each_stage_names_its_version(stages):
         if name == "check":
             continue
         _, outside = params_of(stage)
-        version = "evaluate" if name.startswith("evaluate") else name
-        assert outside["data/versions.yaml"] == [version], name
+        version = next((one for one in ("evaluate", "export") if name.startswith(one)), name)
+        # An export measures formats as `evaluate` would.
+        also = ["evaluate"] if version == "export" else []
+        assert outside["data/versions.yaml"] == [version, *also], name
         assert check.version_of(version) >= 1
 
 

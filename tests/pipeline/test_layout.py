@@ -24,6 +24,8 @@ NAMED = (
     "metrics",
     "details",
     "mteb",
+    "exported",
+    "formats",
 )
 FIXED = (
     "sources",

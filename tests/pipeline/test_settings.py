@@ -27,7 +27,6 @@ from stages.models.processor import cpu_flags, slow_precision
 from stages.outcome import write_json
 from stages.params import (
     REMOTE_URLS,
-    ExportParams,
     Params,
     ReportParams,
     SettingsError,
@@ -35,7 +34,7 @@ from stages.params import (
 )
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
-from tests.conftest import Place, prompts, sentences
+from tests.conftest import Place, exporting, prompts, sentences
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -1625,20 +1624,18 @@ def test_check_refuses_what_a_static_student_cannot_do(project):
         }
         # Longer than the teacher can read: a table reads texts of any length.
         content["recipes"]["static"]["max_tokens"] = 4096
-        content["export"] |= {"model": "plain", "onnx": True}
+        content["export"] |= {"model": "plain"}
 
     change_settings(project, change)
     with pytest.raises(SettingsError) as caught:
         run_check(project)
     found = [(address, problem.split("\n")[0]) for address, problem in caught.value.problems]
-    assert found[:2] == [
+    assert found == [
         (
             "students.mixed.recipe",
             "mixes reads mixes, and a static start has no transformer to mix inputs of",
-        ),
-        ("export.onnx", "true, but plain is a static model, which has no ONNX form"),
+        )
     ]
-    assert {address for address, _ in found[2:]} <= {"export.onnx"}  # where its extra is missing
 
     # A static model that is taken as it is can do no more.
     model = make_model(project / "words")
@@ -1649,11 +1646,10 @@ def test_check_refuses_what_a_static_student_cannot_do(project):
         change(content)
         content["starts"]["table"] = {"from": "words", "layers": None}
 
-    assert problems_of(project, as_it_is).keys() == {"students.mixed.recipe", "export.onnx"}
+    assert problems_of(project, as_it_is).keys() == {"students.mixed.recipe"}
 
     def also_wrong(content):
         change(content)
-        content["export"]["onnx"] = False
         del content["students"]["mixed"]
         content["starts"]["table"]["hidden"] = 16.5
 
@@ -1754,14 +1750,14 @@ def test_packages_that_settings_ask_for_and_are_not_there_are_named(monkeypatch)
     sections = {
         "tracker": "wandb",
         "engine": "ray",
-        "export": ExportParams(model="kd", space="teacher", onnx=True),
+        "export": exporting(Path("x"), "safetensors", "onnx")["params"],
     }
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     found = [str(error).splitlines()[0] for error in absent_packages(sections)]
     assert found == [
         "tracker: wandb, but accelerate and wandb cannot be imported",
         "engine: ray, which cannot be imported",
-        "export.onnx: true, but onnx and onnxscript and onnxruntime cannot be imported",
+        "export.formats: has onnx, but onnx and onnxscript and onnxruntime cannot be imported",
     ]
     assert list(absent_packages({"tracker": "none", "engine": "local"})) == []
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling
@@ -19,18 +20,18 @@ from transformers import AutoTokenizer, BertConfig, BertModel, CanineTokenizer
 
 from stages import export
 from stages.learning.student import Student
+from stages.measuring.loss import Comparison, loss
 from stages.models import likeness, onnx, portable
 from stages.models.encoder import Encoder
 from stages.models.layers import keep_layers
 from stages.models.lineage import LINEAGE
 from stages.models.loading import load_model, save_model
 from stages.models.static import static_model
-from stages.params import ExportParams
-from stages.preflight import ONNX, check_onnx
-from stages.reporting.card import Card, model_card
+from stages.preflight import ONNX, check_formats
+from stages.reporting.card import Card, PublishedFormat, model_card
 from stages.reporting.templating import escaped, fenced
 from storage.errors import DamagedError, TeachonceError
-from tests.conftest import make_tiny_model
+from tests.conftest import exporting, make_tiny_model
 
 CPU = torch.device("cpu")
 TEXTS = ["Amber harbor, silver lantern.", "violin", "", "Zürich 東京 🚀", "basin " * 100]
@@ -108,10 +109,10 @@ def save(folder, *modules, **settings):
     return folder
 
 
-def run(student, out, *, space="teacher", with_onnx=False, metrics=METRICS, facts=FACTS):
+def run(student, out, *formats, metrics=METRICS, facts=FACTS, **settings):
     folder, lineage = student
-    params = ExportParams(model="kd", space=space, onnx=with_onnx)
-    return export.run(params, folder=folder, lineage=lineage, metrics=metrics, facts=facts, out=out)
+    how = exporting(out, *formats, **settings)
+    return export.run(folder=folder, lineage=lineage, metrics=metrics, facts=facts, **how)
 
 
 def files(folder):
@@ -305,8 +306,6 @@ def test_the_layout_is_the_one_that_old_libraries_read(wide, tmp_path):
 
 
 def test_weights_are_float32_whatever_the_student_was_saved_in(wide, tmp_path):
-    from safetensors.torch import load_file
-
     half = tmp_path / "kd"
     SentenceTransformer(str(wide[0]), device="cpu").half().save(str(half), create_model_card=False)
     run((half, wide[1]), tmp_path / "out")
@@ -544,7 +543,7 @@ CARD = Card(
     max_tokens=64,
     dropped=False,
     old_ones_read=True,
-    onnx=False,
+    formats=[PublishedFormat("safetensors", "", 69.56)],
 )
 
 
@@ -728,7 +727,19 @@ def test_nothing_measured_is_said():
 
 
 def test_other_forms_of_a_model_are_told():
-    assert "`onnx/model.onnx` is the same model for ONNX Runtime" in card(onnx=True)
+    assert "## Formats" not in card()
+    formats = [
+        *CARD.formats,
+        PublishedFormat("onnx-int8", "onnx/model_int8.onnx", 17.4, 57.6, 0.004),
+    ]
+    text = card(formats=formats)
+    assert "\n| safetensors | this folder | 69.6 | - | - |\n" in text
+    assert "\n| onnx-int8 | `onnx/model_int8.onnx` | 17.4 | 57.6 | 0.4% |\n" in text
+    assert 'InferenceSession(f"{folder}/onnx/model_int8.onnx")' in text and "model2vec" not in text
+    table = PublishedFormat("static-int8", "static-int8", 7.7, 900.0, -0.001)
+    text = card(formats=[*CARD.formats, table])
+    assert "\n| static-int8 | `static-int8` | 7.7 | 900.0 | 0.0% |\n" in text
+    assert 'from_pretrained("path/to/this/folder/static-int8")' in text and "onnx" not in text
     assert "The model reads texts of any length." in card(max_tokens=None)
     assert "sentence-transformers 6 with transformers 5 or newer" in card(old_ones_read=False)
 
@@ -760,13 +771,14 @@ def test_nothing_in_a_block_can_end_it():
 # ONNX.
 
 
-def test_a_missing_extra_is_named_with_its_cure():
-    check_onnx(["json"])
+def test_a_missing_extra_is_named_with_its_cure(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_formats(["safetensors-fp16", "static-int8"])
     with pytest.raises(TeachonceError) as error:
-        check_onnx(["json", "not_installed_a", "not_installed_b"])
+        check_formats(["safetensors", "onnx-int8"])
     assert str(error.value) == (
-        "export.onnx: true, but not_installed_a and not_installed_b cannot be imported\n"
-        '  cure: run `pip install "teachonce[onnx]"`, or set it to false'
+        "export.formats: has onnx-int8, but onnx and onnxscript and onnxruntime cannot be imported\n"
+        '  cure: run `pip install "teachonce[onnx]"`, or take onnx-int8 away'
     )
 
 
@@ -780,9 +792,9 @@ def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
     prompts = {"prompts": {"query": "find: "}, "default_prompt_name": "query"}
     folder = save(tmp_path / "kd", *load_model(wide[0], device=CPU), **prompts)
     student = (folder, wide[1])
-    outcome = run(student, tmp_path / "out", space="teacher", with_onnx=True)
-    assert outcome.facts["cosine"]["ONNX"] >= 0.99999
-    assert "kd as safetensors and ONNX," in outcome.summary
+    outcome = run(student, tmp_path / "out", "safetensors", "onnx")
+    assert outcome.facts["cosine"]["onnx"] >= 0.99999
+    assert "\n  onnx: 0.1 MB, loses 0.0%" in outcome.summary
     path = tmp_path / "out" / "onnx" / "model.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [(one.name, one.shape, one.type) for one in session.get_inputs()] == [
@@ -810,7 +822,7 @@ def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
     content = path.read_bytes()
     for private in (str(tmp_path), sys.prefix, "modeling_bert.py"):
         assert private.encode() not in content
-    run(student, tmp_path / "again", space="teacher", with_onnx=True)
+    run(student, tmp_path / "again", "safetensors", "onnx")
     assert files(tmp_path / "again") == files(tmp_path / "out")
 
 
@@ -831,7 +843,7 @@ def test_a_model_that_is_no_graph_is_refused(tmp_path):
     with pytest.raises(TeachonceError) as error:
         onnx.write_onnx([Fickle()], tmp_path / "onnx" / "model.onnx", address="models/kd")
     assert error.value.problem.startswith("PyTorch cannot turn it into ONNX: Failed to export")
-    assert error.value.cure == "set export.onnx: false"
+    assert error.value.cure == "take onnx out of export.formats"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -947,3 +959,125 @@ def test_the_weights_of_a_student_are_not_changed_by_its_export(wide, tmp_path):
     before = {name: hashlib.sha256(data).digest() for name, data in files(wide[0]).items()}
     run(wide, tmp_path / "out", space="student")
     assert {name: hashlib.sha256(data).digest() for name, data in files(wide[0]).items()} == before
+
+
+# Formats beside the base.
+
+
+def measuring(**of_forms):
+    """A comparison that gives each form the metrics of kd but for what is said here of it."""
+    asked = []
+
+    def evaluate(name, form):
+        encoder = form(32)
+        assert encoder.encode_counted(TEXTS, role="query").vectors.shape == (5, 384)
+        asked.append(name)
+        changes = of_forms.get(name.rpartition(" ")[2].replace("-", "_"), {})
+        return METRICS["kd"] | {"megabytes": encoder.megabytes, "texts_per_reference": 57} | changes
+
+    return Comparison(evaluate, lambda: ["one text", "another"] * 8), asked
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A static student whose Dense leads into a space of 384."""
+    at = tmp_path_factory.mktemp("table")
+    make_tiny_model(at / "tiny")
+    return static_student(at, at / "tiny")
+
+
+def test_a_table_in_int8_is_the_student_in_a_quarter_of_the_bytes(table, tmp_path):
+    comparison, asked = measuring()
+    formats = ("safetensors-fp16", "onnx-int8", "static-int8")
+    outcome = run(table, tmp_path / "out", *formats, comparison=comparison)
+
+    own = load_model(table[0], device=CPU)
+    vectors = own.encode(TEXTS)
+    folder = tmp_path / "out" / "static-int8"
+    found = SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    assert not found[2].any()  # the empty text
+    some = [0, 1, 3, 4]
+    assert (unit(found[some]) * unit(vectors[some])).sum(1).min() > 0.9999
+    np.testing.assert_allclose(np.linalg.norm(found[some], axis=1), 1, atol=1e-6)
+    # Each row of the table is off by half a step at most.
+    saved = load_file(folder / "model.safetensors")
+    rows, scales = saved["embeddings"], saved["weights"]
+    inner, outer = (own[place].linear for place in (1, 2))
+    exact = (own[0].embedding.weight @ inner.weight.T) @ outer.weight.T + outer.bias
+    assert rows.dtype == torch.int8 and rows.abs().max() == 127
+    assert ((rows * scales[:, None] - exact).abs() <= 0.501 * scales[:, None]).all()
+    assert json.loads((folder / "config.json").read_text())["normalize"] is True
+
+    assert asked == ["kd as static-int8"]
+    assert outcome.summary.splitlines()[1:] == [
+        "  static-int8: 0.0 MB, 3.0 times as fast, loses 0.0%",
+        "  without safetensors-fp16: sentence-transformers would add the table's vectors up in float16; it "
+        "is in float32",
+        "  without onnx-int8: a static model is a table and a mean, which needs no graph",
+    ]
+    assert load_file(tmp_path / "out/0_StaticEmbedding/model.safetensors")[
+        "embedding.weight"
+    ].dtype == (torch.float32)
+    results = json.loads((tmp_path / "out-formats.json").read_text())
+    assert results["model"] == "kd" and list(results["formats"]) == ["safetensors", "static-int8"]
+    base, int8 = results["formats"].values()
+    size = {"megabytes": base["megabytes"]}
+    assert base == METRICS["kd"] | size | {"published": True, "reason": ""}
+    assert base["megabytes"] > 0 and int8["published"] and int8["loss"] == 0
+    assert int8["sts.average"] == 78.125 and int8["student.lowest_cosine"] > 0.9999
+
+
+def test_a_format_that_loses_too_much_is_not_published(table, tmp_path, caplog):
+    comparison, _ = measuring(static_int8={"retrieval.docs.ndcg@10": 0.48})
+    how = {"comparison": comparison, "max_loss": 0.03}
+    outcome = run(table, tmp_path / "out", "safetensors", "static-int8", **how)
+    reason = "it loses 4.0% of the student's nDCG@10, and export.max_loss allows 3.0%"
+    assert f"\n  static-int8 is not published: {reason}" in outcome.summary
+    assert reason in caplog.text
+    assert not (tmp_path / "out/static-int8").exists()
+    assert "static-int8" not in (tmp_path / "out/README.md").read_text()
+    int8 = json.loads((tmp_path / "out-formats.json").read_text())["formats"]["static-int8"]
+    assert (int8["published"], int8["reason"]) == (False, reason)
+    assert (int8["loss"], int8["retrieval.docs.ndcg@10"]) == (0.04, 0.48)
+    again = run(table, tmp_path / "out", "safetensors", "static-int8", **how | {"max_loss": 0.05})
+    assert "\n  static-int8: 0.0 MB, 3.0 times as fast, loses 4.0%" in again.summary
+    assert (tmp_path / "out/static-int8").is_dir()
+
+
+def test_the_loss_is_that_of_the_quality_that_loses_most():
+    own = {"sts.average": 80.0, "retrieval.a.ndcg@10": 0.6, "retrieval.b.ndcg@10": 0.2}
+    own |= {"fidelity.spearman": 0.9, "retrieval.a.ndcg@10.low": 0.1}
+    assert loss(own, own | {"sts.average": 78.0}) == ("STS", pytest.approx(0.025))
+    assert loss(own, own | {"sts.average": 79.0, "retrieval.a.ndcg@10": 0.58}) == (
+        "nDCG@10",
+        pytest.approx(0.025),  # 0.4 -> 0.39
+    )
+    assert loss(own, own | {"fidelity.spearman": 0.1}) == ("STS", 0)
+    alone = {"fidelity.spearman": 0.8}
+    assert loss(alone, {"fidelity.spearman": 0.6}) == (
+        "agreement with the teacher",
+        pytest.approx(0.25),
+    )
+    assert loss({}, {"student.mean_cosine": 0.99}) == (
+        "cosine with the student",
+        pytest.approx(0.01),
+    )
+
+
+def test_float16_is_half_of_the_bytes_and_computed_in_float32(wide, tmp_path):
+    run(wide, tmp_path / "whole")
+    outcome = run(wide, tmp_path / "half", "safetensors-fp16")
+    assert outcome.summary.startswith("kd as safetensors-fp16, 0.1 MB,")
+    weights = load_file(tmp_path / "half/model.safetensors").values()
+    assert {one.dtype for one in weights} == {torch.float16}
+    found = SentenceTransformer(str(tmp_path / "half"), device="cpu")
+    assert {one.dtype for one in found.parameters()} == {torch.float32}
+    vectors, exact = found.encode(TEXTS), encode(tmp_path / "whole")
+    assert vectors.dtype == np.float32
+    assert 0.9999 < (vectors * exact).sum(1).min() < 0.9999999
+    whole, half = (
+        json.loads((tmp_path / f"{name}-formats.json").read_text())["formats"]
+        for name in ("whole", "half")
+    )
+    assert list(half) == ["safetensors-fp16"] and half["safetensors-fp16"]["sts.average"] == 78.125
+    assert half["safetensors-fp16"]["megabytes"] < 0.6 * whole["safetensors"]["megabytes"]
