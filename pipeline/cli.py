@@ -660,7 +660,7 @@ def report(
     """Gather the metrics of the models that params.yaml names: a table here, and a page to open.
 
     Reads: reports/metrics, reports/details, reports/curves, reports/training,
-    reports/stages, data/embeddings.json.
+    reports/stages, reports/exports, data/embeddings.json.
 
     Leaves: reports/metrics.json, reports/index.html.
 
