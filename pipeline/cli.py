@@ -304,17 +304,19 @@ def start(
     """Make a student before training: NAME of params.yaml's `starts`.
 
     Reads: the teacher, or the model that the start is made from; for a start
-    that depends on how often tokens occur also data/corpus.json. To say how far
-    it agrees with the teacher: data/corpus.json, data/embeddings.json,
-    data/split.json, as far as they are there.
+    that depends on how often tokens occur also data/corpus.json. To choose
+    layers, and to say how far it agrees with the teacher: data/corpus.json,
+    data/embeddings.json, data/split.json.
 
     Leaves: models/start/NAME, reports/starts/NAME.json.
 
     Example: teachonce start half
     """
-    from stages.start import as_it_is, measure, run
+    from stages.models.devices import pick_device
+    from stages.start import as_it_is, chosen_layers, measure, run
 
     here = workspace()
+    caches = partial(here.caches, with_negatives=False)
     params, out = here.named("starts", name), here.at.start(name)
     record, made_from = here.at.start_facts(name), here.start_made_from(name)
     try:
@@ -332,6 +334,13 @@ def start(
             pooling=pooling,
             trust_remote_code=here.params.embed.trust_remote_code,
             corpus=here.corpus,
+            choose=partial(
+                chosen_layers,
+                name,
+                caches,
+                max_tokens=here.params.embed.max_tokens,
+                device=pick_device(here.params.device),
+            ),
             out=out,
         )
     show(
@@ -339,7 +348,7 @@ def start(
             outcome,
             name=name,
             load=partial(here.encoder, name),
-            caches=partial(here.caches, with_negatives=False),
+            caches=caches,
             record=record,
             made_from=made_from,
         ),
@@ -660,7 +669,7 @@ def report(
     """Gather the metrics of the models that params.yaml names: a table here, and a page to open.
 
     Reads: reports/metrics, reports/details, reports/curves, reports/training,
-    reports/stages, reports/exports, data/embeddings.json.
+    reports/starts, reports/stages, reports/exports, data/embeddings.json.
 
     Leaves: reports/metrics.json, reports/index.html.
 

@@ -286,7 +286,7 @@ def _address(location: tuple[int | str, ...]) -> str:
         del parts[4]
     if len(parts) > 3 and parts[:2] in (["shard", "sources"], ["distill", "readings"]):
         del parts[3]
-    if len(parts) > 3 and (parts[0], parts[2]) == ("starts", "vocabulary"):
+    if len(parts) > 3 and parts[0] == "starts" and parts[2] in ("layers", "vocabulary"):
         del parts[3]
     return ".".join(parts) or "file"
 

@@ -407,11 +407,16 @@ class Workspace:
         model = self.params.embed.teacher if from_teacher else params.from_
         if not noted.get("files") or noted.get("declared", {}).get("name") != model:
             return None
+        try:
+            caches = self.caches(with_negatives=False) if params.chooses_layers else None
+        except TeachonceError:
+            return None
         made_from = recipe(
             params,
             pooling=self.params.embed.pooling if from_teacher else params.pooling,
             files=noted["files"],
             corpus=self.corpus() if params.counts_tokens else None,
+            caches=caches,
         )
         return fingerprint(made_from)
 
@@ -528,8 +533,7 @@ class Workspace:
         """Start or student of params.yaml -> what it is made of, in a few words."""
         descriptions = {}
         for name, start in self.params.starts.items():
-            layers = ", ".join(map(str, start.layers or ()))
-            what = f"layers {layers}" if layers else "all layers"
+            what = self._layers_of(name, start)
             if start.kind == "static":
                 what = "a table of tokens"
             read = "" if start.passes is None else f", read {start.passes} times"
@@ -542,6 +546,17 @@ class Workspace:
             f"{n}{FINETUNED}": f"{n}, then labelled rows" for n in self.params.finetune.students
         }
         return descriptions | finetuned
+
+    def _layers_of(self, name: str, start: StartParams) -> str:
+        if start.layers is None:
+            return "all layers"
+        layers: Any = start.layers
+        if isinstance(layers, int):  # which, was found out when it was made
+            made = read_sources(self.at.start_facts(name)).get("layers")
+            if not isinstance(made, list):
+                return f"the best {layers} layers"
+            return f"layers {', '.join(map(str, made))}, the best {layers},"
+        return f"layers {', '.join(map(str, layers))}"
 
     def lineage(self, name: str) -> dict[str, Any]:
         """What a student was made of."""

@@ -375,11 +375,18 @@ Vocabulary = Annotated[
 ]
 
 
+Layers = Annotated[
+    Annotated[int, Field(strict=True, ge=1), Tag("number")]
+    | Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), Tag("list")],
+    Discriminator(lambda value: "number" if isinstance(value, int) else "list"),
+]
+
+
 class StartParams(Section):
     """A student before training."""
 
     from_: ModelPlace = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
-    layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None  # kept, in this order
+    layers: Layers | None  # those kept, in this order; or how many, chosen by agreement; null: all
     # As embed.pooling, which says it of the teacher; it may be left out.
     pooling: Pooling | None = None
     # How often the layers are read, with the same weights; they may be left out, and are then read once.
@@ -396,6 +403,11 @@ class StartParams(Section):
         """Whether it depends on how often tokens occur in the corpus."""
         return self.kind == "static" or self.vocabulary is not None
 
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether its layers are chosen by the teacher's vectors of rows held out."""
+        return isinstance(self.layers, int)
+
     @model_validator(mode="after")
     def _static_has_a_width_and_no_layers(self) -> Self:
         if (self.kind == "static") != (self.hidden is not None):
@@ -408,7 +420,7 @@ class StartParams(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        if self.layers is not None and len(set(self.layers)) < len(self.layers):
+        if isinstance(self.layers, tuple) and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers {list(self.layers)} names a layer twice")
         return self
 

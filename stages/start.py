@@ -8,31 +8,39 @@ uses (`stages.models.vocabulary`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.measuring.heldout import NOT_MEASURED, agreement_of_start
+from stages.measuring.heldout import NOT_MEASURED, StartRows, agreement_of_start
 from stages.models.config import check_one_model, own_prompts
 from stages.outcome import Outcome, write_json
 from stages.params import TEACHER, StartParams
 from storage import durable, regular
 from storage.caches import Caches
 from storage.corpus import Corpus
-from storage.errors import TeachonceError, shown
+from storage.errors import MissingError, TeachonceError, shown
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from stages.measuring.metrics import EvaluatedModel
+    from stages.models.layer_choice import LayerChoice
     from stages.models.vocabulary import CutVocabulary
 
 VERSION = 1  # raise it when a code change makes another folder of the same settings and model
 
 
 def recipe(
-    params: StartParams, *, pooling: str | None, files: Mapping[str, str], corpus: Corpus | None
+    params: StartParams,
+    *,
+    pooling: str | None,
+    files: Mapping[str, str],
+    corpus: Corpus | None,
+    caches: Caches | None = None,
 ) -> dict[str, Any]:
     """What the folder of a start is made from.
 
@@ -41,13 +49,21 @@ def recipe(
         pooling: As in `run`.
         files: The hashes of the model's files.
         corpus: The corpus of a start that counts tokens; None for one that does not.
+        caches: What layers are chosen by; None for a start that does not choose any.
     """
+    chosen_by = {}
+    if caches is not None:
+        chosen_by = {
+            "embeddings": caches.embeddings.manifest.content,
+            "split": caches.split.content,
+        }
     return {
         "version": VERSION,
         "start": params.model_dump(mode="json", by_alias=True, exclude_none=True),
         "pooling": pooling,
         "files": dict(files),
         "corpus": None if corpus is None else corpus.manifest.content,
+        **chosen_by,
     }
 
 
@@ -101,6 +117,52 @@ def measure(
     return replace(outcome, summary=f"{outcome.summary}; {said}", facts=facts)
 
 
+def chosen_layers(
+    name: str,
+    caches: Callable[[], Caches],
+    model: SentenceTransformer,
+    count: int,
+    *,
+    max_tokens: int,
+    device: torch.device,
+) -> LayerChoice:
+    """The `count` layers of a model by which it agrees most with the teacher on rows held out.
+
+    Args:
+        name: Name of the start.
+        caches: Opens corpus, vectors and split.
+        model: The model.
+        count: How many layers.
+        max_tokens: Tokens that are read of a text.
+        device: Where the model reads.
+
+    Raises:
+        MissingError: there are no vectors of rows held out.
+        TeachonceError: the model has no such layers.
+    """
+    from stages.models.layer_choice import choose_layers
+
+    address = f"starts.{name}.layers"
+    try:
+        rows = StartRows.of(caches())
+    except TeachonceError as error:
+        raise MissingError(
+            address,
+            f"{count} layers are chosen by the teacher's vectors of texts held out, and "
+            f"{Path(error.where).name} is of no use: {error.problem}",
+            f"{error.cure}; or name the layers, as in [0, 1]",
+        ) from error
+    return choose_layers(
+        model,
+        count,
+        texts=rows.heldout.corpus.take(rows.heldout.rows),
+        teacher=rows.teacher,
+        max_tokens=max_tokens,
+        device=device,
+        address=address,
+    )
+
+
 def run(
     params: StartParams,
     *,
@@ -110,6 +172,7 @@ def run(
     out: Path,
     pooling: str | None = None,
     corpus: Callable[[], Corpus] | None = None,
+    choose: Callable[[SentenceTransformer, int], LayerChoice] | None = None,
 ) -> Outcome:
     """Write the start as a sentence-transformers folder.
 
@@ -121,6 +184,7 @@ def run(
         out: The folder to write.
         pooling: Pooling of that model if it has no modules.json; the start gets one. None otherwise.
         corpus: Opens the corpus, whose tokens are counted; called only if the start depends on it.
+        choose: Chooses layers of a model; called only if the settings say how many, and not which.
 
     Raises:
         TeachonceError: its layers or tokens cannot be taken, or it has NaN or Inf in its weights.
@@ -147,9 +211,10 @@ def run(
         assert corpus is not None  # given for a start that reads it
         at = f"starts.{name}.vocabulary"
         tokens = keep_tokens(model, params.vocabulary, corpus=corpus(), address=at)
+    layers, choice = _layers(params, model, choose)
     proof = None
-    if params.layers is not None:
-        proof = keep_layers(model, params.layers, address=f"starts.{name}.layers")
+    if layers is not None:
+        proof = keep_layers(model, layers, address=f"starts.{name}.layers")
     if params.passes is not None:
         share_layers(model, params.passes, address=f"starts.{name}.passes")
     if params.hidden is not None:
@@ -168,16 +233,37 @@ def run(
     return Outcome(
         stage="start",
         made=out,
-        summary=", ".join([*_kept(params, tokens), f"{parameters / 1e6:.1f} million parameters"])
+        summary=", ".join(
+            [*_kept(params, tokens, choice), f"{parameters / 1e6:.1f} million parameters"]
+        )
         + (f" ({(parameters + copies) / 1e6:.1f} with copies of shared layers)" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
-        facts=facts if tokens is None else {**facts, **tokens.facts},
+        facts=facts | {key: one.facts[key] for one in (tokens, choice) if one for key in one.facts},
     )
 
 
-def _kept(params: StartParams, tokens: CutVocabulary | None) -> list[str]:
+def _layers(
+    params: StartParams,
+    model: SentenceTransformer,
+    choose: Callable[[SentenceTransformer, int], LayerChoice] | None,
+) -> tuple[Sequence[int] | None, LayerChoice | None]:
+    """The layers to keep, None for all; and how they were chosen, None if the settings name them."""
+    if not isinstance(params.layers, int):
+        return params.layers, None
+    assert choose is not None  # given for a start that asks for it
+    choice = choose(model, params.layers)
+    return choice.layers, choice
+
+
+def _kept(
+    params: StartParams, tokens: CutVocabulary | None, choice: LayerChoice | None
+) -> list[str]:
     """What of a model a start has, for a person."""
-    what = "all layers" if params.layers is None else f"layers {list(params.layers)}"
+    what = "all layers"
+    if choice is not None:
+        what = f"layers {list(choice.layers)}"
+    elif isinstance(params.layers, tuple):
+        what = f"layers {list(params.layers)}"
     if params.hidden is not None:
         what = f"a table of {params.hidden} values for each token"
-    return [f"{what} of {params.from_}", *([] if tokens is None else [tokens.summary])]
+    return [f"{what} of {params.from_}", *(part.summary for part in (choice, tokens) if part)]

@@ -104,11 +104,13 @@ def check_length(wanted: int | None, limit: int | None, *, address: str, who: st
         )
 
 
-def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address: str) -> None:
+def check_layers(
+    layers: Sequence[int] | int, count: int | None, *, kind: str, address: str
+) -> None:
     """Raise if layers cannot be taken out of a transformer.
 
     Args:
-        layers: 0-based numbers of the wanted layers.
+        layers: 0-based numbers of the wanted layers, or how many are to be chosen.
         count: Number of layers in its one list of equal layers; None if it has no such list.
         kind: The kind of model, to name in an error.
         address: The setting, to name in an error.
@@ -119,11 +121,17 @@ def check_layers(layers: Sequence[int], count: int | None, *, kind: str, address
             f"layers can be taken from a transformer with one list of equal layers, not from {shown(kind)}",
             WHOLE_OR_SMALL,
         )
+    if isinstance(layers, int):
+        if layers > count:
+            raise TeachonceError(
+                address, f"{layers} layers of {count}", f"set it to {count} or less"
+            )
+        return
     if max(layers) >= count:
         raise TeachonceError(address, f"layer {max(layers)} of {count}", f"use 0 to {count - 1}")
 
 
-def check_layers_of(folder: Path, layers: Sequence[int], *, address: str) -> None:
+def check_layers_of(folder: Path, layers: Sequence[int] | int, *, address: str) -> None:
     """As `check_layers`, for the model in a folder, if its config.json names a `model_type`."""
     if (kind := _first_kind(folder, address)) != TRANSFORMER:
         check_layers(layers, None, kind=kind, address=address)

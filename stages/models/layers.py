@@ -73,7 +73,7 @@ class LayersProof:
             when: More about it, for an error.
         """
         body: Any = model[0].auto_model
-        _, blocks = _blocks(body) or ("", nn.ModuleList())
+        _, blocks = blocks_of(body) or ("", nn.ModuleList())
         if len(blocks) != len(self.layers):
             self._refuse(f"{when}it has {len(blocks)} layers")
         for place, (layer, own) in enumerate(zip(self.layers, self.traits, strict=True)):
@@ -115,7 +115,7 @@ def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: s
     """
     transformer: Any = model[0]
     body: Any = getattr(transformer, "auto_model", None)
-    found = _blocks(body)
+    found = blocks_of(body)
     kind = type(transformer if body is None else body).__name__
     check_layers(layers, None if found is None else len(found[1]), kind=kind, address=address)
     assert found is not None  # or `check_layers` raised
@@ -148,7 +148,7 @@ def _refusal(kind: str, layers: Sequence[int], problem: str, address: str) -> Te
     )
 
 
-def _blocks(body: nn.Module | None) -> tuple[str, nn.ModuleList] | None:
+def blocks_of(body: nn.Module | None) -> tuple[str, nn.ModuleList] | None:
     """Returns the name and the list of a transformer's layers; None if it has not one such list."""
     config: Any = getattr(body, "config", None)
     if body is None or not hasattr(config, "get_text_config"):

@@ -1410,6 +1410,9 @@ LAYERS = {f"bert.encoder.layer.{layer}.output.dense.weight": [2, 2] for layer in
     [
         (BERT, LAYERS, [0, 2], None),
         (BERT, LAYERS, [0, 3], "layer 3 of 3"),
+        (BERT, LAYERS, 3, None),
+        (BERT, LAYERS, 4, "4 layers of 3"),
+        (BERT, LAYERS, 0, "must be greater than or equal to 1, got 0"),
         (BERT, LAYERS, None, None),
         ({"model_type": "bert"}, LAYERS, [0, 4], "layer 4 of 4"),
         ({"model_type": "distilbert", "n_layers": 2}, LAYERS, [0, 3], "layer 3 of 2"),
