@@ -176,6 +176,8 @@ def run(
 ) -> Outcome:
     """Write the start as a sentence-transformers folder.
 
+    It is long because it reads in the order in which a start is made: tokens, layers, passes, what is saved.
+
     Args:
         params: The settings of the start.
         name: Name of the start.

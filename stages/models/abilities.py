@@ -2,6 +2,8 @@
 
 Read from its configuration and the headers of its weights, without torch, so that `check` finds before
 anything is computed what the stages would find an hour later. The stages call the same functions.
+
+This file is long because every such question is asked in one place, by `check` and by the stages.
 """
 
 from __future__ import annotations
