@@ -176,7 +176,7 @@ def run(
 ) -> Outcome:
     """Write the start as a sentence-transformers folder.
 
-    It is long because it reads in the order in which a start is made: tokens, layers, passes, what is saved.
+    It is long because it reads in the order in which a start is made: tokens, layers, passes, saving.
 
     Args:
         params: The settings of the start.
