@@ -67,7 +67,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # What only the slow tests need of the extras.
 $(VENV)/extras: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx,ray,s3]" accelerate ipykernel "moto[server,s3]" nbconvert polars tensorboard
+	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx,openvino,ray,s3]" accelerate ipykernel model2vec "moto[server,s3]" nbconvert polars tensorboard
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed

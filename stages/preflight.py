@@ -44,6 +44,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 PACKAGES_OF_FORMATS: Mapping[str, tuple[str, Sequence[str]]] = {
     "onnx": ("onnx", ONNX),
     "onnx-int8": ("onnx", ONNX),
+    "openvino-int8": ("openvino", ("onnx", "onnxscript", "openvino", "nncf")),
 }
 """Format of an export -> the extra that writes and runs it, and what that installs."""
 

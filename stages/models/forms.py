@@ -11,8 +11,8 @@ import torch
 
 from stages.models.encoder import Encoder
 from stages.models.folder import TOKENIZER, weights_bytes
-from stages.models.graph_encoder import GraphEncoder, onnx_runner
-from stages.models.int8 import folded_table, quantize_graph, write_table
+from stages.models.graph_encoder import GraphEncoder, onnx_runner, openvino_runner
+from stages.models.int8 import compress_weights, folded_table, quantize_graph, write_table
 from stages.models.loading import ends_in_normalize, leaves_out_prompts
 from stages.models.onnx import write_onnx
 from stages.models.portable import STATIC, limit_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PLACES: Mapping[ExportFormat, str] = {
     "onnx": "onnx/model.onnx",
     "onnx-int8": "onnx/model_int8.onnx",
+    "openvino-int8": "openvino/openvino_model.xml",
     "static-int8": "static-int8",
 }
 """Format beside the base -> its file or folder in an export."""
@@ -86,10 +87,13 @@ def write_forms(
             tokenizer=next(folder.rglob(TOKENIZER)).read_text(encoding="utf-8"),
             unit_length=ends_in_normalize(model),
         )
-    if {"onnx", "onnx-int8"} & set(forms):
-        write_onnx(model, folder / PLACES["onnx"], address=address)
-    if "onnx-int8" in forms:
-        quantize_graph(folder / PLACES["onnx"], folder / PLACES["onnx-int8"])
+    graph = folder / PLACES["onnx"]
+    if {"onnx", "onnx-int8", "openvino-int8"} & set(forms):
+        write_onnx(model, graph, address=address)
+        if "onnx-int8" in forms:
+            quantize_graph(graph, folder / PLACES["onnx-int8"])
+        if "openvino-int8" in forms:
+            compress_weights(graph, folder / PLACES["openvino-int8"])
         if "onnx" not in forms:
             remove_form("onnx", folder)
 
@@ -138,9 +142,9 @@ def opener(
             prompts=prompts,
             trust_remote_code=trust_remote_code,
         )
-    limit = limit_of(model)
+    limit, run = limit_of(model), openvino_runner if form == "openvino-int8" else onnx_runner
     return lambda max_tokens: GraphEncoder(
-        onnx_runner(path),
+        run(path),
         folder,
         max_tokens=min((one for one in (max_tokens, limit) if one is not None), default=None),
         truncation=model.tokenizer.truncation_side,

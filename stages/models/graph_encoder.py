@@ -102,6 +102,21 @@ class GraphEncoder:
         return GraphVectors(np.stack([rows[place] for place in range(len(texts))]), cut)
 
 
+def openvino_runner(path: Path) -> RunGraph:
+    """Returns what runs a model of OpenVINO on one thread of the CPU."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        found = request.infer(dict(zip(INPUTS, (ids, mask), strict=True)))
+        vectors: NDArray[np.float32] = found[OUTPUTS[1]].copy()  # the next one is written over it
+        return vectors
+
+    return run
+
+
 def onnx_runner(path: Path) -> RunGraph:
     """Returns what runs an ONNX graph on one thread of the CPU."""
     import onnxruntime

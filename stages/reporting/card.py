@@ -84,9 +84,17 @@ class Card:
         return graphs[-1] if graphs else None
 
     @property
+    def openvino_graph(self) -> str | None:
+        """The file of the graph for OpenVINO; None if there is none."""
+        return self._place("openvino-int8")
+
+    @property
     def static_folder(self) -> str | None:
         """The folder of the static model in int8; None if there is none."""
-        return next((one.place for one in self.formats if one.name == "static-int8"), None)
+        return self._place("static-int8")
+
+    def _place(self, name: str) -> str | None:
+        return next((one.place for one in self.formats if one.name == name), None)
 
     @property
     def reads(self) -> dict[str, str]:

@@ -735,7 +735,10 @@ def test_other_forms_of_a_model_are_told():
     text = card(formats=formats)
     assert "\n| safetensors | this folder | 69.6 | - | - |\n" in text
     assert "\n| onnx-int8 | `onnx/model_int8.onnx` | 17.4 | 57.6 | 0.4% |\n" in text
-    assert 'InferenceSession(f"{folder}/onnx/model_int8.onnx")' in text and "model2vec" not in text
+    assert (
+        'InferenceSession("path/to/this/folder/onnx/model_int8.onnx")' in text
+        and "model2vec" not in text
+    )
     table = PublishedFormat("static-int8", "static-int8", 7.7, 900.0, -0.001)
     text = card(formats=[*CARD.formats, table])
     assert "\n| static-int8 | `static-int8` | 7.7 | 900.0 | 0.0% |\n" in text
@@ -1081,3 +1084,46 @@ def test_float16_is_half_of_the_bytes_and_computed_in_float32(wide, tmp_path):
     )
     assert list(half) == ["safetensors-fp16"] and half["safetensors-fp16"]["sts.average"] == 78.125
     assert half["safetensors-fp16"]["megabytes"] < 0.6 * whole["safetensors"]["megabytes"]
+
+
+def python_of(card):
+    """The blocks of Python in a card."""
+    return [block.partition("```")[0] for block in card.split("```python\n")[1:]]
+
+
+@pytest.mark.slow
+def test_graphs_in_int8_are_the_student_and_the_card_says_how_to_load_them(wide, tmp_path):
+    for name in {*ONNX, "openvino", "nncf"}:
+        pytest.importorskip(name)
+    comparison, asked = measuring()
+    out = tmp_path / "out"
+    formats = ("safetensors-fp16", "onnx-int8", "openvino-int8")
+    run(wide, out, *formats, comparison=comparison)
+    assert asked == ["kd as onnx-int8", "kd as openvino-int8"]
+    assert sorted(path.name for path in (out / "onnx").iterdir()) == ["model_int8.onnx"]
+    found = json.loads((tmp_path / "out-formats.json").read_text())["formats"]
+    # Rounding of what is multiplied costs more than that of weights.
+    onnx, openvino = (found[name]["student.lowest_cosine"] for name in formats[1:])
+    assert 0.99 < onnx < openvino < 1
+    assert found["openvino-int8"]["student.spearman"] > 0.9
+    small = sum(path.stat().st_size for path in (out / "openvino").iterdir()) / 1e6
+    assert found["openvino-int8"]["megabytes"] == round(small, 3)
+
+    own = encode(wide[0], ["One text.", "And another one."])
+    blocks = python_of((out / "README.md").read_text().replace("path/to/this/folder", str(out)))
+    names = {}
+    exec(blocks[1], names)
+    for block, least in ((blocks[2], 0.99), (blocks[3], 0.999)):
+        exec(block, names)
+        assert (unit(names.pop("vectors")) * own).sum(1).min() > least
+
+
+@pytest.mark.slow
+def test_model2vec_reads_a_table_in_int8(table, tmp_path):
+    model2vec = pytest.importorskip("model2vec")
+    run(table, tmp_path / "out", "safetensors", "static-int8", comparison=measuring()[0])
+    folder = tmp_path / "out" / "static-int8"
+    texts = ["Amber harbor, silver lantern.", "violin", "basin " * 600]
+    found = model2vec.StaticModel.from_pretrained(folder).encode(texts)
+    assert (found * unit(encode(table[0], texts))).sum(1).min() > 0.9999
+    assert "StaticModel.from_pretrained" in python_of((tmp_path / "out/README.md").read_text())[1]
