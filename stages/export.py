@@ -191,6 +191,7 @@ def _measured(
         measured = {
             **comparison.evaluate(f"{name} as {form}", open_form),
             **agreement(reference, open_form(None), heldout),
+            "megabytes": round(megabytes_of(form, folder), 3),
         }
         what, lost = loss(own, measured)
         # Not `lost > max_loss`, which is False for NaN.

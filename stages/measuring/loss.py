@@ -68,7 +68,11 @@ def loss(student: Mapping[str, Fact], form: Mapping[str, Fact]) -> tuple[str, fl
         form: Metrics of the form.
     """
     own, others = qualities(student), qualities(form)
-    shares = {name: 1 - others[name] / own[name] for name in own.keys() & others if own[name] > 0}
+    shares = {
+        name: 1 - others[name] / value
+        for name, value in own.items()
+        if value > 0 and name in others
+    }
     if not shares:
         return "cosine with the student", 1 - float(form["student.mean_cosine"] or 0)
     worst = max(shares, key=lambda name: shares[name])

@@ -67,7 +67,8 @@ def compress_weights(source: Path, target: Path) -> None:
     import nncf
     import openvino
 
-    with redirect_stdout(io.StringIO()):  # a table and a progress bar
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # a table of what it does
+    with redirect_stdout(io.StringIO()):  # and a progress bar
         graph = openvino.Core().read_model(source)
         small = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
     target.parent.mkdir()

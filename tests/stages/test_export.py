@@ -973,7 +973,7 @@ def measuring(**of_forms):
 
     def evaluate(name, form):
         encoder = form(32)
-        assert encoder.encode_counted(TEXTS, role="query").vectors.shape == (5, 384)
+        assert encoder.encode_counted(TEXTS, role="query").vectors.shape[0] == 5
         asked.append(name)
         changes = of_forms.get(name.rpartition(" ")[2].replace("-", "_"), {})
         return METRICS["kd"] | {"megabytes": encoder.megabytes, "texts_per_reference": 57} | changes
@@ -1102,9 +1102,8 @@ def test_graphs_in_int8_are_the_student_and_the_card_says_how_to_load_them(wide,
     assert asked == ["kd as onnx-int8", "kd as openvino-int8"]
     assert sorted(path.name for path in (out / "onnx").iterdir()) == ["model_int8.onnx"]
     found = json.loads((tmp_path / "out-formats.json").read_text())["formats"]
-    # Rounding of what is multiplied costs more than that of weights.
-    onnx, openvino = (found[name]["student.lowest_cosine"] for name in formats[1:])
-    assert 0.99 < onnx < openvino < 1
+    for name in formats[1:]:
+        assert 0.999 < found[name]["student.lowest_cosine"] < 0.999999
     assert found["openvino-int8"]["student.spearman"] > 0.9
     small = sum(path.stat().st_size for path in (out / "openvino").iterdir()) / 1e6
     assert found["openvino-int8"]["megabytes"] == round(small, 3)
