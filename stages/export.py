@@ -134,7 +134,7 @@ def run(
         summary=f"{params.model} as {base}, {megabytes:.1f} MB{shared}, vectors of "
         f"{card.dim} numbers in {_space(params, lineage)}; read back: lowest "
         f"cosine to the model's own {min(cosines.values()):.6f}"
-        + "".join(f"\n  {line}" for line in _told(student, found)),
+        + "".join(f"; {line}" for line in _told(student, found)),
         facts={
             "model": params.model,
             "space": params.space,

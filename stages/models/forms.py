@@ -46,7 +46,9 @@ def misfit(
     if static and form in PLACES:
         return "a static model is a table and a mean, which needs no graph"
     if static and form == "safetensors-fp16":
-        return "sentence-transformers would add the table's vectors up in float16; it is in float32"
+        return (
+            "sentence-transformers would add the table's vectors up in float16, so it is in float32"
+        )
     if form in PLACES and prompts and leaves_out_prompts(model):
         return (
             "its vectors leave out the tokens of its prompts, and a graph has no input that says how "
@@ -148,6 +150,7 @@ def opener(
         folder,
         max_tokens=min((one for one in (max_tokens, limit) if one is not None), default=None),
         truncation=model.tokenizer.truncation_side,
+        padding=model.tokenizer.pad_token_id or 0,
         megabytes=megabytes_of(form, folder),
         parameters=sum(weight.numel() for weight in model.parameters()),
         prompts=prompts,

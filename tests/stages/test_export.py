@@ -797,7 +797,7 @@ def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
     student = (folder, wide[1])
     outcome = run(student, tmp_path / "out", "safetensors", "onnx")
     assert outcome.facts["cosine"]["onnx"] >= 0.99999
-    assert "\n  onnx: 0.1 MB, loses 0.0%" in outcome.summary
+    assert "; onnx: 0.1 MB, loses 0.0%" in outcome.summary
     path = tmp_path / "out" / "onnx" / "model.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [(one.name, one.shape, one.type) for one in session.get_inputs()] == [
@@ -1012,11 +1012,11 @@ def test_a_table_in_int8_is_the_student_in_a_quarter_of_the_bytes(table, tmp_pat
     assert json.loads((folder / "config.json").read_text())["normalize"] is True
 
     assert asked == ["kd as static-int8"]
-    assert outcome.summary.splitlines()[1:] == [
-        "  static-int8: 0.0 MB, 3.0 times as fast, loses 0.0%",
-        "  without safetensors-fp16: sentence-transformers would add the table's vectors up in float16; it "
-        "is in float32",
-        "  without onnx-int8: a static model is a table and a mean, which needs no graph",
+    assert outcome.summary.split("; ")[2:] == [
+        "static-int8: 0.0 MB, 3.0 times as fast, loses 0.0%",
+        "without safetensors-fp16: sentence-transformers would add the table's vectors up in float16, so "
+        "it is in float32",
+        "without onnx-int8: a static model is a table and a mean, which needs no graph",
     ]
     assert load_file(tmp_path / "out/0_StaticEmbedding/model.safetensors")[
         "embedding.weight"
@@ -1035,7 +1035,7 @@ def test_a_format_that_loses_too_much_is_not_published(table, tmp_path, caplog):
     how = {"comparison": comparison, "max_loss": 0.03}
     outcome = run(table, tmp_path / "out", "safetensors", "static-int8", **how)
     reason = "it loses 4.0% of the student's nDCG@10, and export.max_loss allows 3.0%"
-    assert f"\n  static-int8 is not published: {reason}" in outcome.summary
+    assert f"; static-int8 is not published: {reason}" in outcome.summary
     assert reason in caplog.text
     assert not (tmp_path / "out/static-int8").exists()
     assert "static-int8" not in (tmp_path / "out/README.md").read_text()
@@ -1043,7 +1043,7 @@ def test_a_format_that_loses_too_much_is_not_published(table, tmp_path, caplog):
     assert (int8["published"], int8["reason"]) == (False, reason)
     assert (int8["loss"], int8["retrieval.docs.ndcg@10"]) == (0.04, 0.48)
     again = run(table, tmp_path / "out", "safetensors", "static-int8", **how | {"max_loss": 0.05})
-    assert "\n  static-int8: 0.0 MB, 3.0 times as fast, loses 4.0%" in again.summary
+    assert "; static-int8: 0.0 MB, 3.0 times as fast, loses 4.0%" in again.summary
     assert (tmp_path / "out/static-int8").is_dir()
 
 
