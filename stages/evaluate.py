@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from stages.measuring.details import likeness_details, neighbour_details
 from stages.measuring.documents import read_documents, write_documents
 from stages.measuring.heldout import HeldOut
+from stages.measuring.index import index_of_rows
 from stages.measuring.metrics import (
     CUT,
     Cuts,
@@ -54,7 +55,7 @@ from storage.split import Split
 if TYPE_CHECKING:
     pass
 
-VERSION = 6  # raise it when a code change alters the metrics of the same model
+VERSION = 7  # raise it when a code change alters the metrics of the same model
 
 OVERLAP = 10
 LEAST_ROWS = OVERLAP + 2  # with 11 rows everybody is among everybody's 10 nearest
@@ -151,7 +152,13 @@ def run(
         del encoder
     with _ended(load(for_sets=False)) as encoder:
         likeness, shown_details = _measure_fidelity(
-            name, encoder, corpus, embeddings, heldout, cuts
+            name,
+            encoder,
+            corpus,
+            embeddings,
+            heldout,
+            cuts,
+            with_index="index.among" not in set_metrics,
         )
         metrics: dict[str, Fact] = {
             **set_metrics,
@@ -203,8 +210,13 @@ def _measure_fidelity(
     embeddings: Embeddings,
     heldout: NDArray[np.int64],
     cuts: Cuts,
+    *,
+    with_index: bool,
 ) -> tuple[dict[str, Fact], dict[str, Any]]:
-    """Metrics of likeness to the teacher's whole vectors, and what the page shows of it."""
+    """Metrics of likeness to the teacher's whole vectors, and what the page shows of it.
+
+    With those of an index of the held-out rows, where no retrieval set has documents for one.
+    """
     if len(heldout) < LEAST_ROWS:
         return {}, {"texts": len(heldout), "searches": [], **NOTHING_TO_SHOW}
     sample = HeldOut.of(corpus, heldout, MOST_ROWS)
@@ -227,6 +239,8 @@ def _measure_fidelity(
     if name != TEACHER:
         # Plus zero: -0.0 is the same figure in other bytes.
         metrics["fidelity.cosine_shift"] = round(cosine_shift(ours, teacher), 6) + 0.0
+    if with_index:
+        metrics |= index_of_rows(ours, cuts)
     # A teacher beside itself is no picture.
     shown = likeness_details(ours, teacher, texts) if name != TEACHER else NOTHING_TO_SHOW
     return metrics, {"texts": len(rows), "searches": neighbour_details(ours, texts), **shown}

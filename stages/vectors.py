@@ -176,8 +176,17 @@ def nearest(
     Returns:
         (q, min(depth, d)); NO_DOCUMENT behind the last result where there is one less.
     """
+    return nearest_by_product(unit(queries), unit(documents), depth, ignored)
+
+
+def nearest_by_product(
+    queries: NDArray[np.float32],
+    documents: NDArray[np.float32],
+    depth: int,
+    ignored: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """As `nearest`, but by the product of the vectors as they are, whatever their length."""
     depth = min(depth, len(documents))
-    queries, documents = unit(queries), unit(documents)
     nearest_documents = np.empty((len(queries), depth), np.int64)
     for begin in range(0, len(queries), QUERIES_AT_ONCE):
         block = queries[begin : begin + QUERIES_AT_ONCE] @ documents.T

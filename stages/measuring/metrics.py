@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.measuring.details import search_details
+from stages.measuring.index import index_of_set, set_to_index
 from stages.models.speed import Speed
 from stages.outcome import Fact, Progress, log
 from stages.reading.evaluation_sets import RetrievalSet, StsSet
@@ -158,6 +159,8 @@ def measure_retrieval(
 ) -> tuple[dict[str, Fact], list[dict[str, Any]], dict[str, tuple[list[str], NDArray[np.float32]]]]:
     """Metrics of all sets, a handful of searches in the first, and the documents' vectors.
 
+    Of the largest set also what an index of its documents costs and finds.
+
     Args:
         name: Name of the model.
         encoder: The model.
@@ -168,7 +171,7 @@ def measure_retrieval(
     """
     metrics: dict[str, Fact] = {}
     searches: list[dict[str, Any]] = []
-    indexed = {}
+    indexed, largest = {}, set_to_index(sets)
     for key, asked in sets.items():
         log.info(
             "evaluate: %s, retrieval.%s, %s documents, %s queries",
@@ -208,6 +211,8 @@ def measure_retrieval(
                 f"{len(asked.queries):,}",
             )
             metrics[f"retrieval.{key}.{IGNORED}"] = count
+        if key == largest:
+            metrics |= index_of_set(key, queries, documents, cuts)
         searches = searches or search_details(key, asked, queries, documents, ignored)
         indexed[key] = asked.documents, documents
     return metrics, searches, indexed

@@ -12,6 +12,7 @@ from stages.params import TEACHER, ChooseParams
 from stages.reporting import columns, legend, measures, sections, templating
 from stages.reporting.choice import Choice
 from stages.reporting.forms import BASE_FORMATS, model_of
+from stages.reporting.indexes import TYPES, among, index_rows
 from stages.reporting.results import Metrics, Model
 
 ON_TOP = ("project", "teacher", "corpus")
@@ -48,6 +49,7 @@ def page(
     ties = measures.ties(metrics, trained, rank_by)
     timed = measures.measured(subject.forms, measures.of("sentences_per_second"))
     disagreements = sections.disagreements(subject)
+    indexed = {name: metrics[name] for name in metrics if name not in subject.starts}
     chosen = subject.choice
     opened = None if chosen.form is None else model_of(chosen.form)
     return templating.html(
@@ -69,6 +71,9 @@ def page(
         notes=legend.notes(metrics, trained, rank_by, subject.formats),
         quality=sections.quality(subject),
         starts=subject.starts,
+        index=index_rows(indexed),
+        index_types=TYPES,
+        among=among(indexed),
         trade_off=sections.trade_off(subject),
         elsewhere=sorted(set(timed) - set(sections.speeds_of(subject.forms)[0])),
         curves=sections.curves(subject),

@@ -583,6 +583,43 @@ def test_the_chosen_form_is_marked_and_its_bound_is_drawn(site):
     assert "bound that" not in plain
 
 
+def indexed(dim, *recalls):
+    sizes = (4 * dim, dim + 4, dim // 8)
+    return {
+        f"index.{kind}.{what}": value
+        for kind, size, recall in zip(("float32", "int8", "binary"), sizes, recalls, strict=True)
+        for what, value in (("bytes", size), ("recall@10", recall))
+    }
+
+
+def test_what_an_index_costs_and_finds_is_a_table(site, full):
+    assert "Recall@10" not in full
+    among = {"index.among": "400 documents of docs, asked with 400 queries"}
+    whole = indexed(384, 1.0, 0.9912, 0.6567)
+    first = {key.replace(".", ".128.", 1): v for key, v in indexed(128, 0.8, 0.79, 0.4).items()}
+    for name, found in (("teacher", whole), ("half", whole), ("kd", whole | first)):
+        metrics = json.loads((site.root / f"{name}.json").read_text()) | found | among
+        site.evaluated(name, metrics, details_of(name))
+    page = site.drawn()
+    assert "index" in Outline(page).sections
+    section = page[page.index('<section id="index">') : page.index('<section id="training">')]
+    table = {
+        re.sub("<svg.*?</svg>", "", name): re.findall("<td>(.*?)</td>", row)
+        for name, row in re.findall(r'<tr[^>]*><th scope="row">(.*?)</th>(.*?)</tr>', section)
+    }
+    row = ["1,536", "1.00", "388", "0.99", "48", "0.66"]
+    assert table == {
+        "teacher": row,
+        "kd": row,
+        "first 128": ["512", "0.80", "132", "0.79", "16", "0.40"],
+    }
+    assert "the index finds, among 400 documents of docs, asked with 400 queries." in section
+    # Asked for other things, they are not told as one.
+    metrics |= {"index.among": "9 held-out texts"}
+    site.evaluated("kd", metrics, details_of("kd"))
+    assert "the index finds. A vector's bytes" in site.drawn()
+
+
 def test_curves_of_one_score_share_a_picture(full):
     said = re.findall(r'aria-label="(\w+ by step: .*?)"', full)
     assert said == [

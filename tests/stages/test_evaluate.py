@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import subprocess
 from itertools import combinations
 
@@ -14,6 +15,7 @@ import zstandard
 
 from stages import evaluate, vectors
 from stages.measuring.documents import read_documents, write_documents
+from stages.measuring.index import TYPES
 from stages.measuring.metrics import retrieval_metrics, retrieval_scores
 from stages.models.speed import Speed
 from stages.params import EvaluateParams
@@ -577,6 +579,8 @@ def test_a_perfect_student_keeps_everything(tmp_path, corpus, embeddings, beir):
         "retrieval.docs.truncated",
         "retrieval.docs.ndcg@10", "retrieval.docs.mrr@10", "retrieval.docs.recall@100",
         "fidelity.spearman", "fidelity.top10_overlap", "fidelity.cosine_shift",
+        "index.among",
+        *(f"index.{kind}.{what}" for kind in TYPES for what in ("bytes", "recall@10")),
         "sentences_per_second", "texts_per_reference", "device", "parameters", "megabytes",
     }  # fmt: skip
     assert (metrics["fidelity.spearman"], metrics["fidelity.top10_overlap"]) == (1, 1)
@@ -986,7 +990,9 @@ def test_at_each_width_it_is_the_first_values_that_are_measured(tmp_path, corpus
     assert set(widths) == {f"{key}{end}" for key in slow for end in ("", ".low", ".high")}
     assert any(key.startswith("teacher_index.docs") for key in metrics)
     # What was there is what it was, no text was read twice, and the sentence is that of the whole.
-    rest = {key: value for key, value in metrics.items() if not key.startswith("widths.")}
+    added = ("widths.", "index.4.", "index.9.")
+    assert metrics["index.4.float32.bytes"] == 16
+    rest = {key: value for key, value in metrics.items() if not key.startswith(added)}
     assert rest == facts
     assert cut.asked == whole.asked
     assert outcome.summary.startswith(
@@ -1046,12 +1052,12 @@ def test_widths_without_evaluation_sets_show_likeness_alone(tmp_path, corpus, em
 def test_without_widths_the_file_is_what_it_was_before_there_were_any(
     tmp_path, corpus, embeddings, sets
 ):
-    """Bytes of version 3, but for the speed, whose second key is newer, and intervals, which are, too."""
+    """Bytes of version 3, but for the speed, whose second key is newer; intervals and indexes are, too."""
     measure(tmp_path, corpus, embeddings, HashEncoder(), name="teacher", **sets)
     measure(tmp_path, corpus, embeddings, TurnedEncoder(), **sets)
     lines = (tmp_path / "kd.json").read_text().splitlines(keepends=True)
     assert (
-        "".join(line for line in lines if '.low"' not in line and '.high"' not in line)
+        "".join(line for line in lines if not re.search(r'^  "index\.|\.(low|high)"', line))
         == """{
   "device": "abacus",
   "fidelity.cosine_shift": 0.0,
