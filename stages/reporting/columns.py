@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from stages.params import TEACHER
-from stages.reporting.forms import BASE_FORMATS, NO_FORMATS, published
+from stages.params import BASE_FORMATS, TEACHER
+from stages.reporting.forms import NO_FORMATS, published
 from stages.reporting.measures import (
     Measure,
     at_widths,

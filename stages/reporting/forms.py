@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stages.params import BASE_FORMATS
 from stages.reporting.results import Formats, Metrics
-
-BASE_FORMATS = ("safetensors", "safetensors-fp16")
-"""Formats of the model itself; an export has one of them."""
 
 NO_FORMATS: Mapping[str, Formats] = {}
 """Of models that were not exported."""

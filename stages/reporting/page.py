@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from stages.params import TEACHER, ChooseParams
+from stages.params import BASE_FORMATS, TEACHER, ChooseParams
 from stages.reporting import columns, legend, measures, sections, templating
 from stages.reporting.choice import Choice
-from stages.reporting.forms import BASE_FORMATS, model_of
+from stages.reporting.forms import model_of
 from stages.reporting.indexes import TYPES, among, index_rows
 from stages.reporting.results import Metrics, Model
 
