@@ -31,7 +31,7 @@ from stages.preflight import ONNX, check_formats
 from stages.reporting.card import Card, PublishedFormat, model_card
 from stages.reporting.templating import escaped, fenced
 from storage.errors import DamagedError, TeachonceError
-from tests.conftest import exporting, make_tiny_model
+from tests.conftest import exporting, make_tiny_model, sentences
 
 CPU = torch.device("cpu")
 TEXTS = ["Amber harbor, silver lantern.", "violin", "", "Zürich 東京 🚀", "basin " * 100]
@@ -797,7 +797,7 @@ def test_the_onnx_file_gives_the_same_vectors(wide, tmp_path):
     student = (folder, wide[1])
     outcome = run(student, tmp_path / "out", "safetensors", "onnx")
     assert outcome.facts["cosine"]["onnx"] >= 0.99999
-    assert "; onnx: 0.1 MB, loses 0.0%" in outcome.summary
+    assert "; onnx: 0.2 MB, loses 0.0%" in outcome.summary
     path = tmp_path / "out" / "onnx" / "model.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [(one.name, one.shape, one.type) for one in session.get_inputs()] == [
@@ -978,7 +978,7 @@ def measuring(**of_forms):
         changes = of_forms.get(name.rpartition(" ")[2].replace("-", "_"), {})
         return METRICS["kd"] | {"megabytes": encoder.megabytes, "texts_per_reference": 57} | changes
 
-    return Comparison(evaluate, lambda: ["one text", "another"] * 8), asked
+    return Comparison(evaluate, lambda: sentences(16)), asked
 
 
 @pytest.fixture(scope="module")
