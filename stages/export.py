@@ -209,7 +209,7 @@ def _measured(
 
 
 def _told(student: Exported, found: Mapping[ExportFormat, Metrics]) -> list[str]:
-    """A line for each format beside the base, and for each that was left out."""
+    """A phrase for each format beside the base, and for those that were left out."""
     own = found[student.formats[0]]
     lines = []
     for form in student.formats[1:]:
@@ -226,7 +226,10 @@ def _told(student: Exported, found: Mapping[ExportFormat, Metrics]) -> list[str]
         if not form_metrics["published"]:
             line = f"{form} is not published: {form_metrics['reason']}"
         lines.append(line)
-    return lines + [f"without {form}: {reason}" for form, reason in student.left_out.items()]
+    forms_of: dict[str, list[str]] = {}
+    for form, reason in student.left_out.items():
+        forms_of.setdefault(reason, []).append(form)
+    return lines + [f"without {', '.join(forms)}: {reason}" for reason, forms in forms_of.items()]
 
 
 def _space(params: ExportParams, lineage: Mapping[str, Any]) -> str:
