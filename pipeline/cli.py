@@ -304,7 +304,7 @@ def start(
     """Make a student before training: NAME of params.yaml's `starts`.
 
     Reads: the teacher, or the model that the start is made from; for a start
-    that depends on how often tokens occur also data/corpus.json. To choose
+    that depends on texts of the corpus also data/corpus.json. To choose
     layers, and to say how far it agrees with the teacher: data/corpus.json,
     data/embeddings.json, data/split.json.
 

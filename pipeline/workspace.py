@@ -415,7 +415,7 @@ class Workspace:
             params,
             pooling=self.params.embed.pooling if from_teacher else params.pooling,
             files=noted["files"],
-            corpus=self.corpus() if params.counts_tokens else None,
+            corpus=self.corpus() if params.reads_corpus else None,
             caches=caches,
         )
         return fingerprint(made_from)
@@ -538,7 +538,8 @@ class Workspace:
                 what = "a table of tokens"
             read = "" if start.passes is None else f", read {start.passes} times"
             kept = "" if start.vocabulary is None else ", fewer tokens"
-            descriptions[name] = f"{what} of {start.from_}{read}{kept}"
+            narrow = ", narrower" if start.is_narrow else ""
+            descriptions[name] = f"{what} of {start.from_}{read}{narrow}{kept}"
         for name, student in self.params.students.items():
             layers = descriptions.get(student.start, "no such start")
             descriptions[name] = f"recipe {student.recipe}, start {student.start} ({layers})"

@@ -49,6 +49,7 @@ from stages.models.folder import (
     sha256_of,
 )
 from stages.models.processor import slow_precision
+from stages.models.widths import check_narrow_of
 from stages.outcome import Outcome, log, write_json
 from stages.params import (
     FINETUNED,
@@ -380,8 +381,10 @@ class Survey:
             self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
         if start.passes is not None:
             self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
-        if start.hidden is not None:
+        if start.kind == "static" and start.hidden is not None:
             self._ask(partial(check_static_of, folder, start.hidden, address=at))
+        if start.is_narrow:
+            self._ask(partial(check_narrow_of, folder, start, address=at))
         if start.vocabulary is not None:
             wanted = start.vocabulary if isinstance(start.vocabulary, int) else None
             self._ask(partial(check_vocabulary_of, folder, wanted, address=f"{at}.vocabulary"))

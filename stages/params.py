@@ -393,15 +393,19 @@ class StartParams(Section):
     passes: Annotated[int, Field(ge=2, le=8)] | None = None
     # static: a table of the tokens' vectors, `hidden` values each, and their mean; both may be left out.
     kind: Literal["static"] | None = None
+    # Of a transformer: values of a token between layers, neurons of a layer, heads of its attention. Each
+    # may be left out, and is then as in the model.
     hidden: PositiveInt | None = None
+    intermediate: PositiveInt | None = None
+    heads: PositiveInt | None = None
     # How many tokens are kept, the most frequent of the corpus, or {keep: share of its tokens to cover};
     # it may be left out, and all are kept then.
     vocabulary: Vocabulary | None = None
 
     @property
-    def counts_tokens(self) -> bool:
-        """Whether it depends on how often tokens occur in the corpus."""
-        return self.kind == "static" or self.vocabulary is not None
+    def reads_corpus(self) -> bool:
+        """Whether it depends on the corpus: how often tokens occur, or what a model makes of texts."""
+        return self.kind == "static" or self.vocabulary is not None or self.is_narrow
 
     @property
     def chooses_layers(self) -> bool:
@@ -410,13 +414,21 @@ class StartParams(Section):
 
     @model_validator(mode="after")
     def _static_has_a_width_and_no_layers(self) -> Self:
-        if (self.kind == "static") != (self.hidden is not None):
-            raise ValueError("kind: static and hidden, the width of its table, belong together")
+        if self.kind == "static" and self.hidden is None:
+            raise ValueError("kind: static wants hidden, the width of its table")
+        if self.kind == "static" and (self.intermediate is not None or self.heads is not None):
+            raise ValueError("a static model has no layers: take intermediate and heads away")
         if self.kind == "static" and (self.layers is not None or self.passes is not None):
             raise ValueError("a static model has no layers: set layers: null, and take passes away")
         if self.kind == "static" and self.vocabulary is not None:
             raise ValueError("a static model has all tokens of its teacher: take vocabulary away")
         return self
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is a transformer narrower than the one it is made of."""
+        widths = (self.hidden, self.intermediate, self.heads)
+        return self.kind is None and any(width is not None for width in widths)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

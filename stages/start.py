@@ -1,8 +1,8 @@
 """Write a start, a student before training: some layers of the teacher, a static model of it, or any model.
 
 A static model is a table of its tokens' vectors (`stages.models.static`). Layers may be read several times
-with the same weights (`stages.models.shared_layers`), and the tokens may be those alone that the corpus
-uses (`stages.models.vocabulary`).
+with the same weights (`stages.models.shared_layers`), the tokens may be those alone that the corpus uses
+(`stages.models.vocabulary`), and layers may be narrower (`stages.models.narrow`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from storage.errors import MissingError, TeachonceError, shown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import nn
 
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.layer_choice import LayerChoice
@@ -48,7 +49,7 @@ def recipe(
         params: The settings of the start.
         pooling: As in `run`.
         files: The hashes of the model's files.
-        corpus: The corpus of a start that counts tokens; None for one that does not.
+        corpus: The corpus of a start that reads it; None for one that does not.
         caches: What layers are chosen by; None for a start that does not choose any.
     """
     chosen_by = {}
@@ -185,7 +186,7 @@ def run(
         trust_remote_code: Whether code in that folder may run.
         out: The folder to write.
         pooling: Pooling of that model if it has no modules.json; the start gets one. None otherwise.
-        corpus: Opens the corpus, whose tokens are counted; called only if the start depends on it.
+        corpus: Opens the corpus; called only if the start depends on it.
         choose: Chooses layers of a model; called only if the settings say how many, and not which.
 
     Raises:
@@ -193,8 +194,8 @@ def run(
     """
     from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
-    from stages.models.shared_layers import copied, separate, share_layers
-    from stages.models.static import make_static
+    from stages.models.narrow import check_saved
+    from stages.models.shared_layers import copied, separate
     from stages.models.vocabulary import keep_tokens
 
     check_one_model(folder, address=f"starts.{name}.from")
@@ -205,7 +206,7 @@ def run(
         pooling=pooling,
         setting="embed.pooling" if params.from_ == TEACHER else f"starts.{name}.pooling",
     )
-    if params.layers is not None or params.passes is not None:
+    if params.layers is not None or params.passes is not None or params.is_narrow:
         separate(model)  # layers of a model are taken one by one
     tokens = None
     # Before the layers, which are proved as they are saved: with the tokens that are kept.
@@ -214,21 +215,23 @@ def run(
         at = f"starts.{name}.vocabulary"
         tokens = keep_tokens(model, params.vocabulary, corpus=corpus(), address=at)
     layers, choice = _layers(params, model, choose)
+    # As it is now: a narrow model is fitted to what the layers that it lacks do.
+    whole = getattr(model[0], "auto_model", None)
     proof = None
     if layers is not None:
         proof = keep_layers(model, layers, address=f"starts.{name}.layers")
-    if params.passes is not None:
-        share_layers(model, params.passes, address=f"starts.{name}.passes")
-    if params.hidden is not None:
-        assert corpus is not None  # given for a start that reads it
-        model = make_static(model, corpus(), width=params.hidden, address=f"starts.{name}")
+    model = _remade(model, whole, layers, params, corpus=corpus, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=f"starts.{name}.from")
-        if proof is not None and params.passes is None:  # else it is another model by now
+        if proof is not None and params.passes is None and not params.is_narrow:
+            # else it is another model by now
             proof.check_saved(scratch, trust_remote_code=trust_remote_code)
         if tokens is not None:
             tokens.check_saved(scratch, model, trust_remote_code=trust_remote_code)
+        if params.is_narrow:
+            at = f"starts.{name}"
+            check_saved(scratch, model, trust_remote_code=trust_remote_code, address=at)
     copies = copied(model)
     parameters = sum(weight.numel() for weight in model.parameters())
     facts = {"parameters": parameters, "dim": model.get_embedding_dimension()}
@@ -257,6 +260,40 @@ def _layers(
     return choice.layers, choice
 
 
+def _remade(
+    model: SentenceTransformer,
+    whole: nn.Module | None,
+    layers: Sequence[int] | None,
+    params: StartParams,
+    *,
+    corpus: Callable[[], Corpus] | None,
+    address: str,
+) -> SentenceTransformer:
+    """A model of the layers and tokens that are kept, made narrower, of shared layers, or static.
+
+    Args:
+        model: The model; it may be changed in place.
+        whole: Its transformer as it was before layers were taken out.
+        layers: Those that were kept; None for all.
+        params: The settings of the start.
+        corpus: As for `run`.
+        address: The place of the settings in params.yaml, to name in an error.
+    """
+    from stages.models.narrow import narrow_by_corpus
+    from stages.models.shared_layers import share_layers
+    from stages.models.static import make_static
+
+    if params.is_narrow:
+        assert corpus is not None  # given for a start that reads it
+        narrow_by_corpus(model, whole, params, layers, corpus=corpus(), address=address)
+    if params.passes is not None:
+        share_layers(model, params.passes, address=f"{address}.passes")
+    if params.kind == "static" and params.hidden is not None:
+        assert corpus is not None  # given for a start that reads it
+        return make_static(model, corpus(), width=params.hidden, address=address)
+    return model
+
+
 def _kept(
     params: StartParams, tokens: CutVocabulary | None, choice: LayerChoice | None
 ) -> list[str]:
@@ -266,6 +303,9 @@ def _kept(
         what = f"layers {list(choice.layers)}"
     elif isinstance(params.layers, tuple):
         what = f"layers {list(params.layers)}"
-    if params.hidden is not None:
+    if params.is_narrow:
+        widths = {name: getattr(params, name) for name in ("hidden", "intermediate", "heads")}
+        what += f" ({', '.join(f'{name} {n}' for name, n in widths.items() if n is not None)})"
+    if params.kind == "static":
         what = f"a table of {params.hidden} values for each token"
     return [f"{what} of {params.from_}", *(part.summary for part in (choice, tokens) if part)]

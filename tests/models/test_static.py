@@ -93,8 +93,9 @@ def test_what_no_static_model_can_be_made_of_is_refused(place, tiny_model, count
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"hidden": None}, "belong together"),
-        ({"kind": None}, "belong together"),
+        ({"hidden": None}, "kind: static wants hidden"),
+        ({"intermediate": 8}, "take intermediate and heads away"),
+        ({"heads": 2}, "take intermediate and heads away"),
         ({"layers": [0]}, "a static model has no layers"),
         ({"passes": 2}, "a static model has no layers"),
         ({"hidden": 0}, "greater than 0"),

@@ -185,7 +185,8 @@ def check_setting(address):
     for part in address.split("."):
         if part.isupper():
             part = next(iter(found))
-        if part in {"pooling", "passes", "vocabulary"} and "from" in found:  # which may be left out
+        may_be_left_out = {"pooling", "passes", "vocabulary", "hidden", "intermediate", "heads"}
+        if part in may_be_left_out and "from" in found:
             return
         assert isinstance(found, dict) and part in found, address
         found = found[part]

@@ -356,7 +356,10 @@ def test_every_setting_has_one_place():
             optional = (section.__name__, name) in {
                 *(
                     ("StartParams", name)
-                    for name in ("pooling", "passes", "kind", "hidden", "vocabulary")
+                    for name in (
+                        *("pooling", "passes", "kind", "vocabulary"),
+                        *("hidden", "intermediate", "heads"),
+                    )
                 ),
                 *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
                 *(("ChooseParams", name) for name in ChooseParams.model_fields),

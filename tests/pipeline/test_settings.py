@@ -1659,6 +1659,17 @@ def test_check_refuses_what_a_static_student_cannot_do(project):
     assert problems_of(project, also_wrong).keys() == {"starts.table.hidden"}
 
 
+def test_check_refuses_a_start_that_is_wider_than_its_model(project):
+    shutil.rmtree(project / "teacher")
+    make_transformer(project / "teacher", BERT, LAYERS)
+
+    def change(content):
+        content["starts"]["thin"] = {"from": "teacher", "layers": [0], "hidden": 1024, "heads": 8}
+
+    found = problems_of(project, change)
+    assert found["starts.thin.hidden"] == "1024, but the model has 768"
+
+
 def test_check_says_how_many_values_the_teachers_vectors_have(project):
     modules = [
         {"path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -1,0 +1,112 @@
+"""Widths of a transformer, and which narrower ones can be made of it.
+
+Imports no torch: `check` asks this module, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.models.config import read_object, transformers_of
+from stages.models.folder import TRANSFORMER, modules_of
+from stages.params import StartParams
+from storage.errors import TeachonceError, shown
+
+KINDS = ("bert", "camembert", "roberta", "xlm-roberta")
+"""Kinds of models that can be made narrower: those whose layers are BERT's."""
+
+KEYS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+"""Keys of their configurations, and what they are where one is not there."""
+
+WHOLE = "take hidden, intermediate and heads out, or name a small model in `from`"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide a transformer of BERT's kind is.
+
+    Args:
+        hidden: Values of a token between layers.
+        intermediate: Neurons of a layer's feed-forward part.
+        heads: Heads of a layer's attention, each `hidden / heads` values wide.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+
+    @property
+    def head_size(self) -> int:
+        """Values of a head."""
+        return self.hidden // self.heads
+
+
+def narrower(config: Mapping[str, Any], start: StartParams, *, address: str) -> Widths:
+    """Returns the widths of a narrower model: what a start does not say is as in the model it is made of.
+
+    Args:
+        config: The content of that model's config.json.
+        start: The settings of the start.
+        address: Their place in params.yaml, to name in an error.
+
+    Raises:
+        TeachonceError: no such model can be made.
+    """
+    kind, hidden, heads = config.get("model_type"), start.hidden, start.heads
+    if kind not in KINDS or config.get("is_decoder"):
+        raise not_of_bert(str(kind), setting_of(start, address))
+    own = Widths(*(int(config.get(key, usual)) for key, usual in KEYS.items()))
+    for name, wanted, there in (
+        ("hidden", hidden, own.hidden),
+        ("intermediate", start.intermediate, own.intermediate),
+        ("heads", heads, own.heads),
+    ):
+        if wanted is not None and wanted > there:
+            raise TeachonceError(
+                f"{address}.{name}",
+                f"{wanted}, but the model has {there}",
+                f"set it to {there} or less",
+            )
+    width, count, size = hidden or own.hidden, heads or own.heads, own.head_size
+    if width % count or width // count > size:
+        fitting = [n for n in range(1, own.heads + 1) if width % n == 0 and width // n <= size]
+        raise TeachonceError(
+            f"{address}.heads",
+            f"{count} heads of {width} / {count} values, which must be a whole number, and at most the "
+            f"model's own {size}",
+            f"set it to {' or '.join(map(str, fitting))}"
+            if fitting
+            else f"set hidden to a multiple of {own.heads}",
+        )
+    return Widths(width, start.intermediate or own.intermediate, count)
+
+
+def setting_of(start: StartParams, address: str) -> str:
+    """The setting that makes a start narrow, to name in an error."""
+    names = ("hidden", "intermediate", "heads")
+    return f"{address}.{next(name for name in names if getattr(start, name) is not None)}"
+
+
+def check_narrow_of(folder: Path, start: StartParams, *, address: str) -> None:
+    """As `narrower`, for the model in a folder."""
+    setting = setting_of(start, address)
+    modules = modules_of(folder, address)
+    kind = modules[0][0] if modules else TRANSFORMER
+    if kind != TRANSFORMER:
+        raise not_of_bert(kind, setting)
+    for path in transformers_of(folder, address)[:1]:
+        config = read_object(path / "config.json", address)
+        if "model_type" in config:
+            narrower(config, start, address=address)
+
+
+def not_of_bert(kind: str, address: str) -> TeachonceError:
+    """Returns the error for a model that cannot be made narrower."""
+    return TeachonceError(
+        address,
+        f"models of the kinds {', '.join(KINDS)} can be made narrower, not {shown(kind)}",
+        WHOLE,
+    )
