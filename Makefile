@@ -62,12 +62,12 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[cpu,demo,dvc,dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[cpu,demo,dvc,onnx,dev]"
 	touch $@
 
 # What only the slow tests need of the extras.
 $(VENV)/extras: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,onnx,openvino,ray,s3]" accelerate ipykernel model2vec "moto[server,s3]" nbconvert polars tensorboard
+	$(BIN)/pip install -q -c constraints.txt -e ".[mteb,openvino,ray,s3]" accelerate ipykernel model2vec "moto[server,s3]" nbconvert polars tensorboard
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed

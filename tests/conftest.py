@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,6 +22,18 @@ from storage.corpus import Corpus, cut, put_texts
 from storage.manifest import Manifest, fingerprint
 from storage.probe import PROBE_TEXTS, probe_key
 from storage.store import FORMAT, HEADER, Header, Store, payload_sha256
+
+
+def shipped_settings():
+    """What params.yaml holds, with the students that begin with half of the teacher's layers alone.
+
+    The starts of the demo's other students need more tokens than a tiny teacher has.
+    """
+    settings = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text("utf-8"))
+    settings["starts"] = {"half": settings["starts"]["half"]}
+    settings["students"] = {name: settings["students"][name] for name in ("kd", "ckd")}
+    settings["export"] |= {"also": [], "formats": ["safetensors"]}
+    return settings
 
 
 def pytest_configure():

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from tests.conftest import sentences
+from tests.conftest import sentences, shipped_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +110,7 @@ def furnish(root, teacher, *, recipes, finetune, start=HALF):
         finetune: What differs in that section.
         start: What all students start from.
     """
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = shipped_settings()
     params |= {
         "store": "store",
         "device": "cpu",

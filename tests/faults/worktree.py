@@ -9,10 +9,9 @@ import yaml
 
 from pipeline.commands import gc
 from storage.durable import SCRATCH_SUFFIX
-from tests.conftest import sentences
+from tests.conftest import sentences, shipped_settings
 from tests.faults.processes import run
 
-SETTINGS = Path(__file__).parents[2] / "params.yaml"
 STAGES = ("shard", "split", "embed", "mine")
 STORE = "store"
 
@@ -20,7 +19,7 @@ STORE = "store"
 def make(folder, texts):
     """A work tree in which nothing has run yet; about 16 texts make a shard."""
     folder.mkdir()
-    params = yaml.safe_load(SETTINGS.read_text())
+    params = shipped_settings()
     params["store"] = STORE
     params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 16}
     params["evaluate"] |= {"retrieval": {}}

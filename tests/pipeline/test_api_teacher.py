@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import teachonce
 from pipeline.cli import app
 from stages.params import SettingsError
-from tests.conftest import sentences
+from tests.conftest import sentences, shipped_settings
 from tests.embedding_server import PROBES, EmbeddingServer, refuses, running
 from tests.teaching.test_api import words_tokenizer
 
@@ -32,7 +32,7 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
 
     def write(url, *, params=(), embed=(), **api):
-        settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+        settings = shipped_settings()
         settings["docs"]["packages"] = []
         settings["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 64}
         settings["split"]["heldout"] = 0.1
@@ -123,7 +123,7 @@ def test_queries_and_documents_are_asked_for_as_such_and_paid_once(tree, tmp_pat
         {"files": "queries.txt", "role": "query"},
         {"files": "texts.txt", "role": "document"},
     ]
-    shard = yaml.safe_load((ROOT / "params.yaml").read_text())["shard"]
+    shard = shipped_settings()["shard"]
     # No shards of these sizes are whole with the ninth request, in whatever order they are asked for.
     shard |= {"sources": sources, "rows_per_shard": 200}
     server = EmbeddingServer(by_input_type=True)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.settings import load_params
 from stages.params import Objective, Params
-from tests.conftest import make_tiny_model, sentences
+from tests.conftest import make_tiny_model, sentences, shipped_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -245,7 +245,7 @@ def test_what_goes_into_params_yaml_is_right(code, tmp_path):
             words = stage.get("do", stage)["cmd"].replace("${key}", "kd").split()
             check_typed(words)
         return
-    merged = dict(SHIPPED)
+    merged = shipped_settings()
     for name, section in content.items():
         merged[name] = merged[name] | section if isinstance(section, dict) else section
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged))

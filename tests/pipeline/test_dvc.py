@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from storage.probe import PROBE_DIGEST
-from tests.conftest import HashTeacher, make_tiny_model, sentences
+from tests.conftest import HashTeacher, make_tiny_model, sentences, shipped_settings
 
 # A full run starts 18 processes that load torch: minutes on a busy machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -161,7 +161,7 @@ class Project:
 
 def settings(folder, teacher):
     """The shipped params.yaml, fitted to a small corpus and a tiny teacher."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = shipped_settings()
     params |= {
         "store": str(folder / "store"),
         "device": "cpu",

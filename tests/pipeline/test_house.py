@@ -21,7 +21,7 @@ from stages import check, docs, embed, mine, shard, split
 from stages.learning.objectives import Objectives
 from stages.params import ChooseParams, Objective, Params, RecipeParams
 from storage import errors
-from tests.conftest import embed_params
+from tests.conftest import embed_params, shipped_settings
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("pipeline", "stages", "storage", "teachonce")
@@ -335,7 +335,7 @@ def test_a_stage_before_its_input_names_the_command_to_run(tmp_path):
 
 
 def test_results_can_be_had_as_json(tmp_path):
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = shipped_settings()
     content |= {"store": "store"}
     content["docs"]["packages"] = []
     content["shard"]["sources"] = ["a.txt"]

@@ -19,7 +19,7 @@ from storage.embeddings import Embeddings
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.store import Store
-from tests.conftest import HashTeacher, embed_params, sentences
+from tests.conftest import HashTeacher, embed_params, sentences, shipped_settings
 
 ROOT = Path(__file__).parents[2]
 PARAMS = embed_params(teacher="imported:abroad")
@@ -344,7 +344,7 @@ def test_a_file_of_texts_that_nobody_reads_is_refused(place):
 def project(tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = shipped_settings()
     params |= {"store": "../store", "starts": {"half": {"from": "./small", "layers": None}}}
     params["docs"]["packages"] = []
     params["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 64}

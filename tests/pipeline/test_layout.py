@@ -11,6 +11,7 @@ from pipeline.cli import app
 from pipeline.layout import Layout
 from pipeline.workspace import Workspace
 from storage.errors import TeachonceError
+from tests.conftest import shipped_settings
 
 ROOT = Path(__file__).parents[2]
 NAMED = (
@@ -126,7 +127,7 @@ def test_a_project_is_called_by_its_folder_also_in_an_experiment(tmp_path):
 
 
 def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = shipped_settings()
     whole = {"from": "some/model", "layers": None, "pooling": None}
     table = {"from": "teacher", "layers": None, "kind": "static", "hidden": 8}
     half = settings["starts"]["half"]

@@ -29,7 +29,15 @@ from storage.manifest import fingerprint
 from storage.remote import Remote
 from storage.split import Split
 from storage.store import Store
-from tests.conftest import HashTeacher, Made, embed_params, probe_of, prompts, sentences
+from tests.conftest import (
+    HashTeacher,
+    Made,
+    embed_params,
+    probe_of,
+    prompts,
+    sentences,
+    shipped_settings,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -62,7 +70,7 @@ class Tree(Workspace):
     """A work tree around a corpus, whose teacher is at hand, or is not on this machine."""
 
     def __init__(self, place, corpus, teacher=None, *, remote=None, half=None, **sections):
-        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        content = shipped_settings()
         content |= {"store": "store", "device": "cpu"}
         content["embed"] = embed_params().model_dump()
         content["starts"]["other"] = {"from": "teacher", "layers": [0]}
@@ -454,7 +462,7 @@ def teachonce(folder, *words):
 
 
 def work_tree(root, teacher, texts):
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = shipped_settings()
     content |= {"store": "store", "device": "cpu"}
     content["docs"]["packages"], content["shard"]["sources"] = [], ["a.txt"]
     content["evaluate"]["retrieval"] = {}

@@ -31,7 +31,15 @@ from storage.errors import AnotherCopyError, DamagedError, MissingError, Storage
 from storage.manifest import Manifest
 from storage.remote import ATTEMPTS, Remote, RemoteError
 from storage.store import Object, Store
-from tests.conftest import HashTeacher, Place, embed_params, is_probe, probe_of, sentences
+from tests.conftest import (
+    HashTeacher,
+    Place,
+    embed_params,
+    is_probe,
+    probe_of,
+    sentences,
+    shipped_settings,
+)
 
 ROOT = Path(__file__).parents[2]
 URL = "shaky://bucket/store"
@@ -1006,7 +1014,7 @@ def teachonce(folder, *words, **environment):
 def project(root, remote):
     """A work tree with manifests of a furnished place, whose store is `store`."""
     place = Place(root)
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = shipped_settings()
     settings |= {"store": "store", "remote": remote}
     root.mkdir(exist_ok=True)
     (root / "params.yaml").write_text(yaml.safe_dump(settings))

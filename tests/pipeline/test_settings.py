@@ -34,7 +34,7 @@ from stages.params import (
 )
 from storage.errors import MissingError, StorageError, TeachonceError
 from storage.remote import PROTOCOLS
-from tests.conftest import Place, exporting, prompts, sentences
+from tests.conftest import Place, exporting, prompts, sentences, shipped_settings
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -42,7 +42,7 @@ SHIPPED = ROOT / "params.yaml"
 
 def write(folder, change):
     """A copy of the shipped params.yaml with `change` applied to what it holds."""
-    content = yaml.safe_load(SHIPPED.read_text())
+    content = shipped_settings()
     content["docs"]["packages"] = []
     content["finetune"]["students"] = []
     content["export"]["model"] = "kd"

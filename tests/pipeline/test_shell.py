@@ -21,6 +21,7 @@ from stages.reporting.templating import fenced
 from storage.corpus import put_texts, text_key
 from storage.errors import DamagedError
 from storage.store import Store
+from tests.conftest import shipped_settings
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "\x1b[31mred\x07\u202eevil\u2066\u200f\u2028\x9b2J"
@@ -32,7 +33,7 @@ ACTING = set(HOSTILE) - set("[31mredevil2J")
 @pytest.fixture
 def shell(tmp_path, monkeypatch, capsys):
     """Types a command in a folder with the shipped settings; gives exit code, stdout and stderr."""
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings = shipped_settings()
     settings["docs"]["packages"] = []
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,7 @@ from storage.store import Store
 from storage.tokens import put_tokens
 from storage.upkeep.examination import quarantine
 from storage.upkeep.inventory import orphans, read_refs, take_inventory
-from tests.conftest import HashTeacher, probe_of, prompts, sentences
+from tests.conftest import HashTeacher, probe_of, prompts, sentences, shipped_settings
 
 ROOT = Path(__file__).parents[2]
 FILES = {"model.safetensors": "0" * 64}
@@ -108,7 +108,7 @@ class Tree(Workspace):
 
 
 def write_params(root, **changes):
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    content = shipped_settings()
     content |= {"store": "store", "device": "cpu"}
     content["docs"]["packages"] = []
     content["shard"] |= {"sources": ["texts.txt"], "rows_per_shard": 32}

@@ -37,6 +37,7 @@ from stages.reporting.results import (
 from stages.teaching import vector_files
 from storage.errors import MissingError, TeachonceError
 from storage.manifest import Manifest
+from tests.conftest import shipped_settings
 from tests.pipeline.test_settings import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -326,7 +327,7 @@ def test_names_that_are_no_utf8_are_read_in_any_locale(tmp_path, locale):
             parquet.write_table(table, sink)
         with (texts / f"{name}.arrow").open("wb") as sink, ipc.new_file(sink, table.schema) as out:
             out.write_table(table)
-    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content = shipped_settings()
     content["shard"]["sources"] = ["données/*", "données/œ.txt"]
     content["store"] = "étore"
     (tree / "params.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
