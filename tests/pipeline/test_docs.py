@@ -466,7 +466,7 @@ def project(tmp_path_factory):
         PAGES["docs/index.md"],
         re.M | re.S,
     )
-    settings = dict(SHIPPED)
+    settings = shipped_settings()
     for name, section in yaml.safe_load(own).items():
         settings[name] = settings[name] | section
     settings["starts"] = {"half": {"from": "teacher", "layers": [0, 2]}}
