@@ -38,7 +38,7 @@ from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, put_negatives
 from storage.roles import ROLES, Role
-from storage.split import Split
+from storage.split import Split, drawn
 from storage.store import Object, Store, digest
 
 if TYPE_CHECKING:
@@ -339,18 +339,12 @@ def rows_of_roles(
 def pools_of(
     params: MineParams, corpus: Corpus, of_role: Mapping[Role, NDArray[np.int64]]
 ) -> dict[Role, NDArray[np.int64]]:
-    """Returns role -> (m,) ids of its rows that may be found, ascending: all, or `mine.pool` of them.
-
-    A pool has the rows with the highest second halves of text keys, which is as good as drawn: a key is a
-    hash. So a corpus that grows changes few rows of it, and a larger share of held-out rows none, since
-    those have the lowest.
-    """
-    pools = {}
-    for role, rows in of_role.items():
-        halves = np.ascontiguousarray(corpus.text_keys[rows]).view("<u8").reshape(-1, 2)[:, 1]
-        highest = np.argsort(halves, kind="stable")[::-1][: params.pool]
-        pools[role] = rows if params.pool is None else np.sort(rows[highest])
-    return pools
+    """Returns role -> (m,) ids of its rows that may be found, ascending: all, or `mine.pool` of them."""
+    if params.pool is None:
+        return dict(of_role)
+    return {
+        role: rows[drawn(corpus.text_keys[rows], params.pool)] for role, rows in of_role.items()
+    }
 
 
 def largest(pools: Mapping[Role, NDArray[np.int64]]) -> int:

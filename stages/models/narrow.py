@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +29,9 @@ from stages.models.layers import PROOF_TEXTS, distance, token_vectors
 from stages.models.loading import load_model
 from stages.models.widths import WHOLE, Widths, narrower, not_of_bert, setting_of
 from stages.params import StartParams
-from stages.vectors import evenly
 from storage.corpus import Corpus
 from storage.errors import TeachonceError
+from storage.split import drawn
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -81,8 +80,8 @@ def narrow_by_corpus(
     corpus: Corpus,
     address: str,
 ) -> None:
-    """As `make_narrow`, with texts of a corpus, evenly spread over it."""
-    texts = corpus.take(evenly(np.arange(corpus.rows), min(SAMPLE, corpus.rows)))
+    """As `make_narrow`, with texts of a corpus: none that is held out, unless nearly all are needed."""
+    texts = corpus.take(drawn(corpus.text_keys, SAMPLE))
     make_narrow(model, whole, start, layers, texts, address=address)
 
 

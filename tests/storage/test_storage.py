@@ -36,7 +36,7 @@ from storage.ipc import first_batch, unpacked_bytes
 from storage.manifest import MAX_OBJECTS, Manifest, fingerprint
 from storage.negatives import NONE, Negatives, put_negatives
 from storage.regular import IrregularError
-from storage.split import Split
+from storage.split import Split, drawn
 from storage.store import HEADER, Object, Store, digest, payload_sha256
 from storage.tokens import Tokens, put_tokens
 from storage.upkeep import examination, inventory
@@ -1256,3 +1256,18 @@ def test_a_holder_whose_folder_is_no_utf8_is_noted_and_not_called_gone(place):
     assert not any(ref.is_gone for ref in refs)
     corpus.manifest.save(folder / "corpus.json", place.store)
     assert len(inventory.read_refs(place.store.root)[0]) == 2
+
+
+def test_rows_are_drawn_from_among_those_that_are_not_held_out(tmp_path):
+    keys = np.frombuffer(b"".join(text_key(text) for text in sentences(600)), "V16")
+    places = drawn(keys, 200)
+    assert len(places) == 200
+    assert places.tolist() == sorted({*places.tolist()})
+    # From all over: of each third about a third.
+    assert min(np.histogram(places, bins=3, range=(0, 600))[0]) > 40
+    split = Split(corpus="", heldout=0.5, evaluation=())
+    assert not split.is_heldout(keys)[places].any()
+    last = [int.from_bytes(keys[place].tobytes()[8:], "little") for place in range(600)]
+    assert {*places.tolist()} == {*sorted(range(600), key=last.__getitem__)[400:]}
+    assert drawn(keys, 1000).tolist() == list(range(600))
+    assert drawn(keys[:0], 5).tolist() == []
