@@ -420,8 +420,6 @@ class StartParams(Section):
             raise ValueError("a static model has no layers: take intermediate and heads away")
         if self.kind == "static" and (self.layers is not None or self.passes is not None):
             raise ValueError("a static model has no layers: set layers: null, and take passes away")
-        if self.kind == "static" and self.vocabulary is not None:
-            raise ValueError("a static model has all tokens of its teacher: take vocabulary away")
         return self
 
     @property

@@ -104,8 +104,9 @@ class CutVocabulary:
             self._refuse(
                 f"{when}its tokenizer has {plain.get_vocab_size()} tokens, not {self.kept}"
             )
-        body: Any = model[0].auto_model
-        rows = body.get_input_embeddings().num_embeddings
+        first: Any = model[0]
+        table = first.auto_model.get_input_embeddings() if _has_body(model) else first.embedding
+        rows = table.num_embeddings
         if rows > self.kept:
             self._refuse(f"{when}its table of word embeddings has {rows} rows")
         now = dict(zip(self.texts, plain.encode_batch(list(self.texts)), strict=True))
@@ -117,7 +118,7 @@ class CutVocabulary:
         for text, tokens in self.tokens.items():
             if now[text].tokens != list(tokens):
                 self._refuse(f"{when}other tokens of the text {shown(text[:80])}")
-        apart = max(map(distance, vectors, token_vectors(model, self.compared)))
+        apart = max(map(distance, vectors, _vectors(model, self.compared)))
         if not apart <= TOLERANCE:
             self._refuse(f"{when}its vectors of tokens are off by {100 * apart:.2g} %")
 
@@ -128,7 +129,7 @@ class CutVocabulary:
 
         Args:
             folder: Where it was saved.
-            model: The model as it was saved. Since the cut it may have lost layers, too.
+            model: The model as it was saved. Since the cut it may have lost layers, too, or be static.
             trust_remote_code: Whether code in the folder may run.
         """
         try:
@@ -137,7 +138,7 @@ class CutVocabulary:
             )
         except TeachonceError as error:
             self._refuse(f"it was saved, and then {error.problem}")
-        vectors = token_vectors(model, self.compared)
+        vectors = _vectors(model, self.compared)
         self.check(saved, vectors, when="saved and loaded again, ")
 
     def _refuse(self, problem: str) -> NoReturn:
@@ -277,11 +278,23 @@ def _promised(
     )
 
 
+def _has_body(model: SentenceTransformer) -> bool:
+    """Whether a model begins with a transformer; else it is a static one."""
+    return hasattr(model[0], "auto_model")
+
+
+def _vectors(model: SentenceTransformer, texts: Sequence[str]) -> list[Tensor]:
+    """The token vectors of each text; of a static model, which has none of its own, the text's vector."""
+    if _has_body(model):
+        return token_vectors(model, texts)
+    return [model.encode([text], convert_to_tensor=True) for text in texts]
+
+
 def _plain(tokenizer: Any) -> Any:  # noqa: ANN401 - classes of `tokenizers`, which has no types
-    """A copy of what is behind a fast tokenizer, that neither cuts nor pads texts."""
+    """A copy of what is behind a tokenizer, or of a static model's, that neither cuts nor pads texts."""
     from tokenizers import Tokenizer
 
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    plain = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
     plain.no_truncation()
     plain.no_padding()
     return plain

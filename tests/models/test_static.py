@@ -18,7 +18,8 @@ from stages.models.lineage import read_lineage
 from stages.models.loading import load_model, save_model
 from stages.models.static import FREQUENCY, make_static, static_model
 from stages.models.token_counts import token_counts
-from stages.params import StartParams
+from stages.models.vocabulary import keep_tokens
+from stages.params import StartParams, VocabularyShare
 from storage.errors import TeachonceError
 from tests.conftest import WORDS, exporting, sentences
 from tests.stages.test_distill import CPU, World, power_cut, recipe
@@ -99,7 +100,6 @@ def test_what_no_static_model_can_be_made_of_is_refused(place, tiny_model, count
         ({"layers": [0]}, "a static model has no layers"),
         ({"passes": 2}, "a static model has no layers"),
         ({"hidden": 0}, "greater than 0"),
-        ({"vocabulary": 12000}, "has all tokens of its teacher"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, problem):
@@ -161,6 +161,31 @@ def test_a_start_is_of_the_corpus_it_is_given(world, tiny_model, tmp_path):
     own = token_counts(AutoTokenizer.from_pretrained(tiny_model), world.corpus)
     wanted = made_of(tiny_model, own, 12)
     assert torch.equal(model[0].embedding.weight, wanted[0].embedding.weight)
+
+
+def test_a_static_start_with_fewer_tokens_is_the_table_of_those(world, tiny_model, tmp_path):
+    outcome = start.run(
+        StartParams.model_validate(STATIC | {"vocabulary": {"keep": 0.8}}),
+        name="bag",
+        folder=tiny_model,
+        trust_remote_code=False,
+        out=tmp_path / "few",
+        corpus=lambda: world.corpus,
+    )
+    whole = SentenceTransformer(str(world.start), device="cpu")
+    few = SentenceTransformer(str(tmp_path / "few"), device="cpu")
+    kept, there = (len(model.tokenizer.get_vocab()) for model in (few, whole))
+    assert few[0].embedding.weight.shape == (kept, 12)
+    assert (outcome.facts["tokens"], outcome.facts["tokens_before"]) == (kept, there)
+    assert 0.8 <= outcome.facts["corpus_tokens_kept"] < 1
+    assert f"for each token of teacher, {kept} of {there} tokens (" in outcome.summary
+    # Each has the vector that a transformer of these tokens gives it alone.
+    cut = load_model(tiny_model, device=torch.device("cpu"))
+    keep_tokens(cut, VocabularyShare(keep=0.8), corpus=world.corpus, address="starts.bag")
+    wanted = static_model(cut, token_counts(cut.tokenizer, world.corpus), width=12, address="")
+    assert torch.equal(few[0].embedding.weight, wanted[0].embedding.weight)
+    known = {*few.tokenizer.get_vocab()}
+    assert {*few.tokenizer.encode("amber basin").tokens} <= known
 
 
 def test_a_static_student_reads_as_its_saved_folder_does(world):
