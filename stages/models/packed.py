@@ -25,6 +25,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "packed"
 
+FILLED_TO = 64
+"""Where oneDNN multiplies with gradients, a packed sequence is filled up to a multiple of so many tokens. It
+makes code for each size of a matrix, and keeps it: 1.5 GB for 60 steps in bfloat16, 0.6 GB for these sizes."""
+
 CANNOT_PACK = (ValueError, AttributeError, TypeError, NotImplementedError, RuntimeError)
 """Errors raised by models and tokenizers that cannot read packed texts."""
 
@@ -211,16 +215,20 @@ class PackedReader:
         device: torch.device = self.body.device
         runs = length_runs([len(ids[place]) for place in places])
         tokens = torch.from_numpy(np.concatenate([ids[place] for place in places]).astype(np.int64))
-        positions = [torch.arange(run.length).repeat(run.texts) for run in runs]
+        # Texts of one token, whose vectors nobody reads.
+        filling = LengthRun(-len(tokens) % _filled_to(device), 1)
+        all_runs = [*runs, filling] if filling.texts else runs
+        tokens = torch.cat([tokens, tokens[:1].expand(filling.texts)])
+        positions = [torch.arange(run.length).repeat(run.texts) for run in all_runs]
         with self._attention():
             states = self.body(
                 input_ids=tokens[None].to(device),
                 position_ids=(torch.cat(positions) + self._first_position)[None].to(device),
-                runs=runs,
+                runs=all_runs,
             ).last_hidden_state[0]
-        parts = torch.split(states, [run.tokens for run in runs])
+        parts = torch.split(states, [run.tokens for run in all_runs])
         return torch.cat(
-            [self._apply_head(part, run, in_prompt) for part, run in zip(parts, runs, strict=True)]
+            [self._apply_head(part, run, in_prompt) for part, run in zip(parts, runs, strict=False)]
         )
 
     def _apply_head(self, states: Tensor, run: LengthRun, in_prompt: int) -> Tensor:
@@ -235,6 +243,12 @@ class PackedReader:
             features = module(features)
         vectors: Tensor = features["sentence_embedding"]
         return vectors
+
+
+def _filled_to(device: torch.device) -> int:
+    """Returns the number whose multiple a packed sequence is as long as: 1 where that saves nothing."""
+    by_onednn = device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return FILLED_TO if by_onednn and torch.is_grad_enabled() else 1
 
 
 def first_position(body: nn.Module) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stages.learning.student import Student, encode_ids
+from stages.models import packed
 from stages.models.encoder import Encoder, PaddedReader, token_batches
 from stages.models.loading import load_model, save_model
 from stages.models.packed import LengthRun, PackedReader, length_runs
@@ -193,3 +194,36 @@ def test_gradients_flow_through_the_packed_model(tiny_model):
     for mine, theirs in zip(encoder.model.parameters(), own.parameters(), strict=True):
         if theirs.grad is not None:
             assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 2])
+def test_filling_up_changes_neither_vectors_nor_gradients(
+    prompt_tokens, tokenizer, tmp_path, monkeypatch
+):
+    """In bfloat16 with gradients, where oneDNN keeps code for each size that it has multiplied."""
+    model = load_model(make_family(tmp_path / "m", tokenizer, FAMILIES["BERT"]), device=CPU)
+    model.train(False)
+    reader, body = PackedReader(model), model[0].auto_model
+    ids = [np.arange(5, 5 + length, dtype=np.int32) for length in (9, 9, 4, 13)]
+    lengths = []
+    body.embeddings.register_forward_hook(lambda _, __, out: lengths.append(out.shape[1]))
+
+    def read(filled_to):
+        monkeypatch.setattr(packed, "FILLED_TO", filled_to)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            vectors = reader(ids, np.arange(4), prompt_tokens)
+        (vectors.float() * torch.arange(vectors.numel()).view(vectors.shape)).sum().backward()
+        return vectors.detach().float(), [weight.grad for weight in body.parameters()]
+
+    plain, filled = read(1), read(64)
+    assert lengths == [35, 64]
+    assert torch.allclose(plain[0], filled[0], rtol=0, atol=1e-2)
+    assert plain[0].abs().max() > 0.1
+    for ours, theirs in zip(filled[1], plain[1], strict=True):
+        if theirs is not None:
+            assert float((ours - theirs).norm()) <= 0.02 * float(theirs.norm()) + 1e-6
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        reader(ids, np.arange(4))
+    reader(ids, np.arange(4))
+    assert lengths == [35, 64, 35, 35]
