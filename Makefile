@@ -17,7 +17,7 @@ QUICK := "not slow and not gpu and not faults"
 .PHONY: demo test test-avx2 faults coverage slow check rules fix docs install
 
 demo: install ## everything from texts to an exported student, the table, and a search by that student
-	@echo "4 minutes on two quiet cores that multiply bfloat16, 10 on two that do not, longer beside other work"
+	@echo "about 5 minutes on two quiet cores that multiply bfloat16, twice that on two that do not, longer beside other work"
 	dvc repro
 	@echo
 	@teachonce report
