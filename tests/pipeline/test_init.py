@@ -130,7 +130,11 @@ def only_pretend(project):
             next(iter(entry)) for kind in ("metrics", "plots") for entry in stage.get(kind, [])
         ]
         folders = [entry for entry in stage.get("outs", []) if isinstance(entry, str)]
-        outputs += [next(iter(entry)) for entry in stage.get("outs", []) if isinstance(entry, dict)]
+        for entry in stage.get("outs", []):
+            if isinstance(entry, dict):
+                [(path, how)] = entry.items()
+                # What goes into Git is a file; what DVC caches, a folder.
+                (outputs if how.get("cache") is False else folders).append(path)
         outputs += [f"{folder}/weights" for folder in folders]
         if name == "neighbours":  # a folder with a file for each recipe
             recipes = yaml.safe_load((project.root / "params.yaml").read_text())["recipes"]
