@@ -116,7 +116,9 @@ def prepare(root, corpus, teacher, args):
     params["docs"]["packages"] = ["numpy", "scipy", "torch"]
     params["embed"]["teacher"] = teacher
     params["starts"]["half"]["layers"] = [0, 2]
-    del params["students"]["ckd"]
+    params["starts"] = {"half": params["starts"]["half"]}
+    params["students"] = {"kd": params["students"]["kd"]}
+    params["export"] |= {"also": [], "formats": ["safetensors"]}
     if corpus != "docs":
         params["shard"]["sources"] = ["texts.jsonl"]
         from stages.reading.lines import lines

@@ -2,7 +2,8 @@
 
 Then the same students after one epoch on labelled triplets (NLI), the best weights picked on STS-B dev.
 
-    python benchmarks/quality_sts.py --data DATA --work WORK [--rows 60000] [--only kd ckd] [--finetune kd]
+    python benchmarks/quality_sts.py --data DATA --work WORK [--rows 60000] [--only kd ckd]
+        [--finetune kd] [--pool N]
 
 DATA has `corpus/*.jsonl.zst` ({"text": ...}), `nli/triplets.jsonl.zst` ({"anchor", "positive",
 "negative"}), `sts/STS12/*.tsv` and `sts/STSB/dev.tsv` (score, sentence, sentence). The teacher is
@@ -36,10 +37,12 @@ PROTOTYPE = {
     "kd-finetuned": 74.43,
 }
 
-# Recipes that stand beside the others on a start of their own.
+# Students that stand beside the others on a start of their own; most have the name of their recipe.
 STARTS = {
     "shared_layers": ("twice", {"from": "teacher", "layers": [0, 2, 5], "passes": 2}),
     "static": ("table", {"from": "teacher", "layers": None, "kind": "static", "hidden": 256}),
+    # Not narrower, but fitted to the whole teacher: the recipe kd.
+    "kd_fitted": ("fitted", {"from": "teacher", "layers": [0, 2, 5], "hidden": 384}),
 }
 
 
@@ -51,10 +54,11 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--only", nargs="*", help="recipes to train; all of params.yaml otherwise")
+    parser.add_argument("--only", nargs="*", help="students to train; all of them otherwise")
+    parser.add_argument("--pool", type=int, help="mine.pool; all rows otherwise")
     parser.add_argument("--finetune", nargs="*", default=["kd", "ckd"], help="students to finetune")
     args = parser.parse_args()
-    params = prepare(args.data.resolve(), args.work, args.rows, args.only)
+    params = prepare(args.data.resolve(), args.work, args.rows, args.only, args.pool)
     students = args.only or list(params["students"])
     starts = list(dict.fromkeys(["half", *(STARTS[s][0] for s in students if s in STARTS)]))
     stages = [["check"], ["shard"], ["split"], ["embed"], ["mine"]]
@@ -78,7 +82,7 @@ def main():
     RESULT.write_text(text)
 
 
-def prepare(data, work, rows, only=None):
+def prepare(data, work, rows, only=None, pool=None):
     """The folder with its settings: those of the repository, on this corpus and these STS sets.
 
     One mix for every other text is made where `only` names the recipe `mixes`, or is None.
@@ -98,12 +102,15 @@ def prepare(data, work, rows, only=None):
         "sts": {"STS12": str(data / "sts/STS12/*.tsv"), "STSB-dev": str(data / "sts/STSB/dev.tsv")},
         "retrieval": {},
     }
+    params["mine"]["pool"] = pool
     params["starts"] |= dict(STARTS.values())
     params["students"] = {
         name: {"recipe": name, "start": STARTS.get(name, ("half",))[0]}
         for name in params["recipes"]
         if name != "readings"  # these sentences have none
     }
+    params["students"]["kd_fitted"] = {"recipe": "kd", "start": STARTS["kd_fitted"][0]}
+    params["export"] |= {"also": [], "formats": ["safetensors"]}
     if only and "mixes" not in only:
         del params["students"]["mixes"]
     else:

@@ -79,7 +79,8 @@ def prepare(work, epochs):
     params["students"] = {"bilingual": {"recipe": "readings", "start": "half"}}
     params["finetune"] |= {"students": [], "triplets": []}
     params["evaluate"] |= {"retrieval": {}, "speed_texts": 32}
-    params["export"]["model"] = "bilingual"
+    params["starts"] = {"half": params["starts"]["half"]}
+    params["export"] |= {"model": "bilingual", "also": [], "formats": ["safetensors"]}
     write(work, params)
     return texts
 

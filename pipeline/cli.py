@@ -62,6 +62,14 @@ app = typer.Typer(
 STAGES = "The pipeline, in its order; `dvc repro` runs what is not up to date"
 STORE = "The store"
 NEW = "A new project"
+Shards = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Only the I-th of N shares, and no manifest, as in a Slurm array; "
+        "a last run without it writes the manifest.",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print the result, or the error, as one JSON object on stdout."),
@@ -251,14 +259,7 @@ def split(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=STAGES)
 def embed(
-    shards: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Only the I-th of N shares, and no manifest, as in a Slurm array; "
-            "a last `teachonce embed` writes it.",
-        ),
-    ] = None,
+    shards: Shards = None,
     as_json: Json = False,
 ) -> None:
     """Run the teacher over the shards that the store lacks. Safe to interrupt.
@@ -358,14 +359,7 @@ def start(
 
 @app.command(rich_help_panel=STAGES)
 def mine(
-    shards: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Only the I-th of N shares, and no manifest, as in a Slurm array; "
-            "a last `teachonce mine` writes it.",
-        ),
-    ] = None,
+    shards: Shards = None,
     as_json: Json = False,
 ) -> None:
     """Find each row's hard negatives among the teacher's vectors. Safe to interrupt.

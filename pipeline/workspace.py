@@ -56,9 +56,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from stages.measuring.loss import Comparison, OpenForm
+    from stages.measuring.loss import Comparison
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
+    from stages.models.forms import OpenForm
     from stages.reading.evaluation_sets import RetrievalSet, StsSet
     from stages.teaching.api import ApiTeacher
     from stages.teaching.api_texts import TextCounter

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +51,6 @@ from storage.embeddings import Embeddings
 from storage.manifest import fingerprint
 from storage.readings import Readings
 from storage.split import Split
-
-if TYPE_CHECKING:
-    pass
 
 VERSION = 7  # raise it when a code change alters the metrics of the same model
 

@@ -164,12 +164,14 @@ def rounded_to_int8(
     """Round each row to int8 with its own scale, so that no row depends on the others of its shard.
 
     Args:
-        vectors: (n, dim), finite, in each row a value other than zero.
+        vectors: (n, dim), finite.
 
     Returns:
-        (n, dim) int8, -127 to 127, rounded half to even; (n,) float32, the largest magnitude / 127.
+        (n, dim) int8, -127 to 127, rounded half to even; (n,) float32, the largest magnitude / 127. That of
+        a row of zeros, which the store refuses and a table of tokens may have, is 1.
     """
     scales = np.abs(vectors).max(axis=1, initial=0.0).astype(np.float32) / np.float32(127)
+    scales[scales == 0] = 1
     return np.rint(vectors / scales[:, None]).astype(np.int8), scales
 
 

@@ -104,7 +104,7 @@ def search(
         # The product of signs is dim - 2 x Hamming distance, an integer that float32 holds exactly.
         return nearest_by_product(_signs(queries), _signs(documents), depth, ignored)
     if kind == "int8":
-        documents = _as_int8(documents)
+        documents = as_read(documents, "int8").astype(np.float32)
     return nearest(queries, documents, depth, ignored)
 
 
@@ -122,10 +122,3 @@ def recall(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> float:
 
 def _signs(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(vectors > 0, np.float32(1), np.float32(-1))
-
-
-def _as_int8(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, dim) vectors as they are read from int8; a vector of zeros, which has no scale, stays one."""
-    is_zero = ~vectors.any(axis=1, keepdims=True)
-    rounded = as_read(np.where(is_zero, np.float32(1), vectors), "int8")
-    return np.where(is_zero, np.float32(0), rounded).astype(np.float32)

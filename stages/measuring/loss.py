@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from stages.models.likeness import MIXED_PROBES, PROBES
 from stages.outcome import Fact
 from stages.vectors import rank_agreement, unit
 
-OpenForm = Callable[[int | None], EvaluatedModel]
-"""Loads a form that reads so many tokens of a text; None for as many as it can."""
+if TYPE_CHECKING:
+    from stages.models.forms import OpenForm
 
 LEAST_ROWS = 12
 """With fewer texts a rank correlation of their cosines says little."""

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from stages.models.loading import is_normalize
 from stages.models.portable import STATIC
+from storage.embeddings import rounded_to_int8
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-LARGEST = 127
 
 
 def quantize_graph(source: Path, target: Path) -> None:
@@ -92,20 +91,6 @@ def folded_table(model: SentenceTransformer) -> Tensor | None:
     return vectors
 
 
-def quantize_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to int8 at a scale of its own.
-
-    Args:
-        vectors: (n, dim) float32.
-
-    Returns:
-        (n, dim) int8, (n,) float32: their product, row by row, is off by half of the scale at most.
-    """
-    scales = vectors.abs().amax(1) / LARGEST
-    scales[scales == 0] = 1
-    return (vectors / scales[:, None]).round().to(torch.int8), scales
-
-
 def write_table(table: Tensor, folder: Path, *, tokenizer: str, unit_length: bool) -> None:
     """Write a static model as model2vec does: int8 vectors, a weight for each token, and the tokenizer.
 
@@ -117,7 +102,7 @@ def write_table(table: Tensor, folder: Path, *, tokenizer: str, unit_length: boo
     """
     from safetensors.torch import save_file
 
-    rows, scales = quantize_rows(table)
+    rows, scales = map(torch.from_numpy, rounded_to_int8(table.numpy()))
     kinds = [STATIC, "Normalize"] if unit_length else [STATIC]
     modules = [
         {

@@ -310,9 +310,9 @@ def _prove(reader: LayerReader, address: str) -> None:
     try:
         with torch.inference_mode():
             apart = [
-                distance(batch.vectors, reader._vectors(batch, states))
+                distance(batch.vectors, vectors)
                 for _ in range(2)
-                for states in [_last_states(reader, batch, layers)]
+                for _, vectors in reader._read(batch, [layers])
             ]
         problem = f"vectors are off by {100 * max(apart):.2g} %" if max(apart) > TOLERANCE else None
     # Models are built and read by code of their makers, which raises whatever it likes.
@@ -331,14 +331,6 @@ def _alike(left: Layers, right: Layers) -> int:
     """How many of the first layers are the same in both."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _last_states(reader: LayerReader, batch: ReadBatch, layers: Layers) -> Tensor:
-    call = batch.calls[0]
-    states: Tensor = call.args[0] if call.args else call.settings[reader.states]
-    for layer in layers:
-        states = reader._through(layer, batch.calls[layer], states)
-    return states
 
 
 def _whole(model: SentenceTransformer, features: dict[str, Any]) -> Tensor:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stages.models.components import principal_components
 from stages.models.layers import PROOF_TEXTS, distance, token_vectors
 from stages.models.loading import load_model
 from stages.models.widths import WHOLE, Widths, narrower, not_of_bert, setting_of
@@ -120,16 +121,14 @@ def make_narrow(
     basis = _basis(whole, layers, groups, widths.hidden)
     small = _built(body, widths, basis)
     states = _fit_embeddings(small, whole, groups, basis)
-    end = basis
     for block, (own, wanted) in zip(
         small.encoder.layer, _wanted(whole, layers, groups), strict=True
     ):
         layer = whole.encoder.layer[layers[block.attention.self.layer_idx]]
         states = _fit_layer(block, layer, own, wanted, states, basis)
-        end = wanted.end
     setattr(transformer, "model" if hasattr(transformer, "model") else "auto_model", small)
     if widths.hidden < body.config.hidden_size:
-        _lead_back(model, _flat(states), end, basis)
+        _lead_back(model, _flat(states), wanted.end, basis)
 
 
 def check_saved(
@@ -221,12 +220,7 @@ def _basis(whole: Model, layers: Sequence[int], groups: Sequence[Tensor], hidden
     for own, wanted in _wanted(whole, layers, groups):
         count(own.middle)
         count(wanted.end)
-    _, directions = torch.linalg.eigh(moments)
-    largest = directions.flip(1)[:, :hidden].T
-    # A direction has no sign of its own: the largest value is positive, so that all machines agree.
-    signs = largest.gather(1, largest.abs().argmax(1, keepdim=True)).sign()
-    basis: Tensor = (largest * signs).float().contiguous()
-    return basis
+    return principal_components(moments, hidden).T.contiguous()
 
 
 def _built(body: Model, widths: Widths, basis: Tensor) -> Model:

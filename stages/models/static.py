@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.models.abilities import check_static
+from stages.models.components import principal_components
 from stages.models.loading import ends_in_normalize
 from stages.models.token_counts import token_counts
 from storage.errors import TeachonceError
@@ -70,12 +71,14 @@ def static_model(
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 
     of_tokens = _vectors_of_tokens(model, len(counts), address=address)
-    components = _principal_components(of_tokens, width)
+    centred = of_tokens - of_tokens.mean(0)
+    moments = centred.double().T @ centred.double()
+    components = principal_components(moments, width)
     shares = (counts + 1) / (counts + 1).sum()
     weights = torch.from_numpy(FREQUENCY / (FREQUENCY + shares)).float()
     core = deepcopy(model.tokenizer.backend_tokenizer)
     core.no_truncation()
-    table = (of_tokens - of_tokens.mean(0)) @ components * weights[:, None]
+    table = centred @ components * weights[:, None]
     back = Dense(width, of_tokens.shape[1], bias=False, activation_function=nn.Identity())
     with torch.no_grad():
         back.linear.weight.copy_(components)
@@ -111,14 +114,3 @@ def _around_one_token(tokenizer: Any, *, address: str) -> tuple[Tensor, int]:  #
     raise TeachonceError(
         f"{address}.kind", "static, but no common word is one token of this model", "set kind: null"
     )
-
-
-def _principal_components(vectors: Tensor, width: int) -> Tensor:
-    """(dim, width) orthonormal directions of the largest variance of (n, dim) vectors, largest first."""
-    centred = (vectors - vectors.mean(0)).double()
-    _, directions = torch.linalg.eigh(centred.T @ centred)
-    largest = directions.flip(1)[:, :width]
-    # A direction has no sign of its own: the largest value is positive, so that all machines agree.
-    signs = largest.gather(0, largest.abs().argmax(0, keepdim=True)).sign()
-    components: Tensor = (largest * signs).float()
-    return components
