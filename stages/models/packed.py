@@ -28,7 +28,8 @@ ATTENTION = "packed"
 FILLED_TO = 64
 """Where oneDNN multiplies with gradients, a packed sequence is filled up to a multiple of so many tokens.
 
-It makes code for each size of a matrix, and keeps it: 1.5 GB for 60 steps in bfloat16, 0.6 GB for these."""
+It makes code for each size of a matrix, and keeps it: 1.3 GB for 40 steps in bfloat16, 0.6 GB for these
+(benchmarks/filled_batches.py)."""
 
 CANNOT_PACK = (ValueError, AttributeError, TypeError, NotImplementedError, RuntimeError)
 """Errors raised by models and tokenizers that cannot read packed texts."""
