@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import posixpath
 import re
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from stages.params import Objective, Params, RecipeParams, StartParams, StudentP
 
 ROOT = Path(__file__).parents[1]
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
-INTO_THE_CHECKOUT = re.compile(r"\]\(\.\./([\w./-]+\.md)(#[\w-]+)?\)")
+TO_A_PAGE = re.compile(r"\]\(([\w./-]+\.md)((?:#[\w-]+)?)\)")
 FROM_THE_CHECKOUT = ("CONTRIBUTING.md", "EXPERIMENTS.md", "CHANGELOG.md", "benchmarks/results/*.md")
 PACKAGES = ("teachonce", "pipeline", "stages", "storage")
 
@@ -42,14 +43,31 @@ def on_files(files: Any, config: Any) -> Any:  # noqa: ANN401 - of mkdocs, which
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:  # noqa: ANN401 - as above
     """A page with what is generated in it."""
-    if page.file.src_uri.startswith("repository/"):
-        return markdown
-    return linked(MARKER.sub(lambda found: GENERATED[found[1]](), markdown))
+    name = page.file.src_uri
+    if name.startswith("repository/"):
+        return linked(markdown, name.removeprefix("repository/"))
+    return linked(MARKER.sub(lambda found: GENERATED[found[1]](), markdown), f"docs/{name}")
 
 
-def linked(markdown: str) -> str:
-    """Links into the checkout lead to the pages that were made of these files."""
-    return INTO_THE_CHECKOUT.sub(r"](repository/\1\2)", markdown)
+def linked(markdown: str, file: str) -> str:
+    """The text of a page with links to pages of the site where the checkout's file links to files.
+
+    Args:
+        markdown: The text of the file.
+        file: The file's path from the top of the checkout: `docs/texts.md`, `EXPERIMENTS.md`.
+    """
+    folder = posixpath.dirname(_page(file)) or "."
+
+    def to_page(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(file), link[1]))
+        return f"]({posixpath.relpath(_page(target), folder)}{link[2]})"
+
+    return TO_A_PAGE.sub(to_page, markdown)
+
+
+def _page(file: str) -> str:
+    """The site's name of the page that is made of a file of the checkout."""
+    return file.removeprefix("docs/") if file.startswith("docs/") else f"repository/{file}"
 
 
 # Settings

@@ -423,9 +423,38 @@ def test_generated_modules_are_all_modules():
     assert "| `objectives.py` | " in text
 
 
-def test_a_link_into_the_checkout_leads_to_the_page_made_of_it():
-    markdown = "[a](../EXPERIMENTS.md#x) [b](texts.md)"
-    assert GENERATE.linked(markdown) == "[a](repository/EXPERIMENTS.md#x) [b](texts.md)"
+@pytest.mark.parametrize(
+    ("file", "link", "page"),
+    [
+        ("docs/store.md", "../EXPERIMENTS.md#x", "repository/EXPERIMENTS.md#x"),
+        ("docs/store.md", "texts.md", "texts.md"),
+        ("EXPERIMENTS.md", "docs/results.md#x", "../results.md#x"),
+        ("EXPERIMENTS.md", "CHANGELOG.md", "CHANGELOG.md"),
+        ("EXPERIMENTS.md", "benchmarks/results/a.md", "benchmarks/results/a.md"),
+        ("benchmarks/results/a.md", "../../docs/results.md", "../../../results.md"),
+        ("benchmarks/results/a.md", "b.md#x", "b.md#x"),
+    ],
+)
+def test_a_link_to_a_file_leads_to_the_page_made_of_it(file, link, page):
+    assert GENERATE.linked(f"[a]({link}), [b](https://x.org/a.md)", file) == (
+        f"[a]({page}), [b](https://x.org/a.md)"
+    )
+
+
+def test_links_between_pages_of_the_site_lead_to_pages_of_the_site():
+    """What `make docs` would warn of, without building the site."""
+    files = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
+    for pattern in GENERATE.FROM_THE_CHECKOUT:
+        files += [path.relative_to(ROOT) for path in ROOT.glob(pattern)]
+    pages = {GENERATE._page(file.as_posix()) for file in files}
+    count = 0
+    for file in files:
+        text = GENERATE.linked(prose((ROOT / file).read_text()), file.as_posix())
+        folder = Path(GENERATE._page(file.as_posix())).parent
+        for link in re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)", text):
+            assert os.path.normpath(folder / link) in pages, (file, link)
+            count += 1
+    assert count >= 40
 
 
 @pytest.mark.slow
