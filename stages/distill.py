@@ -214,12 +214,9 @@ def prepare(
         max_tokens=params.max_tokens,
         prompts=prompts,
     )
-    with ranks.first_rank_first():
-        tokens = tokens_of(corpus=caches.corpus)
-        # `plan` has none: a reading takes about as long as its text.
-        tokens_read = (
-            tokens_of(corpus=caches.readings) if caches.readings and params.readings else None
-        )
+    tokens = tokens_of(corpus=caches.corpus)
+    # `plan` has none: a reading takes about as long as its text.
+    tokens_read = tokens_of(corpus=caches.readings) if caches.readings and params.readings else None
     return DistillTask(
         params,
         student=student,

@@ -230,16 +230,15 @@ class Rehearsal:
         prompts: Mapping[Role, str] = NO_PROMPTS,
     ) -> Rehearsal:
         """Returns the rehearsal rows of the student in `folder`; computes its token ids if needed."""
-        with ranks.first_rank_first():
-            tokens = token_rows(
-                tokenizer,
-                folder,
-                corpus=caches.corpus,
-                store=caches.store,
-                max_tokens=params.max_tokens,
-                prompts=prompts,
-                address="finetune.max_tokens",
-            )
+        tokens = token_rows(
+            tokenizer,
+            folder,
+            corpus=caches.corpus,
+            store=caches.store,
+            max_tokens=params.max_tokens,
+            prompts=prompts,
+            address="finetune.max_tokens",
+        )
         return cls(caches, tokens, params.seed)
 
     def draw(self, count: int, step: int) -> tuple[Prompted, NDArray[np.floating]]:

@@ -154,6 +154,12 @@ class Corpus(Column):
         texts: list[str] = self.batch(shard).column(self.texts_in).to_pylist()
         return texts
 
+    def texts_in_parts(self, shard: int, rows: int) -> Iterator[list[str]]:
+        """Yield the texts of one shard in row order, `rows` at a time."""
+        column = self.batch(shard).column(self.texts_in)
+        for first in range(0, len(column), rows):
+            yield column.slice(first, rows).to_pylist()
+
     def take(self, ids: NDArray[np.integer]) -> list[str]:
         """The texts of some rows, in the order of `ids`."""
         texts_by_place: list[str] = [""] * len(ids)

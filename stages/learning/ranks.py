@@ -30,7 +30,7 @@ from stages.outcome import log
 from storage.errors import TeachonceError
 
 TIMEOUT = timedelta(days=1)
-"""Longest time that ranks wait for the first one, which may tokenise a large corpus. If a rank dies, the
+"""Longest time that ranks wait for each other, which may tokenise a large corpus. If a rank dies, the
 launcher ends the others."""
 
 
@@ -81,15 +81,12 @@ def is_first() -> bool:
 
 
 @contextmanager
-def first_rank_first() -> Iterator[None]:
-    """Run the body on the first rank, then on the others, which find the files that it left."""
-    if not is_first():
-        _barrier()
+def all_arrive() -> Iterator[None]:
+    """Run the body, then wait until all ranks have run it, or failed in it."""
     try:
         yield
     finally:
-        if is_first():
-            _barrier()
+        _barrier()
 
 
 def gather_rows(sizes: NDArray[np.int64], compute: Callable[[NDArray[np.int64]], Tensor]) -> Tensor:

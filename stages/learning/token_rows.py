@@ -1,14 +1,24 @@
-"""A student's token ids of the whole corpus, computed once and shared through the store by all its runs."""
+"""A student's token ids of the whole corpus, computed once and shared through the store by all its runs.
+
+Several ranks share the work. A tokenizer from a tokenizer.json uses all cores by itself, unless
+`TOKENIZERS_PARALLELISM` says false; the command line says true where nothing is said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from stages.learning import ranks
+from stages.learning.ahead import ahead
 from stages.models.config import NO_PROMPTS, room_for_texts
 from stages.models.folder import sha256_of
 from stages.outcome import Progress
@@ -22,6 +32,12 @@ from storage.store import Object, Store, digest
 from storage.tokens import Tokens, put_tokens
 
 VERSION = 1
+
+TEXTS_AT_ONCE = 4096
+"""Texts that are read together: they fill 64 cores, and their ids are some MB as lists of numbers."""
+
+THREADS = 2
+"""Threads that read texts: while one waits for the tokenizer's own threads, the other makes lists."""
 
 TOKENIZER_ENDINGS = {".json", ".txt", ".model", ".py", ".tiktoken"}
 """Endings of tokenizer files with `token` in their name; the tokenizer's class names its other files."""
@@ -94,13 +110,18 @@ def token_ids(
     if isinstance(tokenizer, Tokenizer):
         read = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids[:max_tokens] for encoding in read]
-    ids: list[list[int]] = tokenizer(
-        texts,
-        truncation=max_tokens is not None,
-        max_length=max_tokens,
-        padding=False,
-        return_attention_mask=False,
-    )["input_ids"]
+    how = {
+        "truncation": max_tokens is not None,
+        "max_length": max_tokens,
+        "padding": False,
+        "return_attention_mask": False,
+    }
+    if getattr(tokenizer, "is_fast", False) and texts:
+        # One text sets its core up. The core alone takes two thirds of the time, on all threads, and the
+        # rest of what the tokenizer does is on one.
+        tokenizer(texts[0], **how)
+        return [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+    ids: list[list[int]] = tokenizer(texts, **how)["input_ids"]
     return ids
 
 
@@ -158,17 +179,66 @@ def token_rows(
     # A copy, since a tokenizer stores its truncation length, and is saved with the student.
     tokenizer = deepcopy(tokenizer)
     counts = prompt_tokens(tokenizer, prompts, max_tokens=max_tokens, address=address)
-    progress = Progress("tokens", total=corpus.rows, unit="texts")
-    objects: list[Object] = []
-    for shard in range(len(corpus.objects)):
-        role = corpus.role_of(shard)
-        key = f"tokens/{names[role]}/{corpus.shard_digest(shard)}.arrow"
-        entry = store.find(key)
-        if entry is None:
-            prompt = prompts.get(role, "")
-            texts = [prompt + text for text in corpus.texts(shard)]
-            ids = token_ids(tokenizer, texts, max_tokens=max_tokens)
-            entry = put_tokens(store, key, ids=ids, text_keys=text_keys_of(corpus.batch(shard)))
-        objects.append(entry)
-        progress.advance(entry.rows)
-    return Tokens(store, objects, corpus, counts)
+    # Set up once: threads may read a tokenizer at the same time, and not change it.
+    token_ids(tokenizer, [""], max_tokens=max_tokens)
+    maker = _Maker(
+        store, corpus, names, prompts, partial(token_ids, tokenizer, max_tokens=max_tokens)
+    )
+    shards = range(len(corpus.objects))
+    own = shards[ranks.rank() :: ranks.count()]
+    with ranks.all_arrive():
+        objects = maker.objects(own)
+    # Those of the other ranks are there, unless one failed or has another store.
+    objects |= maker.objects([shard for shard in shards if shard not in objects])
+    return Tokens(store, [objects[shard] for shard in shards], corpus, counts)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the objects of token ids that the store lacks.
+
+    Args:
+        store: The store.
+        corpus: The texts.
+        names: Role -> fingerprint of the token ids of its texts.
+        prompts: Role -> what stands before its texts.
+        read: Some texts -> the ids of each. Threads call it.
+    """
+
+    store: Store
+    corpus: Corpus
+    names: Mapping[Role, str]
+    prompts: Mapping[Role, str]
+    read: Callable[[Sequence[str]], list[list[int]]]
+
+    def objects(self, shards: Sequence[int]) -> dict[int, Object]:
+        """Returns shard -> its object, for some shards."""
+        progress = Progress(
+            "tokens", total=sum(self.corpus.objects[shard].rows for shard in shards), unit="texts"
+        )
+        found = {shard: self.store.find(self._key(shard)) for shard in shards}
+        objects = {shard: entry for shard, entry in found.items() if entry is not None}
+        progress.skip(sum(entry.rows for entry in objects.values()))
+        parts = (
+            (shard, part)
+            for shard in shards
+            if shard not in objects
+            for part in self.corpus.texts_in_parts(shard, TEXTS_AT_ONCE)
+        )
+        made = ahead(self._read, parts, threads=THREADS)
+        for shard, read in groupby(made, key=itemgetter(0)):
+            ids = (ids for _, ids in read)
+            keys = text_keys_of(self.corpus.batch(shard))
+            objects[shard] = put_tokens(self.store, self._key(shard), ids=ids, text_keys=keys)
+            progress.advance(objects[shard].rows)
+        return objects
+
+    def _read(self, part: tuple[int, list[str]]) -> tuple[int, list[list[int]]]:
+        """Returns the shard of some texts, and the ids of each."""
+        shard, texts = part
+        prompt = self.prompts.get(self.corpus.role_of(shard), "")
+        return shard, self.read([prompt + text for text in texts] if prompt else texts)
+
+    def _key(self, shard: int) -> str:
+        name = self.names[self.corpus.role_of(shard)]
+        return f"tokens/{name}/{self.corpus.shard_digest(shard)}.arrow"

@@ -54,7 +54,7 @@ def put(store, kind, corpus):
         rows = len(keys)
         if kind == "tokens":
             ids = [draw.integers(1, 99, draw.integers(1, 9)).tolist() for _ in range(rows)]
-            made.append(put_tokens(store, f"tokens/{'b' * 40}/{last}", ids=ids, text_keys=keys))
+            made.append(put_tokens(store, f"tokens/{'b' * 40}/{last}", ids=[ids], text_keys=keys))
         elif kind == "negatives":
             made.append(
                 put_negatives(

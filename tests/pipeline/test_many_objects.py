@@ -78,7 +78,7 @@ def furnish(root, shards):
                 facts={"tokens": 2},
             )
         )
-        put_tokens(store, f"tokens/{name}", ids=rows[:, None].tolist(), text_keys=keys[shard])
+        put_tokens(store, f"tokens/{name}", ids=[rows[:, None].tolist()], text_keys=keys[shard])
     embeddings = Manifest(
         kind="embeddings",
         recipe=recipe,

@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
         put_tokens(
             tree.store,
             f"tokens/{TOKENIZER}/{readings.shard_digest(number)}.arrow",
-            ids=[[1, 2, 3]] * readings.objects[number].rows,
+            ids=[[[1, 2, 3]] * readings.objects[number].rows],
             text_keys=text_keys_of(readings.batch(number)),
         )
     return root

@@ -135,7 +135,7 @@ def finished(tmp_path_factory):
         put_tokens(
             tree.store,
             f"tokens/{TOKENIZER}/{key.rpartition('/')[2]}",
-            ids=[[1, 2, 3]] * corpus.objects[number].rows,
+            ids=[[[1, 2, 3]] * corpus.objects[number].rows],
             text_keys=text_keys_of(corpus.batch(number)),
         )
     assert len(corpus.objects) >= 5
@@ -291,7 +291,7 @@ def test_a_swap_of_equal_sizes_is_found_in_the_header(tree):
     text = tree.path("corpus").name
     keys = [f"tokens/{name * 40}/{text}" for name in "bc"]
     batch = tree.corpus().batch(0)
-    put_tokens(tree.store, keys[1], ids=[[7, 8, 9]] * len(batch), text_keys=text_keys_of(batch))
+    put_tokens(tree.store, keys[1], ids=[[[7, 8, 9]] * len(batch)], text_keys=text_keys_of(batch))
     one, other = (tree.store.path(key) for key in keys)
     assert one.stat().st_size == other.stat().st_size
     one.rename(other.with_name("kept"))
@@ -827,7 +827,7 @@ def test_gc_deletes_what_no_ref_names_and_nothing_else(tree):
     put_tokens(
         tree.store,
         f"tokens/{TOKENIZER}/{orphan.name}",
-        ids=[[1]] * 5,
+        ids=[[[1]] * 5],
         text_keys=text_keys_of(tree.store._map(f"text/{orphan.name}")[0]),
     )
     size = orphan.stat().st_size + tokens.stat().st_size

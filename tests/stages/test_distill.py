@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.workspace import Workspace
 from stages import distill, start
-from stages.learning import loop
+from stages.learning import loop, ranks
 from stages.learning.batches import epoch_batches
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
 from stages.learning.student import Student, encode_ids
-from stages.learning.token_rows import token_rows
+from stages.learning.token_rows import token_ids, token_rows
 from stages.models.encoder import Encoder
 from stages.models.lineage import read_lineage
 from stages.models.loading import load_model
@@ -488,6 +488,49 @@ def test_token_ids_are_cut_where_this_recipe_says_whoever_made_some_before(world
         assert ids(limit) == [
             row if len(row) <= limit else [*row[: limit - 1], row[-1]] for row in whole
         ]
+
+
+def test_a_rank_makes_its_share_of_the_token_ids_and_then_what_others_did_not(world, monkeypatch):
+    tokenizer = load_model(world.start, device=CPU).tokenizer
+    folder = world.place.root / "store/tokens"
+    before, at_the_others = set(folder.rglob("*.arrow")), []
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(
+        ranks, "_barrier", lambda: at_the_others.extend({*folder.rglob("*.arrow")} - before)
+    )
+    how = {"corpus": world.corpus, "store": world.place.store, "max_tokens": 11}
+    tokens = token_rows(tokenizer, world.start, **how)
+    digests = [world.corpus.shard_digest(shard) for shard in range(len(world.corpus.objects))]
+    assert sorted(path.stem for path in at_the_others) == sorted(digests[1::3])
+    assert [entry.key.rpartition("/")[2] for entry in tokens.objects] == [
+        f"{digest}.arrow" for digest in digests
+    ]
+    ids = tokens.rows_of(np.arange(400))
+    assert [row.tolist() for row in ids] == [
+        tokenizer(text, truncation=True, max_length=11)["input_ids"] for text in world.texts
+    ]
+
+
+def test_token_ids_of_a_shard_are_read_in_parts(world, monkeypatch):
+    tokenizer = load_model(world.start, device=CPU).tokenizer
+    how = {"corpus": world.corpus, "store": world.place.store, "max_tokens": 9}
+    whole = token_rows(tokenizer, world.start, **how)
+    plain = [world.place.store.path(entry.key).read_bytes() for entry in whole.objects]
+    for entry in whole.objects:
+        world.place.store.path(entry.key).unlink()
+    read = []
+
+    def noted(tokenizer, texts, **cut):
+        read.append(len(texts))
+        return token_ids(tokenizer, texts, **cut)
+
+    monkeypatch.setattr("stages.learning.token_rows.token_ids", noted)
+    monkeypatch.setattr("stages.learning.token_rows.TEXTS_AT_ONCE", 7)
+    parted = token_rows(tokenizer, world.start, **how)
+    assert [world.place.store.path(entry.key).read_bytes() for entry in parted.objects] == plain
+    assert max(read) == 7
+    assert sum(read) == 401  # one sets the tokenizer up
 
 
 def test_token_ids_are_made_once(world):

@@ -63,7 +63,7 @@ def test_token_ids_of_readings_stand_beside_them(place):
     entry = put_tokens(
         place.store,
         f"tokens/{'0' * 40}/{readings.shard_digest(0)}.arrow",
-        ids=[[row] for row in range(readings.objects[0].rows)],
+        ids=[[[row] for row in range(readings.objects[0].rows)]],
         text_keys=readings.text_keys_in([0]),
     )
     first = Manifest(

@@ -859,11 +859,15 @@ def test_vectors_under_a_forged_key_name_the_first_wrong_row(place):
 def test_tokens_come_back_by_row(place):
     corpus = place.corpus(sentences(200))
     ids = [list(range(row % 7 + 1)) for row in range(200)]
+
+    def parts(of_shard):
+        return (of_shard[first : first + 6] for first in range(0, len(of_shard), 6))
+
     objects = [
         put_tokens(
             place.store,
             f"tokens/{FINGERPRINT}/{corpus.shard_digest(shard)}.arrow",
-            ids=ids[corpus.starts[shard] : corpus.starts[shard + 1]],
+            ids=parts(ids[corpus.starts[shard] : corpus.starts[shard + 1]]),
             text_keys=text_keys_of(corpus.batch(shard)),
         )
         for shard in range(len(corpus.objects))
