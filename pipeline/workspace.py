@@ -385,15 +385,15 @@ class Workspace:
         return entries[name]
 
     def start_source(self, name: str) -> tuple[Path, str | None]:
-        """The folder of the model that a start is cut from, and what the settings say of its pooling."""
+        """The folder of the model that a start is made of, or like, and the pooling in the settings."""
         params = self.named("starts", name)
-        if params.from_ == TEACHER:
+        if params.model == TEACHER:
             return self._teacher_folder(), self.params.embed.pooling
         folder = find_model(
-            params.from_,
+            params.model,
             revision=None,
             root=self.at.root,
-            address=f"starts.{name}.from",
+            address=f"starts.{name}.{params.named_in}",
             pooling=params.pooling,
         )
         return folder, params.pooling
@@ -403,9 +403,9 @@ class Workspace:
         from stages.start import recipe
 
         params: StartParams = self.named("starts", name)
-        from_teacher = params.from_ == TEACHER
+        from_teacher = params.model == TEACHER
         noted = read_sources(self.at.sources).get("starts", {}).get(name, {})
-        model = self.params.embed.teacher if from_teacher else params.from_
+        model = self.params.embed.teacher if from_teacher else params.model
         if not noted.get("files") or noted.get("declared", {}).get("name") != model:
             return None
         try:
@@ -540,7 +540,8 @@ class Workspace:
             read = "" if start.passes is None else f", read {start.passes} times"
             kept = "" if start.vocabulary is None else ", fewer tokens"
             narrow = ", narrower" if start.is_narrow else ""
-            descriptions[name] = f"{what} of {start.from_}{read}{narrow}{kept}"
+            of = f"like {start.model}, drawn at random" if start.is_random else f"of {start.model}"
+            descriptions[name] = f"{what} {of}{read}{narrow}{kept}"
         for name, student in self.params.students.items():
             layers = descriptions.get(student.start, "no such start")
             descriptions[name] = f"recipe {student.recipe}, start {student.start} ({layers})"
@@ -553,6 +554,8 @@ class Workspace:
         if start.layers is None:
             return "all layers"
         layers: Any = start.layers
+        if start.is_random:
+            return f"{layers} layers"
         if isinstance(layers, int):  # which, was found out when it was made
             made = read_sources(self.at.start_facts(name)).get("layers")
             if not isinstance(made, list):

@@ -21,6 +21,7 @@ from typing import Any
 
 from stages.models.abilities import (
     check_code,
+    check_drawable,
     check_exportable,
     check_layers_of,
     check_length,
@@ -258,7 +259,7 @@ class Survey:
             # Starts read texts as they are, whatever prompts the model has.
             cut_from_teacher = {key: teacher[key] for key in ("declared", "files")}
             entries["starts"] = {
-                name: cut_from_teacher if start.from_ == TEACHER else self._start(name, start)
+                name: cut_from_teacher if start.model == TEACHER else self._start(name, start)
                 for name, start in sections.get("starts", {}).items()
             }
         # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
@@ -311,7 +312,7 @@ class Survey:
         if getattr(params, "mixes", 0):
             self._ask(partial(check_mixable, folder, address="embed.mixes"))
         for name, start in self.sections.get("starts", {}).items():
-            if start.from_ == TEACHER:
+            if start.model == TEACHER:
                 self._ask_of_start(name, start, folder)
         return files
 
@@ -330,8 +331,10 @@ class Survey:
 
     def _ask_of_start(self, name: str, start: StartParams, folder: Path) -> None:
         """Whether a start can be made of a model, and its students be trained and exported."""
-        address, who = f"starts.{name}.from", f"the start {name}"
+        address, who = f"starts.{name}.{start.named_in}", f"the start {name}"
         if not self._ask(partial(check_one_model, folder, address=address)):
+            return
+        if start.is_random and not self._ask(partial(check_drawable, folder, address=address)):
             return
         self._ask_layers(name, start, folder)
         students = {
@@ -382,7 +385,8 @@ class Survey:
         if start.passes is not None:
             self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
         if start.kind == "static" and start.hidden is not None:
-            self._ask(partial(check_static_of, folder, start.hidden, address=at))
+            drawn = start.is_random
+            self._ask(partial(check_static_of, folder, start.hidden, address=at, is_random=drawn))
         if start.is_narrow:
             self._ask(partial(check_narrow_of, folder, start, address=at))
         if start.vocabulary is not None:
@@ -458,9 +462,9 @@ class Survey:
         committed = self.committed.get("starts", {}).get(name, {})
 
         def files() -> dict[str, str]:
-            address, pooling = f"starts.{name}.from", params.pooling
+            address, pooling = f"starts.{name}.{params.named_in}", params.pooling
             folder = find_model(
-                params.from_, revision=None, root=self.root, address=address, pooling=pooling
+                params.model, revision=None, root=self.root, address=address, pooling=pooling
             )
             files = self._model_files(folder, address, committed, self.sections.get("embed"))
             trusted = bool(getattr(self.sections.get("embed"), "trust_remote_code", False))
@@ -469,7 +473,7 @@ class Survey:
             self._ask_of_start(name, params, folder)
             return files
 
-        return self._entry("starts", {"name": params.from_}, files, committed=committed)
+        return self._entry("starts", {"name": params.model}, files, committed=committed)
 
     def _shard(self, params: ShardParams) -> Entry:
         distill = self.sections.get("distill", NO_READINGS)

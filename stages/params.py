@@ -385,8 +385,15 @@ Layers = Annotated[
 class StartParams(Section):
     """A student before training."""
 
-    from_: ModelPlace = Field(alias="from")  # `teacher`, or a model named as embed.teacher is
-    layers: Layers | None  # those kept, in this order; or how many, chosen by agreement; null: all
+    # `teacher`, or a model named as embed.teacher is; null: none, the weights are drawn at random
+    from_: ModelPlace | None = Field(alias="from")
+    # Those kept, in this order; or how many, chosen by agreement (drawn at random: so many); null: all.
+    layers: Layers | None
+    # With `from: null`: the model whose kind, sizes and tokenizer the start has; it may be left out, and is
+    # the teacher then.
+    like: ModelPlace | None = None
+    # With `from: null`: what the weights are drawn by; it may be left out, and is 0 then.
+    seed: NonNegativeInt | None = None
     # As embed.pooling, which says it of the teacher; it may be left out.
     pooling: Pooling | None = None
     # How often the layers are read, with the same weights; they may be left out, and are then read once.
@@ -403,14 +410,44 @@ class StartParams(Section):
     vocabulary: Vocabulary | None = None
 
     @property
+    def is_random(self) -> bool:
+        """Whether its weights are drawn at random; else they are made of a model's."""
+        return self.from_ is None
+
+    @property
+    def model(self) -> str:
+        """The model that it is made of, or like; `teacher`, or named as embed.teacher is."""
+        return self.from_ or self.like or TEACHER
+
+    @property
+    def named_in(self) -> Literal["from", "like"]:
+        """The setting that names this model."""
+        return "like" if self.is_random else "from"
+
+    @property
     def reads_corpus(self) -> bool:
         """Whether it depends on the corpus: how often tokens occur, or what a model makes of texts."""
-        return self.kind == "static" or self.vocabulary is not None or self.is_narrow
+        is_fitted = not self.is_random and (self.kind == "static" or self.is_narrow)
+        return is_fitted or self.vocabulary is not None
 
     @property
     def chooses_layers(self) -> bool:
         """Whether its layers are chosen by the teacher's vectors of rows held out."""
-        return isinstance(self.layers, int)
+        return isinstance(self.layers, int) and not self.is_random
+
+    @model_validator(mode="after")
+    def _drawn_or_taken(self) -> Self:
+        for name in ("like", "seed"):
+            if not self.is_random and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is of a start that is drawn at random: set from: null, or take {name} away"
+                )
+        if self.is_random and isinstance(self.layers, tuple):
+            raise ValueError(
+                f"from: null draws all weights at random, so no layer is another's: set layers to their "
+                f"number, as in {len(self.layers)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _static_has_a_width_and_no_layers(self) -> Self:
@@ -1119,13 +1156,14 @@ def _starts_of_nobody(
     if not teacher.startswith((IMPORTED, API)):
         return []
     what = "imported vectors" if teacher.startswith(IMPORTED) else "a model behind an API"
+    problems = {
+        "from": f"teacher, but embed.teacher stands for {what}: name the model to start from",
+        "like": f"that of the teacher, but embed.teacher stands for {what}: name a model in like",
+    }
     return [
-        (
-            f"starts.{name}.from",
-            f"teacher, but embed.teacher stands for {what}: name the model to start from",
-        )
+        (f"starts.{name}.{start.named_in}", problems[start.named_in])
         for name, start in starts.items()
-        if start.from_ == TEACHER
+        if start.model == TEACHER
     ]
 
 
@@ -1137,7 +1175,7 @@ def _two_poolings(starts: Mapping[str, StartParams], embed: EmbedParams | None) 
             f"{start.pooling}, but it is the teacher's: say it in embed.pooling",
         )
         for name, start in starts.items()
-        if start.from_ == TEACHER and start.pooling not in {None, getattr(embed, "pooling", None)}
+        if start.model == TEACHER and start.pooling not in {None, getattr(embed, "pooling", None)}
     ]
 
 

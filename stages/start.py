@@ -1,5 +1,7 @@
 """Write a start, a student before training: some layers of the teacher, a static model of it, or any model.
 
+Or one with the teacher's tokenizer, and weights that are drawn at random (`stages.models.random`).
+
 A static model is a table of its tokens' vectors (`stages.models.static`). Layers may be read several times
 with the same weights (`stages.models.shared_layers`), the tokens may be those alone that the corpus uses
 (`stages.models.vocabulary`), and layers may be narrower (`stages.models.narrow`).
@@ -198,15 +200,17 @@ def run(
     from stages.models.shared_layers import copied, separate
     from stages.models.vocabulary import keep_tokens
 
-    check_one_model(folder, address=f"starts.{name}.from")
+    named_in = f"starts.{name}.{params.named_in}"
+    check_one_model(folder, address=named_in)
     model = load_model(
         folder,
         device=torch.device("cpu"),
         trust_remote_code=trust_remote_code,
         pooling=pooling,
-        setting="embed.pooling" if params.from_ == TEACHER else f"starts.{name}.pooling",
+        setting="embed.pooling" if params.model == TEACHER else f"starts.{name}.pooling",
     )
-    if params.layers is not None or params.passes is not None or params.is_narrow:
+    remade = params.passes is not None or params.is_narrow or params.is_random
+    if params.layers is not None or remade:
         separate(model)  # layers of a model are taken one by one
     tokens = None
     # Before the layers, which are proved as they are saved: with the tokens that are kept.
@@ -223,8 +227,8 @@ def run(
     model = _remade(model, whole, layers, params, corpus=corpus, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
     with durable.replace_folder(out) as scratch:
-        save_model(model, scratch, address=f"starts.{name}.from")
-        if proof is not None and params.passes is None and not params.is_narrow:
+        save_model(model, scratch, address=named_in)
+        if proof is not None and not remade:
             # else it is another model by now
             proof.check_saved(scratch, trust_remote_code=trust_remote_code)
         if tokens is not None:
@@ -255,6 +259,8 @@ def _layers(
     """The layers to keep, None for all; and how they were chosen, None if the settings name them."""
     if not isinstance(params.layers, int):
         return params.layers, None
+    if params.is_random:
+        return range(params.layers), None
     assert choose is not None  # given for a start that asks for it
     choice = choose(model, params.layers)
     return choice.layers, choice
@@ -269,7 +275,7 @@ def _remade(
     corpus: Callable[[], Corpus] | None,
     address: str,
 ) -> SentenceTransformer:
-    """A model of the layers and tokens that are kept, made narrower, of shared layers, or static.
+    """A model of the layers and tokens that are kept: drawn anew, narrower, of shared layers, or static.
 
     Args:
         model: The model; it may be changed in place.
@@ -280,15 +286,18 @@ def _remade(
         address: The place of the settings in params.yaml, to name in an error.
     """
     from stages.models.narrow import narrow_by_corpus
+    from stages.models.random import drawn_at_random
     from stages.models.shared_layers import share_layers
     from stages.models.static import make_static
 
-    if params.is_narrow:
+    if params.is_random:
+        model = drawn_at_random(model, params, address=address)
+    elif params.is_narrow:
         assert corpus is not None  # given for a start that reads it
         narrow_by_corpus(model, whole, params, layers, corpus=corpus(), address=address)
     if params.passes is not None:
         share_layers(model, params.passes, address=f"{address}.passes")
-    if params.kind == "static" and params.hidden is not None:
+    if params.kind == "static" and params.hidden is not None and not params.is_random:
         assert corpus is not None  # given for a start that reads it
         return make_static(model, corpus(), width=params.hidden, address=address)
     return model
@@ -303,9 +312,14 @@ def _kept(
         what = f"layers {list(choice.layers)}"
     elif isinstance(params.layers, tuple):
         what = f"layers {list(params.layers)}"
+    elif params.layers is not None:
+        what = f"{params.layers} layers"
     if params.is_narrow:
         widths = {name: getattr(params, name) for name in ("hidden", "intermediate", "heads")}
         what += f" ({', '.join(f'{name} {n}' for name, n in widths.items() if n is not None)})"
     if params.kind == "static":
         what = f"a table of {params.hidden} values for each token"
-    return [f"{what} of {params.from_}", *(part.summary for part in (choice, tokens) if part)]
+    what += f" {'like' if params.is_random else 'of'} {params.model}"
+    if params.is_random:
+        what += f", drawn at random (seed {params.seed or 0})"
+    return [what, *(part.summary for part in (choice, tokens) if part)]

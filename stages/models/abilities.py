@@ -206,13 +206,31 @@ def is_static(folder: Path, address: str) -> bool:
     return _first_kind(folder, address) == STATIC
 
 
-def check_static_of(folder: Path, hidden: int, *, address: str) -> None:
+def check_drawable(folder: Path, *, address: str) -> None:
+    """Raise if no model like the one in a folder can be drawn at random: a transformer and its pooling.
+
+    Raises:
+        TeachonceError: it has no transformer, or no pooling behind it.
+    """
+    kinds = [kind for kind, _ in modules_of(folder, address)] or [TRANSFORMER]
+    # A transformer alone makes no vector of a text: loading the model says so.
+    if kinds[0] != TRANSFORMER or (kinds[1:] and "Pooling" not in kinds):
+        raise TeachonceError(
+            address,
+            f"a start that is drawn at random is like a transformer and its pooling, and the model in "
+            f"{folder} is {' and '.join(map(shown, kinds))}",
+            "name another model in like",
+        )
+
+
+def check_static_of(folder: Path, hidden: int, *, address: str, is_random: bool = False) -> None:
     """Raise if no static model can be made of the model in a folder.
 
     Args:
         folder: The folder.
         hidden: The width of the static model's table.
         address: The setting of the start, to name in an error.
+        is_random: Whether its table is drawn at random; then it may be wider than the model's vectors.
     """
     if (kind := _first_kind(folder, address)) != TRANSFORMER:
         raise TeachonceError(
@@ -222,7 +240,8 @@ def check_static_of(folder: Path, hidden: int, *, address: str) -> None:
         )
     places = (folder, *transformers_of(folder, address))
     has_tokenizer = any((path / TOKENIZER).is_file() for path in places)
-    check_static(hidden, width_of(folder, address), has_tokenizer=has_tokenizer, address=address)
+    width = None if is_random else width_of(folder, address)
+    check_static(hidden, width, has_tokenizer=has_tokenizer, address=address)
 
 
 def check_static(hidden: int, width: int | None, *, has_tokenizer: bool, address: str) -> None:
@@ -230,7 +249,7 @@ def check_static(hidden: int, width: int | None, *, has_tokenizer: bool, address
 
     Args:
         hidden: The width of the static model's table.
-        width: Values of the transformer's vectors; None if that is not known.
+        width: Values of the transformer's vectors; None if any is right, or it is not known.
         has_tokenizer: Whether it has a tokenizer.json.
         address: The setting of the start, to name in an error.
     """

@@ -45,7 +45,9 @@ class Widths:
 
 
 def narrower(config: Mapping[str, Any], start: StartParams, *, address: str) -> Widths:
-    """Returns the widths of a narrower model: what a start does not say is as in the model it is made of.
+    """Returns the widths of a start: what it does not say is as in the model it is made of, or like.
+
+    What is drawn at random may be wider than that model, too.
 
     Args:
         config: The content of that model's config.json.
@@ -64,19 +66,20 @@ def narrower(config: Mapping[str, Any], start: StartParams, *, address: str) -> 
         ("intermediate", start.intermediate, own.intermediate),
         ("heads", heads, own.heads),
     ):
-        if wanted is not None and wanted > there:
+        if wanted is not None and wanted > there and not start.is_random:
             raise TeachonceError(
                 f"{address}.{name}",
                 f"{wanted}, but the model has {there}",
                 f"set it to {there} or less",
             )
-    width, count, size = hidden or own.hidden, heads or own.heads, own.head_size
+    width, count = hidden or own.hidden, heads or own.heads
+    size = width if start.is_random else own.head_size
     if width % count or width // count > size:
         fitting = [n for n in range(1, own.heads + 1) if width % n == 0 and width // n <= size]
         raise TeachonceError(
             f"{address}.heads",
-            f"{count} heads of {width} / {count} values, which must be a whole number, and at most the "
-            f"model's own {size}",
+            f"{count} heads of {width} / {count} values, which must be a whole number"
+            + ("" if start.is_random else f", and at most the model's own {size}"),
             f"set it to {' or '.join(map(str, fitting))}"
             if fitting
             else f"set hidden to a multiple of {own.heads}",

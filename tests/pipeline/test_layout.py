@@ -133,6 +133,7 @@ def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
     half = settings["starts"]["half"]
     settings["starts"] = {"half": half, "whole": whole, "table": table}
     settings["starts"]["tiny"] = half | {"vocabulary": 9000}
+    settings["starts"]["new"] = {"from": None, "layers": 2, "like": "some/model"}
     settings["students"] = {
         "kd": {"recipe": "kd", "start": "half"},
         "small": {"recipe": "ckd", "start": "whole"},
@@ -145,6 +146,7 @@ def test_what_models_are_made_of_is_told_in_a_few_words(tmp_path):
         "whole": "all layers of some/model",
         "table": "a table of tokens of teacher",
         "tiny": f"layers {layers} of teacher, fewer tokens",
+        "new": "2 layers like some/model, drawn at random",
         "kd": f"recipe kd, start half (layers {layers} of teacher)",
         "small": "recipe ckd, start whole (all layers of some/model)",
         "kd-finetuned": "kd, then labelled rows",

@@ -1612,6 +1612,39 @@ def test_check_refuses_a_start_that_cannot_be_trained_or_exported(project):
     assert found.keys() == {"export.model"}
 
 
+def test_check_says_which_starts_cannot_be_drawn_at_random(project):
+    shutil.rmtree(project / "teacher")
+    make_transformer(project / "teacher", BERT, LAYERS)
+    words = make_model(project / "words")
+    modules = [{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]
+    (words / "modules.json").write_text(json.dumps(modules))
+
+    def change(content, teacher=None):
+        content["starts"] = {
+            "half": {"from": None, "layers": None},
+            "new": {"from": None, "layers": 1, "hidden": 1024, "heads": 8, "intermediate": 5000},
+            "odd": {"from": None, "layers": 1, "hidden": 1023},
+            "many": {"from": None, "layers": 99},
+            "bag": {"from": None, "layers": None, "like": "words"},
+            "none": {"from": None, "layers": None, "like": "not/there"},
+        }
+        if teacher is not None:
+            content["embed"]["teacher"] = teacher
+
+    found = problems_of(project, change)
+    assert {address: problem.split(",")[0] for address, problem in found.items()} == {
+        "starts.odd.heads": "12 heads of 1023 / 12 values",
+        "starts.many.layers": f"99 layers of {BERT['num_hidden_layers']}",
+        "starts.bag.like": "a start that is drawn at random is like a transformer and its pooling",
+        "starts.none.like": found["starts.none.like"].split(",")[0],
+    }
+    problem = (
+        "that of the teacher, but embed.teacher stands for imported vectors: name a model in like"
+    )
+    found = problems_of(project, lambda content: change(content, "imported:a"))
+    assert found["starts.new.like"] == problem
+
+
 def test_check_refuses_what_a_static_student_cannot_do(project):
     def change(content):
         content["starts"]["table"] = {
