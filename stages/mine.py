@@ -10,6 +10,9 @@ With `mine.pool` only so many rows can be found, drawn at random: the time grows
 not with its square. The 64 nearest of a pool of 1 % are about the 6,400 nearest of all, so they are still
 hard, and fewer of them say the same as the row itself.
 
+Exact lists are the same bits whichever way they are found (mining/cosines.py), so those of a corpus that
+has grown are merged from earlier ones (mining/growth.py).
+
 Held-out and evaluation rows neither get lists nor appear in any: their lists are empty.
 
 This file is long because the stage and the miner share how shards are grouped, searched and published.
@@ -28,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stages.mining.filters import RULES, keep_first, reject
+from stages.mining.filters import RULES, Lists, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import AMONG, MineParams
 from storage.column import matrix_of, text_keys_of
@@ -39,12 +42,14 @@ from storage.manifest import Manifest, fingerprint
 from storage.negatives import NONE, put_negatives
 from storage.roles import ROLES, Role
 from storage.split import Split, drawn
-from storage.store import Object, Store, digest
+from storage.store import Object, Store
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.mining.cosines import IdsAndCosines
     from stages.mining.faiss_search import NearestRows
+    from stages.mining.growth import Earlier, Growth
     from stages.mining.self_join import FlatCost, JoinCost, RowsOf
 
 VERSION = 1
@@ -59,6 +64,9 @@ EXACT_ROWS = {"cpu": 400_000, "cuda": 4_000_000}
 
 LONGEST_JOIN = 128  # longest lists of a self-join
 QUERY_ROWS = 8192  # rows searched together: 256 rows take FAISS as long as 1,500
+MERGED_ROWS = 16 * QUERY_ROWS  # rows whose lists are merged together: those searched again are few
+UNSURE_ROWS = 256  # compared with all rows at a time, since of equal cosines there may be very many
+SPARE = 8  # candidates found beyond those looked at, to see which of nearly equal cosines belong to them
 RECALL_ROWS = 1024  # rows in the sample that measures an approximate index's recall
 
 SCORE_BINS = 2001  # of 0.001 cosine: bin 0 is -1, bin 2000 is 1
@@ -196,7 +204,7 @@ class ExactCosts:
         on_gpu = self.device.type == "cuda"
         available = torch.cuda.mem_get_info(self.device)[0] if on_gpu else self.memory
         one = self.rows_of(np.zeros(1, np.int64))
-        size = join_bytes(rows, self.k, one.shape[1], one.itemsize, tile=self.tile)
+        size = join_bytes(rows, self.k + SPARE, one.shape[1], one.itemsize, tile=self.tile)
         limits = FEWEST_JOINED <= rows <= EXACT_ROWS[self.device.type] and self.k <= LONGEST_JOIN
         return limits and size <= available
 
@@ -212,7 +220,9 @@ def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) 
 
 def parent_of(embeddings: Embeddings, split: Split) -> str:
     """Returns the digest of what lists depend on besides the recipe: all vectors and the split."""
-    return digest(embeddings.manifest.content.encode(), split.content.encode())
+    from stages.mining import growth
+
+    return growth.parent_of(embeddings.manifest, split)
 
 
 def run(
@@ -258,24 +268,23 @@ def run(
     todo = [shard for shard in of_share if published[keys[shard]] is None]
     log.info("mine: %d of %d shards are in the store", len(of_share) - len(todo), len(of_share))
     progress = Progress("mine", total=sum(corpus.objects[s].rows for s in todo), unit="rows")
+    found: Counter[str] = Counter()
+    earlier = _earlier(negatives_recipe, corpus, embeddings, split, store) if todo else None
     for role in dict.fromkeys(map(corpus.role_of, todo)):
         shards = [shard for shard in todo if corpus.role_of(shard) == role]
-        miner = Miner(
-            params,
-            corpus=corpus,
-            embeddings=embeddings,
-            train=asking[role],
-            among=pools[params.among[role]],
-        )
-        asked = sum(miner.train_rows_of(shard) for shard in shards)
+        among = pools[params.among[role]]
+        miner = Miner(params, corpus=corpus, embeddings=embeddings, train=asking[role], among=among)
+        miner.grow(earlier, role)
         # The settings of an index are those for so many rows.
-        its_index = index if len(miner.among) == largest(pools) else None
-        search = miner.search(its_index, asked=asked, device=device)
+        its_index = index if len(among) == largest(pools) else None
+        search = miner.search(its_index, asked=miner.rows_to_search(shards), device=device)
         for group in miner.groups(shards):
             for shard, lists in zip(group, miner.mine(search, group), strict=True):
                 published[keys[shard]] = _put(store, keys[shard], lists, corpus.batch(shard))
                 progress.advance(corpus.objects[shard].rows)
+        found += miner.found
     account = f"{len(todo)} shards mined, {len(of_share) - len(todo)} found in the store"
+    account += _account_of(found)
     if share is not None:
         return Outcome(
             stage=f"mine --shards {share}",
@@ -305,6 +314,31 @@ def run(
     )
 
 
+def _earlier(
+    made_of: Mapping[str, Any],
+    corpus: Corpus,
+    embeddings: Embeddings,
+    split: Split,
+    store: Store,
+) -> Earlier | None:
+    """Returns earlier lists of the same recipe; None if there are none, or by an approximate index."""
+    from stages.mining.growth import find_earlier
+
+    if "index" in made_of:
+        return None
+    return find_earlier(made_of, corpus, embeddings, split, store)
+
+
+def _account_of(found: Mapping[str, int]) -> str:
+    """Returns what was done with earlier lists, as the end of a sentence."""
+    if not found:
+        return ""
+    return (
+        f"; of the earlier lists {found['kept']:,} kept and {found['merged']:,} merged, "
+        f"{found['searched']:,} searched"
+    )
+
+
 def _put(store: Store, key: str, lists: ShardLists, texts: pa.RecordBatch) -> Object:
     return put_negatives(
         store,
@@ -313,6 +347,7 @@ def _put(store: Store, key: str, lists: ShardLists, texts: pa.RecordBatch) -> Ob
         scores=lists.scores,
         text_keys=text_keys_of(texts),
         facts=lists.facts,
+        rejected=lists.rejected,
     )
 
 
@@ -397,11 +432,13 @@ class ShardLists:
         neighbours: (rows, neighbours) row ids, -1 for none.
         scores: (rows, neighbours) cosines, descending, 0 for none.
         facts: Counts for the header of its object.
+        rejected: (rows, rules) what each rule rejected; None of approximate lists.
     """
 
     neighbours: NDArray[np.int64]
     scores: NDArray[np.float32]
     facts: dict[str, int]
+    rejected: NDArray[np.uint16] | None
 
 
 class Miner:
@@ -436,6 +473,10 @@ class Miner:
         self.known = train if self.is_among_itself else np.concatenate([self.among, train])
         self.first_asking = len(self.known) - len(train)
         self.k = min(params.range_max + 1, len(self.among))
+        self.wide = min(self.k + SPARE, len(self.among))
+        self.growth: Growth | None = None
+        # Of rows with earlier lists and others: how many are kept, merged or searched.
+        self.found: Counter[str] = Counter()
         # Sample rows of the recall measurement, and how many of their k nearest the index returned.
         self.recall_rows: NDArray[np.int64] | None = None
         self.recall_found = np.empty(0, np.int64)
@@ -443,24 +484,58 @@ class Miner:
         # candidates (id, cosine, text key, masks of the filters: 64 bytes), and for FAISS itself.
         vector, quarter = embeddings.dim * 4, params.memory_mb << 18
         self.block_rows = max(1024, quarter // vector)
-        self.query_rows = int(np.clip(quarter // (vector + 64 * self.k), 64, QUERY_ROWS))
+        self.query_rows = int(np.clip(quarter // (vector + 64 * self.wide), 64, QUERY_ROWS))
 
     def train_rows_of(self, shard: int) -> int:
         """Returns the number of training rows in a shard."""
         return len(self._places(shard))
 
     def groups(self, todo: Sequence[int]) -> list[list[int]]:
-        """Group consecutive shards of `todo` to be searched together, up to about `query_rows` rows."""
+        """Group consecutive shards of `todo` to be searched together, up to about `query_rows` rows.
+
+        Where earlier lists are merged, of more rows, of which few are searched.
+        """
         groups: list[list[int]] = []
         rows_left = 0
+        most = self.query_rows if self.growth is None else MERGED_ROWS
         for shard in todo:
             rows = self.train_rows_of(shard)
             if not groups or rows > rows_left:
                 groups.append([])
-                rows_left = self.query_rows
+                rows_left = most
             groups[-1].append(shard)
             rows_left -= rows
         return groups
+
+    def grow(self, earlier: Earlier | None, role: Role) -> None:
+        """Merge earlier lists from now on, if rows of a role have some and that is less work.
+
+        Args:
+            earlier: The earlier lists; None if there are none.
+            role: The role of the rows that ask.
+        """
+        from stages.mining.growth import growth_of
+
+        if earlier is None:
+            return
+        before = earlier.corpus
+        asking = rows_of_roles(self.params, before, earlier.split.train_rows(before))
+        self.growth = growth_of(
+            self.params,
+            earlier,
+            asking=self.train,
+            among=self.among,
+            old_among=pools_of(self.params, before, asking)[self.params.among[role]],
+            text_keys=self.corpus.text_keys,
+            unit_of=self._unit,
+        )
+
+    def rows_to_search(self, shards: Sequence[int]) -> int:
+        """Returns the number of rows of some shards without earlier lists."""
+        if self.growth is None:
+            return sum(self.train_rows_of(shard) for shard in shards)
+        rows = [self.known[self._places(shard)] for shard in shards]
+        return int((self.growth.earlier.old_ids[np.concatenate(rows)] < 0).sum())
 
     def search(
         self, index: Mapping[str, Any] | None, *, asked: int, device: torch.device
@@ -473,9 +548,13 @@ class Miner:
             TeachonceError: FAISS is needed and not installed, the index misses too much whatever it looks
                 at, or `auto` would search exactly for longer than `mine.most_hours`.
         """
+        from stages.mining.cosines import nearest_first
         from stages.mining.faiss_search import ApproximateSearch, hits_in
 
         rows = len(self.among)
+        if self.growth is not None:
+            self._check_hours(asked, device)
+            return self.flat(device)
         if index is None or not asked:
             self._check_hours(asked, device)
             return self._exact(asked, device)
@@ -484,7 +563,9 @@ class Miner:
         asking = len(self.train)
         sample = np.sort(draw.choice(asking, min(asking, RECALL_ROWS), replace=False))
         sample += self.first_asking
-        exact = self.flat(device).nearest(sample)
+        ids, cosines = self.flat(device).nearest(sample)
+        exact = nearest_first(sample, (ids, cosines))
+        exact = exact[0][:, : self.k], exact[1][:, : self.k]
         self.recall_rows, self.recall_found = sample, hits_in(search.nearest(sample), exact)
         while self._recall < self.params.min_recall and search.look_at_more():
             self.recall_found = hits_in(search.nearest(sample), exact)
@@ -548,7 +629,7 @@ class Miner:
         join = SelfJoin(
             self.rows_of,
             rows,
-            self.k,
+            self.wide,
             device=costs.device,
             product=cost.product,
             tile=costs.tile,
@@ -563,7 +644,7 @@ class Miner:
         from stages.mining.faiss_search import FlatSearch
 
         return FlatSearch(
-            self.unit_rows, len(self.among), self.k, block_rows=self.block_rows, device=device
+            self.unit_rows, len(self.among), self.wide, block_rows=self.block_rows, device=device
         )
 
     def rows_of(self, places: NDArray[np.int64]) -> NDArray[np.floating]:
@@ -572,42 +653,100 @@ class Miner:
 
     def unit_rows(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
         """Returns (m, dim) float32 vectors of unit length of training rows, by their place in `known`."""
-        vectors = np.empty((len(places), self.embeddings.dim), np.float32)
-        for first in range(
-            0, len(places), 256
-        ):  # small blocks need little memory for intermediates
-            block = self.rows_of(places[first : first + 256]).astype(np.float32)
-            block /= np.linalg.norm(block, axis=1, keepdims=True)
-            vectors[first : first + 256] = block
+        return self._unit(self.known[places])
+
+    def _unit(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `unit_rows`, by row id."""
+        from stages.mining.cosines import lengths
+
+        vectors = np.empty((len(rows), self.embeddings.dim), np.float32)
+        for first in range(0, len(rows), 256):  # small blocks need little memory for intermediates
+            block = self.embeddings.rows_of(rows[first : first + 256])
+            vectors[first : first + 256] = block.astype(np.float32) / lengths(block)
         return vectors
 
     def mine(self, search: NearestRows, shards: Sequence[int]) -> list[ShardLists]:
-        """Search some shards together, and keep the neighbours that no rule rejects."""
+        """Search some shards together, and keep the neighbours that no rule rejects.
+
+        Lists that follow from earlier ones are not searched.
+        """
         places = np.concatenate([self._places(shard) for shard in shards])
-        neighbours = np.full((len(places), self.params.neighbours), NONE, np.int64)
-        scores = np.zeros((len(places), self.params.neighbours), np.float32)
-        rejected_counts = np.zeros((len(places), len(RULES)), np.int64)
-        for first in range(0, len(places), self.query_rows):
-            block = slice(first, first + self.query_rows)
-            neighbour_ids, cosines = search.nearest(places[block])
-            neighbour_ids = np.where(neighbour_ids >= 0, self.known[neighbour_ids], NONE)
-            rejected = reject(
-                self.params,
-                neighbour_ids,
-                cosines,
-                own=self.known[places[block]],
-                text_keys=self.corpus.text_keys,
-            )
-            is_rejected = np.logical_or.reduce([neighbour_ids == NONE, *rejected.values()])
-            neighbours[block], scores[block] = keep_first(
-                neighbour_ids, cosines, ~is_rejected, self.params.neighbours
-            )
-            rejected_counts[block] = np.stack(
-                [rejected[rule].sum(axis=1) for rule in RULES], axis=1
-            )
+        lists, todo = Lists.empty(len(places), self.params.neighbours), np.arange(len(places))
+        if self.growth is not None:
+            known = self.growth.lists(self.known[places])
+            lists, todo = known.lists, np.flatnonzero(~known.is_known)
+            kept = len(places) - len(todo) - known.merged
+            self.found.update(kept=kept, merged=known.merged, searched=len(todo))
+        for first in range(0, len(todo), self.query_rows):
+            block = todo[first : first + self.query_rows]
+            lists.put(block, self._searched(search, places[block]))
         ends = np.cumsum([self.train_rows_of(shard) for shard in shards])[:-1]
-        parts = (np.split(values, ends) for values in (places, neighbours, scores, rejected_counts))
-        return [self._of_shard(*part) for part in zip(shards, *parts, strict=True)]
+        columns = places, lists.neighbours, lists.scores, lists.rejected
+        parts = (np.split(values, ends) for values in columns)
+        return [
+            self._of_shard(*part, is_exact=search.is_exact)
+            for part in zip(shards, *parts, strict=True)
+        ]
+
+    def _searched(self, search: NearestRows, places: NDArray[np.int64]) -> Lists:
+        """Returns the lists of some rows, by their places in `known`, searched."""
+        from stages.mining.cosines import nearest_first
+
+        own, found = self.known[places], search.nearest(places)
+        found = np.where(found[0] >= 0, self.known[found[0]], NONE), found[1]
+        if not search.is_exact:
+            return self._filtered(own, found)
+        found = nearest_first(own, found)
+        lists = self._filtered(own, (found[0][:, : self.k], found[1][:, : self.k]))
+        unsure = np.flatnonzero(self._are_unsure(lists, found[1]))
+        for first in range(0, len(unsure), UNSURE_ROWS):
+            some = unsure[first : first + UNSURE_ROWS]
+            window = self._window(own[some], found[1][some, self.k - 1])
+            lists.put(some, self._filtered(own[some], window))
+        return lists
+
+    def _filtered(self, own: NDArray[np.int64], found: IdsAndCosines) -> Lists:
+        """Returns lists made of candidates in order: what no rule rejects, and what each rule rejected."""
+        rejected = reject(self.params, *found, own=own, text_keys=self.corpus.text_keys)
+        is_rejected = np.logical_or.reduce([found[0] == NONE, *rejected.values()])
+        neighbours, scores = keep_first(*found, ~is_rejected, self.params.neighbours)
+        counts = np.stack([rejected[rule].sum(axis=1) for rule in RULES], axis=1)
+        return Lists(neighbours, scores, counts)
+
+    def _are_unsure(self, lists: Lists, cosines: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """(m,) True for lists that depend on who takes the last places of the window, where that is open.
+
+        What was not found has at most the cosine of the last that was, but for last bits. If that is not
+        farther than the last of the window, it may belong there. Mostly it does not matter: the list was
+        full before, or all that can stand there is rejected by one and the same rule.
+        """
+        from stages.mining.cosines import margin
+
+        if self.wide == len(self.among):
+            return np.zeros(len(cosines), bool)
+        last = cosines[:, self.k - 1]
+        most = cosines[:, -1] + 2 * np.float32(margin(self.embeddings.dim))
+        lowest = -2.0 if self.params.min_score is None else self.params.min_score
+        is_full_before = (lists.neighbours[:, -1] != NONE) & (last >= lowest)
+        is_full_before &= lists.scores[:, -1] > most
+        is_one_rule = (last > self.params.max_score) | (most < lowest)
+        does_not_matter = (is_full_before | is_one_rule) & self._texts_differ
+        is_unsure: NDArray[np.bool_] = (last <= most) & ~does_not_matter
+        return is_unsure
+
+    @cached_property
+    def _texts_differ(self) -> bool:
+        """Whether no text stands twice among the rows, as is so of every corpus that `shard` makes."""
+        keys = self.corpus.text_keys[np.union1d(self.among, self.train)]
+        return len(np.unique(keys.view("S16"))) == len(keys)
+
+    def _window(self, own: NDArray[np.int64], last: NDArray[np.float32]) -> IdsAndCosines:
+        """Returns the k candidates of (m,) rows in order, whose last has a cosine of `last` or more."""
+        from stages.mining.cosines import close_pairs, first_of_each, margin
+
+        limits = np.minimum(last, np.float32(1 - margin(self.embeddings.dim)))  # it has itself
+        rows, ids, cosines = close_pairs(self._unit(own), limits, self._unit, self.among)
+        return first_of_each(own, rows, ids, cosines, self.k)
 
     def _of_shard(
         self,
@@ -616,12 +755,17 @@ class Miner:
         neighbours: NDArray[np.int64],
         scores: NDArray[np.float32],
         rejected_counts: NDArray[np.int64],
+        *,
+        is_exact: bool,
     ) -> ShardLists:
         """Returns the lists of a whole shard; rows that are not for training get empty ones."""
         rows = self.known[places] - self.corpus.starts[shard]
         shape = (self.corpus.objects[shard].rows, self.params.neighbours)
         all_neighbours, all_scores = np.full(shape, NONE, np.int64), np.zeros(shape, np.float32)
         all_neighbours[rows], all_scores[rows] = neighbours, scores
+        all_rejected = np.zeros((shape[0], len(RULES)), np.uint16) if is_exact else None
+        if all_rejected is not None:
+            all_rejected[rows] = rejected_counts
         facts = {
             rule: int(count) for rule, count in zip(RULES, rejected_counts.sum(axis=0), strict=True)
         }
@@ -631,7 +775,7 @@ class Miner:
             tried = np.isin(self.recall_rows, places)
             facts["recall_wanted"] = int(tried.sum()) * self.k
             facts["recall_found"] = int(self.recall_found[tried].sum())
-        return ShardLists(all_neighbours, all_scores, facts)
+        return ShardLists(all_neighbours, all_scores, facts, all_rejected)
 
     def _places(self, shard: int) -> NDArray[np.int64]:
         """Returns the places in `known` of one shard's rows."""

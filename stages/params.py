@@ -323,7 +323,7 @@ class MineParams(Section):
 
     neighbours: PositiveInt  # kept per row
     range_min: NonNegativeInt  # nearest neighbours skipped, after the filters below
-    range_max: PositiveInt  # nearest neighbours looked at
+    range_max: Annotated[int, Field(ge=1, le=65_534)]  # nearest neighbours looked at
     max_score: Cosine  # a neighbour above this is a near duplicate, not a negative
     min_score: Cosine | None
     index: Literal["auto", "flat", "ivf", "hnsw"]  # flat: exact

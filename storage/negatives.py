@@ -18,11 +18,14 @@ from storage.store import Object, Store, remake_command
 NONE = -1
 """Fills the list of a row that has too few neighbours; its score is 0."""
 
+COUNTED_RULES = 5
+"""Rules that reject candidates; exact lists stand with what each of them rejected."""
+
 
 def row_bytes(neighbours: int) -> int:
-    """Returns the bytes of a row in an object of negatives, without the object's header of about 1 kB."""
+    """Returns the bytes of a row of exact lists, without the object's header of about 1 kB."""
     place = np.dtype(np.int64).itemsize + np.dtype(np.float32).itemsize
-    return TEXT_KEY_BYTES + neighbours * place
+    return TEXT_KEY_BYTES + neighbours * place + COUNTED_RULES * np.dtype(np.uint16).itemsize
 
 
 def put_negatives(
@@ -33,12 +36,27 @@ def put_negatives(
     scores: NDArray[np.float32],
     text_keys: NDArray[np.bytes_],
     facts: dict[str, int],
+    rejected: NDArray[np.uint16] | None = None,
 ) -> Object:
-    """Publish the negatives of one shard: (rows, k) ids, descending (rows, k) cosines."""
-    batch = pa.record_batch(
-        [text_key_array(text_keys), fixed_lists(neighbours), fixed_lists(scores)],
-        names=["text_key", "neighbours", "scores"],
-    )
+    """Publish the negatives of one shard.
+
+    Args:
+        store: The store.
+        key: The key of the object.
+        neighbours: (rows, k) row ids.
+        scores: (rows, k) cosines, descending.
+        text_keys: (rows,) V16 text keys.
+        facts: Counts for the header.
+        rejected: (rows, rules) how many candidates each rule rejected; None of approximate lists.
+    """
+    columns = {
+        "text_key": text_key_array(text_keys),
+        "neighbours": fixed_lists(neighbours),
+        "scores": fixed_lists(scores),
+    }
+    if rejected is not None:
+        columns["rejected"] = fixed_lists(rejected)
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
     return store.put(key, batch, facts)
 
 
@@ -77,6 +95,19 @@ class Negatives(Column):
         if neighbours is None or scores is None:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         return neighbours, scores
+
+    @property
+    def have_counts(self) -> bool:
+        """Whether each list stands with what each rule rejected. Those of older versions do not."""
+        shards = range(len(self.objects))
+        return all("rejected" in self.batch(shard).schema.names for shard in shards)
+
+    def rejected_of(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(n, rules) how many candidates of rows `ids` each rule rejected; only if they `have_counts`."""
+        rejected = np.zeros((len(ids), COUNTED_RULES), np.int64)
+        for shard, places, rows in self.by_shard(ids):
+            rejected[places] = matrix_of(self.batch(shard), "rejected")[rows]
+        return rejected
 
     def _check_ids(self, shard: int, ids: NDArray[Any]) -> None:
         """Raise DamagedError if an id is no row of the corpus; numpy would read -2 as the last but one."""

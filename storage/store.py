@@ -81,7 +81,8 @@ COLUMNS = {
         "mixes": rf"first: int32, second: int32, ratio: float, {VECTOR}",
         "tokens": r"token_ids: large_list<item: int32>",
         "negatives": r"neighbours: fixed_size_list<item: int64>\[([1-9][0-9]*)\], "
-        r"scores: fixed_size_list<item: float>\[\1\]",
+        r"scores: fixed_size_list<item: float>\[\1\]"
+        r"(, rejected: fixed_size_list<item: uint16>\[[1-9][0-9]*\])?",
     }.items()
 }
 

@@ -6,20 +6,16 @@ and (m, k) float32 cosines, descending. The row itself is among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stages.mining.cosines import IdsAndCosines, UnitRows, exact_of
 from storage.errors import TeachonceError
 from storage.negatives import NONE
-
-IdsAndCosines = tuple[NDArray[np.int64], NDArray[np.float32]]
-
-UnitRows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-"""(m,) row numbers -> (m, dim) float32 vectors of unit length."""
 
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
@@ -27,7 +23,12 @@ MOST_EFFORT = 16  # times what an index looks at first; beyond, exact search is 
 
 
 class NearestRows(Protocol):
-    """A search for the nearest rows of given rows."""
+    """A search for the nearest rows of given rows.
+
+    What `is_exact` leaves out is no nearer than the last that it returns, but for last bits of a product.
+    """
+
+    is_exact: ClassVar[bool]
 
     def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """(m,) row numbers -> (m, k) row numbers and cosines."""
@@ -44,6 +45,8 @@ class FlatSearch:
         device: The device; a GPU is used only if FAISS was built for it.
     """
 
+    is_exact: ClassVar[bool] = True
+
     def __init__(
         self, unit_rows: UnitRows, rows: int, k: int, *, block_rows: int, device: torch.device
     ) -> None:
@@ -59,8 +62,8 @@ class FlatSearch:
         queries = self.unit_rows(rows)
         heap = self.faiss.ResultHeap(len(rows), self.k, keep_max=True)
         for first, block in self._blocks():
-            cosines, places = self._knn(queries, block, min(self.k, len(block)))
-            heap.add_result(cosines, np.where(places >= 0, places + first, NONE))
+            _, places = self._knn(queries, block, min(self.k, len(block)))
+            heap.add_result(exact_of(queries, block, places), places + first)
         heap.finalize()
         return heap.I, heap.D
 
@@ -90,6 +93,8 @@ class ApproximateSearch:
         k: Neighbours per row, 1 <= k <= rows.
         index: What `index_settings` returned.
     """
+
+    is_exact: ClassVar[bool] = False
 
     def __init__(self, unit_rows: UnitRows, rows: int, k: int, *, index: Mapping[str, Any]) -> None:
         self.unit_rows, self.k = unit_rows, k

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +12,36 @@ from stages.params import MineParams
 from storage.negatives import NONE
 
 RULES = ("itself", "same_text", "above_max_score", "below_min_score", "before_range_min")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of n rows.
+
+    Args:
+        neighbours: (n, neighbours) row ids, -1 for none.
+        scores: (n, neighbours) cosines, descending, 0 for none.
+        rejected: (n, rules) how many candidates each rule rejected.
+    """
+
+    neighbours: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    rejected: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, rows: int, neighbours: int) -> Self:
+        """Returns lists without neighbours."""
+        return cls(
+            np.full((rows, neighbours), NONE, np.int64),
+            np.zeros((rows, neighbours), np.float32),
+            np.zeros((rows, len(RULES)), np.int64),
+        )
+
+    def put(self, places: NDArray[np.int64], lists: Self) -> None:
+        """Replace the lists at (m,) places."""
+        self.neighbours[places] = lists.neighbours
+        self.scores[places] = lists.scores
+        self.rejected[places] = lists.rejected
 
 
 def reject(

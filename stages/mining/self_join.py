@@ -11,7 +11,7 @@ Nearly all of the time goes into the n * n * dim multiplications of all cosines.
    are then nearly final before the rest is multiplied.
 
 The lists are those of comparing every pair in float32. Which of two rows with equal cosines takes the
-last place of a list is not defined, here as elsewhere.
+last place of a list is not defined; whoever needs to know asks for some more places.
 
 The margin. Let x, y be unit rows in float32 and x', y' what they are in bfloat16, each off by at most
 `e` in length (measured, over all rows). Then
@@ -31,16 +31,17 @@ limits and the order of the tiles are all as described here.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stages.mining.cosines import exact, lengths, margin
 from stages.mining.faiss_search import FlatSearch
 from stages.outcome import seconds_of
 
@@ -77,6 +78,8 @@ class SelfJoin:
         product: bfloat16, or float32 where that is faster (see `join_cost`).
         tile: Rows of a tile, a multiple of 32.
     """
+
+    is_exact: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -126,21 +129,20 @@ class SelfJoin:
         largest_error = 0.0
         for block in range(self.blocks):
             first = block * self.tile
-            stored = torch.from_numpy(rows_of(self.order[first : first + self.tile])).to(
-                self.device
-            )
+            as_stored = rows_of(self.order[first : first + self.tile])
+            stored = torch.from_numpy(as_stored).to(self.device)
             if block == 0:
                 shape = (self.blocks * self.tile, stored.shape[1])
                 self.vectors = torch.zeros(shape, dtype=stored.dtype, device=self.device)
                 self.lengths = torch.ones(shape[0], 1, device=self.device)
             block_rows = slice(first, first + len(stored))
             self.vectors[block_rows] = stored
-            self.lengths[block_rows] = stored.float().norm(dim=1, keepdim=True)
+            self.lengths[block_rows] = torch.from_numpy(lengths(as_stored)).to(self.device)
             unit = self._unit(block)
             largest_error = max(
                 largest_error, float((unit - unit.to(self.product).float()).norm(dim=1).max())
             )
-        self.margin = largest_error * (2 + largest_error) + shape[1] * 2.0**-22
+        self.margin = largest_error * (2 + largest_error) + margin(shape[1])
 
     def _unit(self, block: int) -> torch.Tensor:
         """Returns (tile, dim) float32 rows of unit length; zeros past the last row."""
@@ -312,25 +314,6 @@ def not_below(
 def _ascending(bits: torch.Tensor) -> torch.Tensor:
     """Bits of floats as integers of the same order: those of negative floats run backwards."""
     return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
-
-
-def exact(
-    own: torch.Tensor, theirs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """Returns (m,) float32 dot products of ascending rows `rows` of `own` and `columns` of `theirs`."""
-    ends = torch.bincount(rows, minlength=len(own)).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        pairs = torch.sparse_csr_tensor(
-            torch.nn.functional.pad(ends, (1, 0)),
-            columns,
-            torch.zeros(len(rows), device=own.device),
-            (len(own), len(theirs)),
-            check_invariants=False,
-        )
-    # Only the named places of the product are made: a third of the time of taking the rows first.
-    dots: torch.Tensor = torch.sparse.sampled_addmm(pairs, own, theirs.T, beta=0.0).values()
-    return dots
 
 
 def similar_order(rows_of: RowsOf, rows: int, block: int) -> NDArray[np.int64]:

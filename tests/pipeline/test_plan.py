@@ -248,6 +248,7 @@ def test_bytes_are_those_of_the_files(place, storage):
         scores=np.zeros((2000, 16), np.float32),
         text_keys=keys,
         facts={},
+        rejected=np.zeros((2000, negatives.COUNTED_RULES), np.uint16),
     )
     assert entry.bytes == pytest.approx(2000 * negatives.row_bytes(16), rel=0.01)
 
