@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from stages.mining.filters import RULES, Lists, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import AMONG, MineParams
+from storage import durable
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus, ShardSlice
 from storage.embeddings import Embeddings
@@ -300,6 +301,8 @@ def run(
         check_recall(counts["recall"], params.min_recall, index)
     write_json(facts, counts)
     manifest.save(out, store)
+    if index is not None:
+        _remove_indexes(index, embeddings, pools)
     if is_noticeable(counts["short_lists"], len(train)):
         log.warning("mine: %s", short_lists_warning(counts, params))
     recall = "" if index is None else f"{index['name']} with recall {counts['recall']:.3f}; "
@@ -327,6 +330,18 @@ def _earlier(
     if "index" in made_of:
         return None
     return find_earlier(made_of, corpus, embeddings, split, store)
+
+
+def _remove_indexes(
+    index: Mapping[str, Any], embeddings: Embeddings, pools: Mapping[Role, NDArray[np.int64]]
+) -> None:
+    """Remove the files of indexes once all lists are there; who has one mapped keeps it."""
+    from stages.mining.faiss_search import file_of
+
+    for among in pools.values():
+        file = file_of(embeddings.store.root, index, embeddings.manifest.content, among)
+        if file.exists():
+            durable.remove(file)
 
 
 def _account_of(found: Mapping[str, int]) -> str:
@@ -549,7 +564,7 @@ class Miner:
                 at, or `auto` would search exactly for longer than `mine.most_hours`.
         """
         from stages.mining.cosines import nearest_first
-        from stages.mining.faiss_search import ApproximateSearch, hits_in
+        from stages.mining.faiss_search import ApproximateSearch, file_of, hits_in
 
         rows = len(self.among)
         if self.growth is not None:
@@ -558,7 +573,10 @@ class Miner:
         if index is None or not asked:
             self._check_hours(asked, device)
             return self._exact(asked, device)
-        search = ApproximateSearch(self.unit_rows, rows, self.k, index=index)
+        file = file_of(
+            self.embeddings.store.root, index, self.embeddings.manifest.content, self.among
+        )
+        search = ApproximateSearch(self.unit_rows, rows, self.k, index=index, file=file)
         draw = np.random.default_rng(0)
         asking = len(self.train)
         sample = np.sort(draw.choice(asking, min(asking, RECALL_ROWS), replace=False))

@@ -7,6 +7,7 @@ and (m, k) float32 cosines, descending. The row itself is among them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -14,11 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from stages.mining.cosines import IdsAndCosines, UnitRows, exact_of
+from stages.outcome import log
+from storage import work
 from storage.errors import TeachonceError
 from storage.negatives import NONE
+from storage.store import canonical_json, digest
 
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
+EFFORTS = ("efSearch", "nprobe")  # how much an hnsw and an ivf index look at, by FAISS's names
 MOST_EFFORT = 16  # times what an index looks at first; beyond, exact search is nearly as fast
 
 
@@ -87,36 +92,33 @@ class FlatSearch:
 class ApproximateSearch:
     """Search by an approximate FAISS index, faster than exact search over very many rows.
 
+    The index is a file, built once and mapped by all processes that search it: those of `--shards`, and one
+    that goes on where another was killed.
+
     Args:
         unit_rows: Returns the vectors of given rows.
         rows: Number of rows.
         k: Neighbours per row, 1 <= k <= rows.
         index: What `index_settings` returned.
+        file: Where the index lies, or is to lie; its name says what it is made of (`file_of`).
     """
 
     is_exact: ClassVar[bool] = False
 
-    def __init__(self, unit_rows: UnitRows, rows: int, k: int, *, index: Mapping[str, Any]) -> None:
+    def __init__(
+        self, unit_rows: UnitRows, rows: int, k: int, *, index: Mapping[str, Any], file: Path
+    ) -> None:
         self.unit_rows, self.k = unit_rows, k
         faiss = load_faiss()
-        dim = unit_rows(np.zeros(1, np.int64)).shape[1]
-        if index["name"] == "hnsw":
-            self.index = faiss.IndexHNSWFlat(dim, index["M"], faiss.METRIC_INNER_PRODUCT)
-            self.index.hnsw.efConstruction = index["efConstruction"]
-            self.index.hnsw.efSearch = index["efSearch"]
-        else:
-            quantizer = faiss.IndexFlatIP(dim)
-            self.index = faiss.IndexIVFFlat(
-                quantizer, dim, index["nlist"], faiss.METRIC_INNER_PRODUCT
+        if not work.find(file):
+            built = built_index(unit_rows, rows, index)
+            work.publish(
+                file, lambda take: faiss.write_index(built, faiss.PyCallbackIOWriter(take))
             )
-            self.index.cp.seed = index["seed"]
-            self.index.nprobe = index["nprobe"]
-            draw = np.random.default_rng(index["seed"])
-            sample = draw.choice(rows, min(rows, 64 * index["nlist"]), replace=False)
-            self.index.train(unit_rows(np.sort(sample)))
-        for first in range(0, rows, BUILD_ROWS):
-            self.index.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
-
+            del built
+        log.info("mine: the index is %s", file)
+        self.index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+        setattr(self._owner, self._setting, index[self._setting])
         self.most = MOST_EFFORT * self._looked_at
         if index["name"] == "ivf":
             self.most = min(self.most, 2 * index["nlist"])  # FAISS takes more than all lists as all
@@ -136,7 +138,7 @@ class ApproximateSearch:
 
     @property
     def _setting(self) -> str:
-        return "efSearch" if hasattr(self.index, "hnsw") else "nprobe"
+        return EFFORTS[not hasattr(self.index, "hnsw")]
 
     @property
     def _owner(self) -> Any:  # noqa: ANN401 - FAISS has no types
@@ -151,6 +153,40 @@ class ApproximateSearch:
         """As in `NearestRows`."""
         cosines, places = self.index.search(self.unit_rows(rows), self.k)
         return places, np.where(places >= 0, cosines, -1).astype(np.float32)
+
+
+def built_index(unit_rows: UnitRows, rows: int, index: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Returns an index of all rows, in memory."""
+    faiss = load_faiss()
+    dim = unit_rows(np.zeros(1, np.int64)).shape[1]
+    if index["name"] == "hnsw":
+        built = faiss.IndexHNSWFlat(dim, index["M"], faiss.METRIC_INNER_PRODUCT)
+        built.hnsw.efConstruction = index["efConstruction"]
+    else:
+        quantizer = faiss.IndexFlatIP(dim)
+        built = faiss.IndexIVFFlat(quantizer, dim, index["nlist"], faiss.METRIC_INNER_PRODUCT)
+        built.cp.seed = index["seed"]
+        draw = np.random.default_rng(index["seed"])
+        sample = draw.choice(rows, min(rows, 64 * index["nlist"]), replace=False)
+        built.train(unit_rows(np.sort(sample)))
+    for first in range(0, rows, BUILD_ROWS):
+        built.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
+    return built
+
+
+def file_of(root: Path, index: Mapping[str, Any], vectors: str, among: NDArray[np.int64]) -> Path:
+    """Returns where the index of some rows lies in a store: under the digest of what it is made of.
+
+    Args:
+        root: The folder of the store.
+        index: What `index_settings` returned; how much it looks at is no part of the file.
+        vectors: `content` of the manifest of the vectors.
+        among: (m,) ids of the rows in it.
+    """
+    made_of = {key: value for key, value in index.items() if key not in EFFORTS}
+    made_of |= {"faiss": load_faiss().__version__, "vectors": vectors}
+    name = digest(canonical_json(made_of), np.ascontiguousarray(among).tobytes())
+    return root / work.WORK / f"{name}.faiss"
 
 
 def index_settings(name: str, *, rows: int, k: int) -> dict[str, Any]:

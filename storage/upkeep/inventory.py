@@ -28,12 +28,15 @@ from storage.journal import ANSWERS_PATTERN, JOURNAL, SPENT_PATTERN
 from storage.manifest import Manifest
 from storage.probe import probe_key
 from storage.store import KEY_PATTERN, digest
+from storage.work import WORK_PATTERN
 
 QUARANTINE = "quarantine"
 QUARANTINED_PATTERN = rf"{KEY_PATTERN.replace('/', '_')}-[0-9]{{8}}T[0-9]{{6}}Z-[0-9a-f]{{8}}"
 """Names that `upkeep.quarantine` gives to quarantined objects."""
 
-WRITTEN_PATTERN = rf"{KEY_PATTERN}|{REFS}/{REF_PATTERN}|{trash.MARKS}/{trash.ID_PATTERN}"
+WRITTEN_PATTERN = (
+    rf"{KEY_PATTERN}|{REFS}/{REF_PATTERN}|{trash.MARKS}/{trash.ID_PATTERN}|{WORK_PATTERN}"
+)
 """Names of all files that are written into a store."""
 
 SHOWN_DIGITS = 8
@@ -125,7 +128,7 @@ class Inventory:
 
     Args:
         objects: Files whose name is a key.
-        scratch: Scratch files of living or dead writers.
+        scratch: Scratch files of living or dead writers, and what stages made for themselves.
         answers: Paid answers of an API that stand in no published shard yet.
         aside: Objects that a running or killed gc has taken away and not yet deleted.
         marks: Files that each mark a gc that has begun and not ended.
@@ -205,7 +208,8 @@ def _kind(name: str, mode: int) -> str:
     if folder.partition("/")[0] == JOURNAL:
         return _kind_in_journal(name)
     scratch = re.fullmatch(durable.SCRATCH_PATTERN, last)
-    if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):
+    is_scratch = scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}")
+    if is_scratch or re.fullmatch(WORK_PATTERN, name):
         return "scratch"
     if folder == trash.MARKS and re.fullmatch(trash.ID_PATTERN, last):
         return "mark"

@@ -663,3 +663,46 @@ def test_first_allowed_entries_are_kept_in_order():
     assert np.allclose(scores, [[0.9, 0.7], [0.6, 0], [0, 0]])
     wide, _ = filters.keep_first(found, cosines, allowed, 6)
     assert wide[0].tolist() == [5, 7, 8, NONE, NONE, NONE]
+
+
+def index_files(world):
+    return sorted((world[0].root / "store/work").glob("*.faiss"))
+
+
+@pytest.mark.parametrize("name", ["ivf", "hnsw"])
+def test_an_index_is_built_once_for_all_shares_and_removed_at_the_end(world, monkeypatch, name):
+    settings, built = params(index=name), []
+    build = searches.built_index
+    monkeypatch.setattr(searches, "built_index", lambda *args: built.append(1) or build(*args))
+    run(world, settings, ShardSlice(1, 2))
+    [file] = index_files(world)
+    run(world, settings, ShardSlice(2, 2))
+    assert index_files(world) == [file]
+    assert len(built) == 1
+    outcome, *_ = run(world, settings)
+    assert outcome.facts["recall"] >= 0.9
+    assert not index_files(world)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-9], lambda c: c[:99] + b"x" + c[100:]]
+)
+def test_a_damaged_index_is_built_again(world, monkeypatch, damage):
+    settings = params(index="hnsw")
+    run(world, settings, ShardSlice(1, 2))
+    [file] = index_files(world)
+    whole = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(damage(whole))
+    run(world, settings, ShardSlice(2, 2))
+    assert index_files(world) == [file]
+    assert len(file.read_bytes()) == len(whole)
+    assert "faiss" in str(file)
+
+
+def test_an_index_is_named_by_what_it_is_made_of(tmp_path):
+    rows, index = np.arange(9), {"name": "ivf", "nlist": 7, "nprobe": 1, "seed": 0}
+    name = searches.file_of(tmp_path, index, "v", rows)
+    assert name == searches.file_of(tmp_path, index | {"nprobe": 5}, "v", np.arange(9))
+    others = [(index | {"nlist": 8}, "v", rows), (index, "w", rows), (index, "v", rows[1:])]
+    assert name not in {searches.file_of(tmp_path, *other) for other in others}
