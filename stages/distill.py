@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.learning import ranks
-from stages.learning.batches import epoch_batches, without_some
+from stages.learning.batches import Batches, epoch_batches, without_some
 from stages.learning.candidates import CandidateSource
 from stages.learning.checkpoints import Checkpoints, State
 from stages.learning.loop import TrainingSetup, train
@@ -368,7 +368,7 @@ class DistillTask(nn.Module):
             prompt_tokens=in_prompt,
         )
 
-    def _epoch_batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def _epoch_batches(self, epoch: int) -> Batches:
         return epoch_batches(
             self.rows, batch_size=self.params.batch_size, seed=self.params.seed, epoch=epoch
         )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.learning import ranks
-from stages.learning.batches import epoch_batches, some_rows
+from stages.learning.batches import Batches, epoch_batches, some_rows
 from stages.learning.checkpoints import Checkpoints
 from stages.learning.judges import (
     Labels,
@@ -331,7 +331,7 @@ class FinetuneTask(nn.Module):
             notes=lambda: {"temperature": self.temperature.value()},
         )
 
-    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+    def _batches(self, epoch: int) -> Batches:
         return epoch_batches(
             np.arange(len(self.anchors)),
             batch_size=self.params.batch_size,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from storage import durable, regular
+from storage.column import text_keys_of
 from storage.corpus import Corpus
 from storage.errors import DamagedError, MissingError
 from storage.regular import IrregularError
@@ -85,15 +86,21 @@ class Split(BaseModel):
 
     def train_rows(self, corpus: Corpus) -> NDArray[np.int64]:
         """Ids of the rows that are neither held out nor found in evaluation, ascending."""
-        keep = ~self.is_heldout(corpus.text_keys)
+        keep = ~self._heldout_of(corpus)
         keep[list(self.evaluation)] = False
         return np.flatnonzero(keep)
 
     def heldout_rows(self, corpus: Corpus) -> NDArray[np.int64]:
         """Ids of the rows held out and not found in evaluation, ascending."""
-        keep = self.is_heldout(corpus.text_keys)
+        keep = self._heldout_of(corpus)
         keep[list(self.evaluation)] = False
         return np.flatnonzero(keep)
+
+    def _heldout_of(self, corpus: Corpus) -> NDArray[np.bool_]:
+        """(rows,) True for rows held out; the keys of one shard at a time, so that none stays in memory."""
+        shards = range(len(corpus.objects))
+        parts = [self.is_heldout(text_keys_of(corpus.batch(shard))) for shard in shards]
+        return np.concatenate([np.empty(0, bool), *parts])
 
 
 def drawn(text_keys: NDArray[np.bytes_], count: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.learning import ranks
+from stages.learning.batches import Batches
 from stages.learning.checkpoints import (
     Checkpoints,
     State,
@@ -60,7 +61,7 @@ class TrainingSetup:
         evaluated: Receives each score, the same on all ranks, before the notes are asked for.
     """
 
-    batches: Callable[[int], list[NDArray[np.int64]]]
+    batches: Callable[[int], Batches]
     loss: Callable[[NDArray[np.int64], int], tuple[Tensor, Sequence[float | None]]]
     score: Callable[[], float]
     score_name: str

@@ -507,6 +507,21 @@ def test_an_epoch_visits_each_row_once_in_whole_batches():
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.2
 
 
+@pytest.mark.parametrize(("of_a_row", "beyond"), [(4, 0), (8, 2**40)])
+def test_an_epoch_has_the_order_of_a_permutation_of_places_in_the_narrowest_type(of_a_row, beyond):
+    rows = np.arange(1_000) * 7 + beyond
+    batches = epoch_batches(rows, batch_size=64, seed=3, epoch=2)
+    assert batches.order.itemsize == of_a_row
+    order = rows[np.random.default_rng([3, 2]).permutation(1_000)]
+    assert len(batches) == 15
+    for place, batch in enumerate(batches):
+        assert batch.dtype == np.int64
+        assert (batch == order[64 * place :][:64]).all()
+    assert (batches[-1] == order[64 * 14 : 64 * 15]).all()
+    with pytest.raises(IndexError):
+        batches[15]
+
+
 def test_an_epoch_has_an_address():
     def batches(seed, epoch):
         return np.stack(
