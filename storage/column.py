@@ -6,6 +6,8 @@ lazily: an object is mapped, checked and compared with its texts when a row of i
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -23,6 +25,15 @@ TEXT_KEY = pa.binary(TEXT_KEY_BYTES)
 MAPS = 4096
 """Number of mapped objects that a column caches, least recently used first out. A student reads four or
 five columns, and Linux allows a process 65,530 maps."""
+
+READ_WHOLE_BYTES = 1 << 20
+"""Size of a file below which `expect` leaves it to the system what is read of it."""
+
+SCATTERED = 4
+"""Rows of which fewer than one in so many are read are scattered."""
+
+LIBC = ctypes.CDLL(None)
+"""The C library of this process: Python's own `madvise` is a method of its maps, which hold descriptors."""
 
 
 class Column:
@@ -184,6 +195,35 @@ def fixed_lists(values: NDArray[np.generic]) -> pa.Array:
     """The Arrow column (fixed-size lists) of a (rows, width) array."""
     return pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
+    )
+
+
+def file_of(batch: pa.RecordBatch) -> pa.Buffer:
+    """The whole mapped file that a batch with a row or more is a part of."""
+    buffer = batch.column("text_key").buffers()[1]
+    while buffer.parent is not None:
+        buffer = buffer.parent
+    return buffer
+
+
+def expect(file: pa.Buffer, rows: NDArray[np.int64]) -> None:
+    """Tell the system which rows of a mapped file come next, in case they are not in memory.
+
+    With each page it reads those around it, megabytes of them: good for rows in a sequence, and hundreds of
+    times too much for a batch whose rows are scattered over the file.
+
+    Args:
+        file: All of the file, so that its map is not split: a process may have 65,530.
+        rows: (m,) m >= 1 rows, ascending.
+    """
+    if file.size < READ_WHOLE_BYTES:
+        return
+    are_scattered = len(rows) == 1 or rows[-1] - rows[0] >= SCATTERED * len(rows)
+    # Only advice: where it is refused, nothing is lost but time.
+    LIBC.madvise(
+        ctypes.c_void_p(file.address),
+        ctypes.c_size_t(file.size),
+        mmap.MADV_RANDOM if are_scattered else mmap.MADV_NORMAL,
     )
 
 

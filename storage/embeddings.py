@@ -23,6 +23,8 @@ from storage.column import (
     TEXT_KEY,
     TEXT_KEY_BYTES,
     Column,
+    expect,
+    file_of,
     fixed_lists,
     matrix_of,
     text_key_array,
@@ -39,6 +41,8 @@ DTYPES: dict[str, type[np.number]] = {
     "float32": np.float32,
     "int8": np.int8,
 }
+
+Stored = tuple[NDArray[np.generic], NDArray[np.float32] | None, pa.Buffer]
 
 LEAST_SCALE = float(np.finfo(np.float32).tiny)
 """Below it a float32 has fewer digits."""
@@ -339,7 +343,9 @@ class VectorColumn(Column):
 
     def shard(self, shard: int) -> NDArray[np.floating]:
         """(rows of the shard, dim): a view of the mapped file in its own type, or int8 as float32."""
-        return _floats(*self._stored(shard))
+        values, scales, file = self._stored(shard)
+        expect(file, np.arange(len(values)))
+        return _floats(values, scales)
 
     def rows_of(self, ids: NDArray[np.integer]) -> NDArray[np.floating]:
         """(n, dim) vectors of `ids`, in their order, in the stored type, or int8 as float32."""
@@ -348,7 +354,8 @@ class VectorColumn(Column):
         order = np.empty(len(ids), np.int64)
         done = 0
         for shard, places, rows in self.by_shard(ids):
-            values, of_shard = self._stored(shard)
+            values, of_shard, file = self._stored(shard)
+            expect(file, rows)
             if vectors is None:
                 vectors = np.empty((len(ids), values.shape[1]), values.dtype)
                 scales = None if of_shard is None else np.empty(len(ids), np.float32)
@@ -369,14 +376,14 @@ class VectorColumn(Column):
         return _floats(vectors, scales)
 
     @cached_property
-    def _stored(self) -> Callable[[int], tuple[NDArray[np.generic], NDArray[np.float32] | None]]:
+    def _stored(self) -> Callable[[int], Stored]:
         return lru_cache(MAPS)(self._read)
 
-    def _read(self, shard: int) -> tuple[NDArray[np.generic], NDArray[np.float32] | None]:
-        """(rows of the shard, dim) as stored, a view of the mapped file; (rows,) scales if it needs any."""
+    def _read(self, shard: int) -> Stored:
+        """(rows of the shard, dim) as stored, a view of the file; (rows,) scales of int8; the file."""
         batch = self._open(shard)
         try:
-            return matrix_of(batch, "vector"), scales_of(batch)
+            return matrix_of(batch, "vector"), scales_of(batch), file_of(batch)
         except ValueError as error:
             path = self.store.path(self.objects[shard].key)
             raise DamagedError(

@@ -9,7 +9,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY_BYTES, Column, fixed_lists, matrix_of, text_key_array
+from storage.column import (
+    TEXT_KEY_BYTES,
+    Column,
+    expect,
+    file_of,
+    fixed_lists,
+    matrix_of,
+    text_key_array,
+)
 from storage.corpus import Corpus
 from storage.errors import DamagedError
 from storage.manifest import Manifest, check_made_by, fingerprint
@@ -87,6 +95,7 @@ class Negatives(Column):
         for shard, places, rows in self.by_shard(ids):
             batch = self.batch(shard)
             neighbour_ids, cosines = matrix_of(batch, "neighbours"), matrix_of(batch, "scores")
+            expect(file_of(batch), rows)
             self._check_ids(shard, neighbour_ids[rows])
             if neighbours is None or scores is None:
                 neighbours = np.full((len(ids), neighbour_ids.shape[1]), NONE, np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import Column, text_key_array
+from storage.column import Column, expect, file_of, text_key_array
 from storage.corpus import Corpus
 from storage.roles import Role
 from storage.store import Object, Store
@@ -71,7 +71,9 @@ class Tokens(Column):
         taken: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(ids)
         for shard, places, rows in self.by_shard(ids):
             offsets = self._offsets(shard)
-            values = self.batch(shard).column("token_ids").values.to_numpy(zero_copy_only=True)
+            batch = self.batch(shard)
+            values = batch.column("token_ids").values.to_numpy(zero_copy_only=True)
+            expect(file_of(batch), rows)
             for place, row in zip(places, rows, strict=True):
                 taken[place] = values[offsets[row] : offsets[row + 1]]
         return taken

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import socket
 import stat
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage import durable, regular, trash
+from storage import column, durable, regular, trash
 from storage.column import fixed_lists, matrix_of, text_key_array, text_keys_of
 from storage.corpus import Corpus, cut, ends_shard, put_texts, text_digest, text_key
 from storage.embeddings import BadVectorsError, Embeddings, put_vectors
@@ -854,6 +855,65 @@ def test_vectors_under_a_forged_key_name_the_first_wrong_row(place):
     manifest = Manifest(kind="embeddings", recipe=RECIPE, parent=None, objects=(entry,))
     with pytest.raises(DamagedError, match="row 4 of shard 0 belongs to another text"):
         Embeddings(place.store, manifest, corpus).rows_of(np.array([0]))
+
+
+ASKS_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+
+
+def maps_for_scattered_rows(path):
+    """Whether a map of a file is one for scattered rows, of each of its maps."""
+    entries = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return [
+        "rr" in entry.rpartition("VmFlags:")[2].split() for entry in entries if str(path) in entry
+    ]
+
+
+@ASKS_LINUX
+def test_the_system_is_told_whether_rows_are_scattered(place, monkeypatch):
+    corpus = place.corpus(sentences(400), rows_per_shard=4000)
+    place.embed(corpus, HashTeacher(16))
+    embeddings = Embeddings(place.store, place.embeddings, corpus)
+    path = place.store.path(embeddings.objects[0].key)
+    embeddings.rows_of(np.array([399, 5, 77]))
+    assert maps_for_scattered_rows(path) == [False]  # small: it may be read as a whole
+    monkeypatch.setattr(column, "READ_WHOLE_BYTES", 0)
+    scattered = embeddings.rows_of(np.array([399, 5, 77]))
+    assert maps_for_scattered_rows(path) == [True]  # one: advice for a part would split the map
+    whole = embeddings.shard(0)
+    assert maps_for_scattered_rows(path) == [False]
+    assert (scattered == whole[[399, 5, 77]]).all()
+    embeddings.rows_of(np.array([7]))
+    assert maps_for_scattered_rows(path) == [True]
+    embeddings.rows_of(np.arange(100, 200))
+    assert maps_for_scattered_rows(path) == [False]
+
+
+@ASKS_LINUX
+def test_so_it_is_of_token_ids_and_neighbours(place, monkeypatch):
+    monkeypatch.setattr(column, "READ_WHOLE_BYTES", 0)
+    corpus = place.corpus(sentences(400), rows_per_shard=4000)
+    keys = text_keys_of(corpus.batch(0))
+    tokens_key = f"tokens/{FINGERPRINT}/{corpus.shard_digest(0)}.arrow"
+    made = put_tokens(place.store, tokens_key, ids=[[[row]] for row in range(400)], text_keys=keys)
+    mining = fingerprint({"parent": "parent"})
+    lists = put_negatives(
+        place.store,
+        f"negatives/{mining}/000000.arrow",
+        neighbours=np.zeros((400, 1), np.int64),
+        scores=np.ones((400, 1), np.float32),
+        text_keys=keys,
+        facts={},
+    )
+    named = Manifest(kind="negatives", recipe={}, parent="parent", objects=(lists,))
+    for mapped in (
+        Tokens(place.store, [made], corpus),
+        Negatives(place.store, named, corpus, mined_from="parent"),
+    ):
+        path = place.store.path(mapped.objects[0].key)
+        mapped.rows_of(np.array([399, 5, 77]))
+        assert maps_for_scattered_rows(path) == [True]
+        mapped.rows_of(np.arange(50))
+        assert maps_for_scattered_rows(path) == [False]
 
 
 def test_tokens_come_back_by_row(place):
