@@ -24,6 +24,7 @@ from storage.store import canonical_json, digest
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
 EFFORTS = ("efSearch", "nprobe")  # how much an hnsw and an ivf index look at, by FAISS's names
+FIRST_PROBED = 8  # lists of an ivf index, before a sample says how many are enough
 MOST_EFFORT = 16  # times what an index looks at first; beyond, exact search is nearly as fast
 
 
@@ -118,10 +119,12 @@ class ApproximateSearch:
             del built
         log.info("mine: the index is %s", file)
         self.index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-        setattr(self._owner, self._setting, index[self._setting])
-        self.most = MOST_EFFORT * self._looked_at
+        effort = index[self._setting]
+        self.most = MOST_EFFORT * effort
         if index["name"] == "ivf":
             self.most = min(self.most, 2 * index["nlist"])  # FAISS takes more than all lists as all
+            effort = min(effort, FIRST_PROBED)
+        setattr(self._owner, self._setting, effort)
 
     @property
     def effort(self) -> str:
@@ -193,7 +196,8 @@ def index_settings(name: str, *, rows: int, k: int) -> dict[str, Any]:
     """Returns the settings of an approximate index, by FAISS's names; k is the length of a list."""
     if name == "hnsw":
         return {"name": name, "M": 32, "efConstruction": 80, "efSearch": max(128, 4 * k)}
-    # FAISS needs 39 training rows for each list.
+    # FAISS needs 39 training rows for each list. `nprobe` is but a part of the name of the lists, as it was
+    # at first: a search begins with FIRST_PROBED.
     lists = max(1, min(round(4 * rows**0.5), rows // 39))
     return {"name": name, "nlist": lists, "nprobe": min(lists, max(8, lists // 8)), "seed": 0}
 

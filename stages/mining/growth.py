@@ -248,7 +248,7 @@ class Growth:
         kept = (ids != NONE).sum(axis=1)
         is_full = kept == params.neighbours
         # A list that is neither full nor ends at min_score ends at the end of its window.
-        is_known = (kept > 0) & (is_full | (below > 0)) & (early == params.range_min) & (same == 0)
+        is_known = (kept > 0) & (early == params.range_min) & (same == 0)
         keys = self.text_keys.view("S16")
         is_known &= (itself == np.isin(rows, self.among)) & ~np.isin(keys[rows], keys[self.changed])
         # Where a window reaches below min_score, how many it has above is known and counts. Where somebody
@@ -266,7 +266,8 @@ class Growth:
             is_known[at[~is_above & (cosines >= scores[at, 0])]] = False
         came = np.bincount(at, minlength=len(rows))
         came_above = np.bincount(at[is_above], minlength=len(rows))
-        # Full: what comes before the list pushes its last out of the window. Short: so does whoever comes.
+        # Of a full list, what comes before it pushes its last out of the window. A short one is all that
+        # its window has above min_score, so whoever comes takes a place from what is below it, if any is.
         spare = np.where(is_full, self.window - (itself + above + early + kept), below)
         is_known &= np.where(is_full, came_above, came) <= spare
         rejected[:, RULES.index("above_max_score")] += came_above

@@ -706,3 +706,16 @@ def test_an_index_is_named_by_what_it_is_made_of(tmp_path):
     assert name == searches.file_of(tmp_path, index | {"nprobe": 5}, "v", np.arange(9))
     others = [(index | {"nlist": 8}, "v", rows), (index, "w", rows), (index, "v", rows[1:])]
     assert name not in {searches.file_of(tmp_path, *other) for other in others}
+
+
+def test_an_ivf_index_looks_at_few_lists_first(world, caplog, monkeypatch):
+    """And at an eighth only where that is what finds enough."""
+    caplog.set_level(logging.INFO, "teachonce")
+    index = {"name": "ivf", "nlist": 7, "nprobe": 4, "seed": 0}
+    monkeypatch.setattr(searches, "index_settings", lambda *_, **__: index)
+    monkeypatch.setattr(searches, "FIRST_PROBED", 1)
+    for least, probed in ((0.01, 1), (1.0, 8)):
+        run(world, params(index="ivf", min_recall=least), ShardSlice(1, 2))
+        assert f", with nprobe {probed}" in caplog.text
+        for path in (world[0].root / "store").rglob("negatives/*/*.arrow"):
+            path.unlink()
