@@ -22,6 +22,7 @@ from typing import Any
 from stages.models.abilities import (
     check_code,
     check_drawable,
+    check_embedding_of,
     check_exportable,
     check_layers_of,
     check_length,
@@ -389,6 +390,10 @@ class Survey:
             self._ask(partial(check_static_of, folder, start.hidden, address=at, is_random=drawn))
         if start.is_narrow:
             self._ask(partial(check_narrow_of, folder, start, address=at))
+        if start.embedding is not None:
+            columns, hidden = start.embedding, start.hidden
+            address = f"{at}.embedding"
+            self._ask(partial(check_embedding_of, folder, columns, hidden, address=address))
         if start.vocabulary is not None:
             wanted = start.vocabulary if isinstance(start.vocabulary, int) else None
             self._ask(partial(check_vocabulary_of, folder, wanted, address=f"{at}.vocabulary"))

@@ -107,6 +107,7 @@ def run(
         TeachonceError: a copy that does not give the model's vectors, or an extra that is missing.
         DamagedError: `folder` is not what its lineage says.
     """
+    from stages.models.factors import folded_in
     from stages.models.portable import save_portable
     from stages.models.shared_layers import copied
 
@@ -125,9 +126,11 @@ def run(
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
         (scratch / "README.md").write_text(text, encoding="utf-8")
     write_json(results, {"model": params.model, "formats": found})
-    copies = 4 * copied(student.model) / 1e6  # float32
+    copies = 4 * (copied(student.model) + folded_in(student.model)) / 1e6  # float32
     megabytes = float(found[base]["megabytes"] or 0)
-    shared = f" instead of {megabytes - copies:.1f}: shared layers are expanded" if copies else ""
+    whole = "the two factors of its word embeddings are one table"
+    why = whole if folded_in(student.model) else "shared layers are expanded"
+    shared = f" instead of {megabytes - copies:.1f}: {why}" if copies else ""
     return Outcome(
         stage="export",
         made=out,

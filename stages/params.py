@@ -405,6 +405,9 @@ class StartParams(Section):
     hidden: PositiveInt | None = None
     intermediate: PositiveInt | None = None
     heads: PositiveInt | None = None
+    # Columns of the word embeddings, which become a table of so many and a map to the model's width; it may
+    # be left out.
+    embedding: PositiveInt | None = None
     # How many tokens are kept, the most frequent of the corpus, or {keep: share of its tokens to cover};
     # it may be left out, and all are kept then.
     vocabulary: Vocabulary | None = None
@@ -428,7 +431,7 @@ class StartParams(Section):
     def reads_corpus(self) -> bool:
         """Whether it depends on the corpus: how often tokens occur, or what a model makes of texts."""
         is_fitted = not self.is_random and (self.kind == "static" or self.is_narrow)
-        return is_fitted or self.vocabulary is not None
+        return is_fitted or self.vocabulary is not None or self.embedding is not None
 
     @property
     def chooses_layers(self) -> bool:
@@ -455,6 +458,8 @@ class StartParams(Section):
             raise ValueError("kind: static wants hidden, the width of its table")
         if self.kind == "static" and (self.intermediate is not None or self.heads is not None):
             raise ValueError("a static model has no layers: take intermediate and heads away")
+        if self.kind == "static" and self.embedding is not None:
+            raise ValueError("a static model's table has hidden columns: take embedding away")
         if self.kind == "static" and (self.layers is not None or self.passes is not None):
             raise ValueError("a static model has no layers: set layers: null, and take passes away")
         return self

@@ -194,6 +194,7 @@ def run(
     Raises:
         TeachonceError: its layers or tokens cannot be taken, or it has NaN or Inf in its weights.
     """
+    from stages.models.factors import fold, folded_in
     from stages.models.layers import keep_layers
     from stages.models.loading import load_model, save_model
     from stages.models.narrow import check_saved
@@ -209,7 +210,9 @@ def run(
         pooling=pooling,
         setting="embed.pooling" if params.model == TEACHER else f"starts.{name}.pooling",
     )
-    remade = params.passes is not None or params.is_narrow or params.is_random
+    others = (params.passes, params.embedding)
+    remade = any(others) or params.is_narrow or params.is_random
+    fold(model)  # a start says itself whether its word embeddings are factors
     if params.layers is not None or remade:
         separate(model)  # layers of a model are taken one by one
     tokens = None
@@ -236,7 +239,8 @@ def run(
         if params.is_narrow:
             at = f"starts.{name}"
             check_saved(scratch, model, trust_remote_code=trust_remote_code, address=at)
-    copies = copied(model)
+    copies = copied(model) + folded_in(model)
+    beyond = "with copies of shared layers" if copied(model) else "with whole word embeddings"
     parameters = sum(weight.numel() for weight in model.parameters())
     facts = {"parameters": parameters, "dim": model.get_embedding_dimension()}
     return Outcome(
@@ -245,7 +249,7 @@ def run(
         summary=", ".join(
             [*_kept(params, tokens, choice), f"{parameters / 1e6:.1f} million parameters"]
         )
-        + (f" ({(parameters + copies) / 1e6:.1f} with copies of shared layers)" if copies else "")
+        + (f" ({(parameters + copies) / 1e6:.1f} {beyond})" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
         facts=facts | {key: one.facts[key] for one in (tokens, choice) if one for key in one.facts},
     )
@@ -285,6 +289,7 @@ def _remade(
         corpus: As for `run`.
         address: The place of the settings in params.yaml, to name in an error.
     """
+    from stages.models.factors import factorise
     from stages.models.narrow import narrow_by_corpus
     from stages.models.random import drawn_at_random
     from stages.models.shared_layers import share_layers
@@ -295,6 +300,10 @@ def _remade(
     elif params.is_narrow:
         assert corpus is not None  # given for a start that reads it
         narrow_by_corpus(model, whole, params, layers, corpus=corpus(), address=address)
+    if params.embedding is not None:
+        assert corpus is not None  # likewise
+        at = f"{address}.embedding"
+        factorise(model, params.embedding, corpus=corpus(), address=at)
     if params.passes is not None:
         share_layers(model, params.passes, address=f"{address}.passes")
     if params.kind == "static" and params.hidden is not None and not params.is_random:
@@ -317,6 +326,8 @@ def _kept(
     if params.is_narrow:
         widths = {name: getattr(params, name) for name in ("hidden", "intermediate", "heads")}
         what += f" ({', '.join(f'{name} {n}' for name, n in widths.items() if n is not None)})"
+    if params.embedding is not None:
+        what += f" (word embeddings of {params.embedding} columns)"
     if params.kind == "static":
         what = f"a table of {params.hidden} values for each token"
     what += f" {'like' if params.is_random else 'of'} {params.model}"

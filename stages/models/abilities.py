@@ -190,6 +190,43 @@ def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> No
             check_number(wanted, len(there), address=address)
 
 
+def check_embedding_of(folder: Path, columns: int, hidden: int | None, *, address: str) -> None:
+    """Raise if the word embeddings of a start cannot have so few columns.
+
+    Args:
+        folder: The folder of the model that it is made of, or like.
+        columns: The columns.
+        hidden: The width of the start; None for the model's own.
+        address: The setting, to name in an error.
+    """
+    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+        raise no_factors(kind, address=address)
+    for config, _ in _transformers(folder, address)[:1]:
+        dim = hidden or config.get("embedding_size") or config.get("hidden_size")
+        if isinstance(dim, int):
+            check_columns(columns, dim, address=address)
+
+
+def check_columns(columns: int, dim: int, *, address: str) -> None:
+    """Raise for a table that would have no fewer columns than the word embeddings have values."""
+    if columns >= dim:
+        raise TeachonceError(
+            address,
+            f"{columns}, but the word embeddings have {dim} values",
+            f"set it to less than {dim}, or take embedding out",
+        )
+
+
+def no_factors(kind: str, *, address: str) -> TeachonceError:
+    """Returns the error for a model whose word embeddings cannot be made two factors."""
+    return TeachonceError(
+        address,
+        "the word embeddings of a transformer with a plain table of them and a tokenizer.json can have "
+        f"fewer columns, not those of {shown(kind)}",
+        "take embedding out",
+    )
+
+
 def check_trainable(folder: Path, *, address: str) -> None:
     """Raise for a model of a kind that cannot be trained as a student."""
     kind = _first_kind(folder, address)

@@ -25,6 +25,7 @@ from torch import nn
 from stages.models.abilities import NO_MIXES, check_length
 from stages.models.config import NO_PROMPTS, decided_routes, room_for_texts
 from stages.models.devices import AUTOCAST, Precision, autocast, batch_tokens_on, device_name
+from stages.models.factors import folded_in
 from stages.models.folder import weights_bytes
 from stages.models.likeness import MIXED_PROBES, PROBES, likeness, probes
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model, models_by_role
@@ -129,7 +130,7 @@ class Encoder:
         self.or_fewer = or_fewer
         self.device = device_name(device)
         self.parameters = sum(weight.numel() for weight in whole.parameters())
-        self.copied_parameters = copied(whole)
+        self.copied_parameters = copied(whole) + folded_in(whole)
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
         self._mixing_is_proved = False
         # A router has a model for each route; else one reads all texts.

@@ -14,6 +14,7 @@ from torch import nn
 
 from stages.models.abilities import token_limit
 from stages.models.config import NO_PROMPTS, decided_pooling
+from stages.models.factors import factors_again, folded
 from stages.models.folder import model_files
 from stages.models.packed import first_position
 from stages.models.shared_layers import expanded, tie
@@ -74,6 +75,7 @@ def load_model(
             "embed.trust_remote_code: true",
         ) from error
     tie(model, folder)
+    factors_again(model, folder)
     _check_vocabulary(model, folder)
     _pad_with_some_token(model)
     _read_no_more_than_there_are_positions(model)
@@ -203,7 +205,7 @@ def save_model(
 
     The saved configuration has no prompts, other similarity or cut of the original model: `encode` would
     apply them, but a student reads what it read in training, and is compared by cosine. Each layer has a
-    copy of the weights that it shares, so that any program reads them.
+    copy of the weights that it shares, and word embeddings are one table, so that any program reads them.
 
     Args:
         model: The model, with finite weights.
@@ -231,7 +233,7 @@ def save_model(
     model.default_prompt_name = "text" if is_one_prompt else None
     model.similarity_fn_name = "cosine"
     model.truncate_dim = None
-    with expanded(model):
+    with expanded(model), folded(model):
         model.save(str(folder), create_model_card=False, safe_serialization=True)
     # sentence-transformers writes the code of a module into its folder, and looks for it at the top.
     for code in sorted(folder.glob("*/*.py")):

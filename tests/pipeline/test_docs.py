@@ -186,7 +186,7 @@ def check_setting(address):
         if part.isupper():
             part = next(iter(found))
         may_be_left_out = {"pooling", "passes", "vocabulary", "hidden", "intermediate", "heads"}
-        may_be_left_out |= {"like", "seed"}
+        may_be_left_out |= {"like", "seed", "embedding"}
         if part in may_be_left_out and "from" in found:
             return
         assert isinstance(found, dict) and part in found, address

@@ -358,7 +358,7 @@ def test_every_setting_has_one_place():
                     ("StartParams", name)
                     for name in (
                         *("pooling", "passes", "kind", "vocabulary"),
-                        *("hidden", "intermediate", "heads", "like", "seed"),
+                        *("hidden", "intermediate", "heads", "like", "seed", "embedding"),
                     )
                 ),
                 *(("RecipeParams", name) for name in ("pretrain", "prompts", "readings")),
