@@ -21,6 +21,8 @@ from storage.errors import TeachonceError
 from storage.negatives import NONE
 from storage.store import canonical_json, digest
 
+FEW_QUERIES = 1024  # compared by torch
+FEW_BLOCK = 2048  # with so many rows at a time: 8 MB of cosines
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
 EFFORTS = ("efSearch", "nprobe")  # how much an hnsw and an ivf index look at, by FAISS's names
@@ -68,13 +70,26 @@ class FlatSearch:
         queries = self.unit_rows(rows)
         heap = self.faiss.ResultHeap(len(rows), self.k, keep_max=True)
         for first, block in self._blocks():
-            _, places = self._knn(queries, block, min(self.k, len(block)))
-            heap.add_result(exact_of(queries, block, places), places + first)
+            for start, part in self._parts(block, len(rows)):
+                _, places = self._knn(queries, part, min(self.k, len(part)))
+                heap.add_result(exact_of(queries, part, places), places + first + start)
         heap.finalize()
         return heap.I, heap.D
 
+    def _parts(
+        self, block: NDArray[np.float32], queries: int
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield a block whole, or where a part is compared with few rows, in parts."""
+        size = len(block) if queries > FEW_QUERIES or self.resources else FEW_BLOCK
+        for start in range(0, len(block), size):
+            yield start, block[start : start + size]
+
     def _knn(self, queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Any:  # noqa: ANN401
         by_product = self.faiss.METRIC_INNER_PRODUCT
+        if self.resources is None and len(queries) <= FEW_QUERIES:
+            # FAISS takes as long for these as for FEW_QUERIES.
+            scores = torch.from_numpy(queries) @ torch.from_numpy(block).T
+            return tuple(found.numpy() for found in scores.topk(k, dim=1))
         if self.resources is None:
             return self.faiss.knn(queries, block, k, by_product)
         return self.faiss.knn_gpu(self.resources, queries, block, k, metric=by_product)
