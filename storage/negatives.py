@@ -102,7 +102,8 @@ class Negatives(Column):
                 scores = np.zeros(neighbours.shape, np.float32)
             neighbours[places], scores[places] = neighbour_ids[rows], cosines[rows]
         if neighbours is None or scores is None:
-            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+            width = self.manifest.recipe.get("neighbours", 0)
+            return np.empty((0, width), np.int64), np.empty((0, width), np.float32)
         return neighbours, scores
 
     @property

@@ -248,8 +248,8 @@ BUGS = {
         [
             Change(
                 "storage/upkeep/inventory.py",
-                '    if scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}"):\n',
-                "    if scratch:\n",
+                '    is_scratch = scratch and re.fullmatch(WRITTEN_PATTERN, f"{folder}/{scratch[1]}")\n',
+                "    is_scratch = scratch\n",
             )
         ],
         f"{UPKEEP}::test_what_no_writer_of_ours_leaves_is_nobodys_scratch_file",

@@ -108,6 +108,17 @@ def test_lists_of_a_grown_corpus_are_those_of_mining_anew(place, monkeypatch, ho
     assert outcome.facts == again.facts
 
 
+@pytest.mark.parametrize("rows_at_once", [8192, 5])
+def test_a_shard_of_new_rows_alone(place, monkeypatch, rows_at_once):
+    monkeypatch.setattr(mine, "MERGED_ROWS", 1)  # a shard at a time
+    monkeypatch.setattr(growth, "ROWS_AT_ONCE", rows_at_once)
+    grown(place, OLD, params())
+    outcome, merged = grown(place, OLD + NEW, params())
+    assert counts_in(outcome)[2] < 200
+    _, expected = anew(place, monkeypatch, OLD + NEW, params())
+    assert merged.objects == expected.objects
+
+
 @pytest.mark.parametrize("changes", [{}, {"min_score": 0.8}, {"range_min": 2}])
 def test_where_few_rows_come_few_are_searched(place, monkeypatch, changes):
     """Of 3,000 rows in 32 dimensions with 6 new ones, nearly all lists are kept as they were."""

@@ -1090,9 +1090,9 @@ def test_no_ids_give_no_rows(place):
     corpus = place.corpus(sentences(10))
     none = np.empty(0, np.int64)
     assert corpus.take(none) == []
-    manifest = Manifest(kind="negatives", recipe={}, parent="p", objects=())
+    manifest = Manifest(kind="negatives", recipe={"neighbours": 7}, parent="p", objects=())
     ids, scores = Negatives(place.store, manifest, place.corpus([]), mined_from="p").rows_of(none)
-    assert ids.shape == scores.shape == (0, 0)
+    assert ids.shape == scores.shape == (0, 7)
     assert place.corpus([]).text_keys.shape == (0,)
 
 
