@@ -391,7 +391,7 @@ def test_generated_settings_are_all_settings_with_their_values():
             assert f"| `{key}` |" in text, (name, key)
     row = "| `rows_per_shard` | a whole number ≥ 16, ≤ 4,000,000 | `1024` |"
     assert row in text
-    assert "| `range_max` | a whole number > 0, ≤ 65,534 | `64` |" in text
+    assert "| `neighbours` | a whole number > 0 | `16` |" in text
     assert "learning_rate: 2.0e-4" in text
     assert text.count("#### `") == len(get_args(get_args(Objective)[0]))
 
