@@ -588,23 +588,14 @@ def evaluate(
         )
         show(outcome, as_json)
         return
-    load = here.loader_of(model)
-    corpus = here.corpus()
     show(
         run(
             here.params.evaluate,
             name=model,
-            load=load,
-            corpus=corpus,
-            embeddings=here.embeddings(corpus),
-            split=here.split(corpus),
-            readings=here.readings(corpus),
-            root=here.at.root,
+            load=here.loader_of(model),
             out=here.at.metrics(model),
             details=here.at.details(model),
-            documents=here.at.documents,
-            in_teachers_space=here.is_in_teachers_space(model),
-            widths=here.widths(model),
+            **here.judged_by(model),
         ),
         as_json,
     )

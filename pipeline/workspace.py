@@ -604,26 +604,34 @@ class Workspace:
         """The metrics of a form of a model, which `evaluate` writes into files of its own."""
         from stages.evaluate import run
 
-        corpus, model = self.corpus(), params.model
         rows_limit, sets_limit = self.params.embed.max_tokens, self.params.evaluate.max_tokens
-        drops = params.space == "student" and bool(self.lineage(model).get("projection"))
+        judged_by = self.judged_by(params.model)
+        if params.space == "student" and self.lineage(params.model).get("projection"):
+            judged_by["in_teachers_space"] = False  # the export leaves the projection out
         with TemporaryDirectory() as scratch:
             outcome = run(
                 self.params.evaluate,
                 name=name,
                 load=lambda *, for_sets: form(sets_limit if for_sets else rows_limit),
-                corpus=corpus,
-                embeddings=self.embeddings(corpus),
-                split=self.split(corpus),
-                readings=self.readings(corpus),
-                root=self.at.root,
                 out=Path(scratch) / "metrics.json",
                 details=Path(scratch) / "details.json",
-                documents=self.at.documents,
-                in_teachers_space=self.is_in_teachers_space(model) and not drops,
-                widths=self.widths(model),
+                **judged_by,
             )
         return dict(outcome.facts)
+
+    def judged_by(self, model: str) -> dict[str, Any]:
+        """What `stages.evaluate.run` takes beside a model to be evaluated, and where to write."""
+        corpus = self.corpus()
+        return {
+            "corpus": corpus,
+            "embeddings": self.embeddings(corpus),
+            "split": self.split(corpus),
+            "readings": self.readings(corpus),
+            "root": self.at.root,
+            "documents": self.at.documents,
+            "in_teachers_space": self.is_in_teachers_space(model),
+            "widths": self.widths(model),
+        }
 
     def _some_heldout(self) -> list[str]:
         """Texts that are held out, evenly over the corpus; none if it holds none out."""

@@ -1,5 +1,6 @@
 """A store of more objects than a process may have files open, or mapped, at a time."""
 
+import hashlib
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 
 from storage.corpus import Corpus, put_texts, text_key
 from storage.embeddings import put_vectors
-from storage.manifest import Manifest, fingerprint
+from storage.errors import TeachonceError
+from storage.manifest import MAX_OBJECTS, Manifest, fingerprint
 from storage.negatives import put_negatives
-from storage.store import Store
+from storage.store import Object, Store
 from storage.tokens import put_tokens
 
 READS_ALL = """
@@ -130,3 +132,47 @@ def test_2_000_shards_open_under_256_descriptors(tmp_path):
     # 50,000 take the same descriptors; writing 200,000 files takes a disk too long for a test.
     furnish(tmp_path, 2_000)
     assert read_all(tmp_path, descriptors=256, maps=500) <= 6 * 500
+
+
+OPENS_THE_LARGEST = """
+import sys, time, resource
+from pathlib import Path
+import numpy as np
+from storage.corpus import Corpus
+from storage.manifest import Manifest
+from storage.store import Store
+
+began = time.process_time()
+corpus = Corpus(Store(Path(sys.argv[1])), Manifest.load(Path(sys.argv[2]), "corpus"))
+ids = np.arange(0, corpus.rows, corpus.rows // 1000)
+assert (corpus.starts[corpus.shards_of(ids)] <= ids).all()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(corpus.rows, time.process_time() - began, peak)
+"""
+
+
+@pytest.mark.slow
+def test_the_largest_manifest_opens_and_a_larger_one_is_not_written(tmp_path):
+    """docs/scale.md: the number of shards is what a corpus meets first. No object is there, or opened."""
+
+    def corpus_of(shards):
+        objects = []
+        for shard in range(shards):
+            sha256 = hashlib.sha256(str(shard).encode()).hexdigest()
+            key = f"text/{sha256[:40]}.arrow"
+            objects.append(Object(key=key, rows=4096, bytes=600_000, sha256=sha256))
+        return Manifest(kind="corpus", recipe={}, parent=None, objects=tuple(objects))
+
+    path = tmp_path / "corpus.json"
+    path.write_bytes(corpus_of(MAX_OBJECTS).encoded)
+    command = [sys.executable, "-c", OPENS_THE_LARGEST, tmp_path / "store", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, seconds, megabytes = done.stdout.split()
+    assert int(rows) == 4096 * MAX_OBJECTS  # 1,024,000,000
+    # Measured: 6 CPU seconds, 820 MB. A machine may be slower.
+    assert float(seconds) < 60
+    assert int(megabytes) < 1500
+    path.unlink()
+    with pytest.raises(TeachonceError, match=r"250,001 shards.*\n.*raise shard.rows_per_shard"):
+        corpus_of(MAX_OBJECTS + 1).save(path, Store(tmp_path / "store"))
+    assert not path.exists()
