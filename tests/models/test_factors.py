@@ -14,6 +14,7 @@ from stages import start
 from stages.models.abilities import check_embedding_of
 from stages.models.encoder import Encoder
 from stages.models.factors import COLUMNS, Factors, factorise, folded_in
+from stages.models.int8 import quantize_graph
 from stages.models.layers import distance, token_vectors
 from stages.models.loading import load_model
 from stages.models.onnx import run_onnx, write_onnx
@@ -118,6 +119,21 @@ def test_a_graph_keeps_the_factors(world, tiny_model, tmp_path):
     assert (tokens, 6) in shapes and (tokens, 32) not in shapes
     vectors = run_onnx(tmp_path / "onnx/model.onnx", model, TEXTS)
     np.testing.assert_allclose(vectors, model.encode(TEXTS), atol=1e-5)
+
+
+def test_an_int8_graph_keeps_them_too(world, tiny_model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    made(world, tiny_model, tmp_path / "lite")
+    model = load_model(tmp_path / "lite", device=CPU)
+    write_onnx(model, tmp_path / "onnx/model.onnx", address="lite")
+    quantize_graph(tmp_path / "onnx/model.onnx", tmp_path / "int8.onnx")
+    stored = onnx.load(tmp_path / "int8.onnx").graph.initializer
+    small = (table_of(model).num_embeddings, 6)
+    assert [w.data_type for w in stored if tuple(w.dims) == small] == [onnx.TensorProto.UINT8]
+    vectors, own = run_onnx(tmp_path / "int8.onnx", model, TEXTS), model.encode(TEXTS)
+    cosines = (vectors * own).sum(axis=1) / np.linalg.norm(vectors, axis=1)
+    assert cosines.min() > 0.97 * np.linalg.norm(own, axis=1).max()
 
 
 def test_a_table_that_was_trained_as_a_whole_is_refused(world, tiny_model, tmp_path):
