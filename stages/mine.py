@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from stages.mining.filters import RULES, Lists, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import AMONG, MineParams
-from storage import durable
+from storage import durable, negatives
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus, ShardSlice
 from storage.embeddings import Embeddings
@@ -221,9 +221,7 @@ def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) 
 
 def parent_of(embeddings: Embeddings, split: Split) -> str:
     """Returns the digest of what lists depend on besides the recipe: all vectors and the split."""
-    from stages.mining import growth
-
-    return growth.parent_of(embeddings.manifest, split)
+    return negatives.parent_of(embeddings.manifest, split)
 
 
 def run(

@@ -21,13 +21,19 @@ from storage.column import (
 from storage.corpus import Corpus
 from storage.errors import DamagedError
 from storage.manifest import Manifest, check_made_by, fingerprint
-from storage.store import Object, Store, remake_command
+from storage.split import Split
+from storage.store import Object, Store, digest, remake_command
 
 NONE = -1
 """Fills the list of a row that has too few neighbours; its score is 0."""
 
 COUNTED_RULES = 5
 """Rules that reject candidates; exact lists stand with what each of them rejected."""
+
+
+def parent_of(vectors: Manifest, split: Split) -> str:
+    """Returns the digest of what lists depend on besides their recipe: all vectors and the split."""
+    return digest(vectors.content.encode(), split.content.encode())
 
 
 def row_bytes(neighbours: int) -> int:

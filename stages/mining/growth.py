@@ -33,9 +33,9 @@ from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.holders import REFS
 from storage.manifest import Kind, Manifest
-from storage.negatives import NONE, Negatives
+from storage.negatives import NONE, Negatives, parent_of
 from storage.split import Split
-from storage.store import Store, digest
+from storage.store import Store
 from storage.upkeep.inventory import read_refs
 
 MOST_CHANGED = 0.25
@@ -46,11 +46,6 @@ UNLIMITED = -2.0  # below every cosine
 
 UnitOf = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """(m,) row ids -> (m, dim) float32 vectors of unit length."""
-
-
-def parent_of(vectors: Manifest, split: Split) -> str:
-    """Returns the digest of what lists depend on besides the recipe: all vectors and the split."""
-    return digest(vectors.content.encode(), split.content.encode())
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,13 @@ def assert_same(one, two, *, start):
     begun = load_file(start / "model.safetensors")
     assert list(one.curve) == list(two.curve)
     for name, values in one.curve.items():
-        # Scores are of orders, in which near ties change places. Losses drift by last bits: by 4e-5 of
-        # themselves after three steps of a warm-up, as measured.
+        # Scores are of orders, in which near ties change places. The loss of a warm-up falls from 13.5 to
+        # 1.5 in two steps, while last bits grow to 4e-5 of it, as measured.
         tolerance = 2e-3 if name in {"agreement", "dev"} else 1e-5
-        assert np.allclose(values, two.curve[name], rtol=2e-4, atol=tolerance, equal_nan=True), name
+        share = 1e-4 if name == "loss_pretraining" else 1e-5
+        assert np.allclose(values, two.curve[name], rtol=share, atol=tolerance, equal_nan=True), (
+            name
+        )
     assert list(one.weights) == list(two.weights)
     for name, values in one.weights.items():
         # Attention does not depend on its keys' bias: its gradient is nothing but last bits, which Adam

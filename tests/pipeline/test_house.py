@@ -301,6 +301,17 @@ def test_help_waits_for_nothing_heavy():
     assert not heavy & set(run.stdout.split())
 
 
+def test_opening_lists_imports_no_torch():
+    """The Python API says so of all that reads the store: here is what neighbours are opened by."""
+    code = (
+        "import sys; from types import SimpleNamespace as Of; from stages.mine import parent_of; "
+        "parent_of(Of(manifest=Of(content='a')), Of(content='b')); print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "stages.mine" in run.stdout.split()
+    assert not {"torch", "faiss", "transformers"} & set(run.stdout.split())
+
+
 def teachonce(folder, *words):
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *words], cwd=folder, capture_output=True, text=True
