@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import ROOT
+from harness import ROOT, megabytes
 
 from pipeline.settings import load_params
 from stages.models import packed
@@ -42,10 +42,10 @@ def main():
     torch.set_num_threads(1)
     step = steps_of(args.texts)
     if args.filled:
-        before = megabytes()
+        before = megabytes("RssAnon")
         for _ in range(args.steps):
             step(args.filled)
-        print(round(megabytes() - before))
+        print(round(megabytes("RssAnon") - before))
         return
     taken = {name: [] for name in VARIANTS}
     for _ in range(args.steps):
@@ -88,13 +88,6 @@ def steps_of(path):
         return time.process_time() - began
 
     return step
-
-
-def megabytes():
-    """Anonymous memory of this process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in status if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ def ratio(peer, ours):
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
+def megabytes(entry):
+    """Megabytes of this process by an entry of /proc/self/status.
+
+    VmRSS is its memory now, VmHWM the most it had, RssAnon its memory now without mapped files. Not
+    ru_maxrss of `resource`: a process begins with its parent's.
+    """
+    status = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in status if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) / 1024
+
+
 def commit():
     """The commit of this work tree, abbreviated; empty outside of Git."""
     words = ["git", "rev-parse", "--short", "HEAD"]

@@ -17,7 +17,6 @@ benchmarks/results/mine_<device>.md.
 import argparse
 import contextlib
 import io
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ import faiss
 import numpy as np
 import torch
 from datasets import Dataset
-from harness import ROOT, ratio
+from harness import ROOT, megabytes, ratio
 from sentence_transformers.util import mine_hard_negatives, semantic_search
 
 from stages import mine
@@ -236,19 +235,11 @@ def proof(stored, unit, k, device):
     """Recall against FAISS, and megabytes that a self-join needs at its peak (on a CPU)."""
     rows = np.linspace(0, len(stored) - 1, MORE).astype(np.int64)
     exact = flat(unit)(rows, k)[::-1]
-    before = resident("VmRSS")
+    before = megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     join = joined(stored, k, device)
-    extra = resident("VmHWM") - before
+    extra = megabytes("VmHWM") - before
     return hits_in(join.nearest(rows), exact).mean() / k, extra
-
-
-def resident(what):
-    """Megabytes of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def table(seconds):

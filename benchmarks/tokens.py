@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from harness import ROOT, commit, some_texts
+from harness import ROOT, commit, megabytes, some_texts
 
 MAX_TOKENS = 64
 
@@ -89,11 +89,11 @@ def one(folder):
     tokenizer = AutoTokenizer.from_pretrained(model)
     store = Store(folder / "store")
     corpus = Corpus(store, Manifest.load(folder / "corpus.json", "corpus"))
-    before, seen, done = megabytes(), [], threading.Event()
+    before, seen, done = megabytes("RssAnon"), [], threading.Event()
 
     def watch():
         while not done.wait(0.02):
-            seen.append(megabytes())
+            seen.append(megabytes("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -103,13 +103,6 @@ def one(folder):
     done.set()
     watcher.join()
     return *taken, max(seen) - before
-
-
-def megabytes():
-    """Anonymous memory of this process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in status if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
