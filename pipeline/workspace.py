@@ -45,7 +45,7 @@ from storage.errors import DamagedError, MissingError, TeachonceError, shown
 from storage.journal import Journal, Ledger
 from storage.manifest import Kind, Manifest, fingerprint
 from storage.mixes import Mixes
-from storage.negatives import Negatives
+from storage.negatives import Negatives, parent_of
 from storage.readings import Readings
 from storage.remote import Remote
 from storage.roles import ROLES, Role
@@ -156,14 +156,8 @@ class Workspace:
 
     def negatives(self, embeddings: Embeddings, split: Split, corpus: Corpus) -> Negatives:
         """The mined neighbours, which must be those of these vectors and this split."""
-        from stages.mine import parent_of
-
-        return Negatives(
-            self.store,
-            self.manifest("negatives"),
-            corpus,
-            mined_from=parent_of(embeddings, split),
-        )
+        parent = parent_of(embeddings.manifest, split)
+        return Negatives(self.store, self.manifest("negatives"), corpus, mined_from=parent)
 
     def mixes(self, corpus: Corpus) -> Mixes:
         """The teacher's vectors of mixes.

@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from stages.mining.filters import RULES, Lists, keep_first, reject
 from stages.outcome import Outcome, Progress, clock, is_noticeable, log, write_json
 from stages.params import AMONG, MineParams
-from storage import durable, negatives
+from storage import durable
 from storage.column import matrix_of, text_keys_of
 from storage.corpus import Corpus, ShardSlice
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
-from storage.negatives import NONE, put_negatives
+from storage.negatives import NONE, parent_of, put_negatives
 from storage.roles import ROLES, Role
 from storage.split import Split, drawn
 from storage.store import Object, Store
@@ -219,11 +219,6 @@ def with_resolved_index(params: MineParams, recipe_of_lists: Mapping[str, Any]) 
     )
 
 
-def parent_of(embeddings: Embeddings, split: Split) -> str:
-    """Returns the digest of what lists depend on besides the recipe: all vectors and the split."""
-    return negatives.parent_of(embeddings.manifest, split)
-
-
 def run(
     params: MineParams,
     *,
@@ -259,7 +254,7 @@ def run(
     asking = rows_of_roles(params, corpus, train)
     pools = pools_of(params, corpus, asking)
     index = resolve(params, rows=largest(pools), dim=embeddings.dim, device=device)
-    negatives_recipe, parent = recipe(params, index), parent_of(embeddings, split)
+    negatives_recipe, parent = recipe(params, index), parent_of(embeddings.manifest, split)
     name = fingerprint({**negatives_recipe, "parent": parent})
     keys = [f"negatives/{name}/{shard:06}.arrow" for shard in range(len(corpus.objects))]
     published = {key: store.find(key) for key in keys}

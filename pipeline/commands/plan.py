@@ -183,9 +183,9 @@ class Plan:
         size = self.corpus.rows * negatives.row_bytes(params.neighbours)
         size += len(self.corpus.objects) * OBJECT_BYTES
         self.extrapolated["mine"] = {"seconds": took, "bytes": size}
-        found, parent = Manifest.load(out, "negatives"), mine.parent_of(known, split)
-        lists = negatives.Negatives(store, found, corpus, mined_from=parent)
-        return replace(caches, negatives=lists)
+        lists, parent = Manifest.load(out, "negatives"), negatives.parent_of(known.manifest, split)
+        mined = negatives.Negatives(store, lists, corpus, mined_from=parent)
+        return replace(caches, negatives=mined)
 
     def distill(self, caches: Caches) -> None:
         """Plan each student whose start is made, by some of its steps and an evaluation."""

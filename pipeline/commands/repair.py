@@ -13,6 +13,7 @@ from stages.outcome import Outcome, Progress, log
 from stages.params import SettingsError
 from storage.errors import AnotherCopyError, DamagedError, MissingError, TeachonceError
 from storage.manifest import MADE_BY, Kind, Manifest
+from storage.negatives import parent_of
 from storage.remote import RemoteError
 from storage.store import Store
 from storage.upkeep.difference import differing
@@ -237,7 +238,7 @@ def _remake_negatives(workspace: Workspace, manifests: Manifests, lost: int) -> 
     pools = mine.pools_of(params, corpus, asking)
     index = mine.resolve(params, rows=mine.largest(pools), dim=embeddings.dim, device=device)
     _check_settings(workspace.at.negatives, manifest, mine.recipe(params, index), lost)
-    if manifest.parent != mine.parent_of(embeddings, split):
+    if manifest.parent != parent_of(embeddings.manifest, split):
         raise MissingError(
             workspace.at.negatives,
             f"mined from other vectors or another split, so its {lost} lost objects cannot be made again",

@@ -10,7 +10,7 @@ from storage.column import text_keys_of
 from storage.corpus import Corpus
 from storage.embeddings import Embeddings, put_vectors
 from storage.manifest import Manifest, fingerprint
-from storage.negatives import Negatives, put_negatives
+from storage.negatives import Negatives, parent_of, put_negatives
 from storage.split import Split
 from storage.store import Object, Store
 from storage.tokens import Tokens, put_tokens
@@ -142,7 +142,7 @@ def values(root):
         store,
         Manifest.load(root / "negatives.json", "negatives"),
         corpus,
-        mined_from=mine.parent_of(embeddings, split_of(corpus)),
+        mined_from=parent_of(embeddings.manifest, split_of(corpus)),
     )
     ids = np.arange(corpus.rows)
     neighbours, scores = negatives.rows_of(ids)

@@ -5,10 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from stages import mine
 from storage.column import text_keys_of
 from storage.embeddings import Embeddings
-from storage.negatives import NONE, Negatives
+from storage.negatives import NONE, Negatives, parent_of
 from storage.upkeep.examination import quarantine
 from tests.conftest import HashTeacher, Place, sentences
 from tests.faults.samples import FILES, mine_params, mined, split_of
@@ -78,7 +77,7 @@ def test_only_negatives_are_mined(tmp_path, seed, max_score, count):
     )
     manifest = mined(place, corpus, params, split)
     negatives = Negatives(
-        place.store, manifest, corpus, mined_from=mine.parent_of(embeddings, split)
+        place.store, manifest, corpus, mined_from=parent_of(embeddings.manifest, split)
     )
     found, scores = negatives.rows_of(np.arange(corpus.rows))
     rows, columns = np.nonzero(found != NONE)

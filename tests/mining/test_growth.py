@@ -12,7 +12,7 @@ from stages.mining import cosines, growth
 from storage import negatives
 from storage.embeddings import Embeddings
 from storage.manifest import Manifest
-from storage.negatives import NONE, Negatives
+from storage.negatives import NONE, Negatives, parent_of
 from storage.split import Split
 from tests.conftest import HashTeacher, sentences
 from tests.stages.test_mine import params
@@ -50,7 +50,7 @@ def grown(place, texts, settings, *, evaluation=(3, 8), heldout=0.1, dim=8):
         facts=place.root / "mine-facts.json",
     )
     manifest = Manifest.load(out, "negatives")
-    Negatives(place.store, manifest, corpus, mined_from=mine.parent_of(embeddings, split))
+    Negatives(place.store, manifest, corpus, mined_from=parent_of(embeddings.manifest, split))
     return outcome, manifest
 
 

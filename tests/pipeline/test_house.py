@@ -304,7 +304,8 @@ def test_help_waits_for_nothing_heavy():
 def test_opening_lists_imports_no_torch():
     """The Python API says so of all that reads the store: here is what neighbours are opened by."""
     code = (
-        "import sys; from types import SimpleNamespace as Of; from stages.mine import parent_of; "
+        "import sys; from types import SimpleNamespace as Of; import stages.mine; "
+        "from storage.negatives import parent_of; "
         "parent_of(Of(manifest=Of(content='a')), Of(content='b')); print(*sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

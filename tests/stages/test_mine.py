@@ -19,7 +19,7 @@ from storage.corpus import ShardSlice
 from storage.embeddings import Embeddings
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
-from storage.negatives import NONE, Negatives
+from storage.negatives import NONE, Negatives, parent_of
 from storage.split import Split
 from tests.conftest import HashTeacher, sentences
 
@@ -84,7 +84,7 @@ def run(world, settings, share=None):
         return outcome
     manifest = Manifest.load(place.root / "negatives.json", "negatives")
     negatives = Negatives(
-        place.store, manifest, corpus, mined_from=mine.parent_of(embeddings, split)
+        place.store, manifest, corpus, mined_from=parent_of(embeddings.manifest, split)
     )
     return outcome, *negatives.rows_of(np.arange(corpus.rows))
 

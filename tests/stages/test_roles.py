@@ -12,7 +12,7 @@ from storage.corpus import Corpus, text_key
 from storage.embeddings import Embeddings, fingerprints
 from storage.errors import TeachonceError
 from storage.manifest import Manifest, fingerprint
-from storage.negatives import NONE, Negatives
+from storage.negatives import NONE, Negatives, parent_of
 from storage.probe import probe_key
 from tests.conftest import HashTeacher, embed_params, is_probe, prompts, sentences
 from tests.faults.samples import mine_params, split_of
@@ -168,7 +168,7 @@ def mined(place, corpus, **settings):
         out=out,
         facts=place.root / "mine-facts.json",
     )
-    parent = mine.parent_of(embeddings, chosen)
+    parent = parent_of(embeddings.manifest, chosen)
     found = Negatives(place.store, Manifest.load(out, "negatives"), corpus, mined_from=parent)
     return found.rows_of(np.arange(corpus.rows)), embeddings, chosen.train_rows(corpus)
 
