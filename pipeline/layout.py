@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,26 @@ if TYPE_CHECKING:
 MOVE_IT = "move it away, or delete it"
 
 
+class Output:
+    """The path of a file that is written, or of a folder, which ends in /; checked when it is asked for."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __get__(self, at: Layout, _: type[Layout]) -> Path:
+        return at._output(self.path)
+
+
+class NamedOutput:
+    """A function: name -> the path of its file or folder, checked. {} stands for the name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __get__(self, at: Layout, _: type[Layout]) -> Callable[[str], Path]:
+        return lambda name: at._output(self.path.format(name))
+
+
 @dataclass(frozen=True)
 class Layout:
     """The paths below the folder that has params.yaml.
@@ -28,6 +49,41 @@ class Layout:
     """
 
     root: Path
+
+    # check: hashes of everything that comes from outside, one key for each stage that reads it
+    sources = Output("data/sources.json")
+    versions = Output("data/versions.yaml")  # check: the VERSION of each stage
+    raw = Output("data/raw/")  # docs: texts, pairs and the retrieval test of the embedded default
+    corpus = Output("data/corpus.json")  # shard: manifest of text shards
+    readings = Output("data/readings.json")  # shard: manifest of the readings of texts
+    split = Output("data/split.json")  # split: which rows are for what
+    embeddings = Output("data/embeddings.json")  # embed: manifest of vectors
+    mixes = Output("data/mixes.json")  # embed: manifest of vectors of mixes
+    negatives = Output("data/negatives.json")  # mine: manifest of mined negatives
+    neighbours = Output("data/neighbours/")  # neighbours: for each recipe, what it reads of these
+    # evaluate teacher: its vectors of the documents that retrieval is measured on
+    documents = Output("data/documents/")
+    start = NamedOutput("models/start/{}/")  # start: a student before training
+    model = NamedOutput("models/{}/")  # distill: a student after training
+    export = Output(
+        "export/"
+    )  # export: the model that is served, as sentence-transformers loads it
+    exported = NamedOutput("exports/{}/")  # export NAME: a further model that is served
+    formats = NamedOutput("reports/exports/{}.json")  # export: the metrics of one model's formats
+    stage_facts = NamedOutput("reports/stages/{}.json")  # each stage: counts for `dvc metrics`
+    # start: what a start keeps of its model, and how far it agrees with the teacher
+    start_facts = NamedOutput("reports/starts/{}.json")
+    training = NamedOutput(
+        "reports/training/{}.json"
+    )  # distill: how a run ended, for `dvc metrics`
+    curve = NamedOutput("reports/curves/{}.csv")  # distill: loss and agreement, for `dvc plots`
+    metrics = NamedOutput("reports/metrics/{}.json")  # evaluate: one model's metrics
+    details = NamedOutput("reports/details/{}.json")  # evaluate: what the page shows beside these
+    mteb = NamedOutput("reports/mteb/{}.json")  # evaluate --mteb: one model's scores
+    page = Output("reports/index.html")  # report: everything about all models, on one page
+    report = Output("reports/metrics.json")  # report: the metrics of models that params.yaml names
+    tracking = Output("work/tracking/")  # distill, finetune: files of a `tracker`
+    hashes = Output("work/hashes.json")  # hashes of files, remembered by path and identity
 
     @property
     def project(self) -> str:
@@ -41,59 +97,10 @@ class Layout:
         return self.root / "params.yaml"
 
     @property
-    def sources(self) -> Path:
-        """`check`: hashes of everything that comes from outside, one key for each stage that reads it."""
-        return self._file("data/sources.json")
-
-    @property
-    def versions(self) -> Path:
-        """`check`: the VERSION of each stage."""
-        return self._file("data/versions.yaml")
-
-    @property
-    def raw(self) -> Path:
-        """`docs`: texts, pairs and the retrieval test of the embedded default."""
-        return self._folder("data/raw")
-
-    @property
-    def corpus(self) -> Path:
-        """`shard`: manifest of text shards."""
-        return self._file("data/corpus.json")
-
-    @property
-    def readings(self) -> Path:
-        """`shard`: manifest of the readings of texts."""
-        return self._file("data/readings.json")
-
-    @property
-    def split(self) -> Path:
-        """`split`: which rows are for what."""
-        return self._file("data/split.json")
-
-    @property
-    def embeddings(self) -> Path:
-        """`embed`: manifest of vectors."""
-        return self._file("data/embeddings.json")
-
-    @property
-    def mixes(self) -> Path:
-        """`embed`: manifest of vectors of mixes."""
-        return self._file("data/mixes.json")
-
-    @property
-    def negatives(self) -> Path:
-        """`mine`: manifest of mined negatives."""
-        return self._file("data/negatives.json")
-
-    @property
-    def neighbours(self) -> Path:
-        """`neighbours`: for each recipe, which mined negatives it reads."""
-        return self._folder("data/neighbours")
-
-    @property
-    def documents(self) -> Path:
-        """`evaluate teacher`: its vectors of the documents that retrieval is measured on."""
-        return self._folder("data/documents")
+    def work(self) -> Path:
+        """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
+        self._check_place(self.root / "work")
+        return self.root / "work"
 
     @property
     def manifests(self) -> dict[Kind, Path]:
@@ -106,98 +113,19 @@ class Layout:
             "negatives": self.negatives,
         }
 
-    def start(self, name: str) -> Path:
-        """`start`: a student before training."""
-        return self._folder(f"models/start/{name}")
-
-    def model(self, name: str) -> Path:
-        """`distill`: a student after training."""
-        return self._folder(f"models/{name}")
-
     def finetuned(self, student: str) -> Path:
         """`finetune`: a student after labelled triplets."""
         return self.model(f"{student}{FINETUNED}")
 
-    @property
-    def export(self) -> Path:
-        """`export`: the model that is served, for anyone who has sentence-transformers."""
-        return self._folder("export")
-
-    def exported(self, model: str) -> Path:
-        """`export NAME`: a further model that is served."""
-        return self._folder(f"exports/{model}")
-
-    def formats(self, model: str) -> Path:
-        """`export`: the metrics of one model's formats."""
-        return self._file(f"reports/exports/{model}.json")
-
-    def stage_facts(self, stage: str) -> Path:
-        """Counts a stage leaves for `dvc metrics`."""
-        return self._file(f"reports/stages/{stage}.json")
-
-    def start_facts(self, name: str) -> Path:
-        """`start`: what a start keeps of its model, and how far it agrees with the teacher."""
-        return self._file(f"reports/starts/{name}.json")
-
-    def training(self, student: str) -> Path:
-        """`distill`: how a run ended, for `dvc metrics`."""
-        return self._file(f"reports/training/{student}.json")
-
-    def curve(self, student: str) -> Path:
-        """`distill`: loss and agreement by step, for `dvc plots`."""
-        return self._file(f"reports/curves/{student}.csv")
-
-    def metrics(self, model: str) -> Path:
-        """`evaluate`: one model's metrics."""
-        return self._file(f"reports/metrics/{model}.json")
-
-    def details(self, model: str) -> Path:
-        """`evaluate`: what the report page shows of one model beside its metrics."""
-        return self._file(f"reports/details/{model}.json")
-
-    def mteb(self, model: str) -> Path:
-        """`evaluate --mteb`: one model's scores on tasks of mteb."""
-        return self._file(f"reports/mteb/{model}.json")
-
-    @property
-    def page(self) -> Path:
-        """`report`: everything about all models, on one page."""
-        return self._file("reports/index.html")
-
-    @property
-    def report(self) -> Path:
-        """`report`: the metrics of all models that params.yaml names."""
-        return self._file("reports/metrics.json")
-
-    @property
-    def work(self) -> Path:
-        """The one mutable place: training checkpoints and remembered hashes. Safe to delete."""
-        self._check_place(self.root / "work")
-        return self.root / "work"
-
-    @property
-    def tracking(self) -> Path:
-        """`distill`, `finetune`: files of a `tracker`."""
-        return self._folder("work/tracking")
-
-    @property
-    def hashes(self) -> Path:
-        """Hashes of files, remembered by path and identity."""
-        return self._file("work/hashes.json")
-
-    def _file(self, name: str) -> Path:
-        """A file that is written, by its path from the root."""
-        path = self._folder(name)
-        with durable.named(path, "looking for the file"):
-            if path.is_dir() and not path.is_symlink():
-                raise TeachonceError(path, "a folder, where a file is needed", MOVE_IT)
-        return path
-
-    def _folder(self, name: str) -> Path:
-        """A folder that is replaced as a whole."""
+    def _output(self, name: str) -> Path:
+        """The place of what is replaced as a whole; a name that ends in / is a folder's."""
         path = self.root / name
         for above in reversed(path.relative_to(self.root).parents[:-1]):
             self._check_place(self.root / above)
+        if not name.endswith("/"):
+            with durable.named(path, "looking for the file"):
+                if path.is_dir() and not path.is_symlink():
+                    raise TeachonceError(path, "a folder, where a file is needed", MOVE_IT)
         return path
 
     def _check_place(self, folder: Path) -> None:

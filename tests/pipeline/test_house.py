@@ -306,7 +306,7 @@ def test_opening_lists_imports_no_torch():
     code = (
         "import sys; from types import SimpleNamespace as Of; import stages.mine; "
         "from storage.negatives import parent_of; "
-        "parent_of(Of(manifest=Of(content='a')), Of(content='b')); print(*sys.modules)"
+        "parent_of(Of(content='a'), Of(content='b')); print(*sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "stages.mine" in run.stdout.split()

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.layout import Layout
+from pipeline.layout import Layout, NamedOutput, Output
 from pipeline.workspace import Workspace
 from storage.errors import TeachonceError
 from tests.conftest import shipped_settings
@@ -56,8 +56,13 @@ def outputs(at):
 
 
 def test_every_output_is_known_here():
-    properties = {name for name, value in vars(Layout).items() if isinstance(value, property)}
-    methods = {n for n, v in vars(Layout).items() if callable(v) and not n.startswith("_")}
+    of_class = vars(Layout).items()
+    properties = {name for name, value in of_class if isinstance(value, property | Output)}
+    methods = {
+        name
+        for name, value in of_class
+        if isinstance(value, NamedOutput) or (callable(value) and not name.startswith("_"))
+    }
     assert properties - {"params", "project", "manifests"} == set(FIXED)
     assert methods == set(NAMED)
 
