@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,10 @@ class ByRow(ABC, Generic[One, Many]):
     """
 
     name: str
+    _column: Column
 
     def __init__(self, column: Column) -> None:
-        self._rows = column.rows
+        self._column, self._rows = column, column.rows
 
     def __len__(self) -> int:
         """How many rows the corpus has."""
@@ -72,9 +73,10 @@ class ByRow(ABC, Generic[One, Many]):
     def _take(self, ids: NDArray[np.int64]) -> Many:
         """The values of rows that exist."""
 
-    @abstractmethod
-    def _value(self, values: Many, place: int) -> One:
+    def _value(self, values: Any, place: int) -> One:  # noqa: ANN401 - Many, which has no index
         """One of these values."""
+        value: One = values[place]
+        return value
 
 
 class Texts(ByRow[str, list[str]]):
@@ -86,16 +88,10 @@ class Texts(ByRow[str, list[str]]):
     """
 
     name = "texts"
-
-    def __init__(self, corpus: Corpus) -> None:
-        super().__init__(corpus)
-        self._corpus = corpus
+    _column: Corpus
 
     def _take(self, ids: NDArray[np.int64]) -> list[str]:
-        return self._corpus.take(ids)
-
-    def _value(self, values: list[str], place: int) -> str:
-        return values[place]
+        return self._column.take(ids)
 
 
 class Roles(ByRow[Role, list[Role]]):
@@ -107,16 +103,10 @@ class Roles(ByRow[Role, list[Role]]):
     """
 
     name = "roles"
-
-    def __init__(self, corpus: Corpus) -> None:
-        super().__init__(corpus)
-        self._corpus = corpus
+    _column: Corpus
 
     def _take(self, ids: NDArray[np.int64]) -> list[Role]:
-        return self._corpus.roles_of(ids)
-
-    def _value(self, values: list[Role], place: int) -> Role:
-        return values[place]
+        return self._column.roles_of(ids)
 
 
 class Vectors(ByRow[NDArray[np.float32], NDArray[np.float32]]):
@@ -131,22 +121,15 @@ class Vectors(ByRow[NDArray[np.float32], NDArray[np.float32]]):
     """
 
     name = "vectors"
-
-    def __init__(self, embeddings: Embeddings) -> None:
-        super().__init__(embeddings)
-        self._embeddings = embeddings
+    _column: Embeddings
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows of the corpus, and values of a vector."""
-        return len(self), self._embeddings.dim
+        return len(self), self._column.dim
 
     def _take(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._embeddings.rows_of(ids).astype(np.float32, copy=False)
-
-    def _value(self, values: NDArray[np.float32], place: int) -> NDArray[np.float32]:
-        vector: NDArray[np.float32] = values[place]
-        return vector
+        return self._column.rows_of(ids).astype(np.float32, copy=False)
 
 
 class Neighbours(NamedTuple):
@@ -172,13 +155,10 @@ class NeighbourLists(ByRow[Neighbours, Neighbours]):
     """
 
     name = "neighbours"
-
-    def __init__(self, negatives: Negatives) -> None:
-        super().__init__(negatives)
-        self._negatives = negatives
+    _column: Negatives
 
     def _take(self, ids: NDArray[np.int64]) -> Neighbours:
-        return Neighbours(*self._negatives.rows_of(ids))
+        return Neighbours(*self._column.rows_of(ids))
 
     def _value(self, values: Neighbours, place: int) -> Neighbours:
         return Neighbours(values.ids[place], values.scores[place])
