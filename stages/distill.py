@@ -23,7 +23,7 @@ from stages.learning.loop import TrainingSetup, train
 from stages.learning.mixed_rows import MixedRows
 from stages.learning.objectives import Candidates, MixedBatch, Objectives
 from stages.learning.pretraining import LabelledTriples, MinedTriples, Pretraining
-from stages.learning.proposals import Proposers
+from stages.learning.proposals import Proposals
 from stages.learning.reading_rows import ReadingRows, some_readings
 from stages.learning.student import Rows, Student, encode_ids
 from stages.learning.token_rows import prompts_of_teacher, token_rows
@@ -38,6 +38,7 @@ from stages.params import (
     DiscoKdObjective,
     MixesObjective,
     RecipeParams,
+    SpeculativeObjective,
     check_recipe_widths,
     larger_queues,
 )
@@ -297,13 +298,19 @@ class DistillTask(nn.Module):
         if params.reads_mixes and caches.mixes is not None:
             self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
         self._steps_of_epoch = max(len(self.rows) // params.batch_size, 1)
-        self.proposers = Proposers(
-            dict(zip(self.objectives.names, params.objectives, strict=True)),
-            caches,
-            train=self.rows,
-            steps=params.epochs * self._steps_of_epoch,
-            seed=params.seed,
-        ).to(device)
+        self.proposals = {
+            name: Proposals(
+                objective,
+                embeddings=caches.embeddings,
+                negatives=caches.negatives,
+                train=self.rows,
+                steps=params.epochs * self._steps_of_epoch,
+                seed=params.seed,
+            )
+            for name, objective in zip(self.objectives.names, params.objectives, strict=True)
+            if isinstance(objective, SpeculativeObjective)
+        }
+        self.proposers = nn.ModuleDict(self.proposals).to(device)  # so that a checkpoint has them
         self.source = CandidateSource(
             caches.embeddings,
             caches.negatives,
@@ -326,7 +333,7 @@ class DistillTask(nn.Module):
             initial_may_win=False,
             parts=[*self.objectives.names, *(["pretraining"] if self.pretraining else [])],
             notes=self._notes,
-            evaluated=self.proposers.evaluated,
+            evaluated=self._evaluated,
         )
 
     def encode(
@@ -413,7 +420,8 @@ class DistillTask(nn.Module):
             return self._pretrain(self.pretraining, rows, step)
         teacher = torch.from_numpy(self.caches.embeddings.rows_of(rows)).to(self.device).float()
         objectives = self.params.objectives
-        self.proposers.refresh(step, self._as_used)
+        for proposals in self.proposals.values():
+            proposals.refresh(step, self._as_used)
         vectors = {
             deleted: self.encode(rows, deleted=deleted, step=step, read=self.read)
             for deleted in sorted({objective.deleted for objective in objectives})
@@ -423,7 +431,10 @@ class DistillTask(nn.Module):
             if isinstance(objective, MixesObjective):
                 candidates.append(self._mixed(objective, step))
                 continue
-            proposed = self.proposers.propose(name, rows, vectors[objective.deleted], step=step)
+            proposed = None
+            if name in self.proposals:
+                own = vectors[objective.deleted]
+                proposed = self.proposals[name].propose(rows, own, step=step)
             candidates.append(self.source.draw(objective, rows, step=step, proposed=proposed))
         total, parts = self.objectives(vectors, teacher, candidates)
         return total, [*parts, *([None] if self.pretraining else [])]
@@ -442,7 +453,16 @@ class DistillTask(nn.Module):
 
     def _notes(self) -> dict[str, float | None]:
         heldout = torch.from_numpy(self.heldout_vectors).to(self.device)
-        return {**self.objectives.notes(heldout), **self.proposers.notes()}
+        notes = {
+            f"{note}_{name}": value
+            for name, proposals in self.proposals.items()
+            for note, value in proposals.notes().items()
+        }
+        return {**self.objectives.notes(heldout), **notes}
+
+    def _evaluated(self, score: float) -> None:
+        for proposals in self.proposals.values():
+            proposals.evaluated(score)
 
     def _as_used(self, rows: NDArray[np.int64]) -> Tensor:
         """(n, D) vectors of rows, without dropout."""

@@ -19,7 +19,7 @@ teacher is not asked, its cached cosines decide; of the pool the student's vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stages.params import Objective, SpeculativeObjective
-from storage.caches import Caches
+from stages.params import SpeculativeObjective
 from storage.embeddings import Embeddings
 from storage.negatives import NONE, Negatives
 
@@ -37,68 +36,6 @@ RISE = 0.1
 
 TOLERANCE = 1e-5
 """Of a cosine: mining added it up in another order, and the K-th neighbour itself is to be accepted."""
-
-
-class Proposers(nn.Module):
-    """What the objectives of a recipe propose from: `Proposals` for each `speculative`, nothing for others.
-
-    Args:
-        objectives: Name -> objective.
-        caches: Vectors and neighbours.
-        train: (n,) int64 ids of the training rows.
-        steps: Steps of the whole run.
-        seed: The seed of the recipe.
-    """
-
-    def __init__(
-        self,
-        objectives: Mapping[str, Objective],
-        caches: Caches,
-        *,
-        train: NDArray[np.int64],
-        steps: int,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        self.by_name = {
-            name: Proposals(
-                objective,
-                embeddings=caches.embeddings,
-                negatives=caches.negatives,
-                train=train,
-                steps=steps,
-                seed=seed,
-            )
-            for name, objective in objectives.items()
-            if isinstance(objective, SpeculativeObjective)
-        }
-        for name, proposals in self.by_name.items():
-            self.add_module(name, proposals)
-
-    def refresh(self, step: int, encode: Callable[[NDArray[np.int64]], Tensor]) -> None:
-        """As `Proposals.refresh`, for each."""
-        for proposals in self.by_name.values():
-            proposals.refresh(step, encode)
-
-    def propose(
-        self, name: str, ids: NDArray[np.int64], vectors: Tensor, *, step: int
-    ) -> NDArray[np.int64] | None:
-        """As `Proposals.propose`; None for an objective that proposes nothing."""
-        proposals = self.by_name.get(name)
-        return None if proposals is None else proposals.propose(ids, vectors, step=step)
-
-    def evaluated(self, score: float) -> None:
-        """As `Proposals.evaluated`, for each."""
-        for proposals in self.by_name.values():
-            proposals.evaluated(score)
-
-    def notes(self) -> dict[str, float | None]:
-        """`acceptance_NAME` and `phi_NAME`, for a curve."""
-        return {
-            f"{note}_{name}": value
-            for name, proposals in self.by_name.items()
-            for note, value in proposals.notes().items()
-        }
 
 
 class Proposals(nn.Module):

@@ -364,7 +364,7 @@ def test_the_curve_says_which_share_of_the_proposals_was_kept(world):
         device=CPU,
     )
     train_rows = world.split.train_rows(world.corpus)
-    assert np.array_equal(task.proposers.by_name["speculative"].train_rows, train_rows)
+    assert np.array_equal(task.proposals["speculative"].train_rows, train_rows)
     assert len(train_rows) < 400
     rows = [row["acceptance_speculative"] for row in world.tracked]
     assert rows[0] is None
