@@ -411,14 +411,11 @@ def neighbours(as_json: Json = False) -> None:
 
     here = workspace()
     recipes, negatives = here.params.recipes, here.manifest("negatives")
-    # A work tree of before there were mixes or readings has no manifest of them.
-    mixes = here.manifest("mixes") if here.at.mixes.exists() else None
-    readings = here.manifest("readings") if here.at.readings.exists() else None
     outcome = run(
         recipes,
         negatives=negatives,
-        mixes=mixes,
-        readings=readings,
+        mixes=here.manifest_if_any("mixes"),
+        readings=here.manifest_if_any("readings"),
         labelled=partial(learned_triplets, here.params.finetune, here.at.root),
         out=here.at.neighbours,
     )

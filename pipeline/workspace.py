@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from stages.measuring.metrics import EvaluatedModel
     from stages.models.encoder import Encoder
     from stages.models.forms import OpenForm
-    from stages.reading.evaluation_sets import RetrievalSet, StsSet
     from stages.teaching.api import ApiTeacher
     from stages.teaching.api_texts import TextCounter
     from stages.teaching.interface import Encode, Engine
@@ -138,6 +137,10 @@ class Workspace:
         """
         return _renewed(self.at.manifests[kind], kind, self.store)
 
+    def manifest_if_any(self, kind: Kind) -> Manifest | None:
+        """As `manifest`; None in a work tree of before there were manifests of that kind."""
+        return self.manifest(kind) if self.at.manifests[kind].exists() else None
+
     def renew(self) -> None:
         """Tell the store which manifests of this work tree are in use, as far as they can be read."""
         renew(self.at, self.store)
@@ -176,8 +179,7 @@ class Workspace:
 
     def readings(self, corpus: Corpus) -> Readings | None:
         """The readings of texts; None where there are none."""
-        # A work tree of before there were readings has no manifest of them.
-        manifest = self.manifest("readings") if self.at.readings.exists() else None
+        manifest = self.manifest_if_any("readings")
         return Readings(self.store, manifest, corpus) if manifest and manifest.objects else None
 
     def needed_readings(self, corpus: Corpus) -> Readings:
@@ -221,24 +223,8 @@ class Workspace:
         """Every text that a model will be judged on."""
         from stages.reading import evaluation_sets
 
-        return evaluation_sets.evaluation_texts(*self.evaluation_sets())
-
-    def evaluation_sets(self) -> tuple[list[StsSet], list[RetrievalSet]]:
-        """The sets of sentence pairs, and those with queries and documents."""
-        from stages.reading import evaluation_sets
-
-        params, root = self.params.evaluate, self.at.root
-        sts = [
-            evaluation_sets.read_sts(
-                evaluation_sets.sts_files(pattern, root, f"evaluate.sts.{name}")
-            )
-            for name, pattern in params.sts.items()
-        ]
-        retrieval = [
-            evaluation_sets.read_beir(evaluation_sets.beir_folder(setting, root, name), name)
-            for name, setting in params.retrieval.items()
-        ]
-        return sts, retrieval
+        sts, retrieval = evaluation_sets.read_sets(self.params.evaluate, self.at.root)
+        return evaluation_sets.evaluation_texts(sts.values(), retrieval.values())
 
     def teacher(self) -> tuple[dict[str, str], Callable[[], Encode] | None]:
         """The hashes of the teacher's files, and how to load it; None where it is not on this machine.

@@ -335,9 +335,7 @@ class _EmbedRun:
         for shard in self.shards:
             if self.journal is None or self.journal.is_empty(self.teachers[self.parts[shard].role]):
                 return
-            self.journal.forget(
-                self.teachers[self.parts[shard].role], self.parts[shard].text_keys()
-            )
+            self._forget(shard)
 
     def summary(self) -> str:
         """Returns a sentence with the numbers of shards and texts."""
@@ -430,16 +428,19 @@ class _EmbedRun:
             more=self.parts[shard].columns(),
         )
         self.shared.upload(entry)
-        if self.journal is not None:
-            self.journal.forget(
-                self.teachers[self.parts[shard].role], self.parts[shard].text_keys()
-            )
+        self._forget(shard)
         self.embedded[shard] = encoded
         self.tokens += self.store.facts(entry.key)["tokens"]
         progress.skip(copied)
         progress.advance(encoded, f"{self.tokens / progress.seconds:,.0f} tokens/s")
         if len(self.embedded) == 1:
             _check_space(self.store, entry, progress.total - progress.done)
+
+    def _forget(self, shard: int) -> None:
+        """Forget the answers that a published shard has."""
+        if self.journal is not None:
+            part = self.parts[shard]
+            self.journal.forget(self.teachers[part.role], part.text_keys())
 
     def _with_rows(
         self, shard: int, error: RefusedTextsError, reusable: ReusableVectors

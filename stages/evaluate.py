@@ -30,12 +30,7 @@ from stages.measuring.metrics import (
 from stages.measuring.readings import LEAST_PAIRS, judged_readings, measure_readings
 from stages.outcome import Fact, Outcome, log, write_json
 from stages.params import TEACHER, EvaluateParams
-from stages.reading.evaluation_sets import (
-    beir_folder,
-    read_beir,
-    read_sts,
-    sts_files,
-)
+from stages.reading.evaluation_sets import read_sets
 from stages.teaching.interface import Closes
 from stages.vectors import (
     MOST_ROWS,
@@ -103,14 +98,7 @@ def run(
         TeachonceError: a wrong evaluation file (found before the model is used), documents of the
             teacher that are not these, or a model whose vectors have NaN or Inf.
     """
-    sts = {
-        key: read_sts(sts_files(glob, root, f"evaluate.sts.{key}"))
-        for key, glob in params.sts.items()
-    }
-    retrieval = {
-        key: read_beir(beir_folder(folder, root, key), key)
-        for key, folder in params.retrieval.items()
-    }
+    sts, retrieval = read_sets(params, root)
     heldout = split.heldout_rows(corpus)
     judged = None if readings is None else judged_readings(readings, split)
     teacher = fingerprint(embeddings.manifest.recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -138,14 +138,19 @@ class Column:
         if len(ours) == len(theirs) and bool((ours == theirs).all()):
             return
         row = int(np.flatnonzero(ours != theirs)[0]) if len(ours) == len(theirs) else len(ours)
+        raise self.damaged(shard, f"row {row} of shard {shard} belongs to another text")
+
+    def damaged(self, shard: int, problem: str) -> DamagedError:
+        """Returns the error of an object that is of no use beside the texts of its shard."""
         key = self.objects[shard].key
         path = self.store.path(key)
-        raise DamagedError(
-            path,
-            f"row {row} of shard {shard} belongs to another text",
-            # Not `repair`: it examines objects one by one, and taken alone this one is intact.
-            f"rm -f '{path}', then {remake_command(key)}",
-        )
+        # Not `repair`: it examines objects one by one, and taken alone this one is intact.
+        return DamagedError(path, problem, f"rm -f '{path}', then {remake_command(key)}")
+
+
+def text_keys_from(keys: Iterable[bytes]) -> NDArray[np.bytes_]:
+    """(n,) V16 text keys, from the 16 bytes of each."""
+    return np.frombuffer(b"".join(keys), dtype=f"V{TEXT_KEY_BYTES}")
 
 
 class KeyIndex:

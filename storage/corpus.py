@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY_BYTES, Column, text_key_array
+from storage.column import TEXT_KEY_BYTES, Column, text_key_array, text_keys_from
 from storage.errors import DamagedError
 from storage.manifest import Manifest
 from storage.roles import ROLES, Role
@@ -90,7 +90,7 @@ def key_of_texts(shard: Sequence[tuple[str, bytes]], role: Role = "text") -> str
 def put_texts(store: Store, shard: Sequence[tuple[str, bytes]], role: Role = "text") -> Object:
     """Publish one text shard."""
     texts = [text for text, _ in shard]
-    keys = np.frombuffer(b"".join(key for _, key in shard), dtype=f"V{TEXT_KEY_BYTES}")
+    keys = text_keys_from(key for _, key in shard)
     batch = pa.record_batch(
         [text_key_array(keys), pa.array(texts, pa.large_string())], names=["text_key", "text"]
     )

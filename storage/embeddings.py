@@ -31,10 +31,10 @@ from storage.column import (
     text_keys_of,
 )
 from storage.corpus import Corpus, check_derived
-from storage.errors import DamagedError, TeachonceError
+from storage.errors import TeachonceError
 from storage.manifest import Manifest, check_made_by, fingerprint
 from storage.roles import ROLES, Role
-from storage.store import Object, Store, remake_command
+from storage.store import Object, Store
 
 DTYPES: dict[str, type[np.number]] = {
     "float16": np.float16,
@@ -385,10 +385,7 @@ class VectorColumn(Column):
         try:
             return matrix_of(batch, "vector"), scales_of(batch), file_of(batch)
         except ValueError as error:
-            path = self.store.path(self.objects[shard].key)
-            raise DamagedError(
-                path, str(error), f"rm -f '{path}', then {remake_command(self.objects[shard].key)}"
-            ) from error
+            raise self.damaged(shard, str(error)) from error
 
 
 class Embeddings(VectorColumn):

@@ -43,6 +43,11 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class, as it may stand in a message."""
+    return shown((str(error).splitlines() or [type(error).__name__])[0])
+
+
 def as_utf8(path: str | os.PathLike[str]) -> str:
     r"""A path as text that JSON can hold, the same in every locale; a byte that is no UTF-8 as `\xff`."""
     return os.fsencode(path).decode(errors="backslashreplace")

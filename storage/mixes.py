@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY_BYTES, text_keys_of
+from storage.column import TEXT_KEY_BYTES, text_keys_from, text_keys_of
 from storage.corpus import Corpus
 from storage.embeddings import VectorColumn
-from storage.errors import DamagedError
 from storage.manifest import Manifest
-from storage.store import Store, remake_command
+from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ class Pairs:
         """
         parts = (text_keys[self.first], text_keys[self.second], self.ratio.astype("<f4"))
         rows = np.column_stack([part.view(np.uint8).reshape(len(part), -1) for part in parts])
-        keys = [hashlib.blake2b(row, digest_size=TEXT_KEY_BYTES).digest() for row in rows]
-        return np.frombuffer(b"".join(keys), dtype=f"V{TEXT_KEY_BYTES}")
+        return text_keys_from(hashlib.blake2b(r, digest_size=TEXT_KEY_BYTES).digest() for r in rows)
 
 
 @dataclass(frozen=True)
@@ -130,11 +128,6 @@ class Mixes(VectorColumn):
             not ((rows >= 0) & (rows < len(texts))).all()
             or (pairs.keys(texts) != text_keys_of(batch)).any()
         ):
-            key = self.objects[shard].key
-            raise DamagedError(
-                self.store.path(key),
-                f"mixes of other texts than those of shard {shard}",
-                f"rm -f '{self.store.path(key)}', then {remake_command(key)}",
-            )
+            raise self.damaged(shard, f"mixes of other texts than those of shard {shard}")
         start = self.corpus.starts[shard]
         return Pairs(pairs.first + start, pairs.second + start, pairs.ratio)

@@ -22,7 +22,7 @@ from storage.corpus import Corpus
 from storage.errors import DamagedError
 from storage.manifest import Manifest, check_made_by, fingerprint
 from storage.split import Split
-from storage.store import Object, Store, digest, remake_command
+from storage.store import Object, Store, digest
 
 NONE = -1
 """Fills the list of a row that has too few neighbours; its score is 0."""
@@ -128,9 +128,4 @@ class Negatives(Column):
     def _check_ids(self, shard: int, ids: NDArray[Any]) -> None:
         """Raise DamagedError if an id is no row of the corpus; numpy would read -2 as the last but one."""
         if not ((ids >= NONE) & (ids < self.rows)).all():
-            key = self.objects[shard].key
-            raise DamagedError(
-                self.store.path(key),
-                f"names rows that a corpus of {self.rows} has not",
-                f"rm -f '{self.store.path(key)}', then {remake_command(key)}",
-            )
+            raise self.damaged(shard, f"names rows that a corpus of {self.rows} has not")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY_BYTES
+from storage.column import text_keys_from
 from storage.corpus import text_digest, text_key
 
 _LONG = (
@@ -52,4 +52,4 @@ def probe_key(teacher: str) -> str:
 
 def probe_text_keys() -> NDArray[np.bytes_]:
     """Returns the (16,) V16 text keys of the probe texts."""
-    return np.frombuffer(b"".join(map(text_key, PROBE_TEXTS)), dtype=f"V{TEXT_KEY_BYTES}")
+    return text_keys_from(map(text_key, PROBE_TEXTS))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import TEXT_KEY_BYTES, KeyIndex, text_key_array
+from storage.column import TEXT_KEY_BYTES, KeyIndex, text_key_array, text_keys_from
 from storage.corpus import NO_TEXT, Corpus, cut_by, text_key
 from storage.errors import DamagedError
 from storage.manifest import Manifest
@@ -56,7 +56,7 @@ def key_of_readings(shard: Sequence[Reading], role: Role = "text") -> str:
 
 def put_readings(store: Store, shard: Sequence[Reading], role: Role = "text") -> Object:
     """Publish one shard of readings of texts of one role."""
-    keys = np.frombuffer(b"".join(row.text_key for row in shard), dtype=f"V{TEXT_KEY_BYTES}")
+    keys = text_keys_from(row.text_key for row in shard)
     batch = pa.record_batch(
         [text_key_array(keys), pa.array([row.reading for row in shard], pa.large_string())],
         names=["text_key", "reading"],
@@ -136,13 +136,10 @@ class Readings(Corpus):
     def _own_keys(self) -> list[NDArray[np.bytes_]]:
         """For each role of the corpus (rows,) V16 keys that the readings have as texts of it."""
         return [
-            np.frombuffer(
-                b"".join(
-                    text_key(reading, role)
-                    for shard in range(len(self.objects))
-                    for reading in self.texts(shard)
-                ),
-                dtype=f"V{TEXT_KEY_BYTES}",
+            text_keys_from(
+                text_key(reading, role)
+                for shard in range(len(self.objects))
+                for reading in self.texts(shard)
             )
             for role in self.corpus.roles
         ]

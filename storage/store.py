@@ -44,7 +44,7 @@ from storage.errors import (
     DamagedError,
     MissingError,
     StorageError,
-    shown,
+    first_line,
 )
 from storage.ipc import first_batch
 from storage.roles import Role
@@ -349,7 +349,7 @@ class Store:
         try:
             _, header = _open(key, content)
         except UNREADABLE as error:
-            raise self._damaged(key, _one_line(error)) from error
+            raise self._damaged(key, first_line(error)) from error
         return header, status.st_size
 
     def check_present(self, named: Object) -> None:
@@ -529,7 +529,7 @@ def header_at_front(head: bytes) -> Header:
     try:
         return _header_in(pa.ipc.read_schema(pa.py_buffer(head)[FRONT:]))
     except UNREADABLE as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.RecordBatch, Header]:
@@ -551,7 +551,7 @@ def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.Rec
         if values:
             _check_values(batch, header)
     except UNREADABLE as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(first_line(error)) from error
     return batch, header
 
 
@@ -561,11 +561,7 @@ def _open_proved(key: str, content: pa.Buffer) -> tuple[pa.RecordBatch, Header]:
         reader, header = _read(key, content)
         return reader.get_batch(0), header
     except UNREADABLE as error:
-        raise ValueError(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return shown((str(error) or type(error).__name__).splitlines()[0])
+        raise ValueError(first_line(error)) from error
 
 
 def _header_in(schema: pa.Schema) -> Header:

@@ -23,6 +23,7 @@ from pipeline.workspace import Workspace
 from stages import embed, mine
 from stages.outcome import Outcome, clock, seconds_of
 from stages.params import FINETUNED, TEACHER
+from stages.reading.evaluation_sets import read_sets
 from stages.teaching.reuse import unknown_rows
 from stages.teaching.sharing import lacking_shards
 from stages.vectors import MOST_ROWS
@@ -253,10 +254,10 @@ class Plan:
                 finetuned = [f"{name}{FINETUNED}"] if name in params.finetune.students else []
                 models.setdefault(student.start, [student.start]).extend([name, *finetuned])
         pool: list[tuple[str, Role]] = []
-        sts, retrieval = self.here.evaluation_sets()
-        for pairs in sts:
+        sts, retrieval = read_sets(params.evaluate, self.here.at.root)
+        for pairs in sts.values():
             pool += [(text, "text") for text in pairs.texts]
-        for asked in retrieval:
+        for asked in retrieval.values():
             pool += [(text, "query") for text in asked.queries]
             pool += [(text, "document") for text in asked.documents]
         pool += self.sample[: self.judged]

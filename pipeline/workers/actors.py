@@ -16,7 +16,7 @@ from pipeline.workers.messages import (
     ready_or_error,
 )
 from stages.teaching.interface import LoadedTeacher, Task
-from storage.errors import TeachonceError
+from storage.errors import TeachonceError, first_line
 
 if TYPE_CHECKING:
     from stages.params import RayParams
@@ -58,7 +58,7 @@ class RayPool:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise TeachonceError(
                 "ray.address",
-                f"{address}: {str(error).splitlines()[0]}",
+                f"{address}: {first_line(error)}",
                 "start it (`ray start --head`), mend the address, or set it to null for a cluster of this "
                 "machine alone",
             ) from error

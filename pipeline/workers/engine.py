@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.workers.messages import ShardDone, WorkerLost, WorkerPool, WorkerReady
@@ -55,21 +54,17 @@ def engine_of(params: Params) -> Engine:
 
 def pool_engine(pool_for: Callable[[Callable[[], LoadedTeacher]], WorkerPool]) -> Engine:
     """Returns an engine that distributes tasks over the pool that `pool_for(load_teacher)` makes."""
-    return partial(_dispatch, pool_for)
 
+    def dispatch(
+        load_teacher: Callable[[], LoadedTeacher], tasks: Iterator[Task], admit: Admit
+    ) -> Results:
+        pool = pool_for(load_teacher)
+        try:
+            yield from _Dispatcher(pool, tasks, admit).results()
+        finally:
+            pool.close()
 
-def _dispatch(
-    pool_for: Callable[[Callable[[], LoadedTeacher]], WorkerPool],
-    load_teacher: Callable[[], LoadedTeacher],
-    tasks: Iterator[Task],
-    admit: Admit,
-) -> Results:
-    """An `Engine` over a worker pool; tasks of lost workers are requeued."""
-    pool = pool_for(load_teacher)
-    try:
-        yield from _Dispatcher(pool, tasks, admit).results()
-    finally:
-        pool.close()
+    return dispatch
 
 
 class _Dispatcher:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stages.learning.judges import split_by_anchor
 from stages.params import FinetuneParams
 from stages.reading.triplets import read_triplets, triplet_files
-from storage.column import TEXT_KEY_BYTES, KeyIndex
+from storage.column import KeyIndex, text_keys_from
 from storage.corpus import Corpus, text_key
 from storage.errors import TeachonceError
 from storage.roles import Role
@@ -77,7 +77,7 @@ def _rows_of(triplets: Sequence[tuple[str, str, str]], corpus: Corpus) -> NDArra
     ids = np.full((len(triplets), 3), -1, np.int64)
     for side, roles in enumerate(ROLES_OF_SIDES):
         for role in reversed(roles):  # the last one that is found stays
-            keys = b"".join(text_key(texts[side], role) for texts in triplets)
-            places = index.places(np.frombuffer(keys, f"V{TEXT_KEY_BYTES}"))
+            keys = text_keys_from(text_key(texts[side], role) for texts in triplets)
+            places = index.places(keys)
             ids[:, side] = np.where(places >= 0, places, ids[:, side])
     return ids

@@ -29,7 +29,7 @@ from stages.models.mixing import MixedIds, mixed_features
 from stages.models.packed import CANNOT_PACK, PackedReader
 from stages.models.portable import STATIC
 from stages.outcome import log, write_json
-from storage.errors import TeachonceError, shown
+from storage.errors import TeachonceError, first_line
 from storage.roles import Role
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Student(nn.Module):
         except CANNOT_PACK as error:
             raise TeachonceError(
                 address,
-                f"the start cannot read mixed texts: {shown((str(error).splitlines() or [''])[0])}",
+                f"the start cannot read mixed texts: {first_line(error)}",
                 "take a start whose transformer reads `inputs_embeds`, or a recipe without `mixes`",
             ) from error
 
@@ -187,8 +187,7 @@ class Student(nn.Module):
             likeness(own, packed(ids, np.arange(len(ids))).float().cpu().numpy())
             return packed, False
         except CANNOT_PACK as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            log.info("texts are padded for this student; without padding: %s", first_line)
+            log.info("texts are padded for this student; without padding: %s", first_line(error))
         try:
             batch = self._padded(*pad(rows, pad_id=0, device=device))
             likeness(own, batch.float().cpu().numpy())

@@ -251,6 +251,12 @@ def encoded_in_steps(
         cut += 0 if encoder.in_windows else encoded.truncated
         progress.advance(len(batch))
     vectors = np.concatenate(parts)
+    check_finite(name, vectors, texts)
+    return vectors, cut
+
+
+def check_finite(name: str, vectors: NDArray[np.float32], texts: Sequence[str]) -> None:
+    """Raise TeachonceError if a model's (n, dim) vectors of n texts have NaN or Inf."""
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
         raise TeachonceError(
@@ -259,4 +265,3 @@ def encoded_in_steps(
             f"{shown(repr(texts[wrong[0]]))}",
             "train it again with a smaller learning_rate or with precision: fp32",
         )
-    return vectors, cut

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.measuring.metrics import check_finite
 from stages.models.folder import file_hashes, sha256_of
 from stages.outcome import Fact, Outcome, log, write_json
-from storage.errors import DamagedError, MissingError, TeachonceError, shown
+from storage.errors import DamagedError, MissingError, TeachonceError, first_line, shown
 from storage.store import canonical_json
 
 if TYPE_CHECKING:
@@ -119,14 +120,7 @@ class _MtebModel:
         texts = [text for batch in inputs for text in batch["text"]]
         role: Role = "text" if prompt_type is None else prompt_type.value
         vectors = self.encoder.encode(texts, role=role)
-        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(wrong):
-            raise TeachonceError(
-                self.name,
-                f"{len(wrong)} of {len(vectors)} vectors have NaN or Inf, the first that of "
-                f"{shown(repr(texts[wrong[0]]))}",
-                "train it again with a smaller learning_rate or with precision: fp32",
-            )
+        check_finite(self.name, vectors, texts)
         return vectors
 
     def similarity(self, first: Any, second: Any) -> Any:  # noqa: ANN401 - arrays or tensors
@@ -204,10 +198,9 @@ def _result(mteb: Any, model: _MtebModel, task: AbsTask, cache: Any) -> Any:  # 
         parts: Sequence[AbsTask] = getattr(task.metadata, "tasks", [task])
         if any(part.data_loaded for part in parts):
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise MissingError(
             f"mteb task {key}",
-            f"its data cannot be loaded: {shown(first_line)}",
+            f"its data cannot be loaded: {first_line(error)}",
             "run this where the hub can be reached, without HF_HUB_OFFLINE; later runs there find the "
             "data in the hub's cache ($HF_HOME, ~/.cache/huggingface), which may be copied",
         ) from error

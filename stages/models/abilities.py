@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.models.config import POOLING_FLAGS, read_object, transformers_of
+from stages.models.config import POOLING_FLAGS, first_kind, read_object, transformers_of
 from stages.models.folder import MODULES, TOKENIZER, TRANSFORMER, modules_of, read_header
 from stages.models.pieces import check_kind, check_number, no_transformer
 from stages.models.portable import STATIC, STOCK
@@ -135,7 +135,7 @@ def check_layers(
 
 def check_layers_of(folder: Path, layers: Sequence[int] | int, *, address: str) -> None:
     """As `check_layers`, for the model in a folder, if its config.json names a `model_type`."""
-    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
         check_layers(layers, None, kind=kind, address=address)
     for config, shapes in _transformers(folder, address)[:1]:
         if "model_type" in config:
@@ -172,7 +172,7 @@ def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> No
         wanted: Number of tokens to keep; None for a share of the corpus.
         address: The setting, to name in an error.
     """
-    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise no_transformer(kind, address=address)
     for path in transformers_of(folder, address)[:1]:
         if not (path / TOKENIZER).is_file():
@@ -199,7 +199,7 @@ def check_embedding_of(folder: Path, columns: int, hidden: int | None, *, addres
         hidden: The width of the start; None for the model's own.
         address: The setting, to name in an error.
     """
-    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise no_factors(kind, address=address)
     for config, _ in _transformers(folder, address)[:1]:
         dim = hidden or config.get("embedding_size") or config.get("hidden_size")
@@ -229,7 +229,7 @@ def no_factors(kind: str, *, address: str) -> TeachonceError:
 
 def check_trainable(folder: Path, *, address: str) -> None:
     """Raise for a model of a kind that cannot be trained as a student."""
-    kind = _first_kind(folder, address)
+    kind = first_kind(folder, address)
     if kind in NOT_TRAINED:
         raise TeachonceError(
             address,
@@ -240,7 +240,7 @@ def check_trainable(folder: Path, *, address: str) -> None:
 
 def is_static(folder: Path, address: str) -> bool:
     """Whether the model in a folder is a table of tokens, of which a text has the mean."""
-    return _first_kind(folder, address) == STATIC
+    return first_kind(folder, address) == STATIC
 
 
 def check_drawable(folder: Path, *, address: str) -> None:
@@ -269,7 +269,7 @@ def check_static_of(folder: Path, hidden: int, *, address: str, is_random: bool 
         address: The setting of the start, to name in an error.
         is_random: Whether its table is drawn at random; then it may be wider than the model's vectors.
     """
-    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise TeachonceError(
             f"{address}.kind",
             f"static is made of a transformer, and the model in {folder} is a {shown(kind)}",
@@ -309,7 +309,7 @@ def check_mixable(folder: Path, *, address: str) -> None:
 
     Whether a transformer reads `inputs_embeds` is seen when it is loaded.
     """
-    if (kind := _first_kind(folder, address)) != TRANSFORMER:
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise TeachonceError(
             address,
             f"the model in {folder} is a {shown(kind)}, which has no input embeddings to mix",
@@ -372,12 +372,6 @@ def width_of(folder: Path, address: str) -> int | None:
             shapes = read_header(folder / path / "model.safetensors", address)
             width = next((shape[1] for shape in shapes.values() if len(shape) == 2), None)
     return None if width is None else int(width)
-
-
-def _first_kind(folder: Path, address: str) -> str:
-    """The kind of the module that reads texts."""
-    modules = modules_of(folder, address)
-    return modules[0][0] if modules else TRANSFORMER
 
 
 def _is_known(kind: str) -> bool:

@@ -345,6 +345,12 @@ def decided_routes(folder: Path, *, address: str) -> dict[Role, str] | None:
     return {role: route for role, route in routes.items() if route is not None}
 
 
+def first_kind(folder: Path, address: str) -> str:
+    """Returns the kind of the module that reads texts."""
+    modules = modules_of(folder, address)
+    return modules[0][0] if modules else TRANSFORMER
+
+
 def check_one_model(folder: Path, *, address: str) -> None:
     """Raise for a router, which has several models and cannot be a start."""
     if any(kind in ROUTERS for kind, _ in modules_of(folder, address)):

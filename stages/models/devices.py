@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from stages.models.processor import cpu_flags
-from storage.errors import TeachonceError
+from storage.errors import TeachonceError, first_line
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -36,9 +36,8 @@ def pick_device(setting: str) -> torch.device:
         device = torch.device(setting)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
         raise TeachonceError(
-            "device", f"{setting} cannot be used: {first_line}", "set device: auto"
+            "device", f"{setting} cannot be used: {first_line(error)}", "set device: auto"
         ) from None
     return device
 

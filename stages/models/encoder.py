@@ -36,7 +36,7 @@ from stages.models.speed import Speed, measure
 from stages.models.windows import Windows, windows_of
 from stages.outcome import log
 from stages.vectors import unit
-from storage.errors import TeachonceError, shown
+from storage.errors import TeachonceError, first_line
 from storage.mixes import MixedTexts
 from storage.roles import ROLES, Role
 
@@ -235,8 +235,7 @@ class Encoder:
             likeness(alone, self._probe_vectors(PackedReader(self.model), texts)[places])
             return PackedReader(self.model)
         except CANNOT_PACK as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            log.info("texts are padded for this model; without padding: %s", first_line)
+            log.info("texts are padded for this model; without padding: %s", first_line(error))
         # Without the last text, which is the longest possible: a batch padded to it would be very large.
         mixed = np.arange(len(texts) - 1)
         with torch.inference_mode():
@@ -343,7 +342,7 @@ class Encoder:
         except CANNOT_PACK as error:
             raise TeachonceError(
                 "embed.mixes",
-                f"the teacher cannot read mixed texts: {shown((str(error).splitlines() or [''])[0])}",
+                f"the teacher cannot read mixed texts: {first_line(error)}",
                 NO_MIXES,
             ) from error
 

@@ -19,7 +19,7 @@ from stages.models.folder import model_files
 from stages.models.packed import first_position
 from stages.models.shared_layers import expanded, tie
 from stages.outcome import write_json
-from storage.errors import TeachonceError, shown
+from storage.errors import TeachonceError, first_line
 from storage.roles import ROLES, Role
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ def load_model(
         )
     # Its loaders believe the files of a model, and raise whatever comes of what is wrong there.
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TeachonceError(
             folder,
-            f"sentence-transformers cannot load it: {shown(first_line)}",
+            f"sentence-transformers cannot load it: {first_line(error)}",
             "check that `SentenceTransformer(folder)` works; a model with code of its own needs "
             "embed.trust_remote_code: true",
         ) from error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.models.portable import STATIC
-from storage.errors import TeachonceError, shown
+from storage.errors import TeachonceError, first_line
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -74,10 +74,9 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise TeachonceError(
                 address,
-                f"PyTorch cannot turn it into ONNX: {shown(first_line)}",
+                f"PyTorch cannot turn it into ONNX: {first_line(error)}",
                 "take onnx out of export.formats",
             ) from error
         assert program is not None  # as it would be with dynamo=False

@@ -32,48 +32,33 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 WHOLE = "take `vocabulary` out: the start then has all tokens of its model"
 
 
-class WordPiece:
-    """Words are cut from the left into the longest pieces; all but the first begin with `##`."""
+class Kind:
+    """A way in which tokens are found: the part `model` of a tokenizer.json."""
 
     def __init__(self, model: Content) -> None:
         self.model = model
         self.ids: Mapping[str, int] = model["vocab"]
-        self.prefix: str = model["continuing_subword_prefix"]
-
-    def spelling(self) -> list[str]:
-        """The tokens that spell any text: single characters, at the beginning of a word and inside."""
-        inside = len(self.prefix) + 1
-        return [
-            piece
-            for piece in self.ids
-            if len(piece) == 1 or (len(piece) == inside and piece.startswith(self.prefix))
-        ]
 
     @property
     def unknown(self) -> str | None:
-        """The token of words that cannot be spelled."""
+        """The token of what cannot be spelled; None if there is none."""
         unknown: str | None = self.model["unk_token"]
         return unknown
 
+    def spelling(self) -> list[str]:
+        """The tokens that spell any text: characters, which stand for bytes in many models, and bytes."""
+        return [piece for piece in self.ids if len(piece) == 1 or BYTE.fullmatch(piece)]
+
     def problem(self, own: Collection[str]) -> str | None:
-        """Why it cannot be cut: a text could have more unknown tokens; None if it can.
+        """Why it cannot be cut, such as that a text could have more unknown tokens; None if it can.
 
         Args:
             own: Added tokens, which are found before the text is cut.
         """
-        for piece in self.ids:
-            if piece in own:
-                continue
-            is_first = not piece.startswith(self.prefix)
-            letters = piece if is_first else piece.removeprefix(self.prefix)
-            for place, letter in enumerate(letters):
-                single = letter if is_first and place == 0 else self.prefix + letter
-                if single not in self.ids:
-                    return f"the token {shown(piece)} cannot be spelled: there is no token {shown(single)}"
-        return None
+        raise NotImplementedError
 
     def way(self, piece: str) -> list[str] | None:
-        """The tokens without which a token does not come about; None if it never does."""
+        """The tokens without which a token of the vocabulary does not come about; None if it never does."""
         return []
 
     def cut(self, places: Mapping[int, int]) -> Content:
@@ -86,26 +71,43 @@ class WordPiece:
         return {**self.model, "vocab": kept}
 
 
-class Bpe:
+class WordPiece(Kind):
+    """Words are cut from the left into the longest pieces; all but the first begin with `##`."""
+
+    def __init__(self, model: Content) -> None:
+        super().__init__(model)
+        self.prefix: str = model["continuing_subword_prefix"]
+
+    def spelling(self) -> list[str]:
+        """The tokens that spell any text: single characters, at the beginning of a word and inside."""
+        inside = len(self.prefix) + 1
+        return [
+            piece
+            for piece in self.ids
+            if len(piece) == 1 or (len(piece) == inside and piece.startswith(self.prefix))
+        ]
+
+    def problem(self, own: Collection[str]) -> str | None:  # noqa: D102 - as above
+        for piece in self.ids:
+            if piece in own:
+                continue
+            is_first = not piece.startswith(self.prefix)
+            letters = piece if is_first else piece.removeprefix(self.prefix)
+            for place, letter in enumerate(letters):
+                single = letter if is_first and place == 0 else self.prefix + letter
+                if single not in self.ids:
+                    return f"the token {shown(piece)} cannot be spelled: there is no token {shown(single)}"
+        return None
+
+
+class Bpe(Kind):
     """Characters or bytes are merged in pairs, by the rank of the pair."""
 
     def __init__(self, model: Content) -> None:
-        self.model = model
-        self.ids: Mapping[str, int] = model["vocab"]
+        super().__init__(model)
         self.ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
 
-    @property
-    def unknown(self) -> str | None:
-        """The token of characters that cannot be spelled; None if there is none."""
-        unknown: str | None = self.model["unk_token"]
-        return unknown
-
-    def spelling(self) -> list[str]:
-        """The tokens that spell any text: characters, which stand for bytes in many models, and bytes."""
-        return [piece for piece in self.ids if len(piece) == 1 or BYTE.fullmatch(piece)]
-
-    def problem(self, own: Collection[str]) -> str | None:
-        """Why it cannot be cut; None if it can."""
+    def problem(self, own: Collection[str]) -> str | None:  # noqa: D102 - as above
         for name in ("continuing_subword_prefix", "end_of_word_suffix"):
             if self.model[name]:
                 return f"its tokens differ by where they stand in a word ({name})"
@@ -116,12 +118,8 @@ class Bpe:
         return None
 
     def way(self, piece: str) -> list[str] | None:
-        """The tokens that merging makes before a token, in order; None if merging does not make it.
-
-        Args:
-            piece: One with a place in the vocabulary.
-        """
-        parts, made = list(piece), []
+        """The tokens that merging makes before a token, in order; None if merging does not make it."""
+        parts, merged = list(piece), []
         while len(parts) > 1:
             ranked = [
                 (self.ranks[pair], place)
@@ -133,41 +131,40 @@ class Bpe:
                 return [] if self.model.get("ignore_merges") else None
             _, place = min(ranked)
             parts[place : place + 2] = ["".join(parts[place : place + 2])]
-            made.append(parts[place])
-        return made[:-1]
+            merged.append(parts[place])
+        return merged[:-1]
 
     def cut(self, places: Mapping[int, int]) -> Content:
         """Returns the part `model` with some of its tokens, and the merges among them."""
-        kept = {piece: places[number] for piece, number in self.ids.items() if number in places}
+        content = super().cut(places)
+        kept = content["vocab"]
         merges = [
             [left, right]
             for left, right in self.model["merges"]
             if left in kept and right in kept and left + right in kept
         ]
-        return {**self.model, "vocab": kept, "merges": merges}
+        return {**content, "merges": merges}
 
 
-class Unigram:
+class Unigram(Kind):
     """A text is cut into the pieces with the highest sum of scores."""
 
     def __init__(self, model: Content) -> None:
         self.model = model
         self.scores: Sequence[tuple[str, float]] = model["vocab"]
-        self.ids: Mapping[str, int] = {piece: place for place, (piece, _) in enumerate(self.scores)}
+        self.ids = {piece: place for place, (piece, _) in enumerate(self.scores)}
 
     @property
-    def unknown(self) -> str | None:
-        """The token of characters that cannot be spelled; None if there is none."""
+    def unknown(self) -> str | None:  # noqa: D102 - as above
         place = self.model["unk_id"]
         return None if place is None else self.scores[place][0]
 
     def spelling(self) -> list[str]:
         """The tokens that spell any text: characters and bytes, and one of the lowest score."""
         lowest, _ = min(self.scores, key=lambda entry: entry[1])
-        return [lowest] + [piece for piece in self.ids if len(piece) == 1 or BYTE.fullmatch(piece)]
+        return [lowest, *super().spelling()]
 
-    def problem(self, own: Collection[str]) -> str | None:
-        """Why it cannot be cut: a text could have more unknown tokens; None if it can."""
+    def problem(self, own: Collection[str]) -> str | None:  # noqa: D102 - as above
         if self.unknown is None:
             return "it has no token for what is unknown"
         has_bytes = sum(bool(BYTE.fullmatch(piece)) for piece in self.ids) == 256
@@ -175,18 +172,11 @@ class Unigram:
             return None
         return _unspelled(self.ids, {*own, self.unknown})
 
-    def way(self, piece: str) -> list[str] | None:
-        """The tokens without which a token does not come about; None if it never does."""
-        return []
-
     def cut(self, places: Mapping[int, int]) -> Content:
         """Returns the part `model` with some of its tokens; their scores stay."""
         kept = [entry for place, entry in enumerate(self.scores) if place in places]
-        unknown = places[self.model["unk_id"]]
-        return {**self.model, "vocab": kept, "unk_id": unknown}
+        return {**self.model, "vocab": kept, "unk_id": places[self.model["unk_id"]]}
 
-
-Kind = WordPiece | Bpe | Unigram
 
 KINDS: dict[str, type[Kind]] = {"WordPiece": WordPiece, "BPE": Bpe, "Unigram": Unigram}
 

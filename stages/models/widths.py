@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.models.config import read_object, transformers_of
-from stages.models.folder import TRANSFORMER, modules_of
+from stages.models.config import first_kind, read_object, transformers_of
+from stages.models.folder import TRANSFORMER
 from stages.params import StartParams
 from storage.errors import TeachonceError, shown
 
@@ -95,11 +95,8 @@ def setting_of(start: StartParams, address: str) -> str:
 
 def check_narrow_of(folder: Path, start: StartParams, *, address: str) -> None:
     """As `narrower`, for the model in a folder."""
-    setting = setting_of(start, address)
-    modules = modules_of(folder, address)
-    kind = modules[0][0] if modules else TRANSFORMER
-    if kind != TRANSFORMER:
-        raise not_of_bert(kind, setting)
+    if (kind := first_kind(folder, address)) != TRANSFORMER:
+        raise not_of_bert(kind, setting_of(start, address))
     for path in transformers_of(folder, address)[:1]:
         config = read_object(path / "config.json", address)
         if "model_type" in config:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.params import EvaluateParams
 from stages.reading.files import ANY_ENDING, is_regular, located, matching, reading, with_compressed
 from stages.reading.lines import lines
 from stages.vectors import NO_DOCUMENT
@@ -186,6 +187,25 @@ def read_beir(folder: Path, name: str) -> RetrievalSet:
         queries=[queries[query] for query in kept],
         relevant=relevant,
     )
+
+
+def read_sets(
+    params: EvaluateParams, root: Path
+) -> tuple[dict[str, StsSet], dict[str, RetrievalSet]]:
+    """Returns the sets of sentence pairs, and those with queries and documents, by their names.
+
+    Raises:
+        TeachonceError: as `read_sts` and `read_beir`.
+    """
+    sts = {
+        name: read_sts(sts_files(pattern, root, f"evaluate.sts.{name}"))
+        for name, pattern in params.sts.items()
+    }
+    retrieval = {
+        name: read_beir(beir_folder(setting, root, name), name)
+        for name, setting in params.retrieval.items()
+    }
+    return sts, retrieval
 
 
 def evaluation_texts(sts: Iterable[StsSet], retrieval: Iterable[RetrievalSet]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import has_magic
@@ -98,6 +98,17 @@ def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) 
                 f"narrow the pattern to files that end in one of {' '.join(endings)}",
             )
     return files
+
+
+def each_once(
+    patterns: Iterable[str], root: Path, *, address: str, endings: Sequence[str]
+) -> list[Path]:
+    """Returns the files of several globs, each once, in the order of the globs; raises as `matching`."""
+    files: dict[Path, Path] = {}
+    for pattern in patterns:
+        for path in matching(pattern, root, address=address, endings=endings):
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def _expanded(pattern: Path, root: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from stages.params import ReadingsSource
 from stages.reading.corpus_files import Rejected
-from stages.reading.files import matching
+from stages.reading.files import each_once
 from stages.reading.records import ENDINGS, LabelledFile, Purpose, Record, texts_of
 from storage.errors import TeachonceError, shown
 
@@ -38,11 +38,8 @@ def reading_files(sources: Sequence[ReadingsSource], root: Path) -> list[Path]:
     Raises:
         TeachonceError: a pattern matches no file, or a file with an unsupported ending.
     """
-    files: dict[Path, Path] = {}
-    for source in sources:
-        for path in matching(source.files, root, address=SETTING, endings=ENDINGS):
-            files.setdefault(path.resolve(), path)
-    return list(files.values())
+    patterns = [source.files for source in sources]
+    return each_once(patterns, root, address=SETTING, endings=ENDINGS)
 
 
 def read_readings(path: Path) -> Iterator[PairOfTexts | Rejected]:

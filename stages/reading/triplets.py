@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from stages.outcome import log
 from stages.reading.corpus_files import Rejected
-from stages.reading.files import matching
+from stages.reading.files import each_once
 from stages.reading.lines import has_control_characters
 from stages.reading.records import (
     ANCHOR_WORDS,
@@ -77,11 +77,7 @@ def triplet_files(patterns: Sequence[str], root: Path) -> list[Path]:
     Raises:
         TeachonceError: a pattern matches no file, or a file with an unsupported ending.
     """
-    files: dict[Path, Path] = {}
-    for pattern in patterns:
-        for path in matching(pattern, root, address="finetune.triplets", endings=ENDINGS):
-            files.setdefault(path.resolve(), path)
-    return list(files.values())
+    return each_once(patterns, root, address="finetune.triplets", endings=ENDINGS)
 
 
 def read_triplets(

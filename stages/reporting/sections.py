@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -48,28 +49,28 @@ class Subject:
     rank_by: str | None = None
     choose: ChooseParams | None = None
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, Metrics]:
         """Name -> metrics."""
         return {name: model.metrics for name, model in self.models.items()}
 
-    @property
+    @cached_property
     def formats(self) -> dict[str, Formats]:
         """Name -> what `export` left, of models that were exported."""
         return {name: model.formats for name, model in self.models.items() if model.formats}
 
-    @property
+    @cached_property
     def forms(self) -> dict[str, Metrics]:
         """The teacher, and each student in each form in which it can be served."""
         served = {name: self.metrics[name] for name in self.models if name not in self.starts}
         return forms(served, self.formats)
 
-    @property
+    @cached_property
     def best(self) -> str | None:
         """The student to serve, if quality is all."""
         return measures.best(self.metrics, self.students, self.rank_by)
 
-    @property
+    @cached_property
     def choice(self) -> Choice:
         """The student to serve, within the bound."""
         return choice(
@@ -80,12 +81,12 @@ class Subject:
             formats=self.formats,
         )
 
-    @property
+    @cached_property
     def starts(self) -> list[str]:
         """The models that are neither the teacher nor trained."""
         return [name for name in self.models if name not in (TEACHER, *self.students)]
 
-    @property
+    @cached_property
     def tones(self) -> dict[str, str]:
         """Model -> CSS classes of its colour. A finetuned student has the hue of what it was made from."""
         families = list(dict.fromkeys(name.removesuffix(FINETUNED) for name in self.students))
