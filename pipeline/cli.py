@@ -258,10 +258,7 @@ def split(as_json: Json = False) -> None:
 
 
 @app.command(rich_help_panel=STAGES)
-def embed(
-    shards: Shards = None,
-    as_json: Json = False,
-) -> None:
+def embed(shards: Shards = None, as_json: Json = False) -> None:
     """Run the teacher over the shards that the store lacks. Safe to interrupt.
 
     Reads: data/corpus.json, the teacher.
@@ -358,10 +355,7 @@ def start(
 
 
 @app.command(rich_help_panel=STAGES)
-def mine(
-    shards: Shards = None,
-    as_json: Json = False,
-) -> None:
+def mine(shards: Shards = None, as_json: Json = False) -> None:
     """Find each row's hard negatives among the teacher's vectors. Safe to interrupt.
 
     Reads: data/corpus.json, data/embeddings.json, data/split.json.
@@ -579,9 +573,7 @@ def evaluate(
 
     if model == TEACHER and here.params.embed.is_imported:
         outcome = run_imported(
-            out=here.at.metrics(model),
-            details=here.at.details(model),
-            documents=here.at.documents,
+            out=here.at.metrics(model), details=here.at.details(model), documents=here.at.documents
         )
         show(outcome, as_json)
         return

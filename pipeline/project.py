@@ -228,10 +228,7 @@ class Project:
         from stages.learning.row_datasets import CachedRows
 
         return CachedRows(
-            self._corpus,
-            self._embeddings,
-            self._negatives if neighbours else None,
-            self._ids(rows),
+            self._corpus, self._embeddings, self._negatives if neighbours else None, self._ids(rows)
         )
 
     def to_datasets(self, rows: Part | Ids = "train", *, negatives: int = 0) -> datasets.Dataset:

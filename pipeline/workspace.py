@@ -69,10 +69,7 @@ HELDOUT_COMPARED = 256
 
 
 class Workspace:
-    """The folder that has params.yaml.
-
-    Args:
-        root: That folder.
+    """The folder `root`, which has params.yaml.
 
     Raises:
         SettingsError: lists all that is wrong in params.yaml.
@@ -576,8 +573,7 @@ class Workspace:
         from stages.measuring.loss import Comparison
 
         return Comparison(
-            evaluate=partial(self._evaluated_form, params),
-            heldout=self._some_heldout,
+            evaluate=partial(self._evaluated_form, params), heldout=self._some_heldout
         )
 
     def _evaluated_form(self, params: ExportParams, name: str, form: OpenForm) -> dict[str, Any]:

@@ -43,13 +43,7 @@ from stages.models.config import (
     prompts_by_role,
     undecided,
 )
-from stages.models.folder import (
-    file_hashes,
-    find_model,
-    find_tokenizer,
-    is_same_model,
-    sha256_of,
-)
+from stages.models.folder import file_hashes, find_model, find_tokenizer, is_same_model, sha256_of
 from stages.models.processor import slow_precision
 from stages.models.widths import check_narrow_of
 from stages.outcome import Outcome, log, write_json
@@ -195,10 +189,7 @@ def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str
 def _students_told(sections: Sections, own: Mapping[str, str], *, is_told: bool) -> Iterator[str]:
     """Yield what students read, where that is not plain: with prompts, or with roles.
 
-    Args:
-        sections: The settings.
-        own: The teacher's own prompts.
-        is_told: Whether it is told what the teacher reads.
+    `is_told` says whether the log says what the teacher reads; `own` are the teacher's own prompts.
     """
     students, roles = sections["students"], roles_of_corpus(sections)
     prompts = prompts_by_role(sections["embed"].prompts, own)

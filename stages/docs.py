@@ -135,13 +135,10 @@ def unambiguous(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def pair_of(prose: list[list[str]]) -> Pair | None:
-    """Summary and description of one documentation string.
+    """Summary and description of one documentation string, from the sentences of each paragraph.
 
     The summary is its first paragraph if that is one sentence; the description begins the first further
     paragraph that begins well.
-
-    Args:
-        prose: The sentences of each paragraph.
     """
     if len(prose) < 2 or len(prose[0]) != 1 or not reads_well(prose[0][0]):
         return None

@@ -286,10 +286,7 @@ class FinetuneTask(nn.Module):
         texts = list(anchors | dict.fromkeys(_texts(triplets)))  # anchors first
         place = {text: number for number, text in enumerate(texts)}
         counts = prompt_tokens(
-            tokenizer,
-            student.prompts,
-            max_tokens=params.max_tokens,
-            address="finetune.max_tokens",
+            tokenizer, student.prompts, max_tokens=params.max_tokens, address="finetune.max_tokens"
         )
 
         def read(texts: Sequence[str], role: Role) -> Prompted:

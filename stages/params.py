@@ -53,9 +53,7 @@ REMOTE_URLS = ("s3", "s3a", "file", "memory")
 def path_problem(value: str, no_url: str) -> str | None:
     """Returns why a value is no path on this machine; None if it may be one.
 
-    Args:
-        value: The value in params.yaml.
-        no_url: Advice for a value that is a URL.
+    `no_url` is the advice for a value that is a URL.
     """
     for prefix in PREFIXES:
         value = value.removeprefix(prefix)
@@ -907,9 +905,7 @@ class SettingsError(TeachonceError):
 def contradictions(sections: Sections, names: Mapping[str, Collection[str]]) -> list[Problem]:
     """What is wrong between sections, in those that could be read.
 
-    Args:
-        sections: Read so far.
-        names: Section -> all names in it (recipes, starts, students), wrong entries included.
+    Names are all names of recipes, starts and students by section, wrong entries included.
     """
     return [
         *_unknown_names(sections.get("students", {}), names),
@@ -949,12 +945,7 @@ def larger_shards(params: ShardParams, *, rows: int, shards: int) -> str | None:
 
 
 def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
-    """Returns a note for each queue of a recipe that is not smaller than the number of training rows.
-
-    Args:
-        recipe: The recipe with the objectives.
-        rows: To train on.
-    """
+    """Returns a note for each queue of a recipe that is not smaller than the number of training rows."""
     notes = []
     for objective in recipe.objectives:
         queue = getattr(objective, "queue", 0)
@@ -971,13 +962,7 @@ def larger_queues(recipe: RecipeParams, rows: int) -> list[str]:
 
 
 def check_recipe_widths(widths: Sequence[int], dim: int, *, recipe: str) -> None:
-    """Raise if a Matryoshka width is not smaller than the width of the student's vectors.
-
-    Args:
-        widths: The widths of the recipe.
-        dim: Values of the teacher's vectors.
-        recipe: Name of the recipe, for errors.
-    """
+    """Raise if a Matryoshka width of a recipe is not below `dim`, the width of the teacher's vectors."""
     for width in widths:
         if width >= dim:
             raise TeachonceError(

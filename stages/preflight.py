@@ -83,12 +83,7 @@ def absent_packages(sections: Sections) -> Iterator[TeachonceError]:
 
 
 def api_notes(params: EmbedParams, environment: Mapping[str, str]) -> Iterator[str]:
-    """What a teacher behind an API will lack on this machine, or do slowly.
-
-    Args:
-        params: The settings `embed`.
-        environment: Should have the key.
-    """
+    """What a teacher behind an API will lack on this machine, such as a key, or do slowly."""
     if params.api_model is None:
         return
     variable = params.api.key_env
@@ -108,13 +103,7 @@ def api_notes(params: EmbedParams, environment: Mapping[str, str]) -> Iterator[s
 
 
 def check_heldout(params: ShardParams, heldout: float, root: Path) -> None:
-    """Raise if so few texts of a small corpus are held out that no student can be judged.
-
-    Args:
-        params: The settings `shard`.
-        heldout: Share of them.
-        root: The work tree.
-    """
+    """Raise if a share so small of a small corpus is held out that no student can be judged."""
     named = [
         (role, source, field)
         for role in params.roles
@@ -151,13 +140,7 @@ def check_labels(params: FinetuneParams, files: Sequence[Path], root: Path) -> N
 
 
 def other_fields(sections: Sections, *, texts: bool, pairs: bool) -> list[Problem]:
-    """Names of fields that are not those in the files that the stage `docs` writes.
-
-    Args:
-        sections: The sections of params.yaml.
-        texts: Whether these files are the corpus.
-        pairs: Whether they are what is finetuned on.
-    """
+    """Names of fields that are not those in the files of `docs`, where its texts or pairs are read."""
     wrong = []
     field = getattr(sections.get("shard"), "field", DOCS_TEXT)
     if texts and field != DOCS_TEXT:

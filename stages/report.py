@@ -86,12 +86,7 @@ def run(
     report = {"models": metrics_of_models, "formats": formats, "chosen": _as_facts(chosen)}
     write_json(out, report)
     html = drawn(
-        evaluated,
-        students=students,
-        facts=facts,
-        rank_by=rank_by,
-        choose=choose,
-        made_of=made_of,
+        evaluated, students=students, facts=facts, rank_by=rank_by, choose=choose, made_of=made_of
     )
     durable.replace(page, html.encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"

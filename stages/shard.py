@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.outcome import Fact, Facts, Outcome, is_noticeable, write_json
-from stages.params import (
-    NO_READINGS,
-    DistillParams,
-    ShardParams,
-    larger_shards,
-    roles_of_corpus,
-)
+from stages.params import NO_READINGS, DistillParams, ShardParams, larger_shards, roles_of_corpus
 from stages.reading.corpus_files import Item, Rejected, read, sources_with_fields
 from stages.reading.lines import has_control_characters
 from stages.reading.readings import PairOfTexts, read_readings, reading_files
@@ -274,11 +268,7 @@ def shards_of(
 
 
 def _texts_read(
-    files: Sequence[Path],
-    params: ShardParams,
-    role: Role,
-    seen: TextKeySet,
-    added: Counter[Role],
+    files: Sequence[Path], params: ShardParams, role: Role, seen: TextKeySet, added: Counter[Role]
 ) -> Iterator[str]:
     """Yield the texts of readings that are not among those seen before."""
     for pair in chain.from_iterable(map(read_readings, files)):

@@ -50,13 +50,7 @@ def spearman(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
 def sts_correlation(
     first: NDArray[np.float32], second: NDArray[np.float32], scores: NDArray[np.float64]
 ) -> float:
-    """Spearman x 100 between the cosines of n pairs and their n scores.
-
-    Args:
-        first: (n, dim), any length.
-        second: (n, dim), any length.
-        scores: (n,).
-    """
+    """Spearman x 100 between the cosines of n pairs, (n, dim) vectors of any length, and (n,) scores."""
     return 100 * spearman(pair_cosines(first, second), scores)
 
 
@@ -70,12 +64,7 @@ def pair_cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDA
 
 
 def interval(resampled: NDArray[np.floating], value: float) -> tuple[float, float]:
-    """The lowest and highest value of a 95 % confidence interval, around `value` in any case.
-
-    Args:
-        resampled: (r,) values of resamples.
-        value: The value of the sample itself.
-    """
+    """The ends of a 95 % confidence interval from (r,) values of resamples, around `value` in any case."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return min(float(low), value), max(float(high), value)
 

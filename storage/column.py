@@ -154,11 +154,7 @@ def text_keys_from(keys: Iterable[bytes]) -> NDArray[np.bytes_]:
 
 
 class KeyIndex:
-    """An index of text keys for bulk lookups; 24 bytes of memory a key.
-
-    Args:
-        keys: (n,) V16 text keys.
-    """
+    """An index of (n,) V16 text keys for bulk lookups; 24 bytes of memory a key."""
 
     def __init__(self, keys: NDArray[np.bytes_]) -> None:
         # As S16 they are compared byte by byte like V16, twice as fast.

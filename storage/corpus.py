@@ -99,13 +99,9 @@ def put_texts(store: Store, shard: Sequence[tuple[str, bytes]], role: Role = "te
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The shards of a corpus that one of `count` workers takes: every count-th.
+    """The shards of a corpus that one of `count` workers, `number` 1 to `count`, takes: every count-th.
 
     Not a block of shards: a corpus grows at one end, and no worker should get all of the growth.
-
-    Args:
-        number: Number of this slice, 1 to `count`.
-        count: Number of slices.
     """
 
     number: int

@@ -148,13 +148,7 @@ def identity(status: os.stat_result) -> tuple[int, ...]:
     Size and mtime alone are not enough: archives, images and rsync restore the time of the last change,
     and reproducible builds set it. Nobody can set ctime.
     """
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:

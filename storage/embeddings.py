@@ -36,11 +36,7 @@ from storage.manifest import Manifest, check_made_by, fingerprint
 from storage.roles import ROLES, Role
 from storage.store import Object, Store
 
-DTYPES: dict[str, type[np.number]] = {
-    "float16": np.float16,
-    "float32": np.float32,
-    "int8": np.int8,
-}
+DTYPES: dict[str, type[np.number]] = {"float16": np.float16, "float32": np.float32, "int8": np.int8}
 
 Stored = tuple[NDArray[np.generic], NDArray[np.float32] | None, pa.Buffer]
 
@@ -97,11 +93,7 @@ def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) ->
 
 
 def prompts_of(recipe: Mapping[str, Any]) -> dict[Role, str]:
-    """Returns role -> what the teacher read before texts of that role, for each role of the corpus.
-
-    Args:
-        recipe: The recipe of an embeddings manifest.
-    """
+    """Returns role -> what the teacher read before texts of that role, by the recipe of its vectors."""
     prompts = recipe.get("prompts")
     if not isinstance(prompts, dict):
         return {"text": str(recipe.get("prompt", ""))}
@@ -162,9 +154,7 @@ def row_bytes(dim: int, storage: str) -> int:
     return TEXT_KEY_BYTES + dim * np.dtype(DTYPES[storage]).itemsize + scale
 
 
-def rounded_to_int8(
-    vectors: NDArray[np.float32],
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def rounded_to_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round each row to int8 with its own scale, so that no row depends on the others of its shard.
 
     Args:
@@ -275,10 +265,7 @@ def check_vectors(
 def poison(vectors: NDArray[np.float32], storage: str) -> tuple[str, NDArray[np.bool_]] | None:
     """Returns the first fault and a (n,) mask of the vectors that have it; None if all may be stored."""
     largest = np.abs(vectors).max(axis=1, initial=0.0)  # NaN stays NaN
-    faults = {
-        "NaN or Inf": ~np.isfinite(largest),
-        "zero": largest == 0.0,
-    }
+    faults = {"NaN or Inf": ~np.isfinite(largest), "zero": largest == 0.0}
     least, most = EXTREMES[storage]
     faults[f"too large for {storage}"] = np.isfinite(largest) & (largest > most)
     faults[f"too small for {storage}"] = (largest > 0.0) & (largest < least)

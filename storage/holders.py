@@ -44,12 +44,7 @@ MAKER = "maker_"
 
 @dataclass(frozen=True)
 class HeldManifest:
-    """A manifest as refs need it.
-
-    Args:
-        digest: Digest of the manifest file, 40 hex digits.
-        content: The parsed JSON of the manifest.
-    """
+    """A manifest as refs need it: the digest of its file, 40 hex digits, and its parsed JSON."""
 
     digest: str
     content: Mapping[str, Any]

@@ -21,8 +21,7 @@ FOOTER_END = 10  # after the footer: its length in 4 bytes, and the magic
 def first_batch(file: Buffer) -> tuple[int, bool]:
     """Returns the offset of the first batch of an Arrow file, and whether it is compressed.
 
-    Args:
-        file: All bytes of the file; pyarrow has opened it, so it has a footer and a batch.
+    pyarrow has opened the file, so it has a footer and a batch.
 
     Raises:
         ValueError: an offset leads out of the file.

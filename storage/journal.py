@@ -64,11 +64,7 @@ class _File:
 
 
 class Journal:
-    """The answers in a store that no published shard has yet. Safe to use from several threads.
-
-    Args:
-        root: The folder of the store.
-    """
+    """The answers in the store `root` that no published shard has yet. Safe to use from several threads."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / JOURNAL
@@ -221,12 +217,7 @@ def _digest(count: int, dim: int, payload: bytes | memoryview) -> bytes:
 
 
 class Ledger:
-    """The tokens that all runs with this store have paid to one model of an API.
-
-    Args:
-        root: The folder of the store.
-        model: Name of the model.
-    """
+    """The tokens that all runs with the store `root` have paid to one model of an API."""
 
     def __init__(self, root: Path, model: str) -> None:
         self.path = root / JOURNAL / f"{digest(model.encode())}.spent"

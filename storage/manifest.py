@@ -244,11 +244,7 @@ def _inode(path: Path) -> int | None:
 
 
 def check_made_by(manifest: Manifest, names: Iterable[str]) -> None:
-    """Raise unless every object of a manifest stands under its fingerprint.
-
-    Args:
-        manifest: The manifest.
-        names: For each of its objects, the fingerprint that its recipe has for it.
+    """Raise unless each object of a manifest stands under its fingerprint, of those that its recipe has.
 
     Raises:
         DamagedError: names the first that does not.

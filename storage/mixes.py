@@ -52,11 +52,7 @@ class Pairs:
         }
 
     def keys(self, text_keys: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
-        """Returns (n,) V16 keys, each of both texts and the ratio: no text and no other mix has it.
-
-        Args:
-            text_keys: The V16 text keys of the rows.
-        """
+        """Returns (n,) V16 keys, each of both texts and the ratio: no text and no other mix has it."""
         parts = (text_keys[self.first], text_keys[self.second], self.ratio.astype("<f4"))
         rows = np.column_stack([part.view(np.uint8).reshape(len(part), -1) for part in parts])
         return text_keys_from(hashlib.blake2b(r, digest_size=TEXT_KEY_BYTES).digest() for r in rows)

@@ -27,15 +27,7 @@ import pyarrow as pa
 from storage import durable
 from storage.errors import AnotherCopyError, DamagedError, TeachonceError, shown
 from storage.holders import MAX_BYTES, REF_PATTERN, REFS
-from storage.store import (
-    KEY_PATTERN,
-    MAGIC,
-    Accept,
-    Header,
-    Object,
-    Store,
-    header_at_front,
-)
+from storage.store import KEY_PATTERN, MAGIC, Accept, Header, Object, Store, header_at_front
 
 PROTOCOLS = {"file", "s3", "memory"}
 """Protocols whose uploads are known to appear whole or not at all."""

@@ -104,14 +104,10 @@ class Split(BaseModel):
 
 
 def drawn(text_keys: NDArray[np.bytes_], count: int) -> NDArray[np.int64]:
-    """Places of `count` of the keys, ascending, as good as drawn at random; all places if there are fewer.
+    """Places of `count` of (n,) V16 text keys, ascending, as good as drawn at random; all of fewer.
 
     They have the highest second halves: a key is a hash. Rows held out have the lowest, so none of them is
     drawn from twice as many, and a corpus that grows changes few of the places.
-
-    Args:
-        text_keys: (n,) V16 text keys.
-        count: How many.
     """
     halves = np.ascontiguousarray(text_keys).view("<u8").reshape(-1, 2)[:, 1]
     places: NDArray[np.int64] = np.sort(np.argsort(halves, kind="stable")[::-1][:count])

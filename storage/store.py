@@ -39,13 +39,7 @@ from pydantic import (
 from typing_extensions import Buffer
 
 from storage import durable, trash
-from storage.errors import (
-    AnotherCopyError,
-    DamagedError,
-    MissingError,
-    StorageError,
-    first_line,
-)
+from storage.errors import AnotherCopyError, DamagedError, MissingError, StorageError, first_line
 from storage.ipc import first_batch
 from storage.roles import Role
 
@@ -158,11 +152,7 @@ Accept = Callable[[pa.RecordBatch, Header], None]
 
 
 class Store:
-    """A folder of objects.
-
-    Args:
-        root: The folder; made by the first `put`.
-    """
+    """A folder of objects, made by the first `put`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -533,12 +523,9 @@ def header_at_front(head: bytes) -> Header:
 
 
 def _prove(key: str, content: pa.Buffer, *, values: bool = True) -> tuple[pa.RecordBatch, Header]:
-    """The batch and the header in `content`, whole and of the object `key`.
+    """The batch and the header in the content of a file, whole and of the object `key`.
 
-    Args:
-        key: The name it must have.
-        content: A file.
-        values: False if its values need not be compared with its sha256.
+    Unless `values`, its values are not compared with its sha256.
 
     Raises:
         ValueError: says in one line what is wrong.

@@ -78,13 +78,9 @@ def put_back(aside: Path) -> None:
 
 
 def take_back(root: Path, path: Path) -> bool:
-    """Put an object back that a gc has taken away; returns whether it is at its place now.
+    """Put an object of the store `root` back that a gc has taken away; whether it is at its place now.
 
     What may not be written does not come back.
-
-    Args:
-        root: The folder of the store.
-        path: The path of the object.
     """
     with durable.named(root / MARKS, "listing"):
         try:

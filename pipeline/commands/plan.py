@@ -157,12 +157,7 @@ class Plan:
 
         dim, embedding = vectors.shape[1], self.params.embed
         caches = random_caches(
-            self.sample,
-            dim,
-            heldout=self.judged,
-            params=embedding,
-            recipe=self.recipe,
-            store=store,
+            self.sample, dim, heldout=self.judged, params=embedding, recipe=self.recipe, store=store
         )
         params, rows, out = self.params.mine, self.train, store.root / "mined"
         corpus, known, split = caches.corpus, caches.embeddings, caches.split

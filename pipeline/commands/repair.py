@@ -173,13 +173,7 @@ def _remake_texts(workspace: Workspace, keys: list[str]) -> None:
 
 
 def _remake_vectors(workspace: Workspace, manifests: Manifests, of_kind: dict[Kind, int]) -> None:
-    """Run `embed` for lost vectors and mixes, if it makes the same again.
-
-    Args:
-        workspace: The work tree.
-        manifests: Its manifests.
-        of_kind: How many objects of the kinds `embeddings` and `mixes` are lost.
-    """
+    """Run `embed` for so many lost objects of vectors and mixes, if it makes the same again."""
     corpus, lost = workspace.corpus(), sum(of_kind.values())
     first = manifests[next(iter(of_kind))]
     for kind, count in of_kind.items():

@@ -38,12 +38,7 @@ class Transfer:
 
 
 def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
-    """Upload the objects that manifests name to the remote, then their refs.
-
-    Args:
-        manifests: File of a manifest -> the manifest.
-        store: The store with the objects.
-        remote: The destination.
+    """Upload the objects that manifests name, by their files, to the remote, then their refs.
 
     Raises:
         TeachonceError: the first error (others are logged); all other objects were uploaded, but no refs.
@@ -65,12 +60,7 @@ def push(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) ->
 
 
 def pull(manifests: Mapping[Path, Manifest], *, store: Store, remote: Remote) -> Outcome:
-    """Fetch the objects that manifests name from the remote into the store.
-
-    Args:
-        manifests: File of a manifest -> the manifest.
-        store: The destination.
-        remote: The remote with the objects.
+    """Fetch the objects that manifests name, by their files, from the remote into the store.
 
     Raises:
         MissingError: the remote lacks some objects; all others were fetched.

@@ -17,14 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.workers.messages import ShardDone, WorkerLost, WorkerPool, WorkerReady
-from stages.teaching.interface import (
-    Admit,
-    Engine,
-    LoadedTeacher,
-    Results,
-    Task,
-    this_process,
-)
+from stages.teaching.interface import Admit, Engine, LoadedTeacher, Results, Task, this_process
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:

@@ -55,11 +55,7 @@ class State:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: The folder of the run, named by its fingerprint, so that runs never share one.
-    """
+    """The checkpoints of one run, in a folder named by its fingerprint, so that runs never share one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -147,11 +147,7 @@ class TripletJudge:
 
 
 class StsJudge:
-    """Dev score from an STS set: Spearman's correlation x 100.
-
-    Args:
-        pairs: Sentences with a score.
-    """
+    """Dev score from an STS set, sentence pairs with a score: Spearman's correlation x 100."""
 
     def __init__(self, pairs: StsSet) -> None:
         self.pairs = pairs

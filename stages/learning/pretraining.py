@@ -53,12 +53,7 @@ class Triples(Protocol):
     def draw(
         self, rows: NDArray[np.int64], step: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Returns (3, n) row ids i, j, k and (n,) margins of the teacher; n <= m.
-
-        Args:
-            rows: (m,) int64 row ids of the step.
-            step: The step.
-        """
+        """Returns (3, n) row ids i, j, k and (n,) margins of the teacher, n <= m, of (m,) row ids."""
 
     def median(self, rows: NDArray[np.int64]) -> float:
         """Returns the median of |m|, > 0, over (m,) int64 row ids that stand for all.
@@ -69,12 +64,7 @@ class Triples(Protocol):
 
 
 class MinedTriples:
-    """A row and two of its mined neighbours, with the cosines that `mine` left.
-
-    Args:
-        negatives: Mined neighbours with the teacher's cosines.
-        seed: The seed; with the step it decides which two neighbours.
-    """
+    """A row and two of its mined neighbours, chosen by seed and step, with the cosines that `mine` left."""
 
     def __init__(self, negatives: Negatives, *, seed: int) -> None:
         self.negatives, self.seed = negatives, seed
@@ -104,13 +94,7 @@ class MinedTriples:
 
 
 class LabelledTriples:
-    """Labelled triplets, with cosines of the teacher's cached vectors.
-
-    Args:
-        ids: (n, 3) int64 row ids of anchor, positive and negative.
-        embeddings: The teacher's vectors.
-        seed: The seed; with the step it decides which triplets.
-    """
+    """Labelled triplets, (n, 3) row ids, chosen by seed and step, with cosines of the teacher's vectors."""
 
     def __init__(self, ids: NDArray[np.int64], embeddings: Embeddings, *, seed: int) -> None:
         self.ids, self.embeddings, self.seed = ids, embeddings, seed
@@ -147,14 +131,7 @@ class Pretraining(nn.Module):
         TeachonceError: to the teacher, j and k are equally near in most triples.
     """
 
-    def __init__(
-        self,
-        triples: Triples,
-        rows: NDArray[np.int64],
-        *,
-        steps: int,
-        dim: int,
-    ) -> None:
+    def __init__(self, triples: Triples, rows: NDArray[np.int64], *, steps: int, dim: int) -> None:
         super().__init__()
         self.triples, self.steps = triples, steps
         self.median = triples.median(rows)

@@ -134,10 +134,7 @@ def broadcast_from_first(value: float) -> float:
 
 
 def check_same(state: str) -> None:
-    """Check that all ranks are about to train the same.
-
-    Args:
-        state: Description of this rank's step and run.
+    """Check that all ranks are about to train the same: each has the same description of step and run.
 
     Raises:
         TeachonceError: another rank has another description.

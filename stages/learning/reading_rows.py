@@ -34,13 +34,7 @@ class ReadingRows:
     """
 
     def __init__(
-        self,
-        readings: Readings,
-        tokens: Tokens,
-        ids: NDArray[np.int64],
-        *,
-        share: float,
-        seed: int,
+        self, readings: Readings, tokens: Tokens, ids: NDArray[np.int64], *, share: float, seed: int
     ) -> None:
         rows = readings.rows_read()[ids]
         order = np.argsort(rows, kind="stable")

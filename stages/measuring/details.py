@@ -103,12 +103,7 @@ def search_details(
 
 
 def neighbour_details(vectors: NDArray[np.floating], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a few searches among unlabelled texts, with some of the texts as queries.
-
-    Args:
-        vectors: (n, dim) vectors of any length, n >= 2.
-        texts: The n texts.
-    """
+    """Returns a few searches among n >= 2 unlabelled texts with (n, dim) vectors, some as queries."""
     vectors = unit(vectors)
     searches = []
     for place in _sample_places(len(texts)):

@@ -61,12 +61,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class StartRows:
-    """The rows that starts are judged on, and what the teacher says of them.
-
-    Args:
-        heldout: The n rows.
-        teacher: (n, D) its vectors.
-    """
+    """The n rows that starts are judged on, and the teacher's (n, D) vectors of them."""
 
     heldout: HeldOut
     teacher: NDArray[np.floating]

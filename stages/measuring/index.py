@@ -26,11 +26,9 @@ TYPES = ("float32", "int8", "binary")
 
 
 def bytes_of(dim: int, kind: str) -> int:
-    """Bytes of a vector of `dim` values in an index, without what else the index needs.
+    """Bytes of a vector of `dim` values in an index of one of TYPES, without what else the index needs.
 
-    Args:
-        dim: Number of values.
-        kind: One of TYPES. int8 has a float32 scale beside its values, as in the store.
+    int8 has a float32 scale beside its values, as in the store.
     """
     return {"float32": 4 * dim, "int8": dim + 4, "binary": -(-dim // 8)}[kind]
 

@@ -165,12 +165,9 @@ def check_passes_of(folder: Path, *, address: str) -> None:
 
 
 def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> None:
-    """Raise if the tokens of the model in a folder cannot be cut, as far as its tokenizer.json says it.
+    """Raise if a model's tokens cannot be cut to `wanted` (None: a share of the corpus).
 
-    Args:
-        folder: Folder of the model.
-        wanted: Number of tokens to keep; None for a share of the corpus.
-        address: The setting, to name in an error.
+    As far as its tokenizer.json says it.
     """
     if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise no_transformer(kind, address=address)

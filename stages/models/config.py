@@ -27,11 +27,7 @@ DENSE = "SentenceTransformer"
 TEXTS = "text"
 """Name of the text modality in a router."""
 
-NAMED: dict[Role, str] = {
-    "text": "plain texts",
-    "query": "queries",
-    "document": "documents",
-}
+NAMED: dict[Role, str] = {"text": "plain texts", "query": "queries", "document": "documents"}
 
 OWN_NAMES: Mapping[Role, Sequence[str]] = {
     "query": ("query",),
@@ -144,12 +140,7 @@ def own_prompts(folder: Path, address: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before the texts of a role.
-
-    Args:
-        text: The prompt; empty for none.
-        origin: What says so, in a few words.
-    """
+    """What stands before the texts of a role, empty for nothing, and what says so, in a few words."""
 
     text: str
     origin: str

@@ -70,13 +70,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ReadTexts:
-    """Tokenised texts of one role.
-
-    Args:
-        encoder: The encoder of that role.
-        windows: The windows that the texts were cut into; None if they are read whole.
-        tokenized: The texts, or their windows.
-    """
+    """Tokenised texts of one role, or their windows (None if read whole), and the encoder of that role."""
 
     encoder: Encoder
     windows: Windows | None
@@ -341,9 +335,7 @@ class Encoder:
             likeness(own[judged], self._vectors(mixed, precision="fp32")[judged])
         except CANNOT_PACK as error:
             raise TeachonceError(
-                "embed.mixes",
-                f"the teacher cannot read mixed texts: {first_line(error)}",
-                NO_MIXES,
+                "embed.mixes", f"the teacher cannot read mixed texts: {first_line(error)}", NO_MIXES
             ) from error
 
     def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:

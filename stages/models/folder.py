@@ -74,12 +74,7 @@ Hash = Callable[[Path], str]
 
 
 def find_model(
-    name: str,
-    *,
-    revision: str | None,
-    root: Path,
-    address: str,
-    pooling: str | None = None,
+    name: str, *, revision: str | None, root: Path, address: str, pooling: str | None = None
 ) -> Path:
     """Returns the folder that a model's name means.
 

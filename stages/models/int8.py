@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 
 def quantize_graph(source: Path, target: Path) -> None:
-    """Write an ONNX graph in int8.
-
-    Args:
-        source: The graph in float32.
-        target: The file to write.
-    """
+    """Write an ONNX graph in float32 as one in int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     log = logging.getLogger()

@@ -182,13 +182,7 @@ class ReadBatch:
 
 
 class LayerReader:
-    """Reads texts with some of a model's layers; `_reading` makes one.
-
-    Args:
-        model: The model, on its device.
-        blocks: Its layers.
-        batches: The texts.
-    """
+    """Reads batches of texts with some layers of a model, which is on its device; `_reading` makes one."""
 
     def __init__(
         self, model: SentenceTransformer, blocks: nn.ModuleList, batches: Sequence[ReadBatch]

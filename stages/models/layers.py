@@ -68,9 +68,7 @@ class LayersProof:
     def check(self, model: SentenceTransformer, *, when: str = "") -> None:
         """Raise if a model with these layers alone gives other token vectors than the whole one.
 
-        Args:
-            model: The model after the cut.
-            when: More about it, for an error.
+        `when` is more about it, for an error.
         """
         body: Any = model[0].auto_model
         _, blocks = blocks_of(body) or ("", nn.ModuleList())

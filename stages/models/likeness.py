@@ -35,8 +35,7 @@ LONGEST_PROBE = 2048
 def probes(limit: int | None) -> list[str]:
     """Returns texts whose vectors reveal a wrong tokenizer, limit, mask or pooling.
 
-    Args:
-        limit: Number of tokens that a model reads; the last text has more. None for no limit.
+    The last has more tokens than `limit`, the number that a model reads; None for no limit.
     """
     words = min(limit or LONGEST_PROBE, LONGEST_PROBE) + 8
     return [*PROBES, " ".join(itertools.islice(itertools.cycle(LONG_PROBE.split()), words))]

@@ -158,9 +158,7 @@ def models_by_role(
 ) -> dict[Role, SentenceTransformer]:
     """Returns role -> a model without a router for texts of this role; the models share weights.
 
-    Args:
-        model: The loaded model.
-        routes: Role -> the route of the model's router; None if it has none.
+    `routes` is role -> the route of the model's router; None if it has none.
     """
     from sentence_transformers import SentenceTransformer
 

@@ -254,12 +254,7 @@ def _fit_embeddings(
 
 
 def _fit_layer(
-    block: Model,
-    layer: Model,
-    own: Trace,
-    wanted: Trace,
-    states: Sequence[Tensor],
-    basis: Tensor,
+    block: Model, layer: Model, own: Trace, wanted: Trace, states: Sequence[Tensor], basis: Tensor
 ) -> list[Tensor]:
     """Fit a layer of the small model.
 
@@ -359,13 +354,7 @@ def _put(linear: nn.Linear, large: nn.Linear, rows: Tensor, columns: Tensor) -> 
 
 
 def _mend(linear: nn.Linear, inputs: Tensor, wanted: Tensor) -> None:
-    """Change a linear map as little as needed for an output: ridge regression of what is missing.
-
-    Args:
-        linear: The map.
-        inputs: (n, in).
-        wanted: (n, out).
-    """
+    """Change a linear map as little as needed for (n, out) outputs of (n, in) inputs: ridge regression."""
     missing = wanted - linear(inputs)
     mean, mean_missing = inputs.mean(0), missing.mean(0)
     centred = inputs - mean

@@ -52,12 +52,7 @@ class TokenizedTexts:
 
 @dataclass(frozen=True)
 class LengthRun:
-    """A run of consecutive texts of equal length.
-
-    Args:
-        texts: Number of texts.
-        length: Number of tokens of each text.
-    """
+    """A run of consecutive texts of `length` tokens each."""
 
     texts: int
     length: int

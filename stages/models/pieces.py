@@ -52,8 +52,7 @@ class Kind:
     def problem(self, own: Collection[str]) -> str | None:
         """Why it cannot be cut, such as that a text could have more unknown tokens; None if it can.
 
-        Args:
-            own: Added tokens, which are found before the text is cut.
+        `own` are added tokens, which are found before the text is cut.
         """
         raise NotImplementedError
 
@@ -62,11 +61,7 @@ class Kind:
         return []
 
     def cut(self, places: Mapping[int, int]) -> Content:
-        """Returns the part `model` with some of its tokens.
-
-        Args:
-            places: Id of a kept token -> its new one.
-        """
+        """Returns the part `model` with some of its tokens; places: id of a kept token -> its new one."""
         kept = {piece: places[number] for piece, number in self.ids.items() if number in places}
         return {**self.model, "vocab": kept}
 
@@ -193,12 +188,7 @@ def _unspelled(pieces: Iterable[str], own: Collection[str]) -> str | None:
 
 
 def check_kind(kind: str, *, address: str) -> None:
-    """Raise for a kind of tokenizer that cannot be cut.
-
-    Args:
-        kind: `type` of the part `model` of a tokenizer.json.
-        address: The setting, to name in an error.
-    """
+    """Raise for a kind of tokenizer, by its tokenizer.json, that cannot be cut."""
     if kind not in KINDS:
         raise TeachonceError(
             address,
@@ -208,12 +198,7 @@ def check_kind(kind: str, *, address: str) -> None:
 
 
 def no_transformer(kind: str, *, address: str) -> TeachonceError:
-    """Returns the error for a model that is not one transformer.
-
-    Args:
-        kind: The module that it begins with.
-        address: The setting, to name in the error.
-    """
+    """Returns the error for a model that is not one transformer, but begins with another kind of module."""
     return TeachonceError(
         address,
         f"the tokens of a model with one transformer can be cut, not those of {shown(kind)}",

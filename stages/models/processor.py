@@ -29,11 +29,9 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def slow_precision(precision: str, flags: Collection[str]) -> str | None:
-    """Returns a warning if this processor multiplies a precision more slowly than fp32; else None.
+    """Returns a warning if a processor multiplies a precision more slowly than fp32; else None.
 
-    Args:
-        precision: Precision of the teacher's matrix products.
-        flags: Feature flags of the processor; empty if unknown.
+    Flags are the features of the processor; empty if unknown.
     """
     if not flags or FLAGS.get(precision, set(flags)) & set(flags):
         return None

@@ -89,10 +89,9 @@ class Pieces:
         return [self.ids[piece] for piece in way or ()]
 
     def cut(self, kept: Sequence[int]) -> Content:
-        """Returns the content of a tokenizer.json with some of the tokens, numbered anew in the same order.
+        """Returns a tokenizer.json with the ids `kept` alone, ascending and all of `needed` among them.
 
-        Args:
-            kept: The ids to keep, ascending; all of `needed` among them.
+        They are numbered anew in the same order.
         """
         places = {number: place for place, number in enumerate(kept)}
         padding = self.content.get("padding")

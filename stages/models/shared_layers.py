@@ -41,13 +41,7 @@ def swapped(name: str) -> str:
 
 
 def check_swappable(shapes: Mapping[str, Sequence[int]], *, kind: str, address: str) -> None:
-    """Raise if queries and keys of a layer cannot change places.
-
-    Args:
-        shapes: Weight of the layer -> its shape.
-        kind: The kind of model, to name in an error.
-        address: The setting, to name in an error.
-    """
+    """Raise if queries and keys of a layer, whose weights have these shapes, cannot change places."""
     pairs = {name: swapped(name) for name in shapes if swapped(name) != name}
     if not pairs or any(shapes.get(b) != shapes[a] for a, b in pairs.items()):
         raise TeachonceError(

@@ -78,11 +78,7 @@ class CutVocabulary:
     @property
     def facts(self) -> Facts:
         """The same for a program."""
-        return {
-            "tokens": self.kept,
-            "tokens_before": self.there,
-            "corpus_tokens_kept": self.share,
-        }
+        return {"tokens": self.kept, "tokens_before": self.there, "corpus_tokens_kept": self.share}
 
     @property
     def compared(self) -> list[str]:
@@ -92,12 +88,9 @@ class CutVocabulary:
     def check(
         self, model: SentenceTransformer, vectors: Sequence[Tensor], *, when: str = ""
     ) -> None:
-        """Raise if a model does not read the texts as it must.
+        """Raise if a model with the smaller vocabulary does not read the texts as it must.
 
-        Args:
-            model: The model with the smaller vocabulary.
-            vectors: What it must give for the tokens of each text in `compared`.
-            when: More about it, for an error.
+        `vectors` is what it must give for the tokens of each text in `compared`; `when` is for an error.
         """
         plain = _plain(model.tokenizer)
         if plain.get_vocab_size() != self.kept:
@@ -125,12 +118,9 @@ class CutVocabulary:
     def check_saved(
         self, folder: Path, model: SentenceTransformer, *, trust_remote_code: bool
     ) -> None:
-        """As `check`, for the model in a folder.
+        """As `check`, for the folder in which `model` was saved.
 
-        Args:
-            folder: Where it was saved.
-            model: The model as it was saved. Since the cut it may have lost layers, too, or be static.
-            trust_remote_code: Whether code in the folder may run.
+        Since the cut it may have lost layers, too, or be static.
         """
         try:
             saved = load_model(
@@ -146,11 +136,7 @@ class CutVocabulary:
 
 
 def keep_tokens(
-    model: SentenceTransformer,
-    wanted: int | VocabularyShare,
-    *,
-    corpus: Corpus,
-    address: str,
+    model: SentenceTransformer, wanted: int | VocabularyShare, *, corpus: Corpus, address: str
 ) -> CutVocabulary:
     """As `cut_vocabulary`, with the counts and the sample of a corpus."""
     _check_model(model, address)

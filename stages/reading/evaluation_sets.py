@@ -282,9 +282,7 @@ def _by_id(path: Path, text_of: Callable[[dict[str, Any], str], str]) -> dict[st
         identifier = _string(record, "_id", where)
         if identifier in texts:
             raise TeachonceError(
-                where,
-                f"the id {shown(repr(identifier))} was there before",
-                "give each its own id",
+                where, f"the id {shown(repr(identifier))} was there before", "give each its own id"
             )
         texts[identifier] = text_of(record, where)
     return texts

@@ -276,12 +276,6 @@ def reading(path: Path, cure: str) -> Iterator[None]:
         raise
     except EOFError as error:
         raise TeachonceError(path, "truncated: it ends before its content does", cure) from error
-    except (
-        OSError,
-        ValueError,
-        zlib.error,
-        zstandard.ZstdError,
-        pa.ArrowException,
-    ) as error:
+    except (OSError, ValueError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TeachonceError(path, f"cannot be read: {shown(cause)}", cure) from error

@@ -63,8 +63,7 @@ def is_utf8(text: str) -> bool:
 def lines(path: Path) -> Iterator[bytes | None]:
     """Yield the lines of a file, without line ends and byte order mark; None for a line that is too long.
 
-    Args:
-        path: Compressed if its name ends in .gz or .zst.
+    It is unpacked if its name ends in .gz or .zst.
 
     Raises:
         TeachonceError: it is UTF-16 or UTF-32, or its lines end in carriage returns alone.
@@ -77,11 +76,7 @@ def lines(path: Path) -> Iterator[bytes | None]:
 
 
 def content(path: Path, most: int) -> bytes:
-    """Returns all bytes of a file, unpacked, without a byte order mark.
-
-    Args:
-        path: Compressed if its name ends in .gz or .zst.
-        most: Largest number of unpacked bytes.
+    """Returns all bytes of a file, `most` at most, unpacked as by `lines`, without a byte order mark.
 
     Raises:
         TeachonceError: it is UTF-16 or UTF-32.
@@ -143,10 +138,9 @@ def _wide_encoding(head: bytes) -> str | None:
 def converted(path: Path, command: str) -> str:
     """Returns a shell command that rewrites a file through a command that reads and writes a stream."""
     file = shlex.quote(str(path))
-    unpack, pack = {
-        ".gz": ("gzip -dc", " | gzip"),
-        ".zst": ("zstd -dc", " | zstd"),
-    }.get(path.suffix.lower(), ("cat", ""))
+    unpack, pack = {".gz": ("gzip -dc", " | gzip"), ".zst": ("zstd -dc", " | zstd")}.get(
+        path.suffix.lower(), ("cat", "")
+    )
     return f"{unpack} {file} | {command}{pack} > {file}.new && mv {file}.new {file}"
 
 

@@ -129,12 +129,7 @@ def look_at(path: Path, fields: Sequence[str]) -> None:
 
 
 class _TripletReader:
-    """Reads the rows of one file, and checks its fields.
-
-    Args:
-        path: The file.
-        fields: Names of anchor, positive and negative.
-    """
+    """Reads the rows of one file, and checks its fields: names of anchor, positive and negative."""
 
     def __init__(self, path: Path, fields: Sequence[str]) -> None:
         self.path, self.fields = path, fields

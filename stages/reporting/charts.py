@@ -69,12 +69,7 @@ class Line:
 
 
 def bars(title: str, rows: Sequence[Bar]) -> Markup:
-    """A bar for each model from 0, with its number; a thin line stands at 100 %, the teacher.
-
-    Args:
-        title: What is measured.
-        rows: At least one.
-    """
+    """A bar from 0 for each of one or more models, with its number; a thin line at 100 %, the teacher."""
     width, row = 320.0, 34
     x = Axis(0, max(100.0, *(bar.percent for bar in rows)), 0, width)
     height = row * len(rows) + 4
@@ -94,12 +89,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
 
 
 def lines(rows: Sequence[Line], *, title: str) -> Markup:
-    """A line for each model by step, its name at its end, a ring at the weights that were kept.
-
-    Args:
-        rows: At least one.
-        title: What the value is.
-    """
+    """A line by step for one or more models, the name at its end, a ring at the weights that were kept."""
     width, height = 400.0, 300.0
     names = [cut(row.name, 18) for row in rows]
     room = max(map(len, names)) * FONT * CHARACTER + 24
@@ -127,12 +117,7 @@ def lines(rows: Sequence[Line], *, title: str) -> Markup:
 
 
 def small_line(row: Line, *, title: str) -> Markup:
-    """One line in a small picture: lowest and highest value, last step.
-
-    Args:
-        row: The line.
-        title: What the value is.
-    """
+    """One line in a small picture: lowest and highest value, last step."""
     width, height = 200.0, 96.0
     values = [value for _, value in row.points]
     x = Axis(0, max(*(step for step, _ in row.points), 1), 44, width - 6)
@@ -206,11 +191,7 @@ def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -
 
 
 def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
-    """Cosines of one pair on a line from -0.2 (or lower) to 1.
-
-    Args:
-        values: Name -> CSS class and cosine.
-    """
+    """Cosines of one pair, by name with a CSS class, on a line from -0.2 (or lower) to 1."""
     width, height = 200.0, 26.0
     x = Axis(min(-0.2, *(value for _, value in values.values())), 1, 8, width - 8)
     places = [x.at(value) for _, value in values.values()]

@@ -52,7 +52,4 @@ def _is_width(key: str) -> bool:
 
 def _cells(metrics: Metrics, prefix: str) -> tuple[str, str]:
     size, recall = number(metrics, f"{prefix}.bytes"), number(metrics, f"{prefix}.recall@10")
-    return (
-        "" if size is None else f"{size:,.0f}",
-        "" if recall is None else f"{recall:.2f}",
-    )
+    return ("" if size is None else f"{size:,.0f}", "" if recall is None else f"{recall:.2f}")

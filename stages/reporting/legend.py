@@ -6,14 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from stages.reporting.columns import TableColumn, names_of_sets
 from stages.reporting.forms import NO_FORMATS
-from stages.reporting.measures import (
-    SPEED,
-    devices,
-    listed,
-    measured,
-    of,
-    yardstick,
-)
+from stages.reporting.measures import SPEED, devices, listed, measured, of, yardstick
 from stages.reporting.results import Formats, Metrics
 
 CUT = ".truncated"

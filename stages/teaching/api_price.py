@@ -45,10 +45,7 @@ def price_of(
     tokens = round(sum(text.tokens for text in sample) * count / max(len(sample), 1))
     requests = math.ceil(count / params.batch_texts)
     price = params.price_per_million_tokens
-    limits = (
-        (tokens, params.tokens_per_minute),
-        (requests, params.requests_per_minute),
-    )
+    limits = ((tokens, params.tokens_per_minute), (requests, params.requests_per_minute))
     how = (
         "counted by embed.api.tokenizer"
         if is_counted

@@ -156,12 +156,7 @@ def _record(vectors: NDArray[np.float32], key: str, *, storage: str, store: Stor
     """Record the probe texts' vectors; None if the teacher has none for some of them."""
     try:
         return put_vectors(
-            store,
-            key,
-            vectors=vectors,
-            text_keys=probe_text_keys(),
-            storage=storage,
-            facts={},
+            store, key, vectors=vectors, text_keys=probe_text_keys(), storage=storage, facts={}
         )
     except BadVectorsError as error:
         # A static model of English words has no vector for the Hindi probe text, and is a valid teacher.

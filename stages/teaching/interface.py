@@ -133,10 +133,7 @@ class Engine(Protocol):
     """Where the teacher runs."""
 
     def __call__(
-        self,
-        load_teacher: Callable[[], LoadedTeacher],
-        tasks: Iterator[Task],
-        admit: Admit,
+        self, load_teacher: Callable[[], LoadedTeacher], tasks: Iterator[Task], admit: Admit
     ) -> Results:
         """Encode all tasks; the next task is drawn when a loaded teacher can take it.
 
@@ -175,12 +172,7 @@ Finish = Callable[[], PlainOutput | TeachonceError]
 
 
 class LoadedTeacher:
-    """A loaded teacher, which tokenises the next texts while it encodes if it `ReadsAhead`.
-
-    Args:
-        encode: The teacher.
-        roles: The roles of the texts that it is to read.
-    """
+    """A loaded teacher of texts in some roles, which tokenises while it encodes if it `ReadsAhead`."""
 
     def __init__(self, encode: Encode, roles: Sequence[Role] = ("text",)) -> None:
         self.encode, self.roles = encode, roles

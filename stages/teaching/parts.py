@@ -51,13 +51,7 @@ class ShardPart(Protocol):
 
 
 class TextsPart:
-    """The vectors of a shard's texts.
-
-    Args:
-        teacher: The teacher's fingerprint.
-        corpus: The texts.
-        shard: The number of the shard.
-    """
+    """The vectors of the texts of a shard, under a teacher's fingerprint."""
 
     def __init__(self, teacher: str, corpus: Corpus, shard: int) -> None:
         self.key = f"vectors/{teacher}/{corpus.shard_digest(shard)}.arrow"
@@ -77,13 +71,7 @@ class TextsPart:
 
 
 class MixesPart:
-    """The vectors of a shard's mixes.
-
-    Args:
-        recipe: As `mixes_recipe` returns it.
-        corpus: The texts.
-        shard: The number of the shard.
-    """
+    """The vectors of a shard's mixes; `mixes_recipe` returns their recipe."""
 
     def __init__(self, recipe: dict[str, Any], corpus: Corpus, shard: int) -> None:
         digest, texts = corpus.shard_digest(shard), corpus.objects[shard]
@@ -110,11 +98,6 @@ class MixesPart:
 
 
 def mixes_recipe(teacher_recipe: dict[str, Any], share: float) -> dict[str, Any]:
-    """Returns the settings that change the vectors of mixes: all of the teacher's, and how pairs are drawn.
-
-    Args:
-        teacher_recipe: The recipe of the vectors.
-        share: The setting `embed.mixes`, above 0.
-    """
+    """Returns the settings that change the vectors of mixes: the teacher's, and how pairs are drawn."""
     mixes = {"version": MIXES_VERSION, "share": share, "alpha": ALPHA, "seed": SEED}
     return {**teacher_recipe, "mixes": mixes}

@@ -14,11 +14,9 @@ OVERLAP = 10
 
 
 class Rounding:
-    """Samples a run's vectors as the teacher returned them, at equal steps over its texts.
+    """Samples at most 1,000 of a run's vectors, as the teacher returned them, evenly over its texts.
 
-    Args:
-        storage: The setting `embed.storage`.
-        texts: The largest number of texts that the run embeds; at most 1,000 of them are sampled.
+    `texts` is the largest number that the run embeds.
     """
 
     def __init__(self, storage: str, *, texts: int) -> None:
@@ -30,12 +28,7 @@ class Rounding:
         self.whole: list[NDArray[np.float32]] = []
 
     def sample(self, vectors: NDArray[np.float32], whole: NDArray[np.float32]) -> None:
-        """Keep the sampled ones of the next n vectors.
-
-        Args:
-            vectors: (n, dim) float32 as they will be stored.
-            whole: (n, width) float32 before they were cut to `embed.dim`.
-        """
+        """Keep the sampled ones of the next (n, dim) vectors to be stored, and of (n, width) whole ones."""
         first, last = np.searchsorted(self.wanted, [self.rows_seen, self.rows_seen + len(vectors)])
         rows = self.wanted[first:last] - self.rows_seen
         self.vectors.append(vectors[rows])

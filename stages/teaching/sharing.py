@@ -33,12 +33,7 @@ WIDEST_ROW_BYTES = 4 << 16
 
 
 class Sharing:
-    """Fetches objects from a remote and uploads finished ones; without a remote it does nothing.
-
-    Args:
-        remote: The remote; None if nothing is shared.
-        store: The local store.
-    """
+    """Fetches objects from a remote and uploads finished ones; without a remote it does nothing."""
 
     def __init__(self, remote: Remote | None, store: Store) -> None:
         self.remote, self.store = remote, store
