@@ -320,10 +320,10 @@ def start(
     try:
         folder, pooling = here.start_source(name)
     except MissingError:
-        there = as_it_is(name, folder=out, record=record, made_from=made_from)
-        if there is None:
+        existing = as_it_is(name, folder=out, record=record, made_from=made_from)
+        if existing is None:
             raise
-        outcome = there
+        outcome = existing
     else:
         outcome = run(
             params,
@@ -768,7 +768,7 @@ def verify(
         bool, typer.Option("--read-data", help="Read every value and compare its sha256.")
     ] = False,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Read so many objects, chosen at random.")
+        int | None, typer.Option(min=1, help="Read this many objects, chosen at random.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice, to make it again.")] = None,
     store: StorePath = None,
@@ -971,26 +971,26 @@ def _lines_of_stdin() -> Iterator[str]:
 
 
 def _store_in_use(store: Path | None) -> Path:
-    """The root of a store, or of that of params.yaml; it is told which manifests here are in use."""
+    """The root of a store, or of that of params.yaml; renews the refs of the manifests here."""
     from pipeline.layout import Layout
     from pipeline.workspace import renew
     from storage.store import Store
 
-    found = workspace().store if store is None else Store(store.resolve())
-    renew(Layout(Path.cwd()), found)
-    return found.root
+    opened = workspace().store if store is None else Store(store.resolve())
+    renew(Layout(Path.cwd()), opened)
+    return opened.root
 
 
 def _share(text: str) -> ShardSlice:
     """The share that I/N means."""
     from storage.corpus import ShardSlice
 
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise typer.BadParameter(
             f"{shown(text)}: I/N is wanted, with I from 1 to N, such as 1/8", param_hint="--shards"
         )
-    return ShardSlice(int(found[1]), int(found[2]))
+    return ShardSlice(int(numbers[1]), int(numbers[2]))
 
 
 def main() -> None:

@@ -52,12 +52,12 @@ def show(outcome: Outcome, as_json: bool, failure: TeachonceError | None = None)
     """
     place = place_of(outcome.made)
     if as_json:
-        found = {
+        printed = {
             **asdict(outcome),
             "made": str(place),
             **(as_json_object(failure) if failure else {}),
         }
-        say(json.dumps(found, default=str))
+        say(json.dumps(printed, default=str))
     else:
         say(f"{outcome.stage}: {_one_line(outcome.summary)}\n  -> {_one_line(place)}")
         # Under DVC it is DVC who knows what comes next.

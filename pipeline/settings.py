@@ -120,10 +120,10 @@ def examine(path: Path) -> tuple[object, list[Problem], Sections]:
         for entry in errors:
             if not (entry["type"] == "too_short" and _has_wrong_entries(entry["loc"], errors)):
                 by_address.setdefault(_address(entry["loc"]), []).append(_problem(entry))
-        # Several sentences of one setting are of the types that it may have.
+        # Several sentences of one setting are of the types that it may have; the last has the value.
         problems = [
-            (address, ", or ".join([*(one.partition(", got")[0] for one in said[:-1]), said[-1]]))
-            for address, said in by_address.items()
+            (address, ", or ".join([*(each.partition(", got")[0] for each in others), last]))
+            for address, (*others, last) in by_address.items()
         ]
     raw = content if isinstance(content, dict) else {}
     sections = _readable(raw)

@@ -101,7 +101,7 @@ class Workspace:
         return Remote(setting)
 
     def needed_remote(self) -> Remote:
-        """The remote, for commands that are of no use without one."""
+        """The remote, for commands that need one."""
         remote = self.remote()
         if remote is None:
             raise SettingsError(
@@ -127,7 +127,7 @@ class Workspace:
         return manifests
 
     def manifest(self, kind: Kind) -> Manifest:
-        """A manifest of the work tree; the store is told that it is in use.
+        """A manifest of the work tree; its ref in the store is renewed.
 
         Raises:
             MissingError, DamagedError, StorageError: as `Manifest.load`.
@@ -139,7 +139,7 @@ class Workspace:
         return self.manifest(kind) if self.at.manifests[kind].exists() else None
 
     def renew(self) -> None:
-        """Tell the store which manifests of this work tree are in use, as far as they can be read."""
+        """Renew the refs of this work tree's manifests in the store, as far as they can be read."""
         renew(self.at, self.store)
 
     def corpus(self) -> Corpus:
@@ -534,10 +534,10 @@ class Workspace:
         if start.is_random:
             return f"{layers} layers"
         if isinstance(layers, int):  # which, was found out when it was made
-            made = read_sources(self.at.start_facts(name)).get("layers")
-            if not isinstance(made, list):
+            chosen = read_sources(self.at.start_facts(name)).get("layers")
+            if not isinstance(chosen, list):
                 return f"the best {layers} layers"
-            return f"layers {', '.join(map(str, made))}, the best {layers},"
+            return f"layers {', '.join(map(str, chosen))}, the best {layers},"
         return f"layers {', '.join(map(str, layers))}"
 
     def lineage(self, name: str) -> dict[str, Any]:
@@ -545,7 +545,7 @@ class Workspace:
         return read_lineage(self.model_folder(name))
 
     def is_in_teachers_space(self, name: str) -> bool:
-        """Whether a model's vectors can be compared with those of the teacher at hand."""
+        """Whether a model's vectors can be compared with those of this teacher."""
         if name == TEACHER:
             return False
         lineage = self.lineage(name)
@@ -634,11 +634,11 @@ class Workspace:
             "tokens read of a text": str(self.params.embed.max_tokens)
             + (" at once, all in windows" if self.params.embed.long_texts == "windows" else "")
             + (" (by the teacher: unknown)" if self.params.embed.is_imported else ""),
-            "prompts": self._prompt_told(),
-            "teacher's vectors": f"{self._values_told()}, kept as {self.params.embed.storage}",
+            "prompts": self._prompts_phrase(),
+            "teacher's vectors": f"{self._values_phrase()}, kept as {self.params.embed.storage}",
         }
 
-    def _prompt_told(self) -> str:
+    def _prompts_phrase(self) -> str:
         if self.params.embed.is_imported:
             return "the teacher's is unknown; students read texts as they are"
         own = read_sources(self.at.sources).get("teacher", {}).get("prompts", {})
@@ -648,23 +648,23 @@ class Workspace:
             by_prompt.setdefault(prompt.text, []).append(NAMED[role])
         if list(by_prompt) == [""]:
             return "none"
-        told = ", ".join(
+        reading = ", ".join(
             f"{shown(repr(prompt)) if prompt else 'nothing'} before "
             + ("every text" if len(by_prompt) == 1 else " and ".join(before))
             for prompt, before in by_prompt.items()
         )
         behind = students_behind_prompts(self.params.students, self.params.recipes)
         if not behind:
-            return f"the teacher reads {told}; students read texts as they are"
+            return f"the teacher reads {reading}; students read texts as they are"
         others = "" if len(behind) == len(self.params.students) else ", others texts as they are"
-        return f"the teacher reads {told}; {', '.join(behind)} read the same{others}"
+        return f"the teacher reads {reading}; {', '.join(behind)} read the same{others}"
 
     def _prompts(self, folder: Path) -> dict[Role, str]:
         """What the teacher in a folder reads before the texts of each role."""
         prompts = prompts_by_role(self.params.embed.prompts, own_prompts(folder, "embed.teacher"))
         return {role: prompt.text for role, prompt in prompts.items()}
 
-    def _values_told(self) -> str:
+    def _values_phrase(self) -> str:
         dim = self.params.embed.dim
         return "all values" if dim is None else f"their first {dim} values"
 
@@ -684,7 +684,7 @@ class Workspace:
 
 
 def renew(at: Layout, store: Store) -> None:
-    """Tell a store which manifests of a work tree are in use, as far as they can be read."""
+    """Renew the refs of a work tree's manifests in a store, as far as they can be read."""
     with suppress(TeachonceError):
         for kind, path in at.manifests.items():
             with suppress(TeachonceError):

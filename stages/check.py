@@ -147,10 +147,10 @@ def run(
         raise SettingsError("params.yaml", problems)
     for note in _notes_of_corpus(sections, corpus):
         log.info("check: %s", note)
-    prompts = _prompts_told(sections["embed"], survey.own_prompts)
-    for role, told in prompts.items():
-        log.info("check: before %s the teacher reads %s", NAMED[role], told)
-    for note in _students_told(sections, survey.own_prompts, is_told=bool(prompts)):
+    prompts = _prompt_notes(sections["embed"], survey.own_prompts)
+    for role, prompt in prompts.items():
+        log.info("check: before %s the teacher reads %s", NAMED[role], prompt)
+    for note in _student_notes(sections, survey.own_prompts, is_told=bool(prompts)):
         log.info("check: %s", note)
     embed = sections["embed"]
     slow = slow_precision(embed.precision, flags) if embed.api_model is None else None
@@ -174,19 +174,19 @@ def reads_texts(sections: Mapping[str, Any]) -> bool:
     return "text" in roles_of_corpus(sections) or bool(getattr(sections.get("evaluate"), "sts", ()))
 
 
-def _prompts_told(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str]:
+def _prompt_notes(params: EmbedParams, own: Mapping[str, str]) -> dict[Role, str]:
     """What the teacher reads before the texts of each role, and what says so; empty if that is nothing."""
     if params.is_imported:
         return {}
     prompts = prompts_by_role(params.prompts, own)
-    told: dict[Role, str] = {
+    notes: dict[Role, str] = {
         role: f"{shown(repr(prompt.text)) if prompt.text else 'nothing'} ({prompt.origin})"
         for role, prompt in prompts.items()
     }
-    return told if own or any(prompt.text for prompt in prompts.values()) else {}
+    return notes if own or any(prompt.text for prompt in prompts.values()) else {}
 
 
-def _students_told(sections: Sections, own: Mapping[str, str], *, is_told: bool) -> Iterator[str]:
+def _student_notes(sections: Sections, own: Mapping[str, str], *, is_told: bool) -> Iterator[str]:
     """Yield what students read, where that is not plain: with prompts, or with roles.
 
     `is_told` says whether the log says what the teacher reads; `own` are the teacher's own prompts.
@@ -256,10 +256,10 @@ class Survey:
             }
         # Not the recipes themselves, so that the stage of that name runs only when one begins to read any.
         recipes = sections.get("recipes", {})
-        entries["neighbours"] = {name: one.reads_neighbours for name, one in recipes.items()}
-        entries["mixes"] = {name: one.reads_mixes for name, one in recipes.items()}
-        entries["readings"] = {name: one.readings > 0 for name, one in recipes.items()}
-        entries["labelled"] = {name: one.reads_labels for name, one in recipes.items()}
+        entries["neighbours"] = {name: recipe.reads_neighbours for name, recipe in recipes.items()}
+        entries["mixes"] = {name: recipe.reads_mixes for name, recipe in recipes.items()}
+        entries["readings"] = {name: recipe.readings > 0 for name, recipe in recipes.items()}
+        entries["labelled"] = {name: recipe.reads_labels for name, recipe in recipes.items()}
         for error in absent_packages(sections):
             self._report(error)
         self.sha256.save()
@@ -478,8 +478,8 @@ class Survey:
         if distill.readings:
             declared["readings"] = _dumped(distill.readings)
         address = "shard.sources"
-        patterns = [one if isinstance(one, str) else one.files for one in params.sources]
-        outside = [one for one in patterns if not self._is_made_here(one, address)]
+        patterns = [glob if isinstance(glob, str) else glob.files for glob in params.sources]
+        outside = [glob for glob in patterns if not self._is_made_here(glob, address)]
         all_outside = len(outside) == len(patterns)
         self.problems += other_fields(self.sections, texts=not all_outside, pairs=False)
 
@@ -497,8 +497,8 @@ class Survey:
 
     def _readings(self, distill: DistillParams) -> list[Path]:
         """The files of readings that `docs` does not make, each looked at."""
-        named = [one for role in distill.roles for one in distill.readings_of(role)]
-        outside = [one for one in named if not self._is_made_here(one.files, SETTING)]
+        named = [source for role in distill.roles for source in distill.readings_of(role)]
+        outside = [source for source in named if not self._is_made_here(source.files, SETTING)]
         files = reading_files(outside, self.root)
         for path in files:
             self._ask(partial(look_at_readings, path))
@@ -535,9 +535,9 @@ class Survey:
         # Where nobody is finetuned, nothing is read, so nothing need be there.
         students = getattr(params, "students", ()) or self._students_that_read_labels()
         triplets = [
-            one
-            for one in (params.triplets if students else ())
-            if not self._is_made_here(one, "finetune.triplets")
+            pattern
+            for pattern in (params.triplets if students else ())
+            if not self._is_made_here(pattern, "finetune.triplets")
         ]
         dev = params.dev if students else None
         can_look = hasattr(params, "fields")
@@ -622,7 +622,7 @@ class Survey:
 
 def _dumped(named: Sequence[str | Section]) -> list[Any]:
     """Globs, and mappings with a glob, as they stand in params.yaml."""
-    return [one if isinstance(one, str) else one.model_dump() for one in named]
+    return [source if isinstance(source, str) else source.model_dump() for source in named]
 
 
 def _lines_of(look: Callable[[], list[Path]]) -> list[Path]:
@@ -644,7 +644,7 @@ class RememberedHashes:
 
     def __init__(self, memory: Path, *, read_data: bool = False) -> None:
         self.memory, self.read_data = memory, read_data
-        self.known = read_sources(memory)
+        self.remembered = read_sources(memory)
 
     def __call__(self, path: Path) -> str:
         """The sha256 of a file, as hex."""
@@ -659,7 +659,7 @@ class RememberedHashes:
             status.st_ctime_ns % COARSE_STEP == 0
             and abs(time.time_ns() - status.st_ctime_ns) < COARSE_TIME
         )
-        entry = self.known.get(as_utf8(path), [])
+        entry = self.remembered.get(as_utf8(path), [])
         remembered = isinstance(entry, list) and entry[:-1] == before
         if remembered and not self.read_data:
             return str(entry[-1])
@@ -668,12 +668,12 @@ class RememberedHashes:
             log.warning("check: %s: other bytes, though no time of it changed", path)
         # What was written to meanwhile is hashed again next time.
         if [*durable.identity(path.stat())] == before and not unsettled:
-            self.known[as_utf8(path)] = [*before, sha256]
+            self.remembered[as_utf8(path)] = [*before, sha256]
         return sha256
 
     def save(self) -> None:
         """Write the memory for the next run."""
-        write_json(self.memory, self.known)
+        write_json(self.memory, self.remembered)
 
 
 def _notes_of_corpus(sections: Sections, corpus: Path) -> list[str]:

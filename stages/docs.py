@@ -67,7 +67,7 @@ def run(params: DocsParams, *, out: Path, facts: Path) -> Outcome:
         pairs += its_pairs
     texts = in_fair_order(sentences)[: params.max_texts]
     unique = unambiguous(pairs)
-    # Half at most: a test that leaves nothing to learn from is of no use.
+    # Half at most, so that as many pairs are left to learn from.
     heldout = unique[: min(params.heldout_pairs, len(unique) // 2)]
     rest = unique[len(heldout) :]
     others = [pair.description for pair in rest[:MAX_OTHER_DOCUMENTS]]

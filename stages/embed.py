@@ -120,7 +120,7 @@ def recipe(
 
 
 def _by_role(params: EmbedParams, roles: Sequence[Role]) -> dict[str, Any]:
-    """Returns what a teacher is told of a text's role: the prompt, and by an API the input type."""
+    """Returns what a text's role decides for a teacher: the prompt, and the input type of an API."""
     prompts = {role: params.prompts.of(role) for role in roles}
     input_types = {} if params.api_model is None else params.api.input_type.of(roles)
     if tuple(roles) != ("text",):
@@ -450,12 +450,12 @@ class _EmbedRun:
         first = self.corpus.starts[texts_of.index(self.parts[shard].texts)]
         rows = first + reusable.missing_rows(shard)
         texts = self.corpus.take(rows[list(error.problems)])
-        told = [
+        refusals = [
             f"row {rows[place]} ({shown(text[:SHOWN_CHARACTERS])}): {why}"
             for (place, why), text in zip(error.problems.items(), texts, strict=True)
         ]
-        more = f"; and {len(told) - SHOWN_ROWS} more" if len(told) > SHOWN_ROWS else ""
-        problem = f"{len(told)} texts are refused: {'; '.join(told[:SHOWN_ROWS])}{more}"
+        more = f"; and {len(refusals) - SHOWN_ROWS} more" if len(refusals) > SHOWN_ROWS else ""
+        problem = f"{len(refusals)} texts are refused: {'; '.join(refusals[:SHOWN_ROWS])}{more}"
         return TeachonceError(error.where, problem, error.cure)
 
     def _failure(self) -> FailedShardsError:

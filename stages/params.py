@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import (
@@ -69,8 +69,8 @@ def path_problem(value: str, no_url: str) -> str | None:
 
 
 def _remote_problem(value: str) -> str | None:
-    scheme, found, rest = value.partition("://")
-    if not found:
+    scheme, slashes, rest = value.partition("://")
+    if not slashes:
         return path_problem(value, "write two slashes, as in s3://bucket/folder")
     if scheme not in REMOTE_URLS:
         return f"{scheme}:// is no remote known here: name s3://bucket/folder, or a folder"
@@ -144,11 +144,22 @@ class ReadingsSource(Section):
     role: Role  # what its texts are for the teacher
 
 
+Named = TypeVar("Named", bound=ReadingsSource)
+
+
 class SourceParams(ReadingsSource):
     """Corpus files whose texts are of one role; dataset:<name or folder>, too."""
 
     # As shard.field, which says it of the others; it may be left out.
     field: Text | None = None
+
+
+def _of_role(role: Role, named: Iterable[str | Named], kind: type[Named]) -> list[Named]:
+    """The sources whose texts are of a role, in order; a plain glob's are of the role `text`."""
+    sources = [
+        kind(files=source, role="text") if isinstance(source, str) else source for source in named
+    ]
+    return [source for source in sources if source.role == role]
 
 
 _GLOB_OR_MAPPING = Discriminator(
@@ -181,14 +192,9 @@ class ShardParams(Section):
 
     def sources_of(self, role: Role) -> list[SourceParams]:
         """The sources whose texts are of a role, in order; a plain glob's are of the role `text`."""
-        named = [
-            one if isinstance(one, SourceParams) else SourceParams(files=one, role="text")
-            for one in self.sources
-        ]
         return [
-            one.model_copy(update={"field": one.field or self.field})
-            for one in named
-            if one.role == role
+            source.model_copy(update={"field": source.field or self.field})
+            for source in _of_role(role, self.sources, SourceParams)
         ]
 
     @property
@@ -294,7 +300,7 @@ class EmbedParams(Section):
     long_texts: Literal["cut", "windows"]  # a longer one: cut there, or the mean of windows
     precision: Literal["fp32", "bf16", "fp16"]
     storage: Literal["float16", "float32", "int8"]
-    dim: PositiveInt | None  # the first so many values of a vector; null: all
+    dim: PositiveInt | None  # how many first values of a vector are kept; null: all
     trust_remote_code: bool
     reuse: bool  # last bits only: copy vectors of texts that stand in older shards
     batch_tokens: PositiveInt | Literal["auto"]  # speed only
@@ -489,11 +495,7 @@ class DistillParams(Section):
 
     def readings_of(self, role: Role) -> list[ReadingsSource]:
         """The entries whose texts are of a role, in order; a plain glob's are of the role `text`."""
-        named = [
-            one if isinstance(one, ReadingsSource) else ReadingsSource(files=one, role="text")
-            for one in self.readings
-        ]
-        return [one for one in named if one.role == role]
+        return _of_role(role, self.readings, ReadingsSource)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -803,7 +805,7 @@ class ExportParams(Section):
     @property
     def base(self) -> ExportFormat:
         """The format that sentence-transformers loads."""
-        return next(one for one in self.formats if one in BASE_FORMATS)
+        return next(name for name in self.formats if name in BASE_FORMATS)
 
 
 def _as_share(value: float) -> float:
@@ -978,12 +980,12 @@ def _unknown_names(
     wrong = []
     for name, student in students.items():
         for what in ("recipe", "start"):
-            value, known = getattr(student, what), names.get(f"{what}s", ())
-            if value not in known:
+            value, existing = getattr(student, what), names.get(f"{what}s", ())
+            if value not in existing:
                 wrong.append(
                     (
                         f"students.{name}.{what}",
-                        f"no {what} named {value}; there are {sorted(known)}",
+                        f"no {what} named {value}; there are {sorted(existing)}",
                     )
                 )
     return wrong
@@ -1020,7 +1022,7 @@ def _unknown_students(
         wrong.append(("finetune.triplets", "names no file, but finetune.students names students"))
     student_names = [*students, *(f"{name}{FINETUNED}" for name in finetuned)]
     exported = [("export.model", getattr(export, "model", None))]
-    exported += [(f"export.also.{i}", one) for i, one in enumerate(getattr(export, "also", ()))]
+    exported += [(f"export.also.{i}", name) for i, name in enumerate(getattr(export, "also", ()))]
     for place, (address, model) in enumerate(exported):
         if model is not None and model not in student_names:
             wrong.append((address, f"no student named {model}; there are {sorted(student_names)}"))
@@ -1053,7 +1055,7 @@ def _unknown_prompts(
 
 
 def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:
-    """A mix is no text: only a transformer at hand reads it, and all of it at once."""
+    """A mix is no text: only a loaded transformer reads it, and all of it at once."""
     if not getattr(embed, "mixes", 0):
         return []
     if getattr(embed, "teacher", "").startswith(IMPORTED):
@@ -1189,16 +1191,18 @@ def _unknown_rank(
     sts, retrieval = getattr(evaluate, "sts", None), getattr(evaluate, "retrieval", None)
     if rank_by is None or sts is None or retrieval is None:
         return []
-    known = ["fidelity.spearman", "fidelity.top10_overlap"]
+    measured = ["fidelity.spearman", "fidelity.top10_overlap"]
     if getattr(sections.get("distill"), "readings", ()):
-        known += [f"readings.{what}" for what in ("text_to_reading", "reading_to_text", "spearman")]
-    known += [f"sts.{name}" for name in (*sts, "average")] if sts else []
+        measured += [
+            f"readings.{what}" for what in ("text_to_reading", "reading_to_text", "spearman")
+        ]
+    measured += [f"sts.{name}" for name in (*sts, "average")] if sts else []
     for kind in ("retrieval", "teacher_index"):
         for name in retrieval:
-            known += [f"{kind}.{name}.{what}" for what in ("ndcg@10", "mrr@10", "recall@100")]
-    if rank_by in known:
+            measured += [f"{kind}.{name}.{what}" for what in ("ndcg@10", "mrr@10", "recall@100")]
+    if rank_by in measured:
         return []
-    return [("report.rank_by", f"{rank_by} is not measured; choose one of {', '.join(known)}")]
+    return [("report.rank_by", f"{rank_by} is not measured; choose one of {', '.join(measured)}")]
 
 
 def _unanswerable_choice(report: ReportParams | None, embed: EmbedParams | None) -> list[Problem]:

@@ -147,11 +147,11 @@ def other_fields(sections: Sections, *, texts: bool, pairs: bool) -> list[Proble
         wrong.append(("shard.field", f"{field}, but the texts of docs stand under {DOCS_TEXT}"))
     fields = tuple(getattr(sections.get("finetune"), "fields", DOCS_PAIR))[:2]
     if pairs and fields != DOCS_PAIR:
-        said, wanted = ", ".join(fields), ", ".join(DOCS_PAIR)
+        named, wanted = ", ".join(fields), ", ".join(DOCS_PAIR)
         wrong.append(
             (
                 "finetune.fields",
-                f"{said}, but the pairs of docs stand under {wanted}, in this order",
+                f"{named}, but the pairs of docs stand under {wanted}, in this order",
             )
         )
     return wrong

@@ -90,8 +90,8 @@ def run(
     )
     durable.replace(page, html.encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
-    said = f"{count}: {chosen.sentence}" if chosen.sentence else count
-    return Outcome("report", page, said, report)
+    summary = f"{count}: {chosen.sentence}" if chosen.sentence else count
+    return Outcome("report", page, summary, report)
 
 
 def _as_facts(chosen: Choice) -> dict[str, Any] | None:

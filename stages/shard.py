@@ -112,8 +112,8 @@ def run(
     counted = CountedItems()
     rejected = Counter(dict.fromkeys(RULES, 0))
     added = Counter[Role]()
-    made, new = _publish(store, shards_of(params, root, counted, rejected, distill, added))
-    manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(made))
+    objects, new = _publish(store, shards_of(params, root, counted, rejected, distill, added))
+    manifest = Manifest(kind="corpus", recipe=recipe(params), parent=None, objects=tuple(objects))
     _check_balance(counted.read, manifest.rows - added.total(), rejected)
     account = f"{counted.read:,} read{_rejections(rejected)}"
     lost = losses(counted.read, rejected)
@@ -144,14 +144,14 @@ def run(
             rule,
             CURES[rule].format(**params.model_dump()),
         )
-    if note := larger_shards(params, rows=manifest.rows, shards=len(made)):
+    if note := larger_shards(params, rows=manifest.rows, shards=len(objects)):
         log.warning("shard: %s", note)
     shares = ", ".join(f"{100 * count / texts:.0f} % {rule}" for rule, count in lost.items())
-    plural = "s" if len(made) > 1 else ""
+    plural = "s" if len(objects) > 1 else ""
     return Outcome(
         stage="shard",
         made=out,
-        summary=f"{manifest.rows:,} texts in {len(made):,} shard{plural} ({account})"
+        summary=f"{manifest.rows:,} texts in {len(objects):,} shard{plural} ({account})"
         + (f"; many are lost: {shares}" if lost else "")
         + (
             f"; {of_readings['kept']:,} readings ({of_readings['read']:,} read"
@@ -162,7 +162,7 @@ def run(
         facts={
             **ledger,
             "lost": lost,
-            "shards": len(made),
+            "shards": len(objects),
             "shards_new": new,
             "bytes": manifest.size,
         },

@@ -52,8 +52,8 @@ def run(
     }
     evaluation_rows = rows_with_keys(corpus.text_keys, keys)
     if readings is not None:
-        found = readings.rows_read()[list(_readings_with_keys(readings, keys))]
-        evaluation_rows = np.union1d(evaluation_rows, found)
+        rows_of_readings = readings.rows_read()[list(_readings_with_keys(readings, keys))]
+        evaluation_rows = np.union1d(evaluation_rows, rows_of_readings)
     split = Split(
         corpus=corpus.manifest.content,
         heldout=params.heldout,

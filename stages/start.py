@@ -113,11 +113,11 @@ def measure(
         record: JSON file to write: the facts.
         made_from: The fingerprint of its `recipe`; None if that is not known.
     """
-    said, agreement = agreement_of_start(name, load, caches)
+    sentence, agreement = agreement_of_start(name, load, caches)
     facts = {**outcome.facts, **agreement}
     noted = {key: value for key, value in facts.items() if key != NOT_MEASURED}
     write_json(record, {**noted, "made_from": made_from})
-    return replace(outcome, summary=f"{outcome.summary}; {said}", facts=facts)
+    return replace(outcome, summary=f"{outcome.summary}; {sentence}", facts=facts)
 
 
 def chosen_layers(
@@ -223,11 +223,11 @@ def run(
         tokens = keep_tokens(model, params.vocabulary, corpus=corpus(), address=at)
     layers, choice = _layers(params, model, choose)
     # As it is now: a narrow model is fitted to what the layers that it lacks do.
-    whole = getattr(model[0], "auto_model", None)
+    transformer = getattr(model[0], "auto_model", None)
     proof = None
     if layers is not None:
         proof = keep_layers(model, layers, address=f"starts.{name}.layers")
-    model = _remade(model, whole, layers, params, corpus=corpus, address=f"starts.{name}")
+    model = _remade(model, transformer, layers, params, corpus=corpus, address=f"starts.{name}")
     prompts = own_prompts(folder, str(folder))
     with durable.replace_folder(out) as scratch:
         save_model(model, scratch, address=named_in)
@@ -251,7 +251,8 @@ def run(
         )
         + (f" ({(parameters + copies) / 1e6:.1f} {beyond})" if copies else "")
         + (f"; its own prompts ({', '.join(map(shown, prompts))}) are left out" if prompts else ""),
-        facts=facts | {key: one.facts[key] for one in (tokens, choice) if one for key in one.facts},
+        facts=facts
+        | {key: part.facts[key] for part in (tokens, choice) if part for key in part.facts},
     )
 
 

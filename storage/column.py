@@ -30,7 +30,7 @@ READ_WHOLE_BYTES = 1 << 20
 """Size of a file below which `expect` leaves it to the system what is read of it."""
 
 SCATTERED = 4
-"""Rows of which fewer than one in so many are read are scattered."""
+"""Rows of which fewer than one in this many are read are scattered."""
 
 LIBC = ctypes.CDLL(None)
 """The C library of this process: Python's own `madvise` is a method of its maps, which hold descriptors."""
@@ -141,7 +141,7 @@ class Column:
         raise self.damaged(shard, f"row {row} of shard {shard} belongs to another text")
 
     def damaged(self, shard: int, problem: str) -> DamagedError:
-        """Returns the error of an object that is of no use beside the texts of its shard."""
+        """Returns the error of an object that does not belong to the texts of its shard."""
         key = self.objects[shard].key
         path = self.store.path(key)
         # Not `repair`: it examines objects one by one, and taken alone this one is intact.

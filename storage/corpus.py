@@ -128,8 +128,8 @@ class Corpus(Column):
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles of its texts, in the order of their shards; `text` alone for a corpus without roles."""
-        found = {entry.role for entry in self.objects}
-        return tuple(role for role in ROLES if role in found) or ("text",)
+        roles = {entry.role for entry in self.objects}
+        return tuple(role for role in ROLES if role in roles) or ("text",)
 
     def role_of(self, shard: int) -> Role:
         """The role of the texts of one shard."""
@@ -138,8 +138,8 @@ class Corpus(Column):
     def of_role(self, rows: NDArray[np.int64], role: Role) -> NDArray[np.int64]:
         """Returns those of some row ids whose texts are of a role, in their order."""
         is_of = np.array([entry.role == role for entry in self.objects], bool)
-        found: NDArray[np.int64] = rows[is_of[self.shards_of(rows)]]
-        return found
+        chosen: NDArray[np.int64] = rows[is_of[self.shards_of(rows)]]
+        return chosen
 
     def roles_of(self, ids: NDArray[np.int64]) -> list[Role]:
         """The roles of some rows, in the order of `ids`."""

@@ -68,7 +68,7 @@ def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) ->
     """Returns role -> the fingerprint that vectors of texts of this role stand under.
 
     The recipe of a corpus with roles holds `prompts`, one for each of its roles, and `input_types`, if an
-    API is told such. In a fingerprint stand the prompt and the input type of its role alone, so that
+    API takes such. In a fingerprint stand the prompt and the input type of its role alone, so that
     another prompt for queries makes the vectors of queries stale and no others; and the role, which decides
     the route through a model with a router. Texts of the role `text` have the fingerprint that they have in
     a corpus without roles.

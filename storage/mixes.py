@@ -109,11 +109,11 @@ class Mixes(VectorColumn):
         Raises:
             DamagedError: an object has other texts than its shard.
         """
-        found = [self._pairs_in(shard) for shard in range(len(self.objects))]
+        of_shards = [self._pairs_in(shard) for shard in range(len(self.objects))]
         return Pairs(
-            np.concatenate([pairs.first for pairs in found]),
-            np.concatenate([pairs.second for pairs in found]),
-            np.concatenate([pairs.ratio for pairs in found]),
+            np.concatenate([pairs.first for pairs in of_shards]),
+            np.concatenate([pairs.second for pairs in of_shards]),
+            np.concatenate([pairs.ratio for pairs in of_shards]),
         )
 
     def _pairs_in(self, shard: int) -> Pairs:

@@ -127,10 +127,10 @@ class Readings(Corpus):
     def _is_among(self, keys: NDArray[np.bytes_]) -> NDArray[np.bool_]:
         """(rows,) Whether a reading is, as a text in any role, one of these keys."""
         index = KeyIndex(keys)
-        found: NDArray[np.bool_] = np.any(
+        is_among: NDArray[np.bool_] = np.any(
             [index.places(own) >= 0 for own in self._own_keys], axis=0
         )
-        return found
+        return is_among
 
     @cached_property
     def _own_keys(self) -> list[NDArray[np.bytes_]]:

@@ -33,7 +33,7 @@ PROTOCOLS = {"file", "s3", "memory"}
 """Protocols whose uploads are known to appear whole or not at all."""
 
 ATTEMPTS = 8
-"""Of one request: where 30 % are refused, one in 15,000 fails; a dead server is told in half a minute."""
+"""Of one request: if 30 % are refused, one in 15,000 fails. A dead server is reported in half a minute."""
 
 LONGEST_PAUSE = 8.0
 """Seconds between two attempts, at most."""
@@ -307,7 +307,7 @@ class Remote:
         """Retry `call` until it returns; FileNotFoundError is an answer and is not retried.
 
         Raises:
-            RemoteError: none succeeded, or it is of no use to try again.
+            RemoteError: none succeeded, or a retry would fail alike.
         """
         attempt = 1
         while True:

@@ -261,7 +261,7 @@ class Store:
         """
         path = self.root / folder
         with durable.named(path, "listing"):
-            names = [f"{folder}/{one.name}" for one in path.iterdir()] if path.is_dir() else []
+            names = [f"{folder}/{file.name}" for file in path.iterdir()] if path.is_dir() else []
         return sorted(name for name in names if re.fullmatch(KEY_PATTERN, name))
 
     def glance(self, key: str) -> pa.RecordBatch:

@@ -59,12 +59,12 @@ def run(here: Workspace, *, seconds: float, seed: int) -> Outcome:
         except TeachonceError as error:  # its files are not there yet
             plan.not_planned[stage] = f"{error.where}: {error.problem}; {error.cure}"
     total = clock(sum(stage["seconds"] for stage in plan.extrapolated.values()))
-    told = f"about {total} in all on this machine as busy as it is now; nothing was written"
-    return Outcome("plan", here.store.root, told, plan.facts)
+    summary = f"about {total} in all on this machine as busy as it is now; nothing was written"
+    return Outcome("plan", here.store.root, summary, plan.facts)
 
 
 class Plan:
-    """A method for each stage, called in their order; what the work tree lacks is told, and not planned."""
+    """A method for each stage, called in their order; `not_planned` says what the work tree lacks."""
 
     def __init__(self, here: Workspace, corpus: Corpus, seconds: float, seed: int) -> None:
         self.here, self.params, self.corpus, self.seconds = here, here.params, corpus, seconds
@@ -160,15 +160,16 @@ class Plan:
             self.sample, dim, heldout=self.judged, params=embedding, recipe=self.recipe, store=store
         )
         params, rows, out = self.params.mine, self.train, store.root / "mined"
-        corpus, known, split = caches.corpus, caches.embeddings, caches.split
+        corpus, cached, split = caches.corpus, caches.embeddings, caches.split
         sample = len(split.train_rows(corpus))
-        index = mine.resolve(params, rows=rows, dim=known.dim, device=self.device)
+        index = mine.resolve(params, rows=rows, dim=cached.dim, device=self.device)
         # Random vectors are not alike: what the filters would say of them is for nobody to mend.
         accepted = {"range_min": 0, "min_score": None, "max_score": 1.0, "min_recall": 0.0}
         here = params.model_copy(update=accepted | {"index": index["name"] if index else "flat"})
-        some = vectors.astype(known.shard(0).dtype) if len(vectors) > MOST_ROWS else known.shard(0)
+        some = cached.shard(0)
+        some = vectors.astype(some.dtype) if len(vectors) > MOST_ROWS else some
         costs = mine.ExactCosts(params, lambda places: some[places], len(some), self.device)
-        do = partial(mine.run, here, corpus=corpus, embeddings=known, split=split)
+        do = partial(mine.run, here, corpus=corpus, embeddings=cached, split=split)
         do = partial(do, store=store, out=out, facts=out.with_name("facts"))
         took = seconds_of(partial(do, device=self.device))
         if index is None:
@@ -179,7 +180,8 @@ class Plan:
         size = self.corpus.rows * negatives.row_bytes(params.neighbours)
         size += len(self.corpus.objects) * OBJECT_BYTES
         self.extrapolated["mine"] = {"seconds": took, "bytes": size}
-        lists, parent = Manifest.load(out, "negatives"), negatives.parent_of(known.manifest, split)
+        lists = Manifest.load(out, "negatives")
+        parent = negatives.parent_of(cached.manifest, split)
         mined = negatives.Negatives(store, lists, corpus, mined_from=parent)
         return replace(caches, negatives=mined)
 

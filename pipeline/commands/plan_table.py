@@ -18,12 +18,12 @@ def lines(facts: Facts) -> Iterator[str]:
     if counted["texts_to_reuse"]:
         rows.append(("to copy from older shards", f"{counted['texts_to_reuse']:,}", "counted"))
     if at := facts["measured"].get(TEACHER):
-        known = f"measured, {at['texts']:,} texts in {at['seconds']:.1f} s on {at['device']}"
+        source = f"measured, {at['texts']:,} texts in {at['seconds']:.1f} s on {at['device']}"
         rows += [
-            ("tokens of a text", f"{at['tokens_per_text']:.1f}", known),
-            (f"longer than {at['max_tokens']:,} tokens", f"{100 * at['truncated']:.1f} %", known),
-            ("teacher, tokens/s", f"{at['tokens_per_second']:,.0f}", known),
-            ("teacher, texts/s", f"{at['texts_per_second']:,.1f}", known),
+            ("tokens of a text", f"{at['tokens_per_text']:.1f}", source),
+            (f"longer than {at['max_tokens']:,} tokens", f"{100 * at['truncated']:.1f} %", source),
+            ("teacher, tokens/s", f"{at['tokens_per_second']:,.0f}", source),
+            ("teacher, texts/s", f"{at['texts_per_second']:,.1f}", source),
             ("teacher, to load", f"{at['load_seconds']:.1f} s", "measured"),
         ]
     if at := counted.get("api"):
@@ -33,7 +33,7 @@ def lines(facts: Facts) -> Iterator[str]:
         steps = f", {took['steps']:,} steps if it is not stopped early" if "steps" in took else ""
         rows.append((what, clock(took["seconds"]), f"extrapolated{size}{steps}"))
     rows += [(what, "?", why) for what, why in facts["not_planned"].items()]
-    return (f"{what:<28}{value:>18}  {known}" for what, value, known in rows)
+    return (f"{what:<28}{value:>18}  {source}" for what, value, source in rows)
 
 
 def _api_lines(at: Facts) -> Iterator[tuple[str, str, str]]:

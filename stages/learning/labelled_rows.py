@@ -59,16 +59,16 @@ def labelled_rows(
         TeachonceError: fewer than two triplets are of such rows.
     """
     ids = _rows_of(triplets, corpus)
-    found: NDArray[np.int64] = ids[np.isin(ids, split.train_rows(corpus)).all(axis=1)]
-    if len(found) < LEAST_TRIPLETS:
+    learned: NDArray[np.int64] = ids[np.isin(ids, split.train_rows(corpus)).all(axis=1)]
+    if len(learned) < LEAST_TRIPLETS:
         raise TeachonceError(
             "finetune.triplets",
-            f"{len(found):,} of {len(triplets):,} triplets have all three texts among the rows to train "
+            f"{len(learned):,} of {len(triplets):,} triplets have all three texts among the rows to train "
             f"on; a recipe with `pretrain.triplets: labelled` needs {LEAST_TRIPLETS}",
             "put these texts into a file of shard.sources, too, so that the teacher reads them, or set the "
             "recipe's pretrain.triplets to mined",
         )
-    return found
+    return learned
 
 
 def _rows_of(triplets: Sequence[tuple[str, str, str]], corpus: Corpus) -> NDArray[np.int64]:

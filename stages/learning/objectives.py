@@ -50,7 +50,7 @@ DISCO_TEMPERATURE = math.exp(-1)
 """Where the official code's learned temperature begins: its scale is exp(1)."""
 
 CHUNK = 2048
-"""Number of keys in a chunk; so many stay in the processor's cache."""
+"""Number of keys in a chunk; this many stay in the processor's cache."""
 
 Needed = TypeVar("Needed")
 
@@ -86,8 +86,8 @@ class Candidates:
         for chunk in torch.split(self.vectors, CHUNK):
             yield F.normalize(chunk[:, :width].float(), dim=1).to(kind)
         for chunk in [] if self.queue is None else torch.split(self.queue, CHUNK):
-            whole = width == chunk.shape[1]
-            yield (chunk if whole else F.normalize(chunk[:, :width].float(), dim=1)).to(kind)
+            is_uncut = width == chunk.shape[1]
+            yield (chunk if is_uncut else F.normalize(chunk[:, :width].float(), dim=1)).to(kind)
 
     @property
     def is_positive(self) -> Tensor:
@@ -541,16 +541,16 @@ class Objectives(nn.Module):
         Returns:
             The weighted sum over objectives, and each objective's loss at the whole width, unweighted.
         """
-        whole = teacher.shape[1]
+        full_width = teacher.shape[1]
         total, parts = teacher.new_zeros(()), []
-        for width in (whole, *self.widths):
+        for width in (full_width, *self.widths):
             for place, (objective, candidates_of) in enumerate(
                 zip(self.params, candidates, strict=True)
             ):
                 vectors = narrow(student[objective.deleted], width)
                 loss = self._loss(place, objective, vectors, teacher, candidates_of)
                 total = total + objective.weight * loss / (1 + len(self.widths))
-                if width == whole:
+                if width == full_width:
                     parts.append(float(loss.detach()))
         return total, parts
 

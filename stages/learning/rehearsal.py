@@ -78,8 +78,8 @@ def random_caches(
         put_random(f"vectors/{teachers[role]}/{digest}.arrow", of_shard, {})
         for role, digest, of_shard in zip(corpus.roles, digests, keys, strict=True)
     )
-    made = manifest(kind="embeddings", recipe=dict(recipe), objects=embedded)
-    vectors, mixes = Embeddings(store, made, corpus), None
+    of_vectors = manifest(kind="embeddings", recipe=dict(recipe), objects=embedded)
+    vectors, mixes = Embeddings(store, of_vectors, corpus), None
     if params.mixes:  # of a corpus without roles, so of its one shard
         pairs = draw_pairs(digests[0], corpus.rows, share=params.mixes, alpha=1.0, seed=0)
         key = f"mixes/{fingerprint({})}/{digests[0]}.arrow"

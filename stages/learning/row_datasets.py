@@ -138,8 +138,10 @@ def to_datasets(
     # Without a fingerprint it would read the whole table to make one.
     made_of = digest(*(part.encode() for part in [*content, *columns]), rows.tobytes())
     hidden = ["id", "role"] if has_roles(corpus) else ["id"]
-    whole = datasets.Dataset(InMemoryTable(table.select([*hidden, *columns])), fingerprint=made_of)
-    return whole.select(rows).with_format(columns=columns)
+    dataset = datasets.Dataset(
+        InMemoryTable(table.select([*hidden, *columns])), fingerprint=made_of
+    )
+    return dataset.select(rows).with_format(columns=columns)
 
 
 def _table_of_all(corpus: Corpus, embeddings: Embeddings) -> pa.Table:

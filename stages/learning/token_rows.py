@@ -61,8 +61,8 @@ def prompts_of_teacher(recipe: Mapping[str, Any]) -> dict[Role, str]:
             "teacher, but the vectors were imported, and nothing says what stood before their texts",
             "set it to none",
         )
-    known = prompts_of(recipe)
-    prompts = {role: known.get(role, known.get("text", "")) for role in ROLES}
+    by_role = prompts_of(recipe)
+    prompts = {role: by_role.get(role, by_role.get("text", "")) for role in ROLES}
     return prompts if any(prompts.values()) else {}
 
 
@@ -120,7 +120,7 @@ def token_ids(
         # One text sets its core up. The core alone takes two thirds of the time, on all threads, and the
         # rest of what the tokenizer does is on one.
         tokenizer(texts[0], **how)
-        return [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+        return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
     ids: list[list[int]] = tokenizer(texts, **how)["input_ids"]
     return ids
 
@@ -216,8 +216,8 @@ class _Maker:
         progress = Progress(
             "tokens", total=sum(self.corpus.objects[shard].rows for shard in shards), unit="texts"
         )
-        found = {shard: self.store.find(self._key(shard)) for shard in shards}
-        objects = {shard: entry for shard, entry in found.items() if entry is not None}
+        cached = {shard: self.store.find(self._key(shard)) for shard in shards}
+        objects = {shard: entry for shard, entry in cached.items() if entry is not None}
         progress.skip(sum(entry.rows for entry in objects.values()))
         parts = (
             (shard, part)
@@ -225,8 +225,8 @@ class _Maker:
             if shard not in objects
             for part in self.corpus.texts_in_parts(shard, TEXTS_AT_ONCE)
         )
-        made = ahead(self._read, parts, threads=THREADS)
-        for shard, read in groupby(made, key=itemgetter(0)):
+        ids_of_parts = ahead(self._read, parts, threads=THREADS)
+        for shard, read in groupby(ids_of_parts, key=itemgetter(0)):
             ids = (ids for _, ids in read)
             keys = text_keys_of(self.corpus.batch(shard))
             objects[shard] = put_tokens(self.store, self._key(shard), ids=ids, text_keys=keys)

@@ -152,7 +152,7 @@ def _counts(values: NDArray[np.floating]) -> list[int]:
 
 
 def _spread(values: NDArray[np.floating], order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places of some values, ascending by value: every so many-th, and the first in each equal step."""
+    """Places of some values, ascending by value: every n-th, and the first in each equal step."""
     ranked = values[order]
     steps = np.linspace(ranked[0], ranked[-1], POINTS // 2)
     by_value = np.searchsorted(ranked, steps).clip(max=len(order) - 1)

@@ -39,7 +39,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, corpus: Corpus, heldout: NDArray[np.int64], most: int) -> HeldOut:
-        """At most so many of the (h,) rows held out, h >= 1, evenly spread over them."""
+        """At most this many of the (h,) rows held out, h >= 1, evenly spread over them."""
         rows = evenly(heldout, min(most, len(heldout)))
         return cls(corpus, np.concatenate([corpus.of_role(rows, role) for role in corpus.roles]))
 

@@ -81,8 +81,8 @@ def _metrics(
         for kind in TYPES:
             prefix = f"index.{kind}" if width is None else f"index.{width}.{kind}"
             metrics[f"{prefix}.bytes"] = bytes_of(cut[1].shape[1], kind)
-            found = search(*cut, kind, FOUND, ignored)
-            metrics[f"{prefix}.recall@{FOUND}"] = round(recall(found, wanted), 6)
+            results = search(*cut, kind, FOUND, ignored)
+            metrics[f"{prefix}.recall@{FOUND}"] = round(recall(results, wanted), 6)
     return metrics
 
 
@@ -106,15 +106,15 @@ def search(
     return nearest(queries, documents, depth, ignored)
 
 
-def recall(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> float:
+def recall(results: NDArray[np.int64], wanted: NDArray[np.int64]) -> float:
     """The share of the wanted documents that were found, mean over queries; 0 to 1.
 
     Args:
-        found: (q, k) places, distinct in a row; NO_DOCUMENT for none.
+        results: (q, k) places, distinct in a row; NO_DOCUMENT for none.
         wanted: (q, k) likewise, in each row at least one.
     """
     is_there = wanted != NO_DOCUMENT
-    hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2) & is_there
+    hits = (wanted[:, :, None] == results[:, None, :]).any(axis=2) & is_there
     return float(np.mean(hits.sum(axis=1) / is_there.sum(axis=1)))
 
 

@@ -80,9 +80,9 @@ class EvaluatedModel(Protocol):
         """Returns vectors of n texts, in their order, of any length."""
 
 
-def retrieval_metrics(found: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
+def retrieval_metrics(results: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
     """Means over the queries of `retrieval_scores`."""
-    return {what: float(of.mean()) for what, of in retrieval_scores(found, asked).items()}
+    return {what: float(of.mean()) for what, of in retrieval_scores(results, asked).items()}
 
 
 def retrieval_scores(

@@ -72,8 +72,8 @@ def measure_readings(
     metrics: dict[str, Fact] = {"readings.pairs": len(ids)}
     for prefix, width in cuts.items():
         a, b = texts[:, :width], read[:, :width]
-        for key, asked, found in (("text_to_reading", a, b), ("reading_to_text", b, a)):
-            hits = nearest(asked, found, 1)[:, 0] == np.arange(len(ids))
+        for key, asked, searched in (("text_to_reading", a, b), ("reading_to_text", b, a)):
+            hits = nearest(asked, searched, 1)[:, 0] == np.arange(len(ids))
             key = f"{prefix}readings.{key}"
             metrics |= with_interval(key, float(hits.mean()), bootstrap_mean(hits))
         metrics |= with_interval(

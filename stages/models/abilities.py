@@ -145,7 +145,7 @@ def check_layers_of(folder: Path, layers: Sequence[int] | int, *, address: str) 
 
 def _layer_count(config: Mapping[str, Any], shapes: Shapes) -> int | None:
     """Returns the number of layers of a transformer; None if its weights have no list that is so long."""
-    lists = {(found[1], found[2]) for name in shapes if (found := LISTED.match(name))}
+    lists = {(match[1], match[2]) for name in shapes if (match := LISTED.match(name))}
     lengths = Counter(name for name, _ in lists).values()
     stored = max(lengths, default=0)
     counts = {**config, **(config.get("text_config") or {})}
@@ -178,13 +178,13 @@ def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> No
             content = json.loads(regular.content(path / TOKENIZER))
             kind, vocab = content["model"].get("type"), content["model"]["vocab"]
             own = [entry if isinstance(entry, str) else entry[0] for entry in vocab]
-            there = {*own, *(token["content"] for token in content["added_tokens"])}
+            tokens = {*own, *(token["content"] for token in content["added_tokens"])}
         except (AttributeError, LookupError, TypeError, ValueError):
             continue  # loading the model says what is wrong with the file
         if kind is not None:  # older files have none
             check_kind(str(kind), address=address)
         if wanted is not None:
-            check_number(wanted, len(there), address=address)
+            check_number(wanted, len(tokens), address=address)
 
 
 def check_embedding_of(folder: Path, columns: int, hidden: int | None, *, address: str) -> None:

@@ -123,7 +123,7 @@ def undecided(
         ("max_tokens", lambda at: _check_room(folder, params, at)),
     )
     for setting, ask in questions:
-        # A setting that is wrong in params.yaml is no attribute, and is told already.
+        # A setting that is wrong in params.yaml is no attribute; `check` has listed it.
         if hasattr(params, setting):
             try:
                 ask(f"embed.{setting}")
@@ -436,7 +436,7 @@ def _pooling_modes(folder: Path, address: str) -> list[str]:
                     "mean"
                 ]
             else:
-                modes += [mode] if isinstance(mode, str) else [str(one) for one in mode]
+                modes += [mode] if isinstance(mode, str) else [str(each) for each in mode]
     return modes
 
 

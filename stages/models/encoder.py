@@ -116,19 +116,19 @@ class Encoder:
         pooling: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        whole = load_model(
+        loaded = load_model(
             folder, device=device, trust_remote_code=trust_remote_code, pooling=pooling
         ).eval()
         self.torch_device, self.precision = device, precision
         self.batch_tokens = batch_tokens or batch_tokens_on(device)
         self.or_fewer = or_fewer
         self.device = device_name(device)
-        self.parameters = sum(weight.numel() for weight in whole.parameters())
-        self.copied_parameters = copied(whole) + folded_in(whole)
+        self.parameters = sum(weight.numel() for weight in loaded.parameters())
+        self.copied_parameters = copied(loaded) + folded_in(loaded)
         self.megabytes = weights_bytes(folder, trust_remote_code=trust_remote_code) / 1e6
         self._mixing_is_proved = False
         # A router has a model for each route; else one reads all texts.
-        models = models_by_role(whole, decided_routes(folder, address=str(folder)))
+        models = models_by_role(loaded, decided_routes(folder, address=str(folder)))
         self.prompts: dict[Role, str] = {role: prompts.get(role, "") for role in ROLES}
         self.role: Role = "text"
         self.prompt = self.prompts["text"]

@@ -96,8 +96,8 @@ def factorise(model: SentenceTransformer, columns: int, *, corpus: Corpus, addre
         raise no_factors(type(model[0] if body is None else body).__name__, address=address)
     check_columns(columns, table.embedding_dim, address=address)
     counts = torch.ones(table.num_embeddings, dtype=torch.double)
-    found = torch.from_numpy(token_counts(model.tokenizer, corpus))[: len(counts)]
-    counts[: len(found)] += found
+    counted = torch.from_numpy(token_counts(model.tokenizer, corpus))[: len(counts)]
+    counts[: len(counted)] += counted
     weighted = table.weight.double() * counts[:, None]
     components = principal_components(table.weight.double().T @ weighted, columns)
     body.set_input_embeddings(Factors(table.weight, components, table.padding_idx))
@@ -141,13 +141,13 @@ def fold(model: SentenceTransformer) -> None:
 @contextmanager
 def folded(model: SentenceTransformer) -> Iterator[None]:
     """Give a model whole tables, as long as it is being written."""
-    found = list(_factors(model))
-    for body, factors in found:
+    tables = list(_factors(model))
+    for body, factors in tables:
         body.set_input_embeddings(factors.folded())
     try:
         yield
     finally:
-        for body, factors in found:
+        for body, factors in tables:
             body.set_input_embeddings(factors)
 
 

@@ -343,7 +343,7 @@ def _is_own(folder: Path, address: str, trust_remote_code: bool) -> Callable[[st
 
     def is_own(name: str) -> bool:
         path = PurePosixPath(name)
-        place = next((one for one in places if path.is_relative_to(one)), None)
+        place = next((module for module in places if path.is_relative_to(module)), None)
         below = path if place is None else path.relative_to(place)
         folders = below.parts[:-1]
         if any(fnmatch(part, foreign) for part in folders for foreign in FOREIGN_FOLDERS):

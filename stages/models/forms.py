@@ -31,7 +31,7 @@ PLACES: Mapping[ExportFormat, str] = {
 """Format beside the base -> its file or folder in an export."""
 
 OpenForm = Callable[[int | None], Encoder | GraphEncoder]
-"""Loads a form that reads so many tokens of a text; None for as many as it can."""
+"""Loads a form that reads this many tokens of a text; None for as many as it can."""
 
 
 def misfit(
@@ -148,7 +148,7 @@ def opener(
     return lambda max_tokens: GraphEncoder(
         run(path),
         folder,
-        max_tokens=min((one for one in (max_tokens, limit) if one is not None), default=None),
+        max_tokens=min((each for each in (max_tokens, limit) if each is not None), default=None),
         truncation=model.tokenizer.truncation_side,
         padding=model.tokenizer.pad_token_id or 0,
         megabytes=megabytes_of(form, folder),

@@ -25,7 +25,7 @@ MOST_TEXTS = 32
 """Texts of a batch: on one core more at once are not faster."""
 
 STEP = 8
-"""Texts are padded to a multiple of so many tokens. With 1, batches of 8 took 1.4 times as long in ONNX
+"""Texts are padded to a multiple of this many tokens. With 1, batches of 8 took 1.4 times as long in ONNX
 Runtime and 1.7 times in OpenVINO, which prepares each new shape; with 16 they took longer again."""
 
 
@@ -94,9 +94,9 @@ class GraphEncoder:
         prompt = self.prompts.get(role, "")
         read = self.tokenizer.encode_batch([prompt + text for text in texts])
         of_length: dict[int, list[int]] = {}
-        for place, one in enumerate(read):
+        for place, encoding in enumerate(read):
             # A graph reads one token at least, if only one that is hidden.
-            length = max(math.ceil(len(one.ids) / STEP) * STEP, STEP)
+            length = max(math.ceil(len(encoding.ids) / STEP) * STEP, STEP)
             of_length.setdefault(min(length, self.max_tokens), []).append(place)
         rows: dict[int, NDArray[np.float32]] = {}
         for length, places in of_length.items():
@@ -104,7 +104,7 @@ class GraphEncoder:
                 batch = places[first : first + MOST_TEXTS]
                 vectors = self.run(*self._padded([read[place].ids for place in batch], length))
                 rows.update(zip(batch, vectors, strict=True))
-        cut = sum(bool(one.overflowing) for one in read)
+        cut = sum(bool(encoding.overflowing) for encoding in read)
         return GraphVectors(np.stack([rows[place] for place in range(len(texts))]), cut)
 
     def _padded(
@@ -127,8 +127,8 @@ def openvino_runner(path: Path) -> RunGraph:
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        found = request.infer(dict(zip(INPUTS, (ids, mask), strict=True)))
-        vectors: NDArray[np.float32] = found[OUTPUTS[1]].copy()  # the next one is written over it
+        outputs = request.infer(dict(zip(INPUTS, (ids, mask), strict=True)))
+        vectors: NDArray[np.float32] = outputs[OUTPUTS[1]].copy()  # the next one is written over it
         return vectors
 
     return run
@@ -144,7 +144,7 @@ def onnx_runner(path: Path) -> RunGraph:
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         [vectors] = session.run([OUTPUTS[1]], dict(zip(INPUTS, (ids, mask), strict=True)))
-        found: NDArray[np.float32] = vectors
-        return found
+        outputs: NDArray[np.float32] = vectors
+        return outputs
 
     return run

@@ -107,18 +107,18 @@ def choose_layers(
         TeachonceError: it has no such list, fewer layers, or layers that do not read alone as in the whole.
     """
     body: Any = getattr(model[0], "auto_model", None)
-    found = blocks_of(body)
+    listed = blocks_of(body)
     kind = type(model[0] if body is None else body).__name__
-    check_layers(count, None if found is None else len(found[1]), kind=kind, address=address)
-    assert found is not None  # or `check_layers` raised
-    with _reading(model, found[1], texts, max_tokens, device, address=address) as reader:
-        return _chosen(reader, count, teacher, first_stays=_is_only_first(found[1]))
+    check_layers(count, None if listed is None else len(listed[1]), kind=kind, address=address)
+    assert listed is not None  # or `check_layers` raised
+    with _reading(model, listed[1], texts, max_tokens, device, address=address) as reader:
+        return _chosen(reader, count, teacher, first_stays=_is_only_first(listed[1]))
 
 
 def _chosen(
     reader: LayerReader, count: int, teacher: NDArray[np.floating], *, first_stays: bool
 ) -> LayerChoice:
-    there = len(reader.blocks)
+    total = len(reader.blocks)
     tried = 0
 
     def ranked(sets: Sequence[Layers]) -> list[tuple[Layers, float]]:
@@ -128,15 +128,15 @@ def _chosen(
             layers: round(rank_agreement(vectors, teacher), 6)
             for layers, vectors in reader.vectors(sets).items()
         }
-        return sorted(agreement.items(), key=lambda one: (-one[1], one[0]))
+        return sorted(agreement.items(), key=lambda entry: (-entry[1], entry[0]))
 
-    if count == there or comb(there, count) <= MOST_SETS:
+    if count == total or comb(total, count) <= MOST_SETS:
         sets = [
-            layers for layers in combinations(range(there), count) if not first_stays or 0 in layers
+            layers for layers in combinations(range(total), count) if not first_stays or 0 in layers
         ]
         best, *others = ranked(sets)
         return LayerChoice(*best, others[:TOLD], tried)
-    kept: Layers = tuple(range(there))
+    kept: Layers = tuple(range(total))
     while len(kept) > count:
         without = [(*kept[:place], *kept[place + 1 :]) for place in range(first_stays, len(kept))]
         best, *others = ranked(without)

@@ -5,8 +5,8 @@ its configuration says. The cut one is built anew from the cut configuration, as
 from the saved folder, and takes the weights of the layers that are kept.
 
 Some kinds build their first layer otherwise, share a bias among layers, or read globally in every third
-layer only. So the cut model must give the token vectors of the whole one with its other layers passed over:
-in memory, and again after it was saved and loaded.
+layer only. So the cut model must give the token vectors of the whole one that skips its other layers: in
+memory, and again after it was saved and loaded.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class LayersProof:
     Args:
         kind: The class of the transformer.
         layers: 0-based numbers of the layers that are kept.
-        states: Token vectors of each of `PROOF_TEXTS`, (tokens, width), from the whole model with the other
-            layers passed over.
+        states: Token vectors of each of `PROOF_TEXTS`, (tokens, width), from the whole model,
+            which skips the other layers.
         lists: Names of settings with an entry for each layer.
         traits: What `_traits` says of each layer that is kept.
         address: The setting, to name in an error.
@@ -113,11 +113,11 @@ def keep_layers(model: SentenceTransformer, layers: Sequence[int], *, address: s
     """
     transformer: Any = model[0]
     body: Any = getattr(transformer, "auto_model", None)
-    found = blocks_of(body)
+    listed = blocks_of(body)
     kind = type(transformer if body is None else body).__name__
-    check_layers(layers, None if found is None else len(found[1]), kind=kind, address=address)
-    assert found is not None  # or `check_layers` raised
-    name, blocks = found
+    check_layers(layers, None if listed is None else len(listed[1]), kind=kind, address=address)
+    assert listed is not None  # or `check_layers` raised
+    name, blocks = listed
     lists = [*_per_layer(body, len(blocks))]
     traits = [_traits(body, blocks[layer], layer, lists) for layer in layers]
     try:
@@ -239,7 +239,7 @@ def _cut(
 def _states_of_layers(
     model: SentenceTransformer, blocks: nn.ModuleList, layers: Sequence[int]
 ) -> list[Tensor]:
-    """Returns the token vectors of `PROOF_TEXTS` from the whole model with its other layers passed over.
+    """Returns the token vectors of `PROOF_TEXTS` from the whole model, which skips its other layers.
 
     A model reads in its own order. So where a layer is kept behind one that follows it in the model, a text
     is read again, and what the layers before have made of it goes into the first block.
@@ -252,21 +252,21 @@ def _states_of_layers(
             runs.append([layer])
     before: list[Tensor] | None = None
     for run in runs:
-        with _passing_over(blocks, run, before) as after:
+        with _skipping(blocks, run, before) as after:
             states = token_vectors(model, PROOF_TEXTS)
         before = after
     return states
 
 
 @contextmanager
-def _passing_over(
+def _skipping(
     blocks: nn.ModuleList, kept: Sequence[int], before: Sequence[Tensor] | None
 ) -> Iterator[list[Tensor]]:
-    """Let a model read texts with all blocks but some passed over.
+    """Let a model skip all of its blocks but some.
 
     Args:
         blocks: The layers.
-        kept: Numbers of the layers that are not passed over.
+        kept: Numbers of the layers that are not skipped.
         before: For each text, what goes into the first block; None for the model's own.
 
     Yields:
@@ -275,7 +275,7 @@ def _passing_over(
     after: list[Tensor] = []
     first = next(iter(inspect.signature(blocks[0].forward).parameters))
 
-    def pass_over(_: nn.Module, args: Any, settings: Any, output: Any) -> Any:  # noqa: ANN401 - as torch has it
+    def skip(_: nn.Module, args: Any, settings: Any, output: Any) -> Any:  # noqa: ANN401 - as torch has it
         states = args[0] if args else settings[first]
         # What else a block gives, such as T5's bias of positions, is for those that follow it.
         return (states, *output[1:]) if isinstance(output, tuple) else states
@@ -288,7 +288,7 @@ def _passing_over(
         after.append(output[0] if isinstance(output, tuple) else output)
 
     hooks = [
-        block.register_forward_hook(pass_over, with_kwargs=True)
+        block.register_forward_hook(skip, with_kwargs=True)
         for number, block in enumerate(blocks)
         if number not in kept
     ]

@@ -310,14 +310,14 @@ def _heads(layer: Model, own: Trace, read: Model) -> tuple[Tensor, Tensor, Tenso
     heads = [slice(first, first + before) for first in range(0, large.all_head_size, before)]
     outward = layer.attention.output.dense.weight
     added = [own.context[:, head] @ outward[:, head].T for head in heads]
-    weights = torch.stack([one.var(0).sum() for one in added])
+    weights = torch.stack([rows_of_head.var(0).sum() for rows_of_head in added])
     kept = sorted(weights.topk(read.num_attention_heads).indices.tolist())
     queries, keys, values, back = torch.zeros(4, len(kept) * size, large.all_head_size)
     for place, number in enumerate(kept):
         rows, head = slice(place * size, (place + 1) * size), heads[number]
         if size == before:
-            for one in (queries, keys, values, back):
-                one[rows, head] = torch.eye(size)
+            for rows_of_head in (queries, keys, values, back):
+                rows_of_head[rows, head] = torch.eye(size)
             continue
         root_q, root_k = _root(own.query[:, head]), _root(own.key[:, head])
         left, strengths, right = torch.linalg.svd(root_q.T @ root_k)

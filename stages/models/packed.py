@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ATTENTION = "packed"
 
 FILLED_TO = 64
-"""Where oneDNN multiplies with gradients, a packed sequence is filled up to a multiple of so many tokens.
+"""Where oneDNN multiplies with gradients, a packed sequence is filled up to a multiple of this many tokens.
 
 It makes code for each size of a matrix, and keeps it: 1.3 GB for 40 steps in bfloat16, 0.6 GB for these
 (benchmarks/filled_batches.py)."""

@@ -177,10 +177,10 @@ KINDS: dict[str, type[Kind]] = {"WordPiece": WordPiece, "BPE": Bpe, "Unigram": U
 
 
 def _unspelled(pieces: Iterable[str], own: Collection[str]) -> str | None:
-    known = set(pieces)
+    vocabulary = set(pieces)
     for piece in pieces:
         for letter in () if piece in own or BYTE.fullmatch(piece) else piece:
-            if letter not in known:
+            if letter not in vocabulary:
                 return (
                     f"the token {shown(piece)} cannot be spelled: there is no token {shown(letter)}"
                 )
@@ -206,11 +206,11 @@ def no_transformer(kind: str, *, address: str) -> TeachonceError:
     )
 
 
-def check_number(wanted: int, there: int, *, address: str) -> None:
+def check_number(wanted: int, total: int, *, address: str) -> None:
     """Raise if as many tokens are to be kept as there are, or more."""
-    if wanted >= there:
+    if wanted >= total:
         raise TeachonceError(
             address,
-            f"{wanted}, but the tokenizer has {there} tokens, so there is nothing to cut",
-            f"set it to less than {there}, or {WHOLE}",
+            f"{wanted}, but the tokenizer has {total} tokens, so there is nothing to cut",
+            f"set it to less than {total}, or {WHOLE}",
         )

@@ -55,7 +55,7 @@ class Pieces:
     ) -> list[int]:
         """Returns the ids to keep, ascending: those needed, then the most frequent ones.
 
-        A token that does not fit with those it is merged from is passed over.
+        A token is skipped if it does not fit together with those that it is merged from.
 
         Args:
             counts: (V,) how often each id is in the corpus.
@@ -164,9 +164,9 @@ def cut_tokenizer(tokenizer: Any, pieces: Pieces, kept: Sequence[int]) -> None: 
 def cut_body(body: Any, kept: Sequence[int]) -> None:  # noqa: ANN401 - a model of transformers
     """Cut the word embeddings of a transformer to some ids, and move ids in its configuration."""
     table: nn.Embedding = body.get_input_embeddings()
-    padding, there = table.padding_idx, table.num_embeddings
+    padding, size = table.padding_idx, table.num_embeddings
     # Added tokens may have ids behind the table, as padding that was never trained.
-    rows = [number for number in kept if number < there]
+    rows = [number for number in kept if number < size]
     with torch.no_grad():
         table.weight[: len(rows)] = table.weight[rows].clone()
     body.resize_token_embeddings(len(rows), mean_resizing=False)

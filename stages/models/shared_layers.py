@@ -37,7 +37,7 @@ OTHER = {"query": "key", "key": "query", "q": "k", "k": "q"}
 
 def swapped(name: str) -> str:
     """Returns the name of the weight of a layer that takes the place of `name` in every second pass."""
-    return QUERY_OR_KEY.sub(lambda found: found[1] + OTHER[found[2]], name)
+    return QUERY_OR_KEY.sub(lambda match: match[1] + OTHER[match[2]], name)
 
 
 def check_swappable(shapes: Mapping[str, Sequence[int]], *, kind: str, address: str) -> None:

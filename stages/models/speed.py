@@ -31,7 +31,7 @@ GPU_ROUNDS = 16
 """A GPU takes all texts in one turn: it reads them in one batch."""
 
 MOST_SECONDS = 20.0
-"""After so many no further round begins, so that a model a hundred times as slow is read once or twice."""
+"""After this many no further round begins: a model a hundred times as slow is read once or twice."""
 
 TOKENS, WIDTH, HEADS, LENGTH, LAYERS = 256, 384, 12, 16, 4
 """Of the reference. Changed, it makes all `texts_per_reference` measured before incomparable."""
@@ -150,7 +150,7 @@ def in_turns(
 
     Args:
         encode: The function to measure.
-        texts: Cut into pieces of like texts: every so many-th.
+        texts: Cut into pieces of like texts: every n-th.
         reference: The reference workload.
         clock: Seconds.
         pieces: Number of pieces that texts are cut into; at most one for each text.

@@ -46,8 +46,8 @@ def make_static(
         TeachonceError: the model has no fast tokenizer, or its vectors have fewer values than `width`.
     """
     has_tokenizer = bool(getattr(model.tokenizer, "is_fast", False))
-    known = model.get_embedding_dimension()
-    check_static(width, known, has_tokenizer=has_tokenizer, address=address)
+    dim = model.get_embedding_dimension()
+    check_static(width, dim, has_tokenizer=has_tokenizer, address=address)
     counts = token_counts(model.tokenizer, corpus)
     return static_model(model, counts, width=width, address=address)
 

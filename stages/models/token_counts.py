@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from storage.corpus import Corpus
 
 MOST_TEXTS = 200_000
-"""Of a larger corpus so many texts are counted, evenly spread over it."""
+"""Of a larger corpus this many texts are counted, evenly spread over it."""
 
 
 def token_counts(tokenizer: Any, corpus: Corpus) -> NDArray[np.int64]:  # noqa: ANN401 - a fast one

@@ -214,9 +214,9 @@ def _chosen(
     wanted: int | VocabularyShare,
     address: str,
 ) -> list[int]:
-    there = len(pieces.ids)
+    total = len(pieces.ids)
     if isinstance(wanted, int):
-        check_number(wanted, there, address=address)
+        check_number(wanted, total, address=address)
         if wanted < len(needed):
             raise TeachonceError(
                 address,
@@ -224,11 +224,11 @@ def _chosen(
                 f"set it to {len(needed)} or more",
             )
         return pieces.choose(counts, needed, most=wanted, share=np.inf)
-    kept = pieces.choose(counts, needed, most=there, share=wanted.keep)
-    if len(kept) == there:
+    kept = pieces.choose(counts, needed, most=total, share=wanted.keep)
+    if len(kept) == total:
         raise TeachonceError(
             address,
-            f"the corpus uses all {there} tokens, or they are needed to spell any text; there is nothing "
+            f"the corpus uses all {total} tokens, or they are needed to spell any text; there is nothing "
             "to cut",
             f"set keep to less than {wanted.keep:g}, or {WHOLE}",
         )
@@ -247,7 +247,7 @@ def _promised(
     encodings = dict(zip(texts, _plain(tokenizer).encode_batch(list(texts)), strict=True))
     name = pieces.kind.unknown
     unknown = None if name is None else pieces.ids.get(name)
-    known = set(kept)
+    kept_ids = set(kept)
     return CutVocabulary(
         kept=len(kept),
         there=len(pieces.ids),
@@ -258,7 +258,7 @@ def _promised(
         tokens={
             text: encoding.tokens
             for text, encoding in encodings.items()
-            if known >= {*encoding.ids}
+            if kept_ids >= {*encoding.ids}
         },
         address=pieces.address,
     )

@@ -61,16 +61,16 @@ def narrower(config: Mapping[str, Any], start: StartParams, *, address: str) -> 
     if kind not in KINDS or config.get("is_decoder"):
         raise not_of_bert(str(kind), setting_of(start, address))
     own = Widths(*(int(config.get(key, usual)) for key, usual in KEYS.items()))
-    for name, wanted, there in (
+    for name, wanted, most in (
         ("hidden", hidden, own.hidden),
         ("intermediate", start.intermediate, own.intermediate),
         ("heads", heads, own.heads),
     ):
-        if wanted is not None and wanted > there and not start.is_random:
+        if wanted is not None and wanted > most and not start.is_random:
             raise TeachonceError(
                 f"{address}.{name}",
-                f"{wanted}, but the model has {there}",
-                f"set it to {there} or less",
+                f"{wanted}, but the model has {most}",
+                f"set it to {most} or less",
             )
     width, count = hidden or own.hidden, heads or own.heads
     size = width if start.is_random else own.head_size

@@ -135,12 +135,12 @@ def sources_with_fields(
     Raises:
         TeachonceError: as `sources`.
     """
-    found: dict[Path | DatasetName, tuple[Path | DatasetName, str]] = {}
+    by_place: dict[Path | DatasetName, tuple[Path | DatasetName, str]] = {}
     for named in params.sources_of(role):
         for source in sources([named.files], root):
             place = source.resolve() if isinstance(source, Path) else source
-            found.setdefault(place, (source, named.field or params.field))
-    return list(found.values())
+            by_place.setdefault(place, (source, named.field or params.field))
+    return list(by_place.values())
 
 
 def source_files(patterns: Sequence[str], root: Path) -> list[Path]:

@@ -61,8 +61,8 @@ def located(setting: str, root: Path, address: str) -> Path:
 def matching(pattern: str, root: Path, *, address: str, endings: Sequence[str]) -> list[Path]:
     """Returns the files that a glob matches, sorted; or the one file of exactly that name, if it exists.
 
-    No match is skipped silently. A folder is passed over only where the pattern reads
-    files in it too (as `**` does), or there is none in it to read.
+    No match is skipped silently. A folder is skipped only where the pattern reads files
+    in it, too (as `**` does), or where it has none to read.
 
     Args:
         pattern: A glob (`**` too), relative to `root` or absolute or with `~`.

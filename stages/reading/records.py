@@ -166,13 +166,13 @@ class LabelledFile:
         first = next((line for line in lines(self.path) if line is None or line.strip()), b"")
         if first is None or begins_array_of_records(first):
             try:
-                whole = json.loads(content(self.path, MAX_JSON_BYTES))
+                parsed = json.loads(content(self.path, MAX_JSON_BYTES))
             except (ValueError, RecursionError) as error:
                 # A line may also be too long where each line is a record.
                 if first is not None:
                     raise ValueError(f"no whole JSON array: {error}") from error
             else:
-                elements = whole if isinstance(whole, list) else [whole]
+                elements = parsed if isinstance(parsed, list) else [parsed]
                 yield from self._without_header(map(self._named, elements))
                 return
         yield from self._without_header(map(self._from_json_line, lines(self.path)))

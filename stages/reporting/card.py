@@ -80,7 +80,7 @@ class Card:
     @property
     def graph(self) -> str | None:
         """The file of the last graph, which is the smallest; None if there is none."""
-        graphs = [one.place for one in self.formats if one.place.startswith("onnx/")]
+        graphs = [format_.place for format_ in self.formats if format_.place.startswith("onnx/")]
         return graphs[-1] if graphs else None
 
     @property
@@ -94,16 +94,16 @@ class Card:
         return self._place("static-int8")
 
     def _place(self, name: str) -> str | None:
-        return next((one.place for one in self.formats if one.name == name), None)
+        return next((format_.place for format_ in self.formats if format_.name == name), None)
 
     @property
     def reads(self) -> dict[str, str]:
         """What texts are for -> what the model reads before them; of one entry if it is one for all."""
-        told = {
+        prompts = {
             NAMED_ON_CARD[role]: repr(self.prompts[role]) if role in self.prompts else "nothing"
             for role in ROLES
         }
-        return told if len(set(told.values())) > 1 else {"every text": told["other texts"]}
+        return prompts if len(set(prompts.values())) > 1 else {"every text": prompts["other texts"]}
 
 
 def model_card(
@@ -148,7 +148,7 @@ def model_card(
 def _origin(lineage: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, object]:
     """Label -> what is known of it."""
     teacher, agreement = lineage.get("teacher", {}), lineage.get("agreement")
-    known = {
+    entries = {
         **facts,
         "Teacher's fingerprint": teacher.get("fingerprint"),
         "Width of the teacher's vectors": teacher.get("dim"),
@@ -160,4 +160,4 @@ def _origin(lineage: Mapping[str, Any], facts: Mapping[str, str]) -> dict[str, o
             None if agreement is None else f"{agreement:.3f}"
         ),
     }
-    return {label: value for label, value in known.items() if value is not None}
+    return {label: value for label, value in entries.items() if value is not None}

@@ -84,8 +84,8 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
             f' width="{px(x.at(max(bar.percent, 0)))}" rx="2"/></g>'
             + line(x.at(100) - 0.75, y + 18, x.at(100) - 0.75, y + 30, "teacher edge")
         )
-    said = ", ".join(f"{bar.name} {bar.label}" for bar in rows)
-    return picture(width, height, f"{title}, in % of the teacher: {said}", parts)
+    alt = ", ".join(f"{bar.name} {bar.label}" for bar in rows)
+    return picture(width, height, f"{title}, in % of the teacher: {alt}", parts)
 
 
 def lines(rows: Sequence[Line], *, title: str) -> Markup:
@@ -112,8 +112,8 @@ def lines(rows: Sequence[Line], *, title: str) -> Markup:
             + text(x.end + 18, label + 4, name, "label")
             + "</g>"
         )
-    said = "; ".join(f"{row.name} ends at {row.points[-1][1]:.4g}" for row in rows)
-    return picture(width, height, f"{title} by step: {said}", parts)
+    alt = "; ".join(f"{row.name} ends at {row.points[-1][1]:.4g}" for row in rows)
+    return picture(width, height, f"{title} by step: {alt}", parts)
 
 
 def small_line(row: Line, *, title: str) -> Markup:
@@ -130,8 +130,8 @@ def small_line(row: Line, *, title: str) -> Markup:
     ]
     parts.append(text(x.end, height - 5, f"step {row.points[-1][0]:,.0f}", "tick", anchor="end"))
     parts.append(f'<g class="{row.tone}">{_path(row.points, x, y)}</g>')
-    said = f"{title} of {row.name}: from {values[0]:.4g} to {values[-1]:.4g}"
-    return picture(width, height, said, parts)
+    alt = f"{title} of {row.name}: from {values[0]:.4g} to {values[-1]:.4g}"
+    return picture(width, height, alt, parts)
 
 
 def histogram(seen: Similarities, name: str, tone: str) -> Markup:
@@ -160,10 +160,10 @@ def histogram(seen: Similarities, name: str, tone: str) -> Markup:
         if x.begin + 8 < x.at(value) < x.end - 8
     ]
     means = [_mean(seen.edges, share) for share in shares]
-    said = (
+    alt = (
         f"Cosines of all pairs: {name} has a mean of {means[1]:.2f}, the teacher of {means[0]:.2f}"
     )
-    return picture(width, height, said, parts)
+    return picture(width, height, alt, parts)
 
 
 def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -> Markup:
@@ -186,8 +186,8 @@ def scatter(pairs: Points, name: str, tone: str, *, span: tuple[float, float]) -
         f'<g class="{tone}"><path class="dots" d="{dots}"/></g>',
     ]
     gap = sum(abs(ours - theirs) for theirs, ours in pairs) / len(pairs)
-    said = f"Cosines of {len(pairs)} pairs, {name} against the teacher: {gap:.2f} apart on average"
-    return picture(width, height, said, parts)
+    alt = f"Cosines of {len(pairs)} pairs, {name} against the teacher: {gap:.2f} apart on average"
+    return picture(width, height, alt, parts)
 
 
 def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
@@ -204,8 +204,8 @@ def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
         f'<circle class="dot {tone}" cx="{px(x.at(value))}" cy="13" r="5"/>'
         for tone, value in values.values()
     ]
-    said = ", ".join(f"{name} {value:.2f}" for name, (_, value) in values.items())
-    return picture(width, height, f"cosine: {said}", parts)
+    alt = ", ".join(f"{name} {value:.2f}" for name, (_, value) in values.items())
+    return picture(width, height, f"cosine: {alt}", parts)
 
 
 def _path(points: Points, x: Axis, y: Axis) -> str:

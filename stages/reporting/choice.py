@@ -72,17 +72,17 @@ def choice(
     Raises:
         TeachonceError: no student has a number for `rank_by`.
     """
-    name, said = best(models, students, rank_by), verdict(models, students, rank_by)
+    name, sentence = best(models, students, rank_by), verdict(models, students, rank_by)
     ranking = yardstick(models, students, rank_by)
-    if choose is None or ranking is None or not said:
-        return Choice(name, said)
+    if choose is None or ranking is None or not sentence:
+        return Choice(name, sentence)
     title, measure = ranking
     trained = {student: models[student] for student in students if student in models}
     served = forms(trained, formats)
     scores = measured(served, measure)
     bound = _bound({key: served[key] for key in scores}, models[TEACHER], choose, title, measure)
     if not bound.amounts:
-        return Choice(name, f"{bound.unknown} {said}")
+        return Choice(name, f"{bound.unknown} {sentence}")
     sizes = measured(served, of("megabytes"))
     within = [key for key, amount in bound.amounts.items() if amount >= bound.least]
     if not within:

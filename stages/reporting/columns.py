@@ -98,18 +98,18 @@ def rows(
         by_row[name] = metrics
         by_row |= {f"{name} · first {w}": cut for w, cut in at_widths(metrics).items()}
         by_row |= {
-            f"{name} · {key}": found
-            for key, found in published(formats.get(name, {})).items()
-            if key not in BASE_FORMATS or _differs(found, metrics)
+            f"{name} · {key}": exported
+            for key, exported in published(formats.get(name, {})).items()
+            if key not in BASE_FORMATS or _differs(exported, metrics)
         }
     return by_row
 
 
 def _differs(exported: Metrics, metrics: Metrics) -> bool:
     """Whether an export of the model itself has other metrics, or is smaller by more than a header."""
-    here, there = (number(one, "megabytes") or 0 for one in (exported, metrics))
+    exported_size, own_size = (number(side, "megabytes") or 0 for side in (exported, metrics))
     others = {key: value for key, value in metrics.items() if key != "megabytes"}
-    return here < 0.95 * there or not others.items() <= exported.items()
+    return exported_size < 0.95 * own_size or not others.items() <= exported.items()
 
 
 def part_of(row: str) -> str:

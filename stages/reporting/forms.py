@@ -25,7 +25,7 @@ def forms(models: Mapping[str, Metrics], formats: Mapping[str, Formats]) -> dict
         others = published(formats.get(name, {}))
         base = next((others.pop(key) for key in BASE_FORMATS if key in others), {})
         by_name[name] = {**metrics, **base}
-        by_name |= {f"{name} {key}": found for key, found in others.items()}
+        by_name |= {f"{name} {key}": exported for key, exported in others.items()}
     return by_name
 
 
@@ -36,7 +36,7 @@ def model_of(form: str) -> str:
 
 def published(formats: Formats) -> dict[str, Metrics]:
     """The formats that did not lose too much."""
-    return {key: found for key, found in formats.items() if found["published"]}
+    return {key: exported for key, exported in formats.items() if exported["published"]}
 
 
 def front(places: Mapping[str, tuple[float, float]]) -> set[str]:

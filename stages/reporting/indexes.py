@@ -42,8 +42,8 @@ def index_rows(models: Mapping[str, Metrics]) -> list[IndexRow]:
 
 def among(models: Mapping[str, Metrics]) -> str:
     """What was searched; empty if the models were asked for different things."""
-    said = {str(found["index.among"]) for found in models.values() if "index.among" in found}
-    return said.pop() if len(said) == 1 else ""
+    searched = {str(of_one["index.among"]) for of_one in models.values() if "index.among" in of_one}
+    return searched.pop() if len(searched) == 1 else ""
 
 
 def _is_width(key: str) -> bool:

@@ -52,7 +52,7 @@ def notes(
     formats: Mapping[str, Formats] = NO_FORMATS,
 ) -> list[str]:
     """Sentences without which the table cannot be read: which student is best, how things were measured."""
-    said = [
+    sentences = [
         _rule(models, students, rank_by),
         _cut(models),
         _ignored(models),
@@ -60,32 +60,34 @@ def notes(
         _speed(models),
         _refused(formats),
     ]
-    return [note for note in said if note]
+    return [note for note in sentences if note]
 
 
 def _rule(models: Mapping[str, Metrics], students: Collection[str], rank_by: str | None) -> str:
     ranking = yardstick(models, students, rank_by)
     ranked = [name for name in students if ranking and name in models]
-    said = f"Best: highest {ranking[0]}. " if ranking and len(ranked) > 1 else ""
+    sentence = f"Best: highest {ranking[0]}. " if ranking and len(ranked) > 1 else ""
     if any(key.endswith(".low") for metrics in models.values() for key in metrics):
-        said += (
+        sentence += (
             "±: half of a 95 % confidence interval, by bootstrap over queries, pairs or texts. Models are "
             "tied if the number of one lies in the interval of the other."
         )
-    return said.strip()
+    return sentence.strip()
 
 
 def _cut(models: Mapping[str, Metrics]) -> str:
     """Of which sets texts were longer than models read."""
-    said = []
+    truncated = []
     for kind in ("sts.", "retrieval."):
         for name in names_of_sets(models, kind, CUT):
             shares = measured(models, of(f"{kind}{name}{CUT}")).values()
             lowest, highest = (f"{100 * share:.2g}" for share in (min(shares), max(shares)))
             if max(shares) > 0:
                 share = highest if lowest == highest else f"{lowest} to {highest}"
-                said.append(f"{share} % of {name}")
-    return f"Texts longer than a model reads were truncated: {listed(said)}." if said else ""
+                truncated.append(f"{share} % of {name}")
+    return (
+        f"Texts longer than a model reads were truncated: {listed(truncated)}." if truncated else ""
+    )
 
 
 def _ignored(models: Mapping[str, Metrics]) -> str:
@@ -96,22 +98,22 @@ def _ignored(models: Mapping[str, Metrics]) -> str:
 
 def _shared(models: Mapping[str, Metrics]) -> str:
     """Which models count a weight once that several layers share, and how large their files are."""
-    said = [
+    sizes = [
         f"{name} ({count / 1e6:.1f} million in its file)"
         for name, count in measured(models, of("parameters_in_file")).items()
     ]
-    return f"Weights that layers share are counted once in {listed(said)}." if said else ""
+    return f"Weights that layers share are counted once in {listed(sizes)}." if sizes else ""
 
 
 def _refused(formats: Mapping[str, Formats]) -> str:
     """Which formats were not published, and why."""
-    said = [
-        f"{name} {key} ({found['reason']})"
+    refusals = [
+        f"{name} {key} ({metrics['reason']})"
         for name, of_model in formats.items()
-        for key, found in of_model.items()
-        if not found["published"]
+        for key, metrics in of_model.items()
+        if not metrics["published"]
     ]
-    return f"Not published: {listed(said)}." if said else ""
+    return f"Not published: {listed(refusals)}." if refusals else ""
 
 
 def _speed(models: Mapping[str, Metrics]) -> str:

@@ -286,18 +286,18 @@ def comparisons(student: Metrics, teacher: Metrics) -> list[str]:
         f"{' (tied: inside the confidence interval)' if part.is_tied else ''}"
         for part, owner in zip(kept(student, teacher), whose, strict=False)
     ]
-    said = [f"keeps {listed(phrases)}"] if phrases else []
+    clauses = [f"keeps {listed(phrases)}"] if phrases else []
     agreement = likeness(student)
-    if not said and agreement is not None:
+    if not clauses and agreement is not None:
         shown = with_interval(agreement, ends(student, likeness), 3)
-        said.append(f"agrees with the teacher on the order of pairs (Spearman {shown})")
+        clauses.append(f"agrees with the teacher on the order of pairs (Spearman {shown})")
     times = times_as_fast(student, teacher)
     if times is not None:
-        said.append(f"is {short(times)} times as fast")
+        clauses.append(f"is {short(times)} times as fast")
     space = share_of_space(student, teacher)
     if space is not None:
-        said.append(f"has {short(space)} % of its size")
-    return said or ["cannot be compared with the teacher"]
+        clauses.append(f"has {short(space)} % of its size")
+    return clauses or ["cannot be compared with the teacher"]
 
 
 def _has(models: Mapping[str, Metrics], name: str, measure: Measure) -> bool:

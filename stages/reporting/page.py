@@ -115,21 +115,21 @@ def _cards(forms: Mapping[str, Metrics], chosen: str | None) -> list[Card]:
     times = measures.times_as_fast(student, teacher)
     if times is not None:
         ours, theirs = _both(student, teacher, "sentences_per_second", 0)
-        said = f"{ours} texts/s, teacher {theirs}"
+        sides = f"{ours} texts/s, teacher {theirs}"
         cards.append(
-            (measures.short(times), "\N{MULTIPLICATION SIGN}", "as fast as the teacher", said)
+            (measures.short(times), "\N{MULTIPLICATION SIGN}", "as fast as the teacher", sides)
         )
     share = measures.share_of_space(student, teacher)
     if share is not None:
         ours, theirs = _both(student, teacher, "megabytes", 1)
-        said = f"{ours} MB, teacher {theirs}"
-        cards.append((measures.short(share), "%", "of the teacher's size", said))
+        sides = f"{ours} MB, teacher {theirs}"
+        cards.append((measures.short(share), "%", "of the teacher's size", sides))
     agreement = measures.likeness(student)
     if agreement is not None:
         shown = measures.with_interval(agreement, measures.ends(student, measures.likeness), 3)
         value, _, half = shown.partition(" ± ")
-        said = "rank correlation of all pairs' cosines"
-        cards.append((value, f"± {half}" if half else "", "fidelity to the teacher", said))
+        sides = "rank correlation of all pairs' cosines"
+        cards.append((value, f"± {half}" if half else "", "fidelity to the teacher", sides))
     return cards
 
 

@@ -108,7 +108,7 @@ def plane(
     ]
     parts += [
         f'<circle class="dot {tone}" cx="{px(left)}" cy="{px(top)}" r="5">'
-        f"<title>{escape(clean(_told(mark)))}</title></circle>"
+        f"<title>{escape(clean(_description(mark)))}</title></circle>"
         for mark, tone, (left, top), _, _ in reversed(drawn)
     ]
     parts += [
@@ -116,12 +116,12 @@ def plane(
         for _, tone, _, name, box in drawn
         if box
     ]
-    said = "; ".join(map(_told, marks))
+    described = "; ".join(map(_description, marks))
     best = ", ".join(mark.name for mark in named if mark.on_front)
-    return picture(width, height, f"{y_title} against {x_title}: {said}. Front: {best}", parts)
+    return picture(width, height, f"{y_title} against {x_title}: {described}. Front: {best}", parts)
 
 
-def _told(mark: Mark) -> str:
+def _description(mark: Mark) -> str:
     return f"{mark.name} {mark.x:,.4g}, {mark.y:,.4g}"
 
 

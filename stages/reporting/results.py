@@ -212,14 +212,14 @@ def read_exports(path: Path, name: str) -> Formats:
     """
     cure = "run `teachonce export`"
     try:
-        found = ExportedFormats.model_validate_json(regular.content(path))
+        exports = ExportedFormats.model_validate_json(regular.content(path))
     except FileNotFoundError:
         return {}
     except ValidationError as error:
         raise DamagedError(path, f"not the exports of a model: {_first(error)}", cure) from error
-    if found.model != name:
-        raise DamagedError(path, f"the exports of {shown(found.model)}, not of {name}", cure)
-    return {key: exported.model_dump() for key, exported in found.formats.items()}
+    if exports.model != name:
+        raise DamagedError(path, f"the exports of {shown(exports.model)}, not of {name}", cure)
+    return {key: exported.model_dump() for key, exported in exports.formats.items()}
 
 
 def read_curve(path: Path, name: str) -> Curve | None:

@@ -186,8 +186,8 @@ def speeds_of(metrics: Mapping[str, Metrics]) -> tuple[dict[str, float], str]:
     timed = measures.measured(metrics, measures.of(measures.SPEED))
     first = TEACHER if TEACHER in timed else next(iter(timed), TEACHER)
     times = {name: measures.times_as_fast(metrics[name], metrics[first]) for name in timed}
-    known = {name: value for name, value in times.items() if value is not None}
-    return known, f"times as fast as {'the teacher' if first == TEACHER else first}"
+    compared = {name: value for name, value in times.items() if value is not None}
+    return compared, f"times as fast as {'the teacher' if first == TEACHER else first}"
 
 
 def curves(subject: Subject) -> list[Figure]:

@@ -78,7 +78,7 @@ class Axis:
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self, about: int = 4) -> list[tuple[float, str]]:
-        """Round values on the axis with their text, about so many."""
+        """Round values on the axis with their text, about this many."""
         if self.log:
             return self._log_ticks()
         step = _nice((self.high - self.low) / about)

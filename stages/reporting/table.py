@@ -53,10 +53,10 @@ def table(
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, GAP - 1))
     chosen = choice(models, students, rank_by=rank_by, choose=choose, formats=formats)
-    said = [chosen.sentence, *notes(models, students, rank_by, formats)]
+    sentences = [chosen.sentence, *notes(models, students, rank_by, formats)]
     if missing := [column.name for column in every_column if column not in fitting]:
-        said.append(f"No room for: {', '.join(missing)}.")
-    drawn.caption = Text(harmless("\n".join(["", *filter(None, said)])))
+        sentences.append(f"No room for: {', '.join(missing)}.")
+    drawn.caption = Text(harmless("\n".join(["", *filter(None, sentences)])))
     drawn.caption_justify, drawn.caption_style = "left", "none"
     drawn.add_column("model", vertical="bottom", no_wrap=True)
     for column in fitting:

@@ -42,19 +42,19 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def message_in(content: bytes) -> str:
     """Returns what a server says in the body of an error, in whatever form it does."""
     try:
-        said: Any = json.loads(content)
+        message: Any = json.loads(content)
     except (ValueError, RecursionError):
         return content.decode(errors="replace").strip()
     for _ in range(3):
         for name in ("error", "message", "detail", "msg"):
-            if isinstance(said, dict) and said.get(name):
-                said, code = said[name], said.get("code")
-                if isinstance(said, str) and isinstance(code, str) and code not in said:
-                    return f"{said} ({code})"
+            if isinstance(message, dict) and message.get(name):
+                message, code = message[name], message.get("code")
+                if isinstance(message, str) and isinstance(code, str) and code not in message:
+                    return f"{message} ({code})"
                 break
-        if isinstance(said, list) and said:
-            said = said[0]
-    return said if isinstance(said, str) else json.dumps(said)
+        if isinstance(message, list) and message:
+            message = message[0]
+    return message if isinstance(message, str) else json.dumps(message)
 
 
 def read_reply(content: bytes, texts: int) -> tuple[NDArray[np.float32], int | None]:

@@ -43,7 +43,7 @@ class Purse:
 
     @contextmanager
     def reserved(self, tokens: int) -> Iterator[Bill]:
-        """Put money aside for a request of at most so many tokens; the bill says what it took.
+        """Put money aside for a request of at most this many tokens; the bill says what it took.
 
         Waits for requests that are under way if it is not sure whether they leave enough.
 
@@ -74,17 +74,17 @@ class Purse:
 
     def summary(self) -> str:
         """Returns what this run paid and what is left, as a sentence."""
-        told = f"{self.paid:,} tokens paid"
+        paid = f"{self.paid:,} tokens paid"
         if self.price is None:
-            return told
-        told += f", {self.cost(self.paid):.4f} by embed.api.price_per_million_tokens"
+            return paid
+        paid += f", {self.cost(self.paid):.4f} by embed.api.price_per_million_tokens"
         if self.budget is None:
-            return told
+            return paid
         spent = self.cost(self._ledger.total())
-        return f"{told}; {spent:.4f} in all runs, {max(self.budget - spent, 0):.4f} of the budget is left"
+        return f"{paid}; {spent:.4f} in all runs, {max(self.budget - spent, 0):.4f} of the budget is left"
 
     def cost(self, tokens: int) -> float:
-        """Returns the price of so many tokens."""
+        """Returns the price of this many tokens."""
         return tokens * (self.price or 0) / MILLION
 
     def _is_enough_for(self, tokens: int) -> bool:

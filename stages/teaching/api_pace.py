@@ -1,4 +1,4 @@
-"""The limits of an account: so many requests and tokens a minute."""
+"""The limits of an account: requests and tokens a minute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Pace:
         requests_per_minute: The limit; None for none.
         tokens_per_minute: The limit; None for none.
         clock: Seconds of a monotonic clock.
-        sleep: Waits so many seconds.
+        sleep: Waits this many seconds.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Pace:
         self._free = self._paused_until = clock()
 
     def wait(self, tokens: int) -> None:
-        """Wait for the turn of a request with about so many tokens."""
+        """Wait for the turn of a request with about this many tokens."""
         with self._lock:
             turn = max(self._clock(), self._free)
             self._free = turn + max(self._request_seconds, tokens * self._token_seconds)
@@ -39,7 +39,7 @@ class Pace:
                 return
 
     def correct(self, tokens: int) -> None:
-        """Note that a request had so many tokens more than was thought; negative for fewer."""
+        """Note that a request had this many tokens more than was thought; negative for fewer."""
         with self._lock:
             self._free += tokens * self._token_seconds
 

@@ -100,7 +100,7 @@ class Server:
         purse: Pays for each request.
         environment: Has the key.
         clock: Seconds of a monotonic clock.
-        sleep: Waits so many seconds; None to wait until `close` at the longest.
+        sleep: Waits this many seconds; None to wait until `close` at the longest.
         now: Seconds since the epoch, which a Retry-After may name.
         draw: Random numbers from 0 to 1.
 
@@ -261,8 +261,8 @@ class Server:
         except httpx2.ConnectError as error:
             raise Passing(f"cannot be reached ({self._harmless(str(error))})") from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            said = self._harmless(str(error) or type(error).__name__)
-            raise Passing(f"cut its answer off ({said})", may_be_paid=True) from None
+            reason = self._harmless(str(error) or type(error).__name__)
+            raise Passing(f"cut its answer off ({reason})", may_be_paid=True) from None
 
     def _counted(self, reply: Reply, texts: Sequence[str]) -> Reply:
         """Returns a reply without the count of a server that counts characters, as infinity does."""
@@ -298,21 +298,23 @@ class Server:
         self, status: int, headers: httpx2.Headers, content: bytes, texts: int
     ) -> Exception:
         """Returns what is to be raised for an answer that has another status than 200."""
-        said = f"{status}: {self._harmless(message_in(content))}"
+        answer = f"{status}: {self._harmless(message_in(content))}"
         if b"insufficient_quota" in content or status == 402:
             return StoppedTeacherError(
-                self.where, f"has no credit left for this key ({said})", "pay there, then " + AGAIN
+                self.where,
+                f"has no credit left for this key ({answer})",
+                "pay there, then " + AGAIN,
             )
         if status in PASSING or status >= 500:
             after = retry_after(headers, self._now())
             what = "asks to slow down" if status == 429 else "fails"
-            return Passing(f"{what} ({said})", after=after)
+            return Passing(f"{what} ({answer})", after=after)
         if status in OF_TEXTS:
-            is_large = any(word in said.lower() for word in TOO_LARGE)
+            is_large = any(word in answer.lower() for word in TOO_LARGE)
             if status == 413 or self.answered or is_large:
                 return RefusedRequestError(
                     self.where,
-                    f"refuses {'this text' if texts == 1 else f'these {texts} texts'} ({said})",
+                    f"refuses {'this text' if texts == 1 else f'these {texts} texts'} ({answer})",
                     TEXT_CURE,
                 )
         variable = f"${self.params.key_env}" if self.params.key_env else None
@@ -326,14 +328,14 @@ class Server:
             to = self._harmless(headers.get("location", "?"))
             problem, cure = f"sends one elsewhere, to {to}", "write that address into embed.api.url"
         cure = cure.format(variable=variable, model=shown(self.model))
-        return StoppedTeacherError(self.where, f"{problem} ({said})", cure)
+        return StoppedTeacherError(self.where, f"{problem} ({answer})", cure)
 
-    def _harmless(self, said: str) -> str:
+    def _harmless(self, text: str) -> str:
         """What a server said, on one line and without the key."""
         if self._key:
             for form in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]}:
-                said = said.replace(form, "***")
-        return shown(said)
+                text = text.replace(form, "***")
+        return shown(text)
 
 
 AGAIN = "run `teachonce embed` again: what was answered is kept"

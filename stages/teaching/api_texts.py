@@ -27,7 +27,7 @@ class ReadyText:
 
     Args:
         sent: Prompt and text.
-        tokens: By the tokenizer; about so many if none is named.
+        tokens: By the tokenizer; about this many if none is named.
         most_tokens: It has no more than that; a token has at least one byte.
         is_cut: Whether a part of it is left out.
     """

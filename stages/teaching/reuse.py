@@ -149,6 +149,6 @@ def unknown_rows(
         storage: The setting `embed.storage`.
     """
     todo = {shard: corpus.text_keys_in([shard]) for shard in shards}
-    known = ReusableVectors(store, older, todo, storage=storage, checked=False)
-    rows = [corpus.starts[shard] + known.missing_rows(shard) for shard in shards]
+    reusable = ReusableVectors(store, older, todo, storage=storage, checked=False)
+    rows = [corpus.starts[shard] + reusable.missing_rows(shard) for shard in shards]
     return np.concatenate([np.empty(0, np.int64), *rows])

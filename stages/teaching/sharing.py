@@ -202,5 +202,5 @@ def lacking_shards(keys: Sequence[str], store: Store, remote: Remote | None) -> 
         return False
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        there = list(pool.map(is_there, lacking))
-    return [shard for shard, found in zip(lacking, there, strict=True) if not found]
+        remote_has = list(pool.map(is_there, lacking))
+    return [shard for shard, has_it in zip(lacking, remote_has, strict=True) if not has_it]

@@ -675,7 +675,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path):
     assert first(file) == sha256_of(file)
     first.save()
     again = check.RememberedHashes(tmp_path / "memory.json")
-    again.known[str(file)][-1] = "remembered"
+    again.remembered[str(file)][-1] = "remembered"
     assert again(file) == "remembered"
     file.write_bytes(b"three")
     assert again(file) == sha256_of(file)
