@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from stages.models.abilities import (
     check_code,
@@ -25,14 +25,13 @@ from stages.models.abilities import (
     check_embedding_of,
     check_exportable,
     check_layers_of,
-    check_length,
+    check_length_of,
     check_mixable,
     check_passes_of,
     check_static_of,
     check_trainable,
     check_vocabulary_of,
     is_static,
-    token_limit_of,
     width_of,
 )
 from stages.models.config import (
@@ -98,6 +97,8 @@ VERSIONED = (
     "export",
     "report",
 )
+
+P = ParamSpec("P")
 
 Entry = dict[str, Any]
 """What a stage reads from outside: `declared` (the settings that name it) and `files` (their hashes)."""
@@ -295,14 +296,15 @@ class Survey:
         self.own_prompts = own_prompts(folder, address)
         files = self._model_files(folder, address, self.committed.get("teacher", {}), params)
         trusted = bool(getattr(params, "trust_remote_code", False))
-        self._ask(partial(check_code, folder, trusted=trusted, address=address))
+        self._ask(check_code, folder, trusted=trusted, address=address)
         for error in undecided(folder, params, reads_texts=reads_texts(self.sections)):
             self._report(error)
         if hasattr(params, "max_tokens"):
-            self._ask_length(params.max_tokens, folder, "embed.max_tokens", "the teacher")
-        self._ask(partial(self._ask_widths, folder, params))
+            at, who = "embed.max_tokens", "the teacher"
+            self._ask(check_length_of, folder, params.max_tokens, address=at, who=who)
+        self._ask(self._ask_widths, folder, params)
         if getattr(params, "mixes", 0):
-            self._ask(partial(check_mixable, folder, address="embed.mixes"))
+            self._ask(check_mixable, folder, address="embed.mixes")
         for name, start in self.sections.get("starts", {}).items():
             if start.model == TEACHER:
                 self._ask_of_start(name, start, folder)
@@ -319,14 +321,14 @@ class Survey:
         used = {student.recipe for student in self.sections.get("students", {}).values()}
         for name, recipe in self.sections.get("recipes", {}).items():
             if name in used and dim is not None:
-                self._ask(partial(check_recipe_widths, recipe.widths, dim, recipe=name))
+                self._ask(check_recipe_widths, recipe.widths, dim, recipe=name)
 
     def _ask_of_start(self, name: str, start: StartParams, folder: Path) -> None:
         """Whether a start can be made of a model, and its students be trained and exported."""
         address, who = f"starts.{name}.{start.named_in}", f"the start {name}"
-        if not self._ask(partial(check_one_model, folder, address=address)):
+        if not self._ask(check_one_model, folder, address=address):
             return
-        if start.is_random and not self._ask(partial(check_drawable, folder, address=address)):
+        if start.is_random and not self._ask(check_drawable, folder, address=address):
             return
         self._ask_layers(name, start, folder)
         students = {
@@ -336,7 +338,7 @@ class Survey:
         }
         if not students:
             return
-        self._ask(partial(check_trainable, folder, address=address))
+        self._ask(check_trainable, folder, address=address)
         if start.kind == "static" or is_static(folder, address):
             self._ask_of_static_students(students)
         else:
@@ -346,7 +348,8 @@ class Survey:
         if self._can_read("finetune", "students", "max_tokens"):
             finetune = self.sections["finetune"]
             if set(students) & set(finetune.students):
-                self._ask_length(finetune.max_tokens, folder, "finetune.max_tokens", who)
+                at = "finetune.max_tokens"
+                self._ask(check_length_of, folder, finetune.max_tokens, address=at, who=who)
         self._ask_exportable(students, folder)
 
     def _ask_exportable(self, students: Collection[str], folder: Path) -> None:
@@ -356,7 +359,7 @@ class Survey:
         named |= {f"export.also.{i}": name for i, name in enumerate(getattr(export, "also", ()))}
         for address, name in named.items():
             if name.removesuffix(FINETUNED) in students:
-                self._ask(partial(check_exportable, folder, address=address))
+                self._ask(check_exportable, folder, address=address)
 
     def _ask_of_static_students(self, students: Mapping[str, str]) -> None:
         """Whether students without a transformer are asked for what only a transformer can do."""
@@ -373,36 +376,29 @@ class Survey:
         """Whether a start can have the layers and tokens that it asks for, and its layers share weights."""
         at = f"starts.{name}"
         if start.layers is not None:
-            self._ask(partial(check_layers_of, folder, start.layers, address=f"{at}.layers"))
+            self._ask(check_layers_of, folder, start.layers, address=f"{at}.layers")
         if start.passes is not None:
-            self._ask(partial(check_passes_of, folder, address=f"{at}.passes"))
+            self._ask(check_passes_of, folder, address=f"{at}.passes")
         if start.kind == "static" and start.hidden is not None:
-            drawn = start.is_random
-            self._ask(partial(check_static_of, folder, start.hidden, address=at, is_random=drawn))
+            is_random = start.is_random
+            self._ask(check_static_of, folder, start.hidden, address=at, is_random=is_random)
         if start.is_narrow:
-            self._ask(partial(check_narrow_of, folder, start, address=at))
+            self._ask(check_narrow_of, folder, start, address=at)
         if start.embedding is not None:
-            columns, hidden = start.embedding, start.hidden
-            address = f"{at}.embedding"
-            self._ask(partial(check_embedding_of, folder, columns, hidden, address=address))
+            widths = start.embedding, start.hidden
+            self._ask(check_embedding_of, folder, *widths, address=f"{at}.embedding")
         if start.vocabulary is not None:
             wanted = start.vocabulary if isinstance(start.vocabulary, int) else None
-            self._ask(partial(check_vocabulary_of, folder, wanted, address=f"{at}.vocabulary"))
+            self._ask(check_vocabulary_of, folder, wanted, address=f"{at}.vocabulary")
 
     def _ask_of_recipes(self, names: set[str], folder: Path, address: str, who: str) -> None:
         """Whether a start can read what the recipes of its students give it to read."""
         recipes = self.sections.get("recipes", {})
         for name in sorted(names & set(recipes)):
-            self._ask_length(recipes[name].max_tokens, folder, f"recipes.{name}.max_tokens", who)
+            at, wanted = f"recipes.{name}.max_tokens", recipes[name].max_tokens
+            self._ask(check_length_of, folder, wanted, address=at, who=who)
             if recipes[name].reads_mixes:
-                self._ask(partial(check_mixable, folder, address=address))
-
-    def _ask_length(self, wanted: int, folder: Path, address: str, who: str) -> None:
-        def question() -> None:
-            limit = token_limit_of(folder, address)
-            check_length(wanted, limit, address=address, who=f"{who} ({folder})")
-
-        self._ask(question)
+                self._ask(check_mixable, folder, address=address)
 
     def _model_files(
         self, folder: Path, address: str, committed: Entry, embed: object
@@ -417,10 +413,10 @@ class Survey:
             return before
         return files
 
-    def _ask(self, question: Callable[[], object]) -> bool:
-        """Report what is wrong, and go on; whether all is right."""
+    def _ask(self, question: Callable[P, object], *args: P.args, **settings: P.kwargs) -> bool:
+        """Call a check; report what is wrong, and go on. Returns whether all is right."""
         try:
-            question()
+            question(*args, **settings)
         except TeachonceError as error:
             self._report(error)
             return False
@@ -464,8 +460,8 @@ class Survey:
             )
             files = self._model_files(folder, address, committed, self.sections.get("embed"))
             trusted = bool(getattr(self.sections.get("embed"), "trust_remote_code", False))
-            self._ask(partial(check_code, folder, trusted=trusted, address=address))
-            self._ask(partial(decided_pooling, folder, pooling, address=f"starts.{name}.pooling"))
+            self._ask(check_code, folder, trusted=trusted, address=address)
+            self._ask(decided_pooling, folder, pooling, address=f"starts.{name}.pooling")
             self._ask_of_start(name, params, folder)
             return files
 
@@ -490,7 +486,7 @@ class Survey:
             if all_outside and lengths and self._can_read("split", "heldout"):
                 heldout = self.sections["split"].heldout
                 if self.sections.get("students"):
-                    self._ask(partial(check_heldout, params, heldout, self.root))
+                    self._ask(check_heldout, params, heldout, self.root)
             return files
 
         return self._entry("shard", declared, partial(self._hashed, look))
@@ -501,7 +497,7 @@ class Survey:
         outside = [source for source in named if not self._is_made_here(source.files, SETTING)]
         files = reading_files(outside, self.root)
         for path in files:
-            self._ask(partial(look_at_readings, path))
+            self._ask(look_at_readings, path)
         return files
 
     def _evaluation(self, params: EvaluateParams) -> dict[str, Entry]:
@@ -553,9 +549,9 @@ class Survey:
                 else []
             )
             labelled = triplet_files(triplets, self.root)
-            looks = [partial(look_at, path, params.fields) for path in labelled if can_look]
-            if all([self._ask(look) for look in looks]) and can_count:
-                self._ask(partial(check_labels, params, labelled, self.root))
+            looks = [self._ask(look_at, path, params.fields) for path in labelled if can_look]
+            if all(looks) and can_count:
+                self._ask(check_labels, params, labelled, self.root)
             return [*labelled, *judged]
 
         declared = {"triplets": list(params.triplets), "dev": params.dev}

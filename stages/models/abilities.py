@@ -106,6 +106,11 @@ def check_length(wanted: int | None, limit: int | None, *, address: str, who: st
         )
 
 
+def check_length_of(folder: Path, wanted: int, *, address: str, who: str) -> None:
+    """As `check_length`, for the model in a folder."""
+    check_length(wanted, token_limit_of(folder, address), address=address, who=f"{who} ({folder})")
+
+
 def check_layers(
     layers: Sequence[int] | int, count: int | None, *, kind: str, address: str
 ) -> None:
