@@ -183,15 +183,10 @@ def run(
 
 @dataclass(frozen=True)
 class Prompted:
-    """Token ids of n texts behind their prompts.
+    """Token ids of n texts behind their prompts."""
 
-    Args:
-        ids: Token ids of each text, special tokens and prompt included.
-        prompt_tokens: (n,) int64 how many of the first are the prompt.
-    """
-
-    ids: list[NDArray[np.int32]]
-    prompt_tokens: NDArray[np.int64]
+    ids: list[NDArray[np.int32]]  # token ids of each text, special tokens and prompt included
+    prompt_tokens: NDArray[np.int64]  # (n,) int64 how many of the first are the prompt
 
     def take(self, places: NDArray[np.int64]) -> Prompted:
         """Returns some of the texts, in the order of `places`."""

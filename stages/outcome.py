@@ -23,19 +23,12 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a stage.
+    """The result of a stage."""
 
-    Args:
-        stage: Name of the stage.
-        made: The file or folder it left, or the URL it was sent to.
-        summary: One sentence for a person: what was done, in numbers.
-        facts: The same and more for a program (`--json`).
-    """
-
-    stage: str
-    made: Path | str
-    summary: str
-    facts: Facts = field(default_factory=dict)
+    stage: str  # name of the stage
+    made: Path | str  # the file or folder it left, or the URL it was sent to
+    summary: str  # one sentence for a person: what was done, in numbers
+    facts: Facts = field(default_factory=dict)  # the same and more for a program (`--json`)
 
 
 NOTICEABLE_SHARE = 0.01

@@ -18,25 +18,16 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class Caches:
-    """A corpus, the teacher's vectors, the split, and what else a recipe needs.
-
-    Args:
-        corpus: The texts.
-        embeddings: The teacher's vectors of `corpus`.
-        negatives: Mined neighbours; None if no objective reads them.
-        split: The split of the rows.
-        store: The store of all these, and of token ids.
-        mixes: The teacher's vectors of mixes; None if no objective reads them.
-        readings: Readings of texts; None if the student reads texts as they are.
-        labelled: (n, 3) int64 row ids of labelled triplets: anchor, positive, negative; None if the recipe
-            reads none.
-    """
+    """A corpus, the teacher's vectors, the split, and what else a recipe needs."""
 
     corpus: Corpus
-    embeddings: Embeddings
-    negatives: Negatives | None
-    split: Split
-    store: Store
-    mixes: Mixes | None = None
+    embeddings: Embeddings  # the teacher's vectors of `corpus`
+    negatives: Negatives | None  # mined neighbours; None if no objective reads them
+    split: Split  # the split of the rows
+    store: Store  # the store of all these, and of token ids
+    mixes: Mixes | None = None  # the teacher's vectors of mixes; None if no objective reads them
+    # Readings of texts; None if the student reads texts as they are.
     readings: Readings | None = None
+    # (n, 3) int64 row ids of labelled triplets: anchor, positive, negative; None if the recipe
+    # reads none.
     labelled: NDArray[np.int64] | None = None

@@ -53,15 +53,10 @@ EXTREMES = {
 
 @dataclass(frozen=True)
 class ReusedRows:
-    """Rows of a new shard whose vectors are copied from older shards.
+    """Rows of a new shard whose vectors are copied from older shards."""
 
-    Args:
-        rows: (m,) int64 row numbers in the new shard, ascending.
-        batch: The m rows' columns as stored.
-    """
-
-    rows: NDArray[np.int64]
-    batch: pa.RecordBatch
+    rows: NDArray[np.int64]  # (m,) int64 row numbers in the new shard, ascending
+    batch: pa.RecordBatch  # the m rows' columns as stored
 
 
 def fingerprints(recipe: dict[str, Any], roles: Iterable[Role] | None = None) -> dict[Role, str]:

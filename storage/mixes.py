@@ -23,17 +23,11 @@ from storage.store import Store
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of texts: ratio x the first one's input embeddings + (1 - ratio) x the second one's.
+    """Pairs of texts: ratio x the first one's input embeddings + (1 - ratio) x the second one's."""
 
-    Args:
-        first: (n,) int64 rows.
-        second: (n,) int64 rows.
-        ratio: (n,) float32, 0 to 1.
-    """
-
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
-    ratio: NDArray[np.float32]
+    first: NDArray[np.int64]  # (n,) int64 rows
+    second: NDArray[np.int64]  # (n,) int64 rows
+    ratio: NDArray[np.float32]  # (n,) float32, 0 to 1
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> Pairs:
@@ -60,17 +54,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class MixedTexts:
-    """Pairs of texts, each read as one: ratio x the input embeddings of the first + the rest of the second.
+    """Pairs of texts, each read as one: their input embeddings mixed, the first's times ratio."""
 
-    Args:
-        first: n texts.
-        second: n texts.
-        ratio: (n,) float32, 0 to 1.
-    """
-
-    first: Sequence[str]
-    second: Sequence[str]
-    ratio: NDArray[np.float32]
+    first: Sequence[str]  # n texts
+    second: Sequence[str]  # n texts
+    ratio: NDArray[np.float32]  # (n,) float32, 0 to 1
 
 
 def draw_pairs(text_digest: str, rows: int, *, share: float, alpha: float, seed: int) -> Pairs:

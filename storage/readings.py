@@ -25,15 +25,10 @@ from storage.store import Object, Store, digest
 
 
 class Reading(NamedTuple):
-    """Another form of a text.
+    """Another form of a text."""
 
-    Args:
-        text_key: The 16 bytes of the text in its role.
-        reading: What is read in its place.
-    """
-
-    text_key: bytes
-    reading: str
+    text_key: bytes  # the 16 bytes of the text in its role
+    reading: str  # what is read in its place
 
     @property
     def key(self) -> bytes:

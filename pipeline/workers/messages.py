@@ -20,15 +20,11 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class WorkerReady:
-    """The worker has loaded its teacher.
+    """The worker has loaded its teacher."""
 
-    Args:
-        probe_outputs: What the teacher returned for the probe texts in each role.
-        prefetch: Number of tasks that the worker accepts while it encodes another one.
-    """
-
+    # What the teacher returned for the probe texts in each role.
     probe_outputs: Mapping[Role, TeacherOutput]
-    prefetch: int
+    prefetch: int  # number of tasks that the worker accepts while it encodes another one
 
 
 @dataclass(frozen=True)

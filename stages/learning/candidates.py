@@ -39,15 +39,10 @@ STEPS_OF_A_QUEUE = 16
 
 @dataclass(frozen=True)
 class Queue:
-    """Cached rows that are candidates of several steps.
+    """Cached rows that are candidates of several steps."""
 
-    Args:
-        rows: (Q,) int64 distinct row ids, ascending.
-        keys: (Q, D) teacher vectors of unit length, on the device.
-    """
-
-    rows: NDArray[np.int64]
-    keys: Tensor
+    rows: NDArray[np.int64]  # (Q,) int64 distinct row ids, ascending
+    keys: Tensor  # (Q, D) teacher vectors of unit length, on the device
 
 
 class CandidateSource:

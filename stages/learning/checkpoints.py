@@ -29,29 +29,19 @@ Row = dict[str, float | int | None]
 
 @dataclass
 class State:
-    """The state of a run besides its tensors.
+    """The state of a run besides its tensors."""
 
-    Args:
-        step: Number of steps done.
-        best_score: The highest score so far; None before the first evaluation.
-        best_step: The step of the highest score.
-        stale: Number of evaluations since then.
-        curve: One row for each evaluation.
-        loss_sums: Sum of each objective's loss since the last evaluation.
-        loss_steps: Number of steps in these sums.
-        loss_absent: For each objective, in how many of these steps it had no loss.
-        seconds: Seconds of steps and evaluations, over all starts of the run.
-    """
-
-    step: int = 0
-    best_score: float | None = None
-    best_step: int = 0
-    stale: int = 0
-    curve: list[Row] = field(default_factory=list)
+    step: int = 0  # number of steps done
+    best_score: float | None = None  # the highest score so far; None before the first evaluation
+    best_step: int = 0  # the step of the highest score
+    stale: int = 0  # number of evaluations since then
+    curve: list[Row] = field(default_factory=list)  # one row for each evaluation
+    # Sum of each objective's loss since the last evaluation.
     loss_sums: list[float] = field(default_factory=list)
-    loss_steps: int = 0
+    loss_steps: int = 0  # number of steps in these sums
+    # For each objective, in how many of these steps it had no loss.
     loss_absent: list[int] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # seconds of steps and evaluations, over all starts of the run
 
 
 class Checkpoints:

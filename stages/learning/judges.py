@@ -30,23 +30,15 @@ with every judged row's anchor, so twice as many take up to four times as long."
 
 @dataclass(frozen=True)
 class Labels:
-    """The labelled rows of a run.
+    """The labelled rows of a run."""
 
-    Args:
-        learned: Rows to learn from.
-        judge: Computes the dev score from held-out rows or an STS set.
-        heldout: Number of rows held out; 0 with an STS set.
-        judged: Number of held-out rows that the judge uses: all, or as many as `MOST_TEXTS` allows.
-        rejected: Rule -> number of rejected rows.
-        digest: Digest of all rows and of the judge's texts.
-    """
-
-    learned: list[Triplet]
-    judge: TripletJudge | StsJudge
-    heldout: int
+    learned: list[Triplet]  # rows to learn from
+    judge: TripletJudge | StsJudge  # computes the dev score from held-out rows or an STS set
+    heldout: int  # number of rows held out; 0 with an STS set
+    # Number of held-out rows that the judge uses: all, or as many as `MOST_TEXTS` allows.
     judged: int
-    rejected: Mapping[str, int]
-    digest: str
+    rejected: Mapping[str, int]  # rule -> number of rejected rows
+    digest: str  # digest of all rows and of the judge's texts
 
     @classmethod
     def read(

@@ -60,20 +60,15 @@ LEFT_OUT = -1e4
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates in the denominator: each row's positive, in-batch and mined negatives, and a queue.
+    """The candidates in the denominator: each row's positive, in-batch and mined negatives, and a queue."""
 
-    Args:
-        vectors: (F, D) keys of any length: the teacher's as stored, of any cached rows, or a student's.
-        positives: (B,) int64 index into `vectors` of each row's positive.
-        not_negative: (B, C) mask of candidates that are no negatives of a row: its positive, other vectors
-            of its own text (false negatives), and queue entries that are among the F already.
-        queue: (Q, D) further keys of unit length; C = F + Q. None for no queue.
-    """
-
+    # (F, D) keys of any length: the teacher's as stored, of any cached rows, or a student's.
     vectors: Tensor
-    positives: Tensor
+    positives: Tensor  # (B,) int64 index into `vectors` of each row's positive
+    # (B, C) mask of candidates that are no negatives of a row: its positive, other vectors of its
+    # own text (false negatives), and queue entries that are among the F already.
     not_negative: Tensor
-    queue: Tensor | None = None
+    queue: Tensor | None = None  # (Q, D) further keys of unit length; C = F + Q. None for no queue
 
     @cached_property
     def keys(self) -> Tensor:
@@ -103,15 +98,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """The vectors of a step's mixes.
+    """The vectors of a step's mixes."""
 
-    Args:
-        student: (M, D) float32 student vectors of any length.
-        teacher: (M, D) float32 teacher vectors as stored.
-    """
-
-    student: Tensor
-    teacher: Tensor
+    student: Tensor  # (M, D) float32 student vectors of any length
+    teacher: Tensor  # (M, D) float32 teacher vectors as stored
 
 
 def narrow(vectors: Tensor, width: int) -> Tensor:

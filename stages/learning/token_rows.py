@@ -195,20 +195,13 @@ def token_rows(
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the objects of token ids that the store lacks.
-
-    Args:
-        store: The store.
-        corpus: The texts.
-        names: Role -> fingerprint of the token ids of its texts.
-        prompts: Role -> what stands before its texts.
-        read: Some texts -> the ids of each. Threads call it.
-    """
+    """Makes the objects of token ids that the store lacks."""
 
     store: Store
     corpus: Corpus
-    names: Mapping[Role, str]
-    prompts: Mapping[Role, str]
+    names: Mapping[Role, str]  # role -> fingerprint of the token ids of its texts
+    prompts: Mapping[Role, str]  # role -> what stands before its texts
+    # Some texts -> the ids of each. Threads call it.
     read: Callable[[Sequence[str]], list[list[int]]]
 
     def objects(self, shards: Sequence[int]) -> dict[int, Object]:

@@ -27,15 +27,10 @@ NOT_MEASURED = "agreement_not_measured"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Some rows of a corpus, each to be read in its role.
-
-    Args:
-        corpus: The texts.
-        rows: (n,) int64 row ids, role by role in the corpus' order of roles.
-    """
+    """Some rows of a corpus, each to be read in its role."""
 
     corpus: Corpus
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64]  # (n,) int64 row ids, role by role in the corpus' order of roles
 
     @classmethod
     def of(cls, corpus: Corpus, heldout: NDArray[np.int64], most: int) -> HeldOut:

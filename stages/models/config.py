@@ -354,19 +354,12 @@ def check_one_model(folder: Path, *, address: str) -> None:
 
 @dataclass(frozen=True)
 class _Router:
-    """A router's configuration.
+    """A router's configuration."""
 
-    Args:
-        routes: Name -> the modules that a text passes, by name.
-        kinds: Module -> its kind.
-        default: The route of texts without a rule.
-        rules: (task, modality) -> route; None stands for any.
-    """
-
-    routes: Mapping[str, Sequence[str]]
-    kinds: Mapping[str, str]
-    default: str | None
-    rules: Mapping[Any, str]
+    routes: Mapping[str, Sequence[str]]  # name -> the modules that a text passes, by name
+    kinds: Mapping[str, str]  # module -> its kind
+    default: str | None  # the route of texts without a rule
+    rules: Mapping[Any, str]  # (task, modality) -> route; None stands for any
 
     def route(self, task: str | None) -> str | None:
         """Returns the route of texts with this task, by sentence-transformers' rules; None for none."""

@@ -52,19 +52,14 @@ LEAST_LENGTH = 1e-5
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors of n texts with counts of tokens.
+    """Vectors of n texts with counts of tokens."""
 
-    Args:
-        vectors: (n, dim) float32, in the order of the texts, as the model's own pipeline returns them, cut
-            to `dim` values.
-        tokens: Number of tokens read, after truncation.
-        truncated: Number of texts longer than the limit; they were truncated, or read in windows.
-        whole: (n, width) float32, uncut; the same array as `vectors` if `dim` is None.
-    """
-
+    # (n, dim) float32, in the order of the texts, as the model's own pipeline returns them, cut to
+    # `dim` values.
     vectors: NDArray[np.float32]
-    tokens: int
-    truncated: int
+    tokens: int  # number of tokens read, after truncation
+    truncated: int  # number of texts longer than the limit; they were truncated, or read in windows
+    # (n, width) float32, uncut; the same array as `vectors` if `dim` is None.
     whole: NDArray[np.float32]
 
 

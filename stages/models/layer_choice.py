@@ -45,19 +45,14 @@ Layers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The chosen layers, and what was tried.
+    """The chosen layers, and what was tried."""
 
-    Args:
-        layers: 0-based numbers, ascending.
-        agreement: Rank correlation of cosines with the teacher's, -1 to 1, with these layers alone.
-        others: The next best sets of as many layers, and their agreement; best first.
-        tried: Number of sets that were read, of all sizes.
-    """
-
-    layers: Layers
+    layers: Layers  # 0-based numbers, ascending
+    # Rank correlation of cosines with the teacher's, -1 to 1, with these layers alone.
     agreement: float
+    # The next best sets of as many layers, and their agreement; best first.
     others: Sequence[tuple[Layers, float]]
-    tried: int
+    tried: int  # number of sets that were read, of all sizes
 
     @property
     def summary(self) -> str:
@@ -151,34 +146,22 @@ def _is_only_first(blocks: nn.ModuleList) -> bool:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What the whole model calls a layer with, and what it gives beside the states.
+    """What the whole model calls a layer with, and what it gives beside the states."""
 
-    Args:
-        args: Arguments by position; the states are the first, if there is any.
-        settings: Arguments by name.
-        more: What follows the states in its output; None if it gives nothing but the states.
-    """
-
-    args: tuple[Any, ...]
-    settings: dict[str, Any]
+    args: tuple[Any, ...]  # arguments by position; the states are the first, if there is any
+    settings: dict[str, Any]  # arguments by name
+    # What follows the states in its output; None if it gives nothing but the states.
     more: tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Texts that are read together.
+    """Texts that are read together."""
 
-    Args:
-        places: (b,) places of the texts.
-        features: The model's input.
-        calls: The call of each layer in the whole model.
-        vectors: (b, D) what the whole model gives.
-    """
-
-    places: NDArray[np.int64]
-    features: dict[str, Any]
-    calls: Sequence[LayerCall]
-    vectors: Tensor
+    places: NDArray[np.int64]  # (b,) places of the texts
+    features: dict[str, Any]  # the model's input
+    calls: Sequence[LayerCall]  # the call of each layer in the whole model
+    vectors: Tensor  # (b, D) what the whole model gives
 
 
 class LayerReader:

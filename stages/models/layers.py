@@ -46,24 +46,16 @@ NOT_OF_LAYERS = {"architectures", "pos_att_type"}
 
 @dataclass(frozen=True)
 class LayersProof:
-    """What a model must give after all layers but some were taken out.
+    """What a model must give after all layers but some were taken out."""
 
-    Args:
-        kind: The class of the transformer.
-        layers: 0-based numbers of the layers that are kept.
-        states: Token vectors of each of `PROOF_TEXTS`, (tokens, width), from the whole model,
-            which skips the other layers.
-        lists: Names of settings with an entry for each layer.
-        traits: What `_traits` says of each layer that is kept.
-        address: The setting, to name in an error.
-    """
-
-    kind: str
-    layers: Sequence[int]
+    kind: str  # the class of the transformer
+    layers: Sequence[int]  # 0-based numbers of the layers that are kept
+    # Token vectors of each of `PROOF_TEXTS`, (tokens, width), from the whole model, which skips the
+    # other layers.
     states: Sequence[Tensor]
-    lists: Sequence[str]
-    traits: Sequence[Mapping[str, object]]
-    address: str
+    lists: Sequence[str]  # names of settings with an entry for each layer
+    traits: Sequence[Mapping[str, object]]  # what `_traits` says of each layer that is kept
+    address: str  # the setting, to name in an error
 
     def check(self, model: SentenceTransformer, *, when: str = "") -> None:
         """Raise if a model with these layers alone gives other token vectors than the whole one.

@@ -37,17 +37,13 @@ CANNOT_PACK = (ValueError, AttributeError, TypeError, NotImplementedError, Runti
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts that are tokenised but not yet encoded.
+    """Texts that are tokenised but not yet encoded."""
 
-    Args:
-        lengths: (n,) int64 tokens of each text before truncation, special and prompt tokens included.
-        forward: (m,) places of texts, equally long ones adjacent -> (m, dim) vectors.
-        equal_lengths: Whether only texts of equal length may be encoded together.
-    """
-
+    # (n,) int64 tokens of each text before truncation, special and prompt tokens included.
     lengths: NDArray[np.int64]
+    # (m,) places of texts, equally long ones adjacent -> (m, dim) vectors.
     forward: Callable[[NDArray[np.int64]], Tensor]
-    equal_lengths: bool = False
+    equal_lengths: bool = False  # whether only texts of equal length may be encoded together
 
 
 @dataclass(frozen=True)

@@ -43,18 +43,13 @@ CALLS = 8
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a model.
+    """The speed of a model."""
 
-    Args:
-        texts_per_second: Texts per CPU second of one thread; on other devices per second of wall-clock
-            time.
-        texts_per_reference: Texts in the time of one pass of `Reference`, measured in turns with it.
-        device: Name of the device; speeds on different devices are not comparable.
-    """
-
+    # Texts per CPU second of one thread; on other devices per second of wall-clock time.
     texts_per_second: float
+    # Texts in the time of one pass of `Reference`, measured in turns with it.
     texts_per_reference: float
-    device: str
+    device: str  # name of the device; speeds on different devices are not comparable
 
 
 class Reference:

@@ -47,27 +47,16 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class CutVocabulary:
-    """What was kept of a tokenizer, and what must still hold when the model was saved and loaded.
+    """What was kept of a tokenizer, and what must still hold when the model was saved and loaded."""
 
-    Args:
-        kept: Number of its tokens.
-        there: How many there were.
-        share: Of the corpus' tokens that are among them; 0 to 1.
-        texts: All texts that are looked at.
-        unknown: The token of what is unknown; None if there is none.
-        unknowns: How many of it each text had.
-        tokens: Text whose tokens are all kept -> these tokens.
-        address: The setting, to name in an error.
-    """
-
-    kept: int
-    there: int
-    share: float
-    texts: Sequence[str]
-    unknown: str | None
-    unknowns: Sequence[int]
-    tokens: Mapping[str, Sequence[str]]
-    address: str
+    kept: int  # number of its tokens
+    there: int  # how many there were
+    share: float  # of the corpus' tokens that are among them; 0 to 1
+    texts: Sequence[str]  # all texts that are looked at
+    unknown: str | None  # the token of what is unknown; None if there is none
+    unknowns: Sequence[int]  # how many of it each text had
+    tokens: Mapping[str, Sequence[str]]  # text whose tokens are all kept -> these tokens
+    address: str  # the setting, to name in an error
 
     @property
     def summary(self) -> str:

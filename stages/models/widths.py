@@ -26,17 +26,11 @@ WHOLE = "take hidden, intermediate and heads out, or name a small model in `from
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide a transformer of BERT's kind is.
+    """How wide a transformer of BERT's kind is."""
 
-    Args:
-        hidden: Values of a token between layers.
-        intermediate: Neurons of a layer's feed-forward part.
-        heads: Heads of a layer's attention, each `hidden / heads` values wide.
-    """
-
-    hidden: int
-    intermediate: int
-    heads: int
+    hidden: int  # values of a token between layers
+    intermediate: int  # neurons of a layer's feed-forward part
+    heads: int  # heads of a layer's attention, each `hidden / heads` values wide
 
     @property
     def head_size(self) -> int:

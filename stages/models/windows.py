@@ -16,17 +16,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of n texts.
+    """The windows of n texts."""
 
-    Args:
-        texts: m >= n windows; those of a text are adjacent, and a short text is one window.
-        owners: (m,) int64 place of each window's text, ascending.
-        tokens: (m,) int64 tokens of each window, without special tokens.
-    """
-
-    texts: list[str]
-    owners: NDArray[np.int64]
-    tokens: NDArray[np.int64]
+    texts: list[str]  # m >= n windows; those of a text are adjacent, and a short text is one window
+    owners: NDArray[np.int64]  # (m,) int64 place of each window's text, ascending
+    tokens: NDArray[np.int64]  # (m,) int64 tokens of each window, without special tokens
 
     @property
     def split_texts(self) -> int:

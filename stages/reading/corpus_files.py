@@ -39,13 +39,10 @@ Rule = Literal["undecodable", "malformed", "too_long"]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line or cell without a valid text.
+    """A line or cell without a valid text."""
 
-    Args:
-        rule: `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or
-            the field is absent, null or no string), `too_long` (a line above `lines.MAX_LINE_BYTES`).
-    """
-
+    # `undecodable` (not UTF-8, or a lone surrogate in JSON), `malformed` (no JSON object, or the
+    # field is absent, null or no string), `too_long` (a line above `lines.MAX_LINE_BYTES`).
     rule: Rule
 
 
@@ -84,20 +81,14 @@ CURE = "fetch or make the file again, or take it out of `shard.sources` in param
 
 @dataclass(frozen=True)
 class DatasetName:
-    """The parts of `dataset:<name>[[:<config>]:<split>]`.
+    """The parts of `dataset:<name>[[:<config>]:<split>]`."""
 
-    Args:
-        name: A hub name, or the path of a folder.
-        folder: The folder of that name, made by `save_to_disk` or readable by `load_dataset`; None for a
-            hub name.
-        split: Name of the split; None only if there is a single one.
-        config: Name of the dataset's configuration; None for its default.
-    """
-
-    name: str
+    name: str  # A hub name, or the path of a folder
+    # The folder of that name, made by `save_to_disk` or readable by `load_dataset`; None for a hub
+    # name.
     folder: Path | None
-    split: str | None
-    config: str | None = None
+    split: str | None  # name of the split; None only if there is a single one
+    config: str | None = None  # name of the dataset's configuration; None for its default
 
     def __str__(self) -> str:
         return DATASET + ":".join(filter(None, (self.name, self.config, self.split)))

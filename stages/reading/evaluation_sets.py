@@ -35,17 +35,12 @@ QRELS_CURE = "write a header line, then each line as query id, tab, document id,
 
 @dataclass(frozen=True)
 class StsSet:
-    """Pairs of sentences with human similarity scores.
+    """Pairs of sentences with human similarity scores."""
 
-    Args:
-        scores: (n,) float64 scores on any scale, higher is more similar; at least two differ.
-        first: The n first sentences.
-        second: The n second sentences.
-    """
-
+    # (n,) float64 scores on any scale, higher is more similar; at least two differ.
     scores: NDArray[np.float64]
-    first: list[str]
-    second: list[str]
+    first: list[str]  # the n first sentences
+    second: list[str]  # the n second sentences
 
     @property
     def texts(self) -> list[str]:
@@ -55,20 +50,13 @@ class StsSet:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Documents, and queries that have at least one relevant document among them.
+    """Documents, and queries that have at least one relevant document among them."""
 
-    Args:
-        document_ids: Distinct document ids, in the order of the file.
-        documents: Title and text of each document.
-        query_ids: Distinct query ids, in the order of the file.
-        queries: Text of each query.
-        relevant: Query id -> document id -> score, >= 1; each query has at least one document.
-    """
-
-    document_ids: list[str]
-    documents: list[str]
-    query_ids: list[str]
-    queries: list[str]
+    document_ids: list[str]  # distinct document ids, in the order of the file
+    documents: list[str]  # title and text of each document
+    query_ids: list[str]  # distinct query ids, in the order of the file
+    queries: list[str]  # text of each query
+    # Query id -> document id -> score, >= 1; each query has at least one document.
     relevant: dict[str, dict[str, int]]
 
     @property

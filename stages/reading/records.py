@@ -80,16 +80,11 @@ IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Purpose:
-    """What labelled files are read for, as errors and the log say it.
+    """What labelled files are read for, as errors and the log say it."""
 
-    Args:
-        stage: The stage that reads them.
-        setting: The setting that names them.
-        if_names: What to do if a first line is of names of other fields than those that are asked for.
-    """
-
-    stage: str
-    setting: str
+    stage: str  # the stage that reads them
+    setting: str  # the setting that names them
+    # What to do if a first line is of names of other fields than those that are asked for.
     if_names: str
 
 

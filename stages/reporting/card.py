@@ -21,20 +21,14 @@ NAMED_ON_CARD: Mapping[Role, str] = {
 
 @dataclass(frozen=True)
 class PublishedFormat:
-    """A format that lies in an export.
+    """A format that lies in an export."""
 
-    Args:
-        name: Such as onnx-int8.
-        place: Its file or folder within the export; empty for the folder itself.
-        megabytes: Size of its weights, in 10^6 bytes.
-        speed: Texts in the time of one pass of the fixed workload; None if it was not measured.
-        loss: Share of the student's quality that it loses; None for the student itself.
-    """
-
-    name: str
-    place: str
-    megabytes: float
+    name: str  # such as onnx-int8
+    place: str  # its file or folder within the export; empty for the folder itself
+    megabytes: float  # size of its weights, in 10^6 bytes
+    # Texts in the time of one pass of the fixed workload; None if it was not measured.
     speed: float | None = None
+    # Share of the student's quality that it loses; None for the student itself.
     loss: float | None = None
 
     @property
@@ -51,30 +45,19 @@ class PublishedFormat:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says of the model itself.
-
-    Args:
-        name: The model's name.
-        dim: Width of its vectors.
-        unit_length: Whether they have length 1.
-        max_tokens: It reads no more of a text; None: no limit.
-        dropped: Whether the projection was left out.
-        old_ones_read: Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
-        formats: The base, then the others that are published.
-        has_code: Whether it needs the code that lies in its folder.
-        prompts: Role -> what it reads before texts of that role; no empty ones.
-        padding: Id of the token that pads a batch.
-    """
+    """What a card says of the model itself."""
 
     name: str
-    dim: int
-    unit_length: bool
-    max_tokens: int | None
-    dropped: bool
+    dim: int  # width of its vectors
+    unit_length: bool  # whether they have length 1
+    max_tokens: int | None  # it reads no more of a text; None: no limit
+    dropped: bool  # whether the projection was left out
+    # Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
     old_ones_read: bool
-    formats: Sequence[PublishedFormat]
-    has_code: bool = False
-    padding: int = 0
+    formats: Sequence[PublishedFormat]  # the base, then the others that are published
+    has_code: bool = False  # whether it needs the code that lies in its folder
+    padding: int = 0  # id of the token that pads a batch
+    # Role -> what it reads before texts of that role; no empty ones.
     prompts: Mapping[Role, str] = field(default_factory=dict)
 
     @property

@@ -31,19 +31,12 @@ FEW_POINTS = 12  # of a line: more would hide it
 
 @dataclass(frozen=True)
 class Bar:
-    """A model's share of the teacher.
-
-    Args:
-        name: The model's name.
-        tone: CSS class of its colour.
-        percent: 0 and above; 100 is as much as the teacher.
-        decimals: How many of it are known.
-    """
+    """A model's share of the teacher."""
 
     name: str
-    tone: str
-    percent: float
-    decimals: int = 1
+    tone: str  # CSS class of its colour
+    percent: float  # 0 and above; 100 is as much as the teacher
+    decimals: int = 1  # how many of it are known
 
     @property
     def label(self) -> str:
@@ -53,19 +46,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
-    """A value of a model by step.
-
-    Args:
-        name: The model's name.
-        tone: CSS class of its colour.
-        points: Step and value; at least one.
-        best: The step whose weights were kept, if known.
-    """
+    """A value of a model by step."""
 
     name: str
-    tone: str
-    points: Points
-    best: int | None = None
+    tone: str  # CSS class of its colour
+    points: Points  # step and value; at least one
+    best: int | None = None  # the step whose weights were kept, if known
 
 
 def bars(title: str, rows: Sequence[Bar]) -> Markup:

@@ -24,36 +24,25 @@ from stages.reporting.results import Formats, Metrics
 
 @dataclass(frozen=True)
 class Choice:
-    """The student that the report names.
+    """The student that the report names."""
 
-    Args:
-        form: Its name, with that of its format where it is another than the model's own; None: no student.
-        sentence: What it keeps of the teacher, how fast and how small it is; empty where nothing is known.
-        fits: Whether it is within the bound; else it is the nearest to it. None: no bound chose it.
-    """
-
+    # Its name, with that of its format where it is another than the model's own; None: no student.
     form: str | None
+    # What it keeps of the teacher, how fast and how small it is; empty where nothing is known.
     sentence: str
+    # Whether it is within the bound; else it is the nearest to it. None: no bound chose it.
     fits: bool | None = None
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a bound is about.
+    """What a bound is about."""
 
-    Args:
-        amounts: Form -> the number that is bounded, for those that have one.
-        least: The lowest that fits; of amounts for which less is better, both are below 0.
-        within: The bound, to stand behind "the best" or "the smallest".
-        none: Said where nothing fits.
-        unknown: Said where nobody has such a number.
-    """
-
-    amounts: Mapping[str, float]
-    least: float
-    within: str
-    none: str
-    unknown: str
+    amounts: Mapping[str, float]  # form -> the number that is bounded, for those that have one
+    least: float  # the lowest that fits; of amounts for which less is better, both are below 0
+    within: str  # the bound, to stand behind "the best" or "the smallest"
+    none: str  # said where nothing fits
+    unknown: str  # said where nobody has such a number
 
 
 def choice(

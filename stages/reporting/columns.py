@@ -35,19 +35,12 @@ GAP = 2  # blanks between two columns
 
 @dataclass(frozen=True)
 class Quality:
-    """A measure of which more is better.
+    """A measure of which more is better."""
 
-    Args:
-        title: Lines of it.
-        measure: The number.
-        decimals: How many are shown.
-        keep: In a table that is too wide, columns with the lowest number go first.
-    """
-
-    title: str
-    measure: Measure
-    decimals: int
-    keep: int
+    title: str  # lines of it
+    measure: Measure  # the number
+    decimals: int  # how many are shown
+    keep: int  # in a table that is too wide, columns with the lowest number go first
 
     @property
     def name(self) -> str:
@@ -57,19 +50,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of the table.
+    """A column of the table."""
 
-    Args:
-        title: Lines of it.
-        cells: What stands there, by model; not every model need have one.
-        keep: In a table that is too wide, columns with the lowest number go first.
-        bold: Models whose cell is the best among students.
-    """
-
-    title: str
-    cells: Mapping[str, str]
-    keep: int
-    bold: frozenset[str] = frozenset()
+    title: str  # lines of it
+    cells: Mapping[str, str]  # what stands there, by model; not every model need have one
+    keep: int  # in a table that is too wide, columns with the lowest number go first
+    bold: frozenset[str] = frozenset()  # models whose cell is the best among students
 
     @property
     def width(self) -> int:

@@ -14,17 +14,11 @@ TYPES = ("float32", "int8", "binary")
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A model's vectors, whole or cut, in an index of each type.
-
-    Args:
-        model: The model's name.
-        width: How many first values are kept; None for all.
-        cells: Bytes of a vector and recall@10, type by type.
-    """
+    """A model's vectors, whole or cut, in an index of each type."""
 
     model: str
-    width: int | None
-    cells: Sequence[str]
+    width: int | None  # how many first values are kept; None for all
+    cells: Sequence[str]  # bytes of a vector and recall@10, type by type
 
 
 def index_rows(models: Mapping[str, Metrics]) -> list[IndexRow]:

@@ -25,21 +25,14 @@ SPEED = "texts_per_reference"
 
 @dataclass(frozen=True)
 class Kept:
-    """A measure of which both a student and the teacher have a number, over the same sets.
-
-    Args:
-        title: The measure's name.
-        ours: The student's.
-        theirs: The teacher's, not 0.
-        ends: The confidence interval of each number, where it is known.
-        is_tied: Whether the two cannot be told apart.
-    """
+    """A measure of which both a student and the teacher have a number, over the same sets."""
 
     title: str
-    ours: float
-    theirs: float
+    ours: float  # the student's
+    theirs: float  # the teacher's, not 0
+    # The confidence interval of each number, where it is known.
     ends: tuple[Ends | None, Ends | None] = (None, None)
-    is_tied: bool = False
+    is_tied: bool = False  # whether the two cannot be told apart
 
     @property
     def percent(self) -> float:

@@ -27,23 +27,14 @@ from stages.reporting.templating import clean
 
 @dataclass(frozen=True)
 class Mark:
-    """A model in a plane.
-
-    Args:
-        name: The model's name.
-        tone: CSS class of its colour.
-        x: The model's cost, above 0.
-        y: The model's quality.
-        on_front: Whether no other is better by both.
-        is_chosen: Whether the page names it on top.
-    """
+    """A model in a plane."""
 
     name: str
-    tone: str
-    x: float
-    y: float
-    on_front: bool
-    is_chosen: bool = False
+    tone: str  # CSS class of its colour
+    x: float  # the model's cost, above 0
+    y: float  # the model's quality
+    on_front: bool  # whether no other is better by both
+    is_chosen: bool = False  # whether the page names it on top
 
     @property
     def is_named(self) -> bool:

@@ -120,39 +120,25 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A training run by step.
+    """A training run by step."""
 
-    Args:
-        score: What `scores` are: "agreement" or "dev".
-        scores: At each evaluation, the first at step 0.
-        losses: Name of each part of the loss -> its mean since the evaluation before; none at step 0.
-        notes: Name of each further column, e.g. "temperature ckd" -> its values.
-    """
-
-    score: str
-    scores: Points
+    score: str  # what `scores` are: "agreement" or "dev"
+    scores: Points  # at each evaluation, the first at step 0
+    # Name of each part of the loss -> its mean since the evaluation before; none at step 0.
     losses: Mapping[str, Points]
-    notes: Mapping[str, Points]
+    notes: Mapping[str, Points]  # name of each further column, e.g. "temperature ckd" -> its values
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that stages left about a model.
-
-    Args:
-        name: The model's name.
-        metrics: The model's numbers.
-        details: What to look at.
-        curve: Score, losses and notes by step, if it was trained here.
-        training: How that ended, if it was trained here.
-        formats: What it is in other formats, if it was exported here.
-    """
+    """All that stages left about a model."""
 
     name: str
     metrics: Metrics
-    details: Details
-    curve: Curve | None = None
-    training: Training | None = None
+    details: Details  # what to look at
+    curve: Curve | None = None  # score, losses and notes by step, if it was trained here
+    training: Training | None = None  # how that ended, if it was trained here
+    # What it is in other formats, if it was exported here.
     formats: Formats = field(default_factory=dict)
 
 

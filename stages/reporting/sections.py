@@ -35,18 +35,13 @@ Figure = tuple[str, Markup]
 
 @dataclass(frozen=True)
 class Subject:
-    """What the page is about.
+    """What the page is about."""
 
-    Args:
-        models: By name, in the order of the page: teacher, starts, students.
-        students: Those of them that were trained, in their order.
-        rank_by: The metric that ranks students; None for the first that was measured.
-        choose: The bound within which a student is named; None: the best one is.
-    """
-
-    models: Mapping[str, Model]
-    students: Sequence[str]
+    models: Mapping[str, Model]  # by name, in the order of the page: teacher, starts, students
+    students: Sequence[str]  # those of them that were trained, in their order
+    # The metric that ranks students; None for the first that was measured.
     rank_by: str | None = None
+    # The bound within which a student is named; None: the best one is.
     choose: ChooseParams | None = None
 
     @cached_property

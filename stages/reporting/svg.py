@@ -34,21 +34,13 @@ def px(value: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high` along pixels from `begin` to `end`.
+    """Values from `low` to `high` along pixels from `begin` to `end`."""
 
-    Args:
-        low: Value at `begin`.
-        high: Value at `end`, above `low`.
-        begin: Pixel.
-        end: Pixel.
-        log: Equal ratios take equal space; both values are above 0.
-    """
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
+    low: float  # value at `begin`
+    high: float  # value at `end`, above `low`
+    begin: float  # pixel
+    end: float  # pixel
+    log: bool = False  # equal ratios take equal space; both values are above 0
 
     @classmethod
     def around(

@@ -29,44 +29,28 @@ MARGIN = 2
 
 @dataclass(frozen=True)
 class ReadAs:
-    """How the texts of a role are asked for.
+    """How the texts of a role are asked for."""
 
-    Args:
-        teacher: The fingerprint under which their vectors are stored.
-        prompt: Stands before each.
-        input_type: The field of that name; None for none.
-    """
-
-    teacher: str
-    prompt: str
-    input_type: str | None
+    teacher: str  # the fingerprint under which their vectors are stored
+    prompt: str  # stands before each
+    input_type: str | None  # the field of that name; None for none
 
 
 @dataclass
 class Pending:
-    """The texts of a shard while they are asked for.
+    """The texts of a shard while they are asked for."""
 
-    Args:
-        ready: As they are sent.
-        keys: Their text keys.
-        read_as: How they are asked for.
-        journal: Keeps the answers; None to keep none.
-        vectors: Place -> (dim,) float32.
-        tokens: Place -> number of tokens.
-        refused: Place -> why the server refuses the text.
-        asked: The requests under way.
-        is_judged: Whether a text of which the server may have read only a part is refused.
-    """
-
-    ready: list[ReadyText]
-    keys: list[bytes]
-    read_as: ReadAs
-    journal: Journal | None
+    ready: list[ReadyText]  # as they are sent
+    keys: list[bytes]  # their text keys
+    read_as: ReadAs  # how they are asked for
+    journal: Journal | None  # keeps the answers; None to keep none
+    # Whether a text of which the server may have read only a part is refused.
     is_judged: bool = True
-    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
-    tokens: dict[int, int] = field(default_factory=dict)
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # place -> (dim,) float32
+    tokens: dict[int, int] = field(default_factory=dict)  # place -> number of tokens
+    # Place -> why the server refuses the text.
     refused: dict[int, str] = field(default_factory=dict)
-    asked: list[Future[None]] = field(default_factory=list)
+    asked: list[Future[None]] = field(default_factory=list)  # the requests under way
 
     def output(self) -> PlainOutput:
         """Returns the vectors of all texts."""

@@ -15,15 +15,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server answered for n texts.
+    """What the server answered for n texts."""
 
-    Args:
-        vectors: (n, dim) float32, in the order of the texts, not checked for NaN.
-        tokens: Number of tokens by the server's count; None if it names none.
-    """
-
-    vectors: NDArray[np.float32]
-    tokens: int | None
+    vectors: NDArray[np.float32]  # (n, dim) float32, in the order of the texts, not checked for NaN
+    tokens: int | None  # number of tokens by the server's count; None if it names none
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:

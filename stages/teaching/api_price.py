@@ -14,21 +14,13 @@ from stages.teaching.api_texts import ReadyText
 
 @dataclass(frozen=True)
 class Price:
-    """Of some texts.
+    """Of some texts."""
 
-    Args:
-        tokens: Of all of them, prompts included.
-        requests: That ask for them.
-        cost: Of the tokens; None if there is no price.
-        seconds: That the limits of a minute take at least; 0 without limits.
-        how: How the tokens are known.
-    """
-
-    tokens: int
-    requests: int
-    cost: float | None
-    seconds: float
-    how: str
+    tokens: int  # of all of them, prompts included
+    requests: int  # that ask for them
+    cost: float | None  # of the tokens; None if there is no price
+    seconds: float  # that the limits of a minute take at least; 0 without limits
+    how: str  # how the tokens are known
 
 
 def price_of(

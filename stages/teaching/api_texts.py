@@ -23,19 +23,12 @@ PROBE_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class ReadyText:
-    """A text as it is sent.
+    """A text as it is sent."""
 
-    Args:
-        sent: Prompt and text.
-        tokens: By the tokenizer; about this many if none is named.
-        most_tokens: It has no more than that; a token has at least one byte.
-        is_cut: Whether a part of it is left out.
-    """
-
-    sent: str
-    tokens: int
-    most_tokens: int
-    is_cut: bool
+    sent: str  # prompt and text
+    tokens: int  # by the tokenizer; about this many if none is named
+    most_tokens: int  # it has no more than that; a token has at least one byte
+    is_cut: bool  # whether a part of it is left out
 
 
 class TextCounter:

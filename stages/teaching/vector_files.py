@@ -44,21 +44,13 @@ SAME_LENGTH = 0.005
 
 @dataclass(frozen=True)
 class ImportedVectors:
-    """A file of vectors with the keys of their texts.
+    """A file of vectors with the keys of their texts."""
 
-    Args:
-        path: The file of the vectors.
-        vectors: (n, dim) float16, float32 or float64, memory-mapped.
-        texts: The file of the texts.
-        index: Index of the k <= n text keys; empty and rejected lines have none.
-        rows: (k,) row of `vectors` for each key of `index`.
-    """
-
-    path: Path
-    vectors: NDArray[np.floating]
-    texts: Path
-    index: KeyIndex
-    rows: NDArray[np.int64]
+    path: Path  # the file of the vectors
+    vectors: NDArray[np.floating]  # (n, dim) float16, float32 or float64, memory-mapped
+    texts: Path  # the file of the texts
+    index: KeyIndex  # index of the k <= n text keys; empty and rejected lines have none
+    rows: NDArray[np.int64]  # (k,) row of `vectors` for each key of `index`
 
     @property
     def dim(self) -> int:

@@ -12,27 +12,17 @@ from storage.store import canonical_json
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between two manifests, A and B.
+    """The differences between two manifests, A and B."""
 
-    Args:
-        kind: (A's, B's) if the kinds differ, or None.
-        recipe: Setting (nested ones dotted) -> {"a": value, "b": value}; a side that lacks it is left out.
-        parent: (A's, B's) if the parents differ, or None.
-        only_a: Keys that only A names.
-        only_b: Keys that only B names.
-        copies: Keys that both name with different copies.
-        common: Keys that both name with the same copy.
-        moved: Whether both name the same keys in another order, so that rows have other ids.
-    """
-
-    kind: tuple[str, str] | None
+    kind: tuple[str, str] | None  # (A's, B's) if the kinds differ, or None
+    # Setting (nested ones dotted) -> {"a": value, "b": value}; a side that lacks it is left out.
     recipe: Mapping[str, Mapping[str, Any]]
-    parent: tuple[str | None, str | None] | None
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    copies: tuple[str, ...]
-    common: tuple[str, ...]
-    moved: bool
+    parent: tuple[str | None, str | None] | None  # (A's, B's) if the parents differ, or None
+    only_a: tuple[str, ...]  # keys that only A names
+    only_b: tuple[str, ...]  # keys that only B names
+    copies: tuple[str, ...]  # keys that both name with different copies
+    common: tuple[str, ...]  # keys that both name with the same copy
+    moved: bool  # whether both name the same keys in another order, so that rows have other ids
 
     @property
     def none(self) -> bool:

@@ -20,18 +20,13 @@ State = Literal["missing", "damaged", "unreadable", "another copy"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A deviation of an object from its manifest.
+    """A deviation of an object from its manifest."""
 
-    Args:
-        key: The key of the object.
-        state: `another copy` is no fault: the object is intact, but the manifest names another copy.
-            `unreadable` says nothing about the object: the operating system refused to open it.
-        said: Description of the deviation.
-    """
-
-    key: str
+    key: str  # the key of the object
+    # `another copy` is no fault: the object is intact, but the manifest names another copy.
+    # `unreadable` says nothing about the object: the operating system refused to open it.
     state: State
-    said: str
+    said: str  # description of the deviation
 
 
 def examine(store: Store, key: str, named: Object | None, *, read: bool) -> Finding | None:

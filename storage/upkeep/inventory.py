@@ -58,19 +58,13 @@ class Note(BaseModel):
 
 @dataclass(frozen=True)
 class Ref:
-    """A manifest that keeps its objects in the store, for one holder.
+    """A manifest that keeps its objects in the store, for one holder."""
 
-    Args:
-        name: The file's name without `.json`.
-        manifest: The manifest.
-        made: by, on, at, in of the holder; with the prefix `maker_` those of the maker if it is another.
-        seen: Time of the holder's last use, in seconds since the epoch, renewed once a day.
-    """
-
-    name: str
+    name: str  # the file's name without `.json`
     manifest: Manifest
+    # by, on, at, in of the holder; with the prefix `maker_` those of the maker if it is another.
     made: Mapping[str, str]
-    seen: float
+    seen: float  # time of the holder's last use, in seconds since the epoch, renewed once a day
 
     @property
     def holder(self) -> str:
@@ -124,25 +118,17 @@ class File:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All files of a store but its refs, sorted by name.
+    """All files of a store but its refs, sorted by name."""
 
-    Args:
-        objects: Files whose name is a key.
-        scratch: Scratch files of living or dead writers, and what stages made for themselves.
-        answers: Paid answers of an API that stand in no published shard yet.
-        aside: Objects that a running or killed gc has taken away and not yet deleted.
-        marks: Files that each mark a gc that has begun and not ended.
-        quarantine: Objects that `repair` moved away; a folder counts as one.
-        foreign: All other files.
-    """
-
-    objects: tuple[File, ...]
+    objects: tuple[File, ...]  # files whose name is a key
+    # Scratch files of living or dead writers, and what stages made for themselves.
     scratch: tuple[File, ...]
-    answers: tuple[File, ...]
+    answers: tuple[File, ...]  # paid answers of an API that stand in no published shard yet
+    # Objects that a running or killed gc has taken away and not yet deleted.
     aside: tuple[File, ...]
-    marks: tuple[File, ...]
-    quarantine: tuple[File, ...]
-    foreign: tuple[File, ...]
+    marks: tuple[File, ...]  # files that each mark a gc that has begun and not ended
+    quarantine: tuple[File, ...]  # objects that `repair` moved away; a folder counts as one
+    foreign: tuple[File, ...]  # all other files
 
 
 def take_inventory(root: Path) -> Inventory:
@@ -363,19 +349,14 @@ def _last(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The files that `gc` would delete, and those of the same kinds that it would keep.
+    """The files that `gc` would delete, and those of the same kinds that it would keep."""
 
-    Args:
-        orphans: Objects that no ref keeps, to be deleted.
-        young: Such objects, and answers of an API, in a folder that may be in use, to be kept.
-        scratch: Scratch files of dead writers, and answers that no run has asked for, to be deleted.
-        live: Scratch files of writers that may be alive, to be kept.
-    """
-
-    orphans: tuple[File, ...]
+    orphans: tuple[File, ...]  # objects that no ref keeps, to be deleted
+    # Such objects, and answers of an API, in a folder that may be in use, to be kept.
     young: tuple[File, ...]
+    # Scratch files of dead writers, and answers that no run has asked for, to be deleted.
     scratch: tuple[File, ...]
-    live: tuple[File, ...]
+    live: tuple[File, ...]  # scratch files of writers that may be alive, to be kept
 
 
 def plan_sweep(inventory: Inventory, refs: Sequence[Ref], *, now: float, grace: float) -> Sweep:
