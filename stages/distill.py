@@ -174,14 +174,9 @@ def prepare(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> DistillTask:
-    """Returns the task before its first step; computes the token ids that the store lacks.
+    """Returns the task of a recipe, with `auto` resolved, before its first step.
 
-    Args:
-        params: The recipe, with `auto` resolved.
-        start: Folder of the start.
-        caches: Corpus, vectors, neighbours and split to learn from.
-        device: The device for training.
-        trust_remote_code: Whether code in the folder of the start may run.
+    Computes the token ids that the store lacks.
 
     Raises:
         TeachonceError: too few rows, a start that cannot be trained, or a width above the teacher's.

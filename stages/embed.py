@@ -240,14 +240,7 @@ def run(
 class _EmbedRun:
     """One run over a corpus, or over a share of it.
 
-    Args:
-        params: The settings `embed`.
-        corpus: The texts.
-        store: The store for the vectors.
-        shared: The connection to the remote.
-        teachers: The teacher's fingerprint for each role of the corpus.
-        parts: The objects of this run; below, a number is a place in this list.
-        journal: Keeps answers that are in no published shard yet; None for none.
+    Below, a shard is a place in the list of `parts`, the objects of this run.
     """
 
     def __init__(

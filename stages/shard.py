@@ -187,13 +187,6 @@ def make_again(
 
     A shard is named by what is in it, so it is the lost one, to the bit.
 
-    Args:
-        params: The settings `shard`.
-        root: The work tree.
-        store: The store for the shards.
-        keys: Keys of shards of texts or readings.
-        distill: The settings `distill`.
-
     Returns:
         The keys of those that the files no longer yield.
 
@@ -236,15 +229,8 @@ def shards_of(
 ) -> Iterator[tuple[Role, Sequence[tuple[str, bytes]]]]:
     """Yield each shard with its role: the texts of one role after those of another.
 
+    All items of the sources are counted, those that are rejected by rule, and those that readings added.
     Texts that no source has, but a file of readings, come last in their role.
-
-    Args:
-        params: The settings `shard`.
-        root: The work tree, to which sources are relative.
-        counted: Counts all items of the sources.
-        rejected: Counts those that are not kept.
-        distill: The settings `distill`.
-        added: Counts the texts that files of readings added.
 
     Raises:
         TeachonceError: a source is missing, truncated or unreadable.
@@ -284,11 +270,7 @@ def reading_shards(
 ) -> Iterator[tuple[Role, Sequence[Reading]]]:
     """Yield each shard of readings with the role of their texts.
 
-    Args:
-        params: The settings `shard`.
-        distill: The settings `distill`.
-        root: The work tree, to which files are relative.
-        counts: Counts all pairs as `read`, and those that are not kept by `RULES_OF_READINGS`.
+    Counts all pairs as `read`, and those that are not kept by `RULES_OF_READINGS`.
 
     Raises:
         TeachonceError: a file is missing, truncated or unreadable.

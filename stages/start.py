@@ -45,14 +45,9 @@ def recipe(
     corpus: Corpus | None,
     caches: Caches | None = None,
 ) -> dict[str, Any]:
-    """What the folder of a start is made from.
+    """What the folder of a start is made from; `pooling` as in `run`.
 
-    Args:
-        params: The settings of the start.
-        pooling: As in `run`.
-        files: The hashes of the model's files.
-        corpus: The corpus of a start that reads it; None for one that does not.
-        caches: What layers are chosen by; None for a start that does not choose any.
+    The corpus and the caches are None for a start that does not read them, or choose layers by them.
     """
     chosen_by = {}
     if caches is not None:
@@ -73,11 +68,8 @@ def recipe(
 def as_it_is(name: str, *, folder: Path, record: Path, made_from: str | None) -> Outcome | None:
     """What is said of a start that cannot be made here, but is here already, made from the same.
 
-    Args:
-        name: Name of the start.
-        folder: Its folder.
-        record: The JSON file that `measure` left when it was made.
-        made_from: The fingerprint of its `recipe`; None if that is not known.
+    `record` is the JSON file that `measure` left, `made_from` the fingerprint of the start's `recipe`, None
+    if that is not known.
 
     Returns:
         None if it is not here, or was made from something else.
@@ -105,13 +97,8 @@ def measure(
 ) -> Outcome:
     """Say of a start how far it agrees with its teacher before it is trained, and write down its facts.
 
-    Args:
-        outcome: What `run` said.
-        name: Name of the start.
-        load: Loads it, to read texts as its students do.
-        caches: Opens corpus, vectors and split; where there are none, the reason is said.
-        record: JSON file to write: the facts.
-        made_from: The fingerprint of its `recipe`; None if that is not known.
+    `made_from` is the fingerprint of its `recipe`, None if that is not known. Where there are no caches,
+    the reason is said.
     """
     sentence, agreement = agreement_of_start(name, load, caches)
     facts = {**outcome.facts, **agreement}
@@ -130,14 +117,6 @@ def chosen_layers(
     device: torch.device,
 ) -> LayerChoice:
     """The `count` layers of a model by which it agrees most with the teacher on rows held out.
-
-    Args:
-        name: Name of the start.
-        caches: Opens corpus, vectors and split.
-        model: The model.
-        count: How many layers.
-        max_tokens: Tokens that are read of a text.
-        device: Where the model reads.
 
     Raises:
         MissingError: there are no vectors of rows held out.

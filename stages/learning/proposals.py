@@ -39,15 +39,9 @@ TOLERANCE = 1e-5
 
 
 class Proposals(nn.Module):
-    """The pool and the scheduler of a run; all of its state are buffers, so a checkpoint has it.
+    """The pool and the scheduler of a run of so many steps; the pool is drawn from the (n,) training rows.
 
-    Args:
-        params: The objective.
-        embeddings: The teacher's vectors.
-        negatives: Mined neighbours.
-        train: (n,) int64 ids of the training rows; the pool is drawn from these.
-        steps: Steps of the whole run.
-        seed: The seed of the recipe.
+    All of its state are buffers, so a checkpoint has it.
     """
 
     rows: Tensor

@@ -77,12 +77,6 @@ def prompt_tokens(
 
     As sentence-transformers counts them for a pooling that leaves the prompt out.
 
-    Args:
-        tokenizer: The student's tokenizer.
-        prompts: Role -> prompt.
-        max_tokens: Truncation length.
-        address: The setting that says `max_tokens`, to name in an error.
-
     Raises:
         TeachonceError: a prompt leaves too few tokens for a text.
     """

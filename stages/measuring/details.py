@@ -75,12 +75,7 @@ def search_details(
 ) -> list[dict[str, Any]]:
     """Returns a few searches in a retrieval set: query, and the first documents with their cosines.
 
-    Args:
-        name: Name of the set.
-        asked: Queries, documents and relevance.
-        queries: (q, dim) float32 vectors.
-        documents: (d, dim) float32 vectors.
-        ignored: (q,) int64 place of the document to leave out for a query, as in `nearest`.
+    Of (q, dim) queries among (d, dim) documents; `ignored` as in `nearest`.
     """
     chosen = _sample_places(len(asked.queries))
     results = nearest(

@@ -27,13 +27,9 @@ def write_documents(
     teacher: str,
     as_read: str,
 ) -> None:
-    """Replace the folder by one file for each set.
+    """Replace the folder by a file for each set: n document texts and their (n, dim) vectors.
 
-    Args:
-        folder: The folder of all sets' files.
-        sets: Name of a set -> its n document texts and their (n, dim) vectors.
-        teacher: Fingerprint of the teacher.
-        as_read: Truncation of the documents, which the fingerprint does not cover.
+    The teacher's fingerprint does not cover `as_read`, the truncation of the documents.
     """
     from safetensors.numpy import save_file
 
@@ -54,14 +50,9 @@ def write_documents(
 def read_documents(
     folder: Path, name: str, texts: Sequence[str], *, teacher: str, as_read: str
 ) -> NDArray[np.float32] | None:
-    """Returns (n, dim) unit vectors of the documents of one set; None if there is no file.
+    """Returns (n, dim) unit vectors of the n documents of one set; None if there is no file.
 
-    Args:
-        folder: The folder of all sets' files.
-        name: Name of the set.
-        texts: The current texts of its n documents.
-        teacher: Fingerprint that the vectors must have.
-        as_read: Truncation of documents by the current settings.
+    They must be of these texts and of the teacher with this fingerprint, and truncated as `as_read` says.
 
     Raises:
         DamagedError: the vectors are of other documents, another teacher or another truncation, or the

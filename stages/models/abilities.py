@@ -90,13 +90,9 @@ def token_limit_of(folder: Path, address: str) -> int | None:
 
 
 def check_length(wanted: int | None, limit: int | None, *, address: str, who: str) -> None:
-    """Raise if more tokens of a text are wanted than a model reads.
+    """Raise if more tokens of a text are wanted than a model reads; `who` is the model, for an error.
 
-    Args:
-        wanted: The number of tokens in the settings; None for the model's own.
-        limit: The model's limit; None for no limit.
-        address: The setting, to name in an error.
-        who: The model, to name in an error.
+    None is the model's own number, or no limit.
     """
     if wanted is not None and limit is not None and wanted > limit:
         raise TeachonceError(
@@ -195,11 +191,7 @@ def check_vocabulary_of(folder: Path, wanted: int | None, *, address: str) -> No
 def check_embedding_of(folder: Path, columns: int, hidden: int | None, *, address: str) -> None:
     """Raise if the word embeddings of a start cannot have so few columns.
 
-    Args:
-        folder: The folder of the model that it is made of, or like.
-        columns: The columns.
-        hidden: The width of the start; None for the model's own.
-        address: The setting, to name in an error.
+    `hidden` is the width of the start; None for that of the model in the folder.
     """
     if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise no_factors(kind, address=address)
@@ -263,13 +255,9 @@ def check_drawable(folder: Path, *, address: str) -> None:
 
 
 def check_static_of(folder: Path, hidden: int, *, address: str, is_random: bool = False) -> None:
-    """Raise if no static model can be made of the model in a folder.
+    """Raise if no static model with a table of `hidden` columns can be made of the model in a folder.
 
-    Args:
-        folder: The folder.
-        hidden: The width of the static model's table.
-        address: The setting of the start, to name in an error.
-        is_random: Whether its table is drawn at random; then it may be wider than the model's vectors.
+    A table that is drawn at random may be wider than the model's vectors.
     """
     if (kind := first_kind(folder, address)) != TRANSFORMER:
         raise TeachonceError(
@@ -284,13 +272,9 @@ def check_static_of(folder: Path, hidden: int, *, address: str, is_random: bool 
 
 
 def check_static(hidden: int, width: int | None, *, has_tokenizer: bool, address: str) -> None:
-    """Raise if no static model can be made of a transformer.
+    """Raise if no static model with a table of `hidden` columns can be made of a transformer.
 
-    Args:
-        hidden: The width of the static model's table.
-        width: Values of the transformer's vectors; None if any is right, or it is not known.
-        has_tokenizer: Whether it has a tokenizer.json.
-        address: The setting of the start, to name in an error.
+    `width` is that of its vectors; None if any is right, or it is not known.
     """
     if not has_tokenizer:
         raise TeachonceError(

@@ -79,13 +79,9 @@ def _table(vectors: Tensor, padding: int | None) -> nn.Embedding:
 
 @torch.no_grad()
 def factorise(model: SentenceTransformer, columns: int, *, corpus: Corpus, address: str) -> None:
-    """Make two factors of a transformer's word embeddings, in place.
+    """Make two factors of a transformer's word embeddings, in place, by the tokens of a corpus.
 
-    Args:
-        model: The model, on the CPU, with a fast tokenizer.
-        columns: Columns of the smaller table.
-        corpus: The texts whose tokens are counted.
-        address: The setting, to name in an error.
+    The model is on the CPU, and has a fast tokenizer.
 
     Raises:
         TeachonceError: it has no such table, or one that is no wider than `columns`.

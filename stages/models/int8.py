@@ -87,13 +87,9 @@ def folded_table(model: SentenceTransformer) -> Tensor | None:
 
 
 def write_table(table: Tensor, folder: Path, *, tokenizer: str, unit_length: bool) -> None:
-    """Write a static model as model2vec does: int8 vectors, a weight for each token, and the tokenizer.
+    """Write a static model as model2vec does, in a folder that is made.
 
-    Args:
-        table: (V, dim) float32 vectors of tokens.
-        folder: The folder to make.
-        tokenizer: The content of tokenizer.json.
-        unit_length: Whether a text's vector has length 1.
+    int8 vectors and a weight for each token, of the (V, dim) float32 table, and the given tokenizer.json.
     """
     from safetensors.torch import save_file
 

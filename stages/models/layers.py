@@ -169,13 +169,9 @@ def _per_layer(body: nn.Module, count: int) -> dict[str, Sequence[object]]:
 def _traits(
     body: nn.Module, block: nn.Module, place: int, lists: Sequence[str]
 ) -> dict[str, object]:
-    """Returns what a layer does with texts that are longer than `PROOF_TEXTS`.
+    """Returns what the layer at a place does with texts that are longer than `PROOF_TEXTS`.
 
-    Args:
-        body: The transformer.
-        block: The layer.
-        place: Its place in the transformer.
-        lists: Names of settings with an entry for each layer.
+    Also its entry in each setting of `lists`, which has one for each layer.
     """
     config: Any = body.config
     values = {name: getattr(config.get_text_config(), name, None) for name in lists}

@@ -134,14 +134,7 @@ def make_narrow(
 def check_saved(
     folder: Path, model: SentenceTransformer, *, trust_remote_code: bool, address: str
 ) -> None:
-    """Raise if a narrow model reads otherwise once it was saved and loaded.
-
-    Args:
-        folder: Where it was saved.
-        model: The model as it was saved.
-        trust_remote_code: Whether code in the folder may run.
-        address: The setting of the start, to name in an error.
-    """
+    """Raise if a narrow model reads otherwise once it was saved in a folder and loaded."""
     saved = load_model(folder, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
     pairs = zip(token_vectors(model, PROOF_TEXTS), token_vectors(saved, PROOF_TEXTS), strict=True)
     apart = max(distance(own, other) for own, other in pairs)
@@ -256,15 +249,9 @@ def _fit_embeddings(
 def _fit_layer(
     block: Model, layer: Model, own: Trace, wanted: Trace, states: Sequence[Tensor], basis: Tensor
 ) -> list[Tensor]:
-    """Fit a layer of the small model.
+    """Fit a layer of the small model to what the large model's layer makes of the texts.
 
-    Args:
-        block: The layer.
-        layer: The large model's.
-        own: What `layer` makes of the texts.
-        wanted: The trace whose end the small layer is to have.
-        states: What the small layer reads.
-        basis: (hidden, width).
+    It reads `states`, and is to have the end of the trace `wanted`; the basis is (hidden, width).
 
     Returns:
         The states behind it.
@@ -368,12 +355,8 @@ def _mend(linear: nn.Linear, inputs: Tensor, wanted: Tensor) -> None:
 def _fit_norm(norm: Model, large: Model, sums: Tensor, wanted: Tensor, basis: Tensor) -> None:
     """Fit gains and biases of a LayerNorm, value by value, by least squares.
 
-    Args:
-        norm: The norm of the small model.
-        large: The norm in its place in the large model, with which it begins.
-        sums: (n, hidden) what it reads.
-        wanted: (n, width) what the large model has there.
-        basis: (hidden, width).
+    It begins as the norm in its place in the large model; of (n, hidden) sums it is to make the (n, width)
+    wanted.
     """
     norm.weight.copy_(basis.square() @ large.weight)
     norm.bias.copy_(basis @ large.bias)
@@ -390,11 +373,8 @@ def _fit_norm(norm: Model, large: Model, sums: Tensor, wanted: Tensor, basis: Te
 def _lead_back(model: SentenceTransformer, states: Tensor, wanted: Tensor, basis: Tensor) -> None:
     """Put a Dense behind the pooling that leads back to the width that there was.
 
-    Args:
-        model: The model, whose transformer is narrow by now.
-        states: (n, hidden) token vectors of the narrow transformer.
-        wanted: (n, width) those of the large one.
-        basis: (hidden, width).
+    It is fitted to (n, hidden) token vectors of the narrow transformer and the (n, width) wanted ones; the
+    basis is (hidden, width).
     """
     from sentence_transformers.base.modules import Dense
     from sentence_transformers.sentence_transformer.modules import Pooling

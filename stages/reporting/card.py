@@ -96,14 +96,7 @@ def model_card(
     metrics: Mapping[str, Metrics],
     facts: Mapping[str, str],
 ) -> str:
-    """The README.md of an export.
-
-    Args:
-        card: The model.
-        lineage: What distill and finetune left in the model's folder.
-        metrics: By model; the teacher's and this one's are shown.
-        facts: Label -> text, shown in this order.
-    """
+    """The README.md of an export: the model, its lineage, the teacher's metrics and its own, and facts."""
     models = {name: metrics[name] for name in (TEACHER, card.name) if metrics.get(name)}
     rows = columns.rows(models)
     shown = columns.columns(rows, [card.name])
