@@ -293,18 +293,7 @@ class DistillTask(nn.Module):
         if params.reads_mixes and caches.mixes is not None:
             self.mixed = MixedRows(caches.mixes, tokens, self.rows, seed=params.seed)
         self._steps_of_epoch = max(len(self.rows) // params.batch_size, 1)
-        self.proposals = {
-            name: Proposals(
-                objective,
-                embeddings=caches.embeddings,
-                negatives=caches.negatives,
-                train=self.rows,
-                steps=params.epochs * self._steps_of_epoch,
-                seed=params.seed,
-            )
-            for name, objective in zip(self.objectives.names, params.objectives, strict=True)
-            if isinstance(objective, SpeculativeObjective)
-        }
+        self.proposals = self._make_proposals()
         self.proposers = nn.ModuleDict(self.proposals).to(device)  # so that a checkpoint has them
         self.source = CandidateSource(
             caches.embeddings,
@@ -378,6 +367,22 @@ class DistillTask(nn.Module):
     def _rows_of_step(self, step: int) -> NDArray[np.int64]:
         epoch, place = divmod(step, self._steps_of_epoch)
         return self._batches(epoch)[place]
+
+    def _make_proposals(self) -> dict[str, Proposals]:
+        """Returns those of each speculative objective, by its name."""
+        objectives = zip(self.objectives.names, self.params.objectives, strict=True)
+        return {
+            name: Proposals(
+                objective,
+                embeddings=self.caches.embeddings,
+                negatives=self.caches.negatives,
+                train=self.rows,
+                steps=self.params.epochs * self._steps_of_epoch,
+                seed=self.params.seed,
+            )
+            for name, objective in objectives
+            if isinstance(objective, SpeculativeObjective)
+        }
 
     def _make_pretraining(self) -> Pretraining | None:
         if self.params.pretrain is None:
