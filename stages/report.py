@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.outcome import Outcome, write_json
 from stages.params import ChooseParams
-from stages.reporting.choice import Choice, choice
+from stages.reporting.choice import Choice
 from stages.reporting.forms import model_of
 from stages.reporting.page import page as drawn
 from stages.reporting.results import (
@@ -23,6 +23,7 @@ from stages.reporting.results import (
     read_metrics,
     read_training,
 )
+from stages.reporting.sections import Subject
 from storage import durable
 
 VERSION = 7  # raise it when a code change alters the report of the same metrics
@@ -69,26 +70,23 @@ def run(
         DamagedError: a file is not what its stage writes.
     """
     # All is read before anything is written: a report is of one moment or there is none.
-    metrics_of_models = {name: read_metrics(metrics(name), name) for name in models}
-    evaluated = [
-        Model(
+    evaluated = {
+        name: Model(
             name,
-            metrics_of_models[name],
+            read_metrics(metrics(name), name),
             read_details(details(name), name),
             read_curve(curve(name), name),
             read_training(training(name), name),
             read_exports(exports(name), name),
         )
         for name in models
-    ]
-    formats = {model.name: model.formats for model in evaluated if model.formats}
-    chosen = choice(metrics_of_models, students, rank_by=rank_by, choose=choose, formats=formats)
-    report = {"models": metrics_of_models, "formats": formats, "chosen": _as_facts(chosen)}
+    }
+    trained = [name for name in students if name in evaluated]
+    subject = Subject(evaluated, trained, rank_by, choose)
+    chosen = subject.choice
+    report = {"models": subject.metrics, "formats": subject.formats, "chosen": _as_facts(chosen)}
     write_json(out, report)
-    html = drawn(
-        evaluated, students=students, facts=facts, rank_by=rank_by, choose=choose, made_of=made_of
-    )
-    durable.replace(page, html.encode())
+    durable.replace(page, drawn(subject, facts=facts, made_of=made_of).encode())
     count = f"{len(models)} model{'s' if len(models) != 1 else ''}"
     summary = f"{count}: {chosen.sentence}" if chosen.sentence else count
     return Outcome("report", page, summary, report)

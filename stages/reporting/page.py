@@ -6,14 +6,14 @@ templates/page.html is its markup and its words; this module gives it the number
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
-from stages.params import BASE_FORMATS, TEACHER, ChooseParams
+from stages.params import BASE_FORMATS, TEACHER
 from stages.reporting import columns, legend, measures, sections, templating
 from stages.reporting.choice import Choice
 from stages.reporting.forms import model_of
 from stages.reporting.indexes import TYPES, among, index_rows
-from stages.reporting.results import Metrics, Model
+from stages.reporting.results import Metrics
 
 ON_TOP = ("project", "teacher", "corpus")
 """Facts that say at once what the page is about."""
@@ -23,27 +23,15 @@ Card = tuple[str, str, str, str]
 """A number that decides: value, unit, what it is, and the two sides that it compares."""
 
 
-def page(
-    models: Sequence[Model],
-    *,
-    students: Collection[str],
-    facts: Mapping[str, str],
-    rank_by: str | None = None,
-    choose: ChooseParams | None = None,
-    made_of: Mapping[str, str] | None = None,
-) -> str:
+def page(subject: sections.Subject, *, facts: Mapping[str, str], made_of: Mapping[str, str]) -> str:
     """The report as HTML.
 
     Args:
-        models: Teacher, starts, students.
-        students: Names of those that were trained.
+        subject: The models, and which of them were trained.
         facts: Lines about how all this was made: label -> text.
-        rank_by: The metric that ranks students; None for the first that was measured.
-        choose: The bound within which a student is named; None: the best one is.
         made_of: Start or student -> what it was made of, in a few words.
     """
-    trained = [model.name for model in models if model.name in students]
-    subject = sections.Subject({model.name: model for model in models}, trained, rank_by, choose)
+    models, trained, rank_by = subject.models, subject.students, subject.rank_by
     metrics, rows = subject.metrics, columns.rows(subject.metrics, subject.formats)
     shown = columns.columns(rows, trained)
     ties = measures.ties(metrics, trained, rank_by)
@@ -60,9 +48,9 @@ def page(
         or f"{len(models)} model{'s' if len(models) != 1 else ''} side by side.",
         cards=_cards(subject.forms, chosen.form),
         chosen=_tag(chosen, rows),
-        models=subject.models,
+        models=models,
         tones=subject.tones,
-        made_of=made_of or {},
+        made_of=made_of,
         rows=rows,
         part_of=columns.part_of,
         columns=shown,
@@ -77,16 +65,16 @@ def page(
         trade_off=sections.trade_off(subject),
         elsewhere=sorted(set(timed) - set(sections.speeds_of(subject.forms)[0])),
         curves=sections.curves(subject),
-        runs={name: run for name in trained if (run := subject.models[name].training)},
+        runs={name: run for name in trained if (run := models[name].training)},
         by_step=sections.by_step(subject),
-        held_out=max((subject.models[name].details.texts for name in trained), default=0),
+        held_out=max((models[name].details.texts for name in trained), default=0),
         similarities=sections.similarities(subject),
         disagreements=disagreements,
         opened=opened if opened in disagreements else next(iter(disagreements), None),
         searches=sections.searches(subject),
         judged=any(
             result.relevant
-            for model in models
+            for model in models.values()
             for search in model.details.searches
             for result in search.results
         ),

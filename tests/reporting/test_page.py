@@ -178,7 +178,7 @@ def words(svg):
 def test_texts_of_strangers_are_made_harmless(words, shown):
     assert text(1, 2, words) == f'<text x="1" y="2">{shown}</text>'
     assert f' aria-label="{shown}">' in picture(1, 2, words, [])
-    page = drawn([], students=[], facts={"project": words})
+    page = drawn(Subject({}, []), facts={"project": words}, made_of={})
     assert f"<title>{shown}: which student to serve</title>" in page
     assert f"<dd>{shown}</dd>" in page
     page.encode()
@@ -692,8 +692,8 @@ def test_texts_from_files_cannot_become_markup(site):
     assert "<script" not in page
     assert "<img" not in page
     metrics = metrics_of(70, 0.8, 0.9, 0.7, 300)
-    named = [Model(name, metrics, Details(**DETAILS)) for name in ("teacher", "<i>")]
-    assert "&lt;i&gt; keeps" in drawn(named, students=["<i>"], facts={})
+    named = {name: Model(name, metrics, Details(**DETAILS)) for name in ("teacher", "<i>")}
+    assert "&lt;i&gt; keeps" in drawn(Subject(named, ["<i>"]), facts={}, made_of={})
     assert page.count("&lt;script&gt;document.title = &#39;taken&#39;&lt;/script&gt;") > 10
 
 
