@@ -3,8 +3,6 @@
 A row is an anchor, a positive (a text that should be near it) and any number of hard negatives (similar
 texts that should not). A row without negatives is a pair, with in-batch negatives only. A record with
 several positives becomes several rows.
-
-This file is long because the rules that reject a row stand beside the reader that counts them.
 """
 
 from __future__ import annotations
