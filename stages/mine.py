@@ -63,6 +63,11 @@ EXACT_ROWS = {"cpu": 400_000, "cuda": 4_000_000}
 (benchmarks/mine.py), and time grows with the square. HNSW takes 1 to 2 ms a row and is faster from about
 600,000 rows on; the limit is lower because a killed self-join starts over. The GPU's is not measured."""
 
+AUTO = ("hnsw", "hnsw-sq8")
+"""Approximate indexes in the order in which `auto` takes the first that fits into `memory_mb`. The second
+is no slower and finds as much (benchmarks/mine_indexes.py); `hnsw` stays first, so that its lists stay
+valid."""
+
 LONGEST_JOIN = 128  # longest lists of a self-join
 QUERY_ROWS = 8192  # rows searched together: 256 rows take FAISS as long as 1,500
 MERGED_ROWS = 16 * QUERY_ROWS  # rows whose lists are merged together: those searched again are few
@@ -116,25 +121,33 @@ def resolve(
     if params.pool is not None:
         log.info("mine: index flat: a pool of %s rows is searched exactly", f"{params.pool:,}")
         return None
-    wanted = "hnsw" if params.index == "auto" else params.index
-    limit = EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
-    megabytes = index_bytes(wanted, rows=rows, dim=dim) >> 20
-    fits = megabytes <= params.memory_mb
-    reason = f"{rows:,} rows, up to {limit:,} are compared exactly on {device.type}"
-    if params.index == "auto" and rows > limit and not fits:
-        reason = f"{wanted} needs {megabytes:,} MB, mine.memory_mb is {params.memory_mb:,}"
-    exact = params.index == "flat" or (params.index == "auto" and (rows <= limit or not fits))
-    if not exact and not fits:
-        raise TeachonceError(
-            "mine.memory_mb",
-            f"is {params.memory_mb}, but {wanted} needs {megabytes} MB for {rows:,} rows",
-            f"set it to {megabytes} or more, or set mine.index: flat",
-        )
-    chosen = "flat" if exact else wanted
-    log.info("mine: index %s: %s", chosen, "as set" if params.index != "auto" else reason)
-    if exact:
+    if params.index == "flat":
+        log.info("mine: index flat: as set")
         return None
-    return index_settings(wanted, rows=rows, k=min(params.range_max + 1, rows))
+    is_auto = params.index == "auto"
+    limit = EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
+    reason = f"{rows:,} rows, up to {limit:,} are compared exactly on {device.type}"
+    if is_auto and rows <= limit:
+        log.info("mine: index flat: %s", reason)
+        return None
+    kinds = AUTO if is_auto else (params.index,)
+    megabytes = {kind: index_bytes(kind, rows=rows, dim=dim) >> 20 for kind in kinds}
+    for kind in kinds:
+        if megabytes[kind] <= params.memory_mb:
+            log.info("mine: index %s: %s", kind, reason if is_auto else "as set")
+            return index_settings(kind, rows=rows, k=min(params.range_max + 1, rows))
+    if is_auto:
+        needs = f"{AUTO[-1]} needs {megabytes[AUTO[-1]]:,} MB"
+        log.info("mine: index flat: %s, mine.memory_mb is %s", needs, f"{params.memory_mb:,}")
+        return None
+    needed = megabytes[params.index]
+    smallest = index_bytes(AUTO[-1], rows=rows, dim=dim) >> 20
+    smaller = f" {AUTO[-1]} ({smallest} MB), or" if smallest < needed else ""
+    raise TeachonceError(
+        "mine.memory_mb",
+        f"is {params.memory_mb}, but {params.index} needs {needed} MB for {rows:,} rows",
+        f"set it to {needed} or more, or set mine.index:{smaller} flat",
+    )
 
 
 class ExactCosts:
@@ -596,6 +609,8 @@ class Miner:
 
     def _check_hours(self, asked: int, device: torch.device) -> None:
         """Refuse an exact search that `auto` chose and that would take longer than `mine.most_hours`."""
+        from stages.mining.faiss_search import index_bytes
+
         rows, limit = len(self.among), EXACT_ROWS.get(device.type, EXACT_ROWS["cpu"])
         if self.params.index != "auto" or asked * rows <= limit**2:
             return
@@ -605,12 +620,13 @@ class Miner:
         if hours <= most:
             return
         pool = min(100_000, max(1, int(rows * most / hours / 1000)) * 1000)
+        room = index_bytes(AUTO[-1], rows=rows, dim=self.embeddings.dim) >> 20
         raise TeachonceError(
             "mine.most_hours",
             f"is {most:g}, but exact search of {asked:,} rows among {rows:,} would take about {hours:,.0f} "
             "hours here",
-            f"set mine.pool: {pool} (about {clock(3600 * hours * pool / rows)}), or give mine.memory_mb "
-            "room for hnsw, or begin it all the same with mine.index: flat",
+            f"set mine.pool: {pool} (about {clock(3600 * hours * pool / rows)}), or mine.memory_mb: {room} "
+            f"for {AUTO[-1]}, or begin it all the same with mine.index: flat",
         )
 
     def _exact(self, asked: int, device: torch.device) -> NearestRows:
@@ -672,8 +688,10 @@ class Miner:
 
         vectors = np.empty((len(rows), self.embeddings.dim), np.float32)
         for first in range(0, len(rows), 256):  # small blocks need little memory for intermediates
-            block = self.embeddings.rows_of(rows[first : first + 256])
-            vectors[first : first + 256] = block.astype(np.float32) / lengths(block)
+            block = self.embeddings.rows_of(rows[first : first + 256]).astype(
+                np.float32, copy=False
+            )
+            vectors[first : first + 256] = block / lengths(block)
         return vectors
 
     def mine(self, search: NearestRows, shards: Sequence[int]) -> list[ShardLists]:

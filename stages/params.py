@@ -330,7 +330,7 @@ class MineParams(Section):
     range_max: Annotated[int, Field(ge=1, le=65_534)]  # nearest neighbours looked at
     max_score: Cosine  # a neighbour above this is a near duplicate, not a negative
     min_score: Cosine | None
-    index: Literal["auto", "flat", "ivf", "hnsw"]  # flat: exact
+    index: Literal["auto", "flat", "ivf", "hnsw", "hnsw-sq8"]  # flat: exact
     min_recall: Annotated[
         float, Field(gt=0, le=1)
     ]  # an approximate index that finds less is refused

@@ -28,7 +28,8 @@ TILE = (2048, 1024)  # rows and columns compared at a time: if all are hits, 60 
 
 def lengths(stored: NDArray[np.floating]) -> NDArray[np.float32]:
     """Returns (m, 1) float32 lengths of (m, dim) vectors."""
-    found: NDArray[np.float32] = np.linalg.norm(stored.astype(np.float32), axis=1, keepdims=True)
+    vectors = stored.astype(np.float32, copy=False)
+    found: NDArray[np.float32] = np.linalg.norm(vectors, axis=1, keepdims=True)
     return found
 
 

@@ -1,5 +1,9 @@
 """Nearest rows by FAISS: exact, block by block, or by an approximate index whose recall is measured.
 
+`hnsw-sq8` holds a byte for each value of a vector (FAISS's 8-bit scalar quantiser). By these bytes it finds
+`efSearch` candidates, twice as many as a list holds or more. They are compared by the vectors of the cache,
+so the cosines of its lists are exact.
+
 A search returns the k nearest rows of each of m rows: (m, k) int64 row numbers, -1 where there are fewer,
 and (m, k) float32 cosines, descending. The row itself is among them.
 """
@@ -14,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stages.mining.cosines import IdsAndCosines, UnitRows, exact_of
+from stages.mining.cosines import IdsAndCosines, UnitRows, exact, exact_of, first_of_each
 from stages.outcome import log
 from storage import work
 from storage.errors import TeachonceError
@@ -25,6 +29,8 @@ FEW_QUERIES = 1024  # compared by torch
 FEW_BLOCK = 2048  # with so many rows at a time: 8 MB of cosines
 BUILD_ROWS = 16384  # added to an index at a time
 SAME = 1e-6  # cosines that differ by less are ties
+FACTORY = {"ivf": "IVF{nlist},Flat", "hnsw": "HNSW{M},Flat", "hnsw-sq8": "HNSW{M}_SQ8"}
+COMPARED_BYTES = 1 << 25  # vectors of candidates that are compared again at a time
 EFFORTS = ("efSearch", "nprobe")  # how much an hnsw and an ivf index look at, by FAISS's names
 FIRST_PROBED = 8  # lists of an ivf index, before a sample says how many are enough
 MOST_EFFORT = 16  # times what an index looks at first; beyond, exact search is nearly as fast
@@ -124,7 +130,8 @@ class ApproximateSearch:
     def __init__(
         self, unit_rows: UnitRows, rows: int, k: int, *, index: Mapping[str, Any], file: Path
     ) -> None:
-        self.unit_rows, self.k = unit_rows, k
+        self.unit_rows, self.rows, self.k = unit_rows, rows, k
+        self.holds_bytes = index["name"] == "hnsw-sq8"
         faiss = load_faiss()
         if not work.find(file):
             built = built_index(unit_rows, rows, index)
@@ -136,7 +143,7 @@ class ApproximateSearch:
         self.index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         effort = index[self._setting]
         self.most = MOST_EFFORT * effort
-        if index["name"] == "ivf":
+        if "nlist" in index:
             self.most = min(self.most, 2 * index["nlist"])  # FAISS takes more than all lists as all
             effort = min(effort, FIRST_PROBED)
         setattr(self._owner, self._setting, effort)
@@ -169,27 +176,59 @@ class ApproximateSearch:
 
     def nearest(self, rows: NDArray[np.int64]) -> IdsAndCosines:
         """As in `NearestRows`."""
-        cosines, places = self.index.search(self.unit_rows(rows), self.k)
-        return places, np.where(places >= 0, cosines, -1).astype(np.float32)
+        queries = self.unit_rows(rows)
+        if not self.holds_bytes:
+            cosines, places = self.index.search(queries, self.k)
+            return places, np.where(places >= 0, cosines, -1).astype(np.float32)
+        candidates = min(self.rows, max(self.k, self._looked_at))
+        _, places = self.index.search(queries, candidates)
+        at_once = max(1, COMPARED_BYTES // (candidates * queries[0].nbytes))
+        parts = [slice(first, first + at_once) for first in range(0, len(rows), at_once)]
+        lists = [self._compared(rows[part], queries[part], places[part]) for part in parts]
+        return np.concatenate([ids for ids, _ in lists]), np.concatenate([own for _, own in lists])
+
+    def _compared(
+        self, rows: NDArray[np.int64], queries: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> IdsAndCosines:
+        """Returns the k nearest of the (m, candidates) places that the index found, by exact cosines."""
+        at, column = np.nonzero(places >= 0)
+        found = places[at, column]
+        known, which = np.unique(found, return_inverse=True)
+        vectors = torch.from_numpy(self.unit_rows(known))
+        pairs = torch.from_numpy(at), torch.from_numpy(which)
+        cosines = exact(torch.from_numpy(queries), vectors, *pairs).numpy()
+        return first_of_each(rows, at, found, cosines, self.k)
 
 
 def built_index(unit_rows: UnitRows, rows: int, index: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Returns an index of all rows, in memory."""
     faiss = load_faiss()
     dim = unit_rows(np.zeros(1, np.int64)).shape[1]
-    if index["name"] == "hnsw":
-        built = faiss.IndexHNSWFlat(dim, index["M"], faiss.METRIC_INNER_PRODUCT)
-        built.hnsw.efConstruction = index["efConstruction"]
-    else:
-        quantizer = faiss.IndexFlatIP(dim)
-        built = faiss.IndexIVFFlat(quantizer, dim, index["nlist"], faiss.METRIC_INNER_PRODUCT)
+    by_product = faiss.METRIC_INNER_PRODUCT
+    built = faiss.index_factory(dim, FACTORY[index["name"]].format_map(index), by_product)
+    if "nlist" in index:
         built.cp.seed = index["seed"]
+    else:
+        built.hnsw.efConstruction = index["efConstruction"]
+    if not built.is_trained:
         draw = np.random.default_rng(index["seed"])
-        sample = draw.choice(rows, min(rows, 64 * index["nlist"]), replace=False)
+        most = 64 * index["nlist"] if "nlist" in index else BUILD_ROWS
+        sample = draw.choice(rows, min(rows, most), replace=False)
         built.train(unit_rows(np.sort(sample)))
+    if "M" in index:
+        _reserve(built, rows)
     for first in range(0, rows, BUILD_ROWS):
         built.add(unit_rows(np.arange(first, min(first + BUILD_ROWS, rows))))
     return built
+
+
+def _reserve(built: Any, rows: int) -> None:  # noqa: ANN401
+    """Make room for all rows of an hnsw index: vectors of C++ double their room when they grow."""
+    store = load_faiss().downcast_index(built.storage)
+    links = round(rows * built.hnsw.cum_nneighbor_per_level.at(1) * (1 + 1 / 32))
+    for values, count in ((store.codes, rows * store.code_size), (built.hnsw.neighbors, links)):
+        values.resize(count)
+        values.clear()  # keeps the room
 
 
 def file_of(root: Path, index: Mapping[str, Any], vectors: str, among: NDArray[np.int64]) -> Path:
@@ -211,6 +250,9 @@ def index_settings(name: str, *, rows: int, k: int) -> dict[str, Any]:
     """Returns the settings of an approximate index, by FAISS's names; k is the length of a list."""
     if name == "hnsw":
         return {"name": name, "M": 32, "efConstruction": 80, "efSearch": max(128, 4 * k)}
+    if name == "hnsw-sq8":
+        effort = max(128, 2 * k)
+        return {"name": name, "M": 32, "efConstruction": 80, "efSearch": effort, "seed": 0}
     # FAISS needs 39 training rows for each list. `nprobe` is but a part of the name of the lists, as it was
     # at first: a search begins with FIRST_PROBED.
     lists = max(1, min(round(4 * rows**0.5), rows // 39))
@@ -218,8 +260,9 @@ def index_settings(name: str, *, rows: int, k: int) -> dict[str, Any]:
 
 
 def index_bytes(name: str, *, rows: int, dim: int) -> int:
-    """Returns the bytes of an approximate index: vectors in float32, and links or ids."""
-    return rows * (4 * dim + (4 * 2 * 32 if name == "hnsw" else 8))
+    """Returns the bytes of an approximate index: vectors in float32 or bytes, and ids or links."""
+    row = {"ivf": 4 * dim + 8, "hnsw": 4 * dim + 256, "hnsw-sq8": dim + 272}
+    return rows * row[name]
 
 
 def hits_in(approximate: IdsAndCosines, exact: IdsAndCosines) -> NDArray[np.int64]:

@@ -146,8 +146,8 @@ def test_names_of_mined_lists(tmp_path, count):
 
     plain = keys()
     assert keys(memory_mb=128) == keys(min_recall=0.5) == keys(index="auto") == plain
-    indexed = [mine.recipe(mine_params(), {"name": name}) for name in ("ivf", "hnsw")]
-    assert len({fingerprint(made_of) for made_of in [mine.recipe(mine_params()), *indexed]}) == 3
+    indexed = [mine.recipe(mine_params(), {"name": name}) for name in ("ivf", "hnsw", "hnsw-sq8")]
+    assert len({fingerprint(made_of) for made_of in [mine.recipe(mine_params()), *indexed]}) == 4
     changes = {"neighbours": 4, "range_min": 1, "range_max": 9, "max_score": 0.9, "min_score": 0.1}
     changes |= {"pool": 9}
     unnamed = {"memory_mb", "most_hours", "min_recall", "index", "among"}

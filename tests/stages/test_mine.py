@@ -319,6 +319,18 @@ def test_an_approximate_index_is_in_the_recipe_with_what_changes_its_lists():
     assert made == "af312845282727dee5e80ff1a289266ec16b8990"
     ivf = mine.resolve(params(index="ivf"), rows=30_000, dim=8, device=CPU)
     assert ivf == {"name": "ivf", "nlist": 693, "nprobe": 86, "seed": 0}
+    small = mine.resolve(
+        settings.model_copy(update={"index": "hnsw-sq8"}), rows=30_000, dim=8, device=CPU
+    )
+    assert small == {
+        "name": "hnsw-sq8",
+        "M": 32,
+        "efConstruction": 80,
+        "efSearch": 130,
+        "seed": 0,
+    }
+    made = fingerprint({**mine.recipe(settings, small), "parent": "0" * 40})
+    assert made == "3809ef137a7c23530ee9c0447ba90823e57ae464"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +338,10 @@ def test_an_approximate_index_is_in_the_recipe_with_what_changes_its_lists():
     [
         (400_000, "cpu", 1024, None, "up to 400,000 are compared exactly on cpu"),
         (400_001, "cpu", 1024, "hnsw", "up to 400,000 are compared exactly on cpu"),
-        (400_001, "cpu", 64, None, "hnsw needs 109 MB, mine.memory_mb is 64"),
+        (400_001, "cpu", 109, "hnsw", "up to 400,000 are compared exactly on cpu"),
+        (400_001, "cpu", 108, "hnsw-sq8", "up to 400,000 are compared exactly on cpu"),
+        (400_001, "cpu", 106, "hnsw-sq8", "up to 400,000 are compared exactly on cpu"),
+        (400_001, "cpu", 105, None, "hnsw-sq8 needs 106 MB, mine.memory_mb is 105"),
         (400_001, "cuda", 1024, None, "up to 4,000,000 are compared exactly on cuda"),
         (4_000_001, "cuda", 4096, "hnsw", "up to 4,000,000 are compared exactly on cuda"),
     ],
@@ -356,6 +371,7 @@ def test_auto_does_not_begin_what_takes_days(world, monkeypatch):
         f"mine.most_hours: is 12, but exact search of {rows} rows among {rows} would take about 36 hours"
     )
     assert "set mine.pool: 1000 (about " in refused.value.cure
+    assert "or mine.memory_mb: 0 for hnsw-sq8, or" in refused.value.cure
     # What is left of it takes a third of the time; and who says so may begin it.
     searcher.search(None, asked=rows // 3, device=CPU)
     searcher.params = searcher.params.model_copy(update={"index": "flat"})
@@ -367,10 +383,14 @@ def test_the_pool_that_is_named_fits_into_the_hours(monkeypatch, hours, pool):
     rows = 10_000_000
     searcher = mine.Miner.__new__(mine.Miner)
     searcher.params, searcher.among = params(index="auto"), np.arange(rows)
+    searcher.embeddings = SimpleNamespace(dim=384)
     cost = self_join.FlatCost(seconds=3600.0 * hours, rows=rows)
     monkeypatch.setattr(mine, "ExactCosts", lambda *_: SimpleNamespace(flat=cost))
     searcher.rows_of = None
-    with pytest.raises(TeachonceError, match=f"set mine.pool: {pool} "):
+    room = rows * (384 + 272) >> 20
+    with pytest.raises(
+        TeachonceError, match=f"set mine.pool: {pool} .* mine.memory_mb: {room} for"
+    ):
         searcher._check_hours(rows, CPU)
 
 
@@ -437,12 +457,86 @@ def test_auto_stays_what_it_was_for_lists_that_exist():
     assert mine.with_resolved_index(params(index="ivf"), other).index == "ivf"
 
 
-def test_an_index_too_large_for_the_memory_is_refused():
-    with pytest.raises(TeachonceError, match=r"(?s)64, but hnsw needs 170 MB .*mine.index: flat"):
-        mine.resolve(params(index="hnsw"), rows=100_000, dim=384, device=CPU)
+@pytest.mark.parametrize(
+    ("name", "needed", "cure"),
+    [
+        ("hnsw", 170, "hnsw-sq8 (62 MB), or flat"),
+        ("ivf", 147, "hnsw-sq8 (62 MB), or flat"),
+        ("hnsw-sq8", 125, "flat"),
+    ],
+)
+def test_an_index_too_large_for_the_memory_is_refused(name, needed, cure):
+    rows = 200_000 if name == "hnsw-sq8" else 100_000
+    with pytest.raises(TeachonceError) as refused:
+        mine.resolve(params(index=name, memory_mb=64), rows=rows, dim=384, device=CPU)
+    assert refused.value.problem == f"is 64, but {name} needs {needed} MB for {rows:,} rows"
+    assert refused.value.cure == f"set it to {needed} or more, or set mine.index: {cure}"
 
 
-@pytest.mark.parametrize("name", ["ivf", "hnsw"])
+def clustered(rows, dim):
+    """(rows, dim) unit vectors close to 20 centres: the nearest of each differ by little."""
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((20, dim))[draw.integers(0, 20, rows)]
+    vectors = (vectors + 0.1 * draw.standard_normal((rows, dim))).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def searched(folder, index, vectors, k, asked):
+    """An index of some vectors, and what it finds."""
+    (folder / "work").mkdir(exist_ok=True)
+    file = searches.file_of(folder, index, "vectors", np.arange(len(vectors)))
+    search = searches.ApproximateSearch(
+        vectors.__getitem__, len(vectors), k, index=index, file=file
+    )
+    return search, search.nearest(asked)
+
+
+@pytest.mark.parametrize("compared_bytes", [1 << 25, 1])
+def test_candidates_of_a_small_index_are_compared_by_the_vectors(
+    tmp_path, monkeypatch, compared_bytes
+):
+    """By bytes alone some of the nearest look farther; they are among more candidates."""
+    monkeypatch.setattr(searches, "COMPARED_BYTES", compared_bytes)
+    vectors, asked, k = clustered(2000, 16), np.arange(300), 10
+    exact = searches.FlatSearch(vectors.__getitem__, 2000, k, block_rows=2000, device=CPU)
+    ids, cosines = exact.nearest(asked)
+    index = searches.index_settings("hnsw-sq8", rows=2000, k=k) | {"efSearch": k}
+    search, found = searched(tmp_path, index, vectors, k, asked)
+    recall = [searches.hits_in(found, (ids, cosines)).mean() / k]
+    while search.look_at_more():
+        found = search.nearest(asked)
+        recall.append(searches.hits_in(found, (ids, cosines)).mean() / k)
+    assert recall[0] < 0.8
+    assert recall[-1] > 0.995
+    for row, (ours, theirs) in enumerate(zip(found[0], ids, strict=True)):
+        assert ours[0] == row
+        known = dict(zip(theirs.tolist(), cosines[row].tolist(), strict=True))
+        for place, cosine in zip(ours.tolist(), found[1][row].tolist(), strict=True):
+            assert known.get(place, cosine) == cosine
+
+
+def test_a_small_index_that_finds_too_few_fills_up_with_none(tmp_path):
+    """Of a graph in pieces it sees one."""
+    index = {"name": "hnsw-sq8", "M": 2, "efConstruction": 2, "efSearch": 800, "seed": 0}
+    vectors = clustered(400, 8)
+    _, (ids, cosines) = searched(tmp_path, index, vectors, 400, np.arange(9))
+    assert (ids[:, 0] == np.arange(9)).any()
+    assert (ids == NONE).any(axis=1).all()
+    expected = np.where(ids == NONE, 0, (vectors[:9, None] * vectors[ids]).sum(axis=2))
+    assert np.allclose(cosines, expected, atol=1e-6)
+
+
+def test_lists_of_a_small_index_have_exact_cosines(world):
+    """The same bits as those of exact search, also where a list holds all rows."""
+    for range_max in (20, 500):
+        _, exact, of_exact = run(world, params(range_max=range_max))
+        _, found, scores = run(world, params(range_max=range_max, index="hnsw-sq8"))
+        both = (found == exact) & (found != NONE)
+        assert both.sum() > 0.95 * (exact != NONE).sum()
+        assert (scores[both] == of_exact[both]).all()
+
+
+@pytest.mark.parametrize("name", ["ivf", "hnsw", "hnsw-sq8"])
 def test_approximate_lists_say_their_recall(world, name):
     outcome, neighbours, _ = run(world, params(index=name))
     exact = slow_lists(world, params())
@@ -458,6 +552,10 @@ def test_approximate_lists_say_their_recall(world, name):
     ("index", "setting"),
     [
         ({"name": "hnsw", "M": 2, "efConstruction": 4, "efSearch": 1}, "efSearch"),
+        (
+            {"name": "hnsw-sq8", "M": 2, "efConstruction": 4, "efSearch": 1, "seed": 0},
+            "efSearch",
+        ),
         ({"name": "ivf", "nlist": 7, "nprobe": 1, "seed": 0}, "nprobe"),
     ],
 )
@@ -669,7 +767,7 @@ def index_files(world):
     return sorted((world[0].root / "store/work").glob("*.faiss"))
 
 
-@pytest.mark.parametrize("name", ["ivf", "hnsw"])
+@pytest.mark.parametrize("name", ["ivf", "hnsw", "hnsw-sq8"])
 def test_an_index_is_built_once_for_all_shares_and_removed_at_the_end(world, monkeypatch, name):
     settings, built = params(index=name), []
     build = searches.built_index
