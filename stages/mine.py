@@ -64,9 +64,8 @@ EXACT_ROWS = {"cpu": 400_000, "cuda": 4_000_000}
 600,000 rows on; the limit is lower because a killed self-join starts over. The GPU's is not measured."""
 
 AUTO = ("hnsw", "hnsw-sq8")
-"""Approximate indexes in the order in which `auto` takes the first that fits into `memory_mb`. The second
-is no slower and finds as much (benchmarks/mine_indexes.py); `hnsw` stays first, so that its lists stay
-valid."""
+"""Approximate indexes in the order in which `auto` takes the first that fits into `memory_mb`. `hnsw` finds
+a little more in the same time, in nearly three times the memory (benchmarks/mine_indexes.py)."""
 
 LONGEST_JOIN = 128  # longest lists of a self-join
 QUERY_ROWS = 8192  # rows searched together: 256 rows take FAISS as long as 1,500
