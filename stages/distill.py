@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,8 @@ class DistillTask(nn.Module):
             parts=[*self.objectives.names, *(["pretraining"] if self.pretraining else [])],
             notes=self._notes,
             evaluated=self._evaluated,
+            read_ahead=self._read_ahead,
+            halve_pieces=self.student.halve_pieces,
         )
 
     def encode(
@@ -438,6 +441,15 @@ class DistillTask(nn.Module):
             candidates.append(self.source.draw(objective, rows, step=step, proposed=proposed))
         total, parts = self.objectives(vectors, teacher, candidates)
         return total, [*parts, *([None] if self.pretraining else [])]
+
+    def _read_ahead(self, rows: NDArray[np.int64], step: int) -> bool:
+        blocks = getrusage(RUSAGE_THREAD).ru_inblock
+        self.tokens.read_ahead(rows)
+        # What the student will propose, nobody knows yet.
+        known = (one for one in self.params.objectives if not isinstance(one, SpeculativeObjective))
+        ids = [self.source.vectors_read(objective, rows, step=step) for objective in known]
+        self.caches.embeddings.read_ahead(np.unique(np.concatenate([rows, *ids])))
+        return getrusage(RUSAGE_THREAD).ru_inblock > blocks
 
     def _mixed(self, objective: MixesObjective, step: int) -> MixedBatch:
         assert self.mixed is not None  # opened for a recipe that reads mixes

@@ -321,6 +321,7 @@ class FinetuneTask(nn.Module):
             initial_may_win=True,
             parts=["info_nce", *(["kd"] if self.memory else [])],
             notes=lambda: {"temperature": self.temperature.value()},
+            halve_pieces=self.student.halve_pieces,
         )
 
     def _batches(self, epoch: int) -> Batches:

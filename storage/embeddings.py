@@ -27,6 +27,7 @@ from storage.column import (
     file_of,
     fixed_lists,
     matrix_of,
+    read_ahead,
     text_key_array,
     text_keys_of,
 )
@@ -356,6 +357,16 @@ class VectorColumn(Column):
                 None if scales is None else _reordered(scales, order),
             )
         return _floats(vectors, scales)
+
+    def read_ahead(self, ids: NDArray[np.integer]) -> None:
+        """Ask the system to read the vectors of `ids` from the disk, so that `rows_of` need not wait."""
+        for shard, _, rows in self.by_shard(ids):
+            values, scales, file = self._stored(shard)
+            expect(file, rows)
+            for stored in (values, scales):
+                if stored is not None:
+                    size = stored[:1].nbytes
+                    read_ahead(stored.ctypes.data + rows * size, np.full(len(rows), size))
 
     @cached_property
     def _stored(self) -> Callable[[int], Stored]:

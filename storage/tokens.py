@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage.column import Column, expect, file_of, text_key_array
+from storage.column import Column, expect, file_of, read_ahead, text_key_array
 from storage.corpus import Corpus
 from storage.roles import Role
 from storage.store import Object, Store
@@ -77,6 +77,14 @@ class Tokens(Column):
             for place, row in zip(places, rows, strict=True):
                 taken[place] = values[offsets[row] : offsets[row + 1]]
         return taken
+
+    def read_ahead(self, ids: NDArray[np.integer]) -> None:
+        """Ask the system to read the token ids of `ids` from the disk, so that nobody waits for them."""
+        views = self.rows_of(ids)  # which reads where they lie, and not the ids themselves
+        read_ahead(
+            np.array([view.ctypes.data for view in views], np.int64),
+            np.array([view.nbytes for view in views], np.int64),
+        )
 
     def _offsets(self, shard: int) -> NDArray[np.int64]:
         offsets: NDArray[np.int64] = self.batch(shard).column("token_ids").offsets.to_numpy()

@@ -129,22 +129,45 @@ class CandidateSource:
         mined = np.unique(self.negatives.rows_of(ids)[0][:, : objective.neighbours])
         return np.concatenate([ids, np.setdiff1d(mined[mined != NONE], ids, assume_unique=True)])
 
+    def vectors_read(
+        self, objective: Objective, ids: NDArray[np.int64], *, step: int
+    ) -> NDArray[np.int64]:
+        """Returns (n,) ids of the rows whose vectors a step reads from the disk; some may stand twice.
+
+        They are those of `rows`, and of the queue where the step draws one.
+        """
+        rows = self.rows(objective, ids, step=step)
+        drawn = self._draw_of(objective, step)
+        if drawn is None or (step > 0 and drawn == self._draw_of(objective, step - 1)):
+            return rows
+        return np.concatenate([rows, self._queue_rows(*drawn)])
+
     def queue(self, objective: Objective, *, step: int) -> Queue | None:
         """The queue of a step; None for an objective without one."""
-        if not (isinstance(objective, AmongOthers) and objective.queue):
+        drawn = self._draw_of(objective, step)
+        if drawn is None:
             return None
         precision = self.precision if isinstance(objective, CkdObjective) else "fp32"
+        return self._queue(*drawn, type_of_products(precision))
+
+    def _draw_of(self, objective: Objective, step: int) -> tuple[int, int] | None:
+        """The size of a step's queue and the number of the draw; None for an objective without one."""
+        if not (isinstance(objective, AmongOthers) and objective.queue):
+            return None
         # A queue of all rows is the same at every step, so it is fetched once.
         number = step // STEPS_OF_A_QUEUE if objective.queue < len(self.train) else 0
-        return self._queue(objective.queue, number, type_of_products(precision))
+        return objective.queue, number
 
     def _draw_queue(self, size: int, number: int, kind: torch.dtype) -> Queue:
-        rows = some_rows(self.train, size, seed=self.seed, number=number)
+        rows = self._queue_rows(size, number)
         stored = torch.from_numpy(self.embeddings.rows_of(rows))
         keys = torch.empty(stored.shape, dtype=kind, device=self.device)
         for chunk, target in zip(torch.split(stored, CHUNK), torch.split(keys, CHUNK), strict=True):
             target.copy_(F.normalize(chunk.to(self.device).float(), dim=1))
         return Queue(rows, keys)
+
+    def _queue_rows(self, size: int, number: int) -> NDArray[np.int64]:
+        return some_rows(self.train, size, seed=self.seed, number=number)
 
     def _past_rows(self, count: int, step: int) -> NDArray[np.int64]:
         """Returns up to `count` row ids of past steps, the newest batch first."""

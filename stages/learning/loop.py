@@ -3,14 +3,18 @@
 A step is a function of (seed, step) and the weights before it: these determine order, queue and dropout. A
 run killed anywhere and started again ends with the same weights (on a CPU, bit by bit). With several ranks
 each takes every step, and the first one writes the checkpoints.
+
+This file is long because a step stands beside what can end it: too little memory, NaN, a worse score.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.learning import ranks
+from stages.learning.ahead import ahead
 from stages.learning.batches import Batches
 from stages.learning.checkpoints import (
     Checkpoints,
@@ -34,6 +39,8 @@ from storage.errors import TeachonceError
 CHECKPOINT_SECONDS = 60.0
 """Seconds between two checkpoints; a killed run loses this much work at most."""
 
+STEPS_IN_MEMORY = 16  # between two looks whether caches that were in memory still are
+
 BETAS = (0.9, 0.98)  # DisCo's
 
 CURE = (
@@ -41,6 +48,9 @@ CURE = (
     "large; with other settings the training begins anew"
 )
 """The cure in errors of a run that diverged."""
+
+
+MEMORY_CURE = "set gradient_caching: true, or lower batch_size, max_tokens or the objectives' queue"
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class TrainingSetup:
         notes: Returns extra scalars to log at each evaluation, e.g. the learned temperature; None for one
             that has no value yet.
         evaluated: Receives each score, the same on all ranks, before the notes are asked for.
+        read_ahead: Row ids, step -> whether anything had to be read from the disk. Asks the system to read
+            what the loss of that step needs; a thread calls it during the step before.
+        halve_pieces: Lets the loss take less memory, after a step for which the device had too little;
+            returns False if it cannot.
     """
 
     batches: Callable[[int], Batches]
@@ -69,6 +83,8 @@ class TrainingSetup:
     parts: list[str]
     notes: Callable[[], Mapping[str, float | None]]
     evaluated: Callable[[float], None] = lambda score: None
+    read_ahead: Callable[[NDArray[np.int64], int], bool] = lambda rows, step: False
+    halve_pieces: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -96,8 +112,7 @@ def train(
         TeachonceError: the loss, its gradient, a weight or the score is NaN or infinite (names the step and
             the rows; the step is not saved), or the ranks are not in the same run.
     """
-    batches = setup.batches(0)
-    total = params.epochs * len(batches)
+    total = params.epochs * len(setup.batches(0))
     optimizer = make_optimizer(model, params)
     state, best = _resume(model, optimizer, checkpoints, name)
     ranks.check_same(f"step {state.step} of run {checkpoints.folder.name}")
@@ -109,25 +124,42 @@ def train(
     if not state.curve:
         best = _evaluate(model, optimizer, setup, state, best, params, total)
         track(state.curve[-1])
-    epoch_of_batches = 0
-    while state.step < total and state.stale < params.patience:
-        epoch, place = divmod(state.step, len(batches))
-        if epoch != epoch_of_batches:
-            batches, epoch_of_batches = setup.batches(epoch), epoch
-        parts = take_step(model, optimizer, setup, batches[place], state.step, total, params)
-        state.step += 1
-        _add(state, parts)
-        if state.step % params.evaluate_every == 0 or state.step == total:
-            best = _evaluate(model, optimizer, setup, state, best, params, total)
-            track(state.curve[-1])
-        progress.advance(1, f"loss {sum(filter(None, parts)):.4f}")
-        state.seconds = seconds_before + time.monotonic() - started
-        if ranks.is_first() and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            _check_weights(model, optimizer, state.step)
-            checkpoints.save(state, _tensors(model, optimizer, best))
-            saved = time.monotonic()
+    with closing(_rows_of_steps(setup, range(state.step, total))) as rows_of_steps:
+        while state.stale < params.patience and (rows := next(rows_of_steps, None)) is not None:
+            parts = take_step(model, optimizer, setup, rows, state.step, total, params)
+            state.step += 1
+            _add(state, parts)
+            if state.step % params.evaluate_every == 0 or state.step == total:
+                best = _evaluate(model, optimizer, setup, state, best, params, total)
+                track(state.curve[-1])
+            progress.advance(1, f"loss {sum(filter(None, parts)):.4f}")
+            state.seconds = seconds_before + time.monotonic() - started
+            if ranks.is_first() and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                _check_weights(model, optimizer, state.step)
+                checkpoints.save(state, _tensors(model, optimizer, best))
+                saved = time.monotonic()
     model.load_state_dict(best)
     return state
+
+
+def _rows_of_steps(setup: TrainingSetup, steps: range) -> Generator[NDArray[np.int64]]:
+    """Yield the row ids of each step's batch, after the system was asked to read what the step needs.
+
+    Where all of that was in memory, it is asked less often: a call takes a tenth of the shortest steps.
+    """
+    batches_of = lru_cache(maxsize=1)(setup.batches)
+    steps_of_epoch = len(batches_of(0))
+    on_disk = True
+
+    def rows_of(step: int) -> NDArray[np.int64]:
+        nonlocal on_disk
+        epoch, place = divmod(step, steps_of_epoch)
+        rows = batches_of(epoch)[place]
+        if on_disk or step % STEPS_IN_MEMORY == 0:
+            on_disk = setup.read_ahead(rows, step)
+        return rows
+
+    yield from ahead(rows_of, steps)
 
 
 def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
@@ -162,15 +194,7 @@ def take_step(
     """One step; returns each objective's part of the loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, total, params)
-    # Dropout is determined by (seed, step) and the rank, since each rank has other texts.
-    address = np.random.SeedSequence([params.seed, step, ranks.rank()])
-    torch.manual_seed(int(address.generate_state(1)[0]))
-    model.train()
-    loss, parts = setup.loss(rows, step)
-    if not bool(torch.isfinite(loss)):
-        raise _diverged(step, f"the loss is {float(loss.detach())}", rows)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    loss, parts = _loss_and_gradients(model, setup, rows, step, seed=params.seed)
     ranks.average_gradients(model)
     weights = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
@@ -187,6 +211,31 @@ def take_step(
         if isinstance(module, Temperature):
             module.keep_in_bounds()
     return parts
+
+
+def _loss_and_gradients(
+    model: nn.Module, setup: TrainingSetup, rows: NDArray[np.int64], step: int, *, seed: int
+) -> tuple[Tensor, Sequence[float | None]]:
+    """The loss of a step and its objectives' parts; where memory is short, in smaller pieces."""
+    model.train()
+    while True:
+        model.zero_grad(set_to_none=True)
+        # Dropout is determined by (seed, step) and the rank, since each rank has other texts.
+        address = np.random.SeedSequence([seed, step, ranks.rank()])
+        torch.manual_seed(int(address.generate_state(1)[0]))
+        try:
+            loss, parts = setup.loss(rows, step)
+            if not bool(torch.isfinite(loss)):
+                raise _diverged(step, f"the loss is {float(loss.detach())}", rows)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            return loss, parts
+        except torch.OutOfMemoryError as error:
+            # Other ranks wait for this one's vectors, so it cannot begin the step again alone.
+            if ranks.count() > 1 or not setup.halve_pieces():
+                raise TeachonceError(f"step {step}", str(error), MEMORY_CURE) from error
+        # Here, since until now the error held what the step had made.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _diverged(step: int, problem: str, rows: NDArray[np.int64]) -> TeachonceError:

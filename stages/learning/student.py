@@ -86,6 +86,26 @@ class Student(nn.Module):
             nn.init.zeros_(self.projection.bias)
         self.is_static = type(model[0]).__name__ == STATIC
         self.packed, self.equal_lengths = (None, False) if self.is_static else self._readers()
+        # Tokens and texts of the largest piece of the last batch; the most tokens of a piece, once there
+        # was no memory for more.
+        self.largest_piece = (0, 0)
+        self.most_tokens: int | None = None
+
+    def halve_pieces(self) -> bool:
+        """Read each batch twice from now on, in pieces half as large as the largest of the last batch.
+
+        Call it where a device had no memory for a batch. Returns False if that piece was a single text.
+        """
+        tokens, texts = self.largest_piece
+        if texts < 2:
+            return False
+        self.most_tokens = tokens // 2
+        log.info(
+            "no memory for %d tokens at once: batches are read twice, in pieces of %d (gradient_caching)",
+            tokens,
+            self.most_tokens,
+        )
+        return True
 
     def forward(self, token_ids: Tensor, mask: Tensor, prompt_tokens: int = 0) -> Tensor:
         """Returns (B, D) float32 vectors of (B, L) token ids and mask, as the saved student would."""
@@ -246,7 +266,7 @@ def encode_ids(
 
     The batch is divided among the ranks. Each reads its texts without padding; if the model cannot, it
     reads pieces of similar length, which need little padding. The vectors are those of the whole batch up
-    to last bits.
+    to last bits. A student that had no memory for a batch reads smaller pieces, with gradient caching.
 
     Args:
         student: The student, on `device`.
@@ -261,11 +281,9 @@ def encode_ids(
             prompts of different lengths are read apart if the student's pooling leaves prompts out.
     """
     lengths = np.array([len(row) for row in rows], np.int64)
-    piece_tokens = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
-    if student.is_static:
-        piece_tokens = len(rows) * int(lengths.max(initial=1))  # all at once
-    elif student.packed is not None:
-        piece_tokens = min(piece_tokens, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
+    gradient_caching = gradient_caching or student.most_tokens is not None
+    piece_tokens = _piece_tokens(student, lengths, device, gradient_caching=gradient_caching)
+    student.largest_piece = (0, 0)
     left_out = np.zeros(len(rows), np.int64)
     if prompt_tokens is not None and leaves_out_prompts(student.body):
         left_out = prompt_tokens
@@ -279,6 +297,8 @@ def encode_ids(
                 lengths[batch[alike]], piece_tokens, equal_lengths=student.equal_lengths
             ):
                 texts = [rows[place] for place in batch[alike[places]]]
+                tokens = len(texts) * max(map(len, texts))
+                student.largest_piece = max(student.largest_piece, (tokens, len(texts)))
                 with autocast(device, precision):
                     if gradient_caching:
                         pieces.append(checkpoint(do, texts, use_reentrant=False))
@@ -288,6 +308,20 @@ def encode_ids(
         return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
 
     return ranks.gather_rows(lengths, read)
+
+
+def _piece_tokens(
+    student: Student, lengths: NDArray[np.int64], device: torch.device, *, gradient_caching: bool
+) -> int:
+    """The most tokens of a piece of a batch whose texts have these lengths."""
+    padded = PIECE_TOKENS.get(device.type, GPU_PIECE_TOKENS)
+    if student.is_static:
+        tokens = len(lengths) * int(lengths.max(initial=1))  # all at once
+    elif student.packed is not None:
+        tokens = min(padded, PACKED_TOKENS) if gradient_caching else PACKED_TOKENS
+    else:
+        tokens = padded
+    return min(tokens, student.most_tokens or tokens)
 
 
 def pad(rows: Sequence[Tensor], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

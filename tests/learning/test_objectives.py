@@ -409,6 +409,41 @@ def test_the_queue_is_drawn_by_seed_and_step_alone_and_anew_after_some_steps(sou
     assert source.queue(objective, step=32).rows.tolist() != found[4]
 
 
+class Noted:
+    """Vectors, and the ids of those that were read since it was last asked."""
+
+    def __init__(self, embeddings):
+        self.embeddings, self.ids = embeddings, []
+
+    def rows_of(self, ids):
+        self.ids += ids.tolist()
+        return self.embeddings.rows_of(ids)
+
+    def taken(self):
+        ids, self.ids = set(self.ids), []
+        return ids
+
+
+@pytest.mark.parametrize("size", [0, 50, 159, 160, 16384])
+def test_the_vectors_that_a_step_will_read_are_those_that_it_reads(source, size):
+    source.embeddings = noted = Noted(source.embeddings)
+    for objective in (ckd_objective(queue=size, neighbours=2), relational(queue=size)):
+        source._queue.cache_clear()
+        for step in range(35):
+            ids = np.array([(7 * step) % 200, (7 * step + 31) % 200])
+            wanted = set(source.vectors_read(objective, ids, step=step).tolist())
+            source.draw(objective, ids, step=step)
+            assert wanted == noted.taken()
+            assert (len(wanted) > 40) == (
+                size > 0 and step in ((0, 16, 32) if size < 160 else (0,))
+            )
+    past = DiscoCkdObjective(name="disco_ckd", weight=1, queue=25)
+    wanted = set(source.vectors_read(past, np.array([61, 62]), step=6).tolist())
+    source.draw(past, np.array([61, 62]), step=6)
+    assert wanted == noted.taken() == {61, 62, *range(50, 60), *range(40, 50), *range(30, 35)}
+    assert source.vectors_read(KdObjective(name="kd", weight=1, centred=True), ids, step=0) is ids
+
+
 @pytest.mark.parametrize("size", [159, 160, 161, 16384])
 def test_a_queue_has_as_many_distinct_rows_as_it_says_and_all_of_them_if_it_is_larger(source, size):
     queues = [source.queue(ckd_objective(queue=size), step=step) for step in (0, 16, 32)]

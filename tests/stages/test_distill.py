@@ -33,7 +33,7 @@ from stages.vectors import row_cosines
 from storage.caches import Caches
 from storage.column import text_keys_of
 from storage.embeddings import Embeddings
-from storage.errors import TeachonceError
+from storage.errors import DamagedError, TeachonceError
 from storage.manifest import Manifest, fingerprint
 from storage.negatives import Negatives, put_negatives
 from storage.split import Split
@@ -640,6 +640,165 @@ def slope_work(model, score=lambda: 1.0):
         parts=["slope"],
         notes=dict,
     )
+
+
+def test_each_step_is_read_ahead_once_and_in_order_and_none_after_the_next_when_it_stops(tmp_path):
+    model, read, taken = Slope(), [], []
+
+    def loss(rows, step):
+        taken.append((rows.tolist(), step))
+        return model.numbers.sum(), [1.0]
+
+    setup = dataclasses.replace(
+        slope_work(model),
+        loss=loss,
+        batches=lambda epoch: [np.arange(3) + 10 * epoch + place for place in range(5)],
+        read_ahead=lambda rows, step: read.append((rows.tolist(), step)) or True,
+    )
+    how = {"name": "slope", "checkpoints": Checkpoints(tmp_path / "run"), "track": lambda row: None}
+    train(model, setup, recipe(epochs=3, evaluate_every=100), **how)
+    assert len(read) == 15
+    assert read == taken
+    assert read[8] == ([13, 14, 15], 8)
+    how["checkpoints"] = Checkpoints(tmp_path / "another")
+    read.clear()
+    taken.clear()
+    train(model, setup, recipe(epochs=3, evaluate_every=2, patience=2), **how)
+    assert [step for _, step in taken] == [0, 1, 2, 3]
+    assert [step for _, step in read][:4] == [0, 1, 2, 3]
+    assert len(read) <= 5  # the next step's may have begun
+
+
+class LittleMemory:
+    """Reads for a student on a device with memory for so many tokens, and says no as torch does.
+
+    What is read to keep stays in memory until the step ends; with gradient caching nothing does.
+    """
+
+    def __init__(self, student, most):
+        self.student, self.most, self.read, self.refused = student, most, student.read, 0
+        self.kept = 0
+        student.read = self
+
+    def __call__(self, rows, **how):
+        tokens = len(rows) * max(map(len, rows))
+        self.kept = tokens + (self.kept if self.student.most_tokens is None else 0)
+        if self.kept > self.most:
+            self.refused, self.kept = self.refused + 1, 0
+            raise torch.OutOfMemoryError(f"Tried to allocate {tokens} tokens")
+        return self.read(rows, **how)
+
+
+@pytest.mark.parametrize("most", [120, 60])
+def test_a_step_without_memory_is_taken_again_in_pieces_that_halve_and_learns_the_same(
+    world, most, caplog
+):
+    caplog.set_level("INFO")
+    params, weights, losses = recipe(objectives=CKD, clip=None), [], []
+    for memory in (None, most):
+        task = lesson_of(world, params)
+        device = LittleMemory(task.student, memory or 10_000)
+        optimizer, setup = loop.make_optimizer(task, params), task.setup()
+        for step in range(6):
+            device.kept = 0
+            losses += loop.take_step(
+                task, optimizer, setup, setup.batches(0)[step], step, 6, params
+            )
+        weights.append(torch.cat([weight.flatten() for weight in task.parameters()]).detach())
+    assert losses[6:] == pytest.approx(losses[:6], rel=1e-4)
+    untrained = torch.cat([w.flatten() for w in lesson_of(world, params).parameters()])
+    # Adam makes steps of equal size from gradients that are but rounding.
+    assert torch.norm(weights[1] - weights[0]) < 0.01 * torch.norm(weights[0] - untrained)
+    assert task.student.most_tokens <= most
+    assert 1 <= device.refused <= 3  # it is remembered
+    assert f"in pieces of {task.student.most_tokens} (gradient_caching)" in caplog.text
+
+
+def test_a_step_without_memory_for_one_text_is_an_error_with_a_cure_and_changes_no_weight(world):
+    params = recipe(objectives=CKD)
+    task = lesson_of(world, params)
+    before = [weight.clone() for weight in task.parameters()]
+    LittleMemory(task.student, 3)
+    setup = task.setup()
+    with pytest.raises(
+        TeachonceError,
+        match=r"step 4: Tried to allocate \d+ tokens\n.*lower batch_size, max_tokens",
+    ):
+        optimizer = loop.make_optimizer(task, params)
+        loop.take_step(task, optimizer, setup, setup.batches(0)[0], 4, 6, params)
+    assert all(map(torch.equal, before, task.parameters()))
+
+
+class ReadsNoted:
+    """A column that notes which rows were read ahead, and which were read."""
+
+    def __init__(self, column):
+        self.column, self.ahead, self.read = column, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.column, name)
+
+    def read_ahead(self, ids):
+        self.ahead += ids.tolist()
+        self.column.read_ahead(ids)
+
+    def rows_of(self, ids):
+        self.read += ids.tolist()
+        return self.column.rows_of(ids)
+
+
+def test_a_student_reads_ahead_what_its_step_reads(world):
+    params = recipe(objectives=CKD)
+    task = lesson_of(world, params)
+    setup = task.setup()
+    vectors, tokens = ReadsNoted(task.caches.embeddings), ReadsNoted(task.tokens)
+    task.source.embeddings, task.tokens = vectors, tokens
+    task.caches = dataclasses.replace(task.caches, embeddings=vectors)
+    for step in (0, 1, 16):
+        rows = setup.batches(0)[step % 2]
+        setup.read_ahead(rows, step)
+        setup.loss(rows, step)
+        assert set(vectors.ahead) == set(vectors.read)
+        assert set(tokens.ahead) == set(tokens.read) == set(rows.tolist())
+        assert (len(set(vectors.ahead)) >= 64) == (step != 1)  # the queue
+        for column in (vectors, tokens):
+            column.ahead.clear()
+            column.read.clear()
+
+
+def test_what_is_in_memory_is_looked_for_in_the_first_step_and_every_sixteenth(tmp_path):
+    model, read = Slope(), []
+    model.loss = lambda rows, step: (model.numbers.sum(), [1.0])
+
+    def read_ahead(rows, step):
+        read.append(step)
+        return step in (16, 17)
+
+    setup = dataclasses.replace(
+        slope_work(model), batches=lambda epoch: [np.arange(4)] * 40, read_ahead=read_ahead
+    )
+    how = {"name": "slope", "checkpoints": Checkpoints(tmp_path / "run"), "track": lambda row: None}
+    train(model, setup, recipe(epochs=1, evaluate_every=100), **how)
+    assert read == [0, 16, 17, 18, 32]
+
+
+def test_what_cannot_be_read_ahead_ends_the_training_before_its_step(tmp_path):
+    model, taken = Slope(), []
+
+    def loss(rows, step):
+        taken.append(step)
+        return model.numbers.sum(), [1.0]
+
+    def read_ahead(rows, step):
+        if step == 4:
+            raise DamagedError("shard 7", "other bytes", "make it again")
+        return True
+
+    setup = dataclasses.replace(slope_work(model), loss=loss, read_ahead=read_ahead)
+    how = {"name": "slope", "checkpoints": Checkpoints(tmp_path / "run"), "track": lambda row: None}
+    with pytest.raises(DamagedError, match="shard 7"):
+        train(model, setup, recipe(), **how)
+    assert taken == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

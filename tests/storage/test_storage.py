@@ -1,9 +1,11 @@
 """The store: objects that prove themselves, manifests, columns."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
 import re
 import resource
@@ -1335,3 +1337,58 @@ def test_rows_are_drawn_from_among_those_that_are_not_held_out(tmp_path):
     assert {*places.tolist()} == {*sorted(range(600), key=last.__getitem__)[400:]}
     assert drawn(keys, 1000).tolist() == list(range(600))
     assert drawn(keys[:0], 5).tolist() == []
+
+
+def is_in_memory(address, size):
+    """Whether each page of a mapped piece is in memory, by mincore(2)."""
+    first = address & -column.PAGE_BYTES
+    pages = np.zeros(-(-(address + size - first) // column.PAGE_BYTES), np.uint8)
+    column.LIBC.mincore(
+        ctypes.c_void_p(first),
+        ctypes.c_size_t(address + size - first),
+        ctypes.c_void_p(pages.ctypes.data),
+    )
+    return (pages & 1).astype(bool)
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_rows_that_are_read_ahead_come_into_memory_and_hardly_others(tmp_path, storage):
+    store = Store(tmp_path / "store")
+    texts = [f"text {row}" for row in range(3000)]
+    objects = tuple(put_texts(store, shard) for shard in cut(texts, 100_000))
+    corpus = Corpus(store, Manifest(kind="corpus", recipe={}, parent=None, objects=objects))
+    manifest, _ = vectors_of(corpus, store, dim=1024, storage=storage)
+    vectors = Embeddings(store, manifest, corpus)
+    entry = put_tokens(
+        store,
+        f"tokens/{FINGERPRINT}/{corpus.shard_digest(0)}.arrow",
+        ids=[[[row] * 1000 for row in range(3000)]],
+        text_keys=corpus.text_keys,
+    )
+    tokens = Tokens(store, [entry], corpus)
+    ids = np.array([2500, 40, 1600])
+    stored, *_ = vectors._stored(0)
+    places = {
+        id(vectors): (stored.ctypes.data, stored[:1].nbytes),
+        id(tokens): (tokens.rows_of(np.array([0]))[0].ctypes.data, 4000),
+    }
+    for cache in (vectors, tokens):
+        first, size = places[id(cache)]
+        path = store.path(cache.objects[0].key)
+        cache.read_ahead(ids)  # mapped, checked, and advised to read no more than what is asked for
+        give_up(path, first, 3000 * size)
+        if is_in_memory(first, 3000 * size)[1:-1].any():
+            pytest.skip("files of this folder cannot be dropped from memory")
+        cache.read_ahead(ids)
+        for row in ids.tolist():
+            while not is_in_memory(first + row * size, size).all():
+                time.sleep(0.01)
+        assert is_in_memory(first, 3000 * size).sum() <= 3 * 3
+
+
+def give_up(path, first, size):
+    """Drop a mapped file from memory."""
+    start = first & -column.PAGE_BYTES
+    column.LIBC.madvise(start, size, mmap.MADV_DONTNEED)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
