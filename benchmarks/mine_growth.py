@@ -3,11 +3,11 @@
     python benchmarks/mine_growth.py --vectors REAL.npy [--rows 25000 50000 100000] [--rounds 3] [--pool N]
 
 REAL.npy holds (n, dim) float16 vectors of real sentences. Rows beyond n are rows of it with noise of 0.6 of
-their length. Both ways run the stage itself, with the shipped settings but `index: flat`, in one store. They
-take turns, and only the lists of the grown corpus are deleted between them. "anew" is the faster of FAISS
-and a self-join, as the stage chooses. CPU seconds of one thread: the median; shares are medians of those
-within a round, with the lowest and the highest. The objects of both ways are compared. The table is printed
-and written to benchmarks/results/mine_growth.md.
+their length. Both ways run the stage itself, with the shipped settings but `index: flat`, in one store.
+They take turns, and only the lists of the grown corpus are deleted between them. "anew" is the faster of
+FAISS and a self-join, as the stage chooses. CPU seconds of one thread: the median; shares are medians of
+those within a round, with the lowest and the highest. The objects of both ways are compared. The table is
+printed and written to benchmarks/results/mine_growth.md.
 """
 
 import argparse
