@@ -39,6 +39,7 @@ from stages.models.devices import pick_precision
 from stages.models.folder import file_hashes, sha256_of
 from stages.models.lineage import prompts_read, read_lineage
 from stages.models.loading import ends_in_normalize, limit_of_positions, load_model
+from stages.models.token_counts import AnyTokenizer
 from stages.outcome import Outcome, Progress, clock, write_csv, write_json
 from stages.params import FinetuneParams
 from stages.reading.triplets import Triplet
@@ -219,7 +220,7 @@ class Rehearsal:
     def of(
         cls,
         caches: Caches,
-        tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
+        tokenizer: AnyTokenizer,
         folder: Path,
         params: FinetuneParams,
         prompts: Mapping[Role, str] = NO_PROMPTS,
@@ -264,7 +265,7 @@ class FinetuneTask(nn.Module):
         params: FinetuneParams,
         *,
         student: Student,
-        tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+        tokenizer: AnyTokenizer,
         triplets: Sequence[Triplet],
         judge: TripletJudge | StsJudge,
         memory: Rehearsal | None,
@@ -394,9 +395,7 @@ def positives_mask(
 
 
 def _token_ids(
-    tokenizer: Any,  # noqa: ANN401 - as above
-    texts: Sequence[str],
-    max_tokens: int,
+    tokenizer: AnyTokenizer, texts: Sequence[str], max_tokens: int
 ) -> list[NDArray[np.int32]]:
     """Returns the int32 token ids of each text, special tokens included, truncated at `max_tokens`."""
     progress = Progress("tokens", total=len(texts), unit="texts")

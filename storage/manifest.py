@@ -43,22 +43,16 @@ log = logging.getLogger("teachonce")
 
 
 class Manifest(BaseModel):
-    """One kind of column over a whole corpus.
-
-    Args:
-        kind: "corpus", "readings", "embeddings", "mixes" or "negatives".
-        recipe: Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
-        parent: `content` of the manifests it was made from; None for a corpus.
-        objects: The objects in row order.
-    """
+    """One kind of column over a whole corpus."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     kind: Kind
+    # Settings (and hashes of model files) that decide the values; see each stage's `recipe`.
     recipe: dict[str, Any]
-    parent: str | None
-    objects: tuple[Object, ...]
+    parent: str | None  # `content` of the manifests it was made from; None for a corpus
+    objects: tuple[Object, ...]  # in row order
 
     @property
     def rows(self) -> int:

@@ -22,20 +22,14 @@ from storage.store import canonical_json, digest
 
 
 class Split(BaseModel):
-    """The file data/split.json.
-
-    Args:
-        corpus: `content` of the corpus manifest it was made for.
-        heldout: Share of the rows held out, 0 < heldout <= 0.5.
-        evaluation: Row ids found in evaluation sets, ascending.
-    """
+    """The file data/split.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    corpus: str
-    heldout: Annotated[float, Field(gt=0, le=0.5)]
-    evaluation: tuple[NonNegativeInt, ...]
+    corpus: str  # `content` of the corpus manifest it was made for
+    heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the rows held out
+    evaluation: tuple[NonNegativeInt, ...]  # row ids found in evaluation sets, ascending
 
     @property
     def content(self) -> str:

@@ -21,6 +21,7 @@ from stages.learning import ranks
 from stages.learning.ahead import ahead
 from stages.models.config import NO_PROMPTS, room_for_texts
 from stages.models.folder import sha256_of
+from stages.models.token_counts import AnyTokenizer
 from stages.outcome import Progress
 from storage.column import text_keys_of
 from storage.corpus import Corpus
@@ -67,11 +68,7 @@ def prompts_of_teacher(recipe: Mapping[str, Any]) -> dict[Role, str]:
 
 
 def prompt_tokens(
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
-    prompts: Mapping[Role, str],
-    *,
-    max_tokens: int,
-    address: str,
+    tokenizer: AnyTokenizer, prompts: Mapping[Role, str], *, max_tokens: int, address: str
 ) -> dict[Role, int]:
     """Returns role -> how many tokens its prompt has, the special ones before it included.
 
@@ -92,10 +89,7 @@ def prompt_tokens(
 
 
 def token_ids(
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer, or that of a static model
-    texts: Sequence[str],
-    *,
-    max_tokens: int | None,
+    tokenizer: AnyTokenizer, texts: Sequence[str], *, max_tokens: int | None
 ) -> list[list[int]]:
     """Returns the ids of each text as the model reads it, truncated at `max_tokens`; None for all.
 
@@ -120,7 +114,7 @@ def token_ids(
 
 
 def token_rows(
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
+    tokenizer: AnyTokenizer,
     folder: Path,
     *,
     corpus: Corpus,

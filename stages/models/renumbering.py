@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from stages.models.pieces import KINDS, WHOLE, Content, check_kind
+from stages.models.token_counts import AnyTokenizer
 from storage.errors import TeachonceError, shown
 
 
@@ -146,7 +147,7 @@ def _renumbered(processor: Content | None, places: Mapping[int, int]) -> Content
     return {**processor, **around}
 
 
-def cut_tokenizer(tokenizer: Any, pieces: Pieces, kept: Sequence[int]) -> None:  # noqa: ANN401
+def cut_tokenizer(tokenizer: AnyTokenizer, pieces: Pieces, kept: Sequence[int]) -> None:
     """Cut a fast tokenizer of transformers to some ids, in place.
 
     Raises:

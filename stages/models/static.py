@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stages.models.abilities import check_static
 from stages.models.components import principal_components
 from stages.models.loading import ends_in_normalize
-from stages.models.token_counts import token_counts
+from stages.models.token_counts import AnyTokenizer, token_counts
 from storage.errors import TeachonceError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _vectors_of_tokens(model: SentenceTransformer, size: int, *, address: str) -
     return torch.cat(vectors)
 
 
-def _around_one_token(tokenizer: Any, *, address: str) -> tuple[Tensor, int]:  # noqa: ANN401
+def _around_one_token(tokenizer: AnyTokenizer, *, address: str) -> tuple[Tensor, int]:
     """Returns the ids of a text of one token, special ones included, and the place of that token."""
     for word in WORDS:
         alone = tokenizer(word, add_special_tokens=False)["input_ids"]

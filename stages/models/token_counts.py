@@ -14,11 +14,14 @@ from stages.vectors import evenly
 if TYPE_CHECKING:
     from storage.corpus import Corpus
 
+AnyTokenizer = Any
+"""A tokenizer of transformers, or that of a static model; their classes have no common type."""
+
 MOST_TEXTS = 200_000
 """Of a larger corpus this many texts are counted, evenly spread over it."""
 
 
-def token_counts(tokenizer: Any, corpus: Corpus) -> NDArray[np.int64]:  # noqa: ANN401 - a fast one
+def token_counts(tokenizer: AnyTokenizer, corpus: Corpus) -> NDArray[np.int64]:
     """Returns (V,) counts of a fast tokenizer's ids in whole texts, without the special tokens around them.
 
     Args:

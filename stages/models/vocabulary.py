@@ -25,7 +25,7 @@ from stages.models.likeness import PROBES
 from stages.models.loading import load_model
 from stages.models.pieces import WHOLE, check_number, no_transformer
 from stages.models.renumbering import Pieces, cut_body, cut_tokenizer, ids_in
-from stages.models.token_counts import token_counts
+from stages.models.token_counts import AnyTokenizer, token_counts
 from stages.outcome import Facts
 from stages.params import VocabularyShare
 from stages.vectors import evenly
@@ -225,7 +225,7 @@ def _chosen(
 
 
 def _promised(
-    tokenizer: Any,  # noqa: ANN401 - as in `token_counts`
+    tokenizer: AnyTokenizer,
     pieces: Pieces,
     texts: Sequence[str],
     kept: Sequence[int],
@@ -265,11 +265,12 @@ def _vectors(model: SentenceTransformer, texts: Sequence[str]) -> list[Tensor]:
     return [model.encode([text], convert_to_tensor=True) for text in texts]
 
 
-def _plain(tokenizer: Any) -> Any:  # noqa: ANN401 - classes of `tokenizers`, which has no types
+def _plain(tokenizer: AnyTokenizer) -> AnyTokenizer:
     """A copy of what is behind a tokenizer, or of a static model's, that neither cuts nor pads texts."""
     from tokenizers import Tokenizer
 
-    plain = Tokenizer.from_str(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str())
+    core: AnyTokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    plain = Tokenizer.from_str(core.to_str())
     plain.no_truncation()
     plain.no_padding()
     return plain

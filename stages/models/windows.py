@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stages.models.token_counts import AnyTokenizer
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class Windows:
         return means
 
 
-def windows_of(
-    texts: Sequence[str],
-    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer; its classes have no common type
-    *,
-    window_tokens: int,
-) -> Windows:
+def windows_of(texts: Sequence[str], tokenizer: AnyTokenizer, *, window_tokens: int) -> Windows:
     """Cut texts into windows of at most `window_tokens` tokens.
 
     Args:
