@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.params import FINETUNED
 from stages.reading.files import kind_of
 from storage import durable
 from storage.errors import TeachonceError, shown
@@ -64,7 +63,7 @@ class Layout:
     # evaluate teacher: its vectors of the documents that retrieval is measured on
     documents = Output("data/documents/")
     start = NamedOutput("models/start/{}/")  # start: a student before training
-    model = NamedOutput("models/{}/")  # distill: a student after training
+    model = NamedOutput("models/{}/")  # distill, finetune: a student after training
     export = Output(
         "export/"
     )  # export: the model that is served, as sentence-transformers loads it
@@ -112,10 +111,6 @@ class Layout:
             "mixes": self.mixes,
             "negatives": self.negatives,
         }
-
-    def finetuned(self, student: str) -> Path:
-        """`finetune`: a student after labelled triplets."""
-        return self.model(f"{student}{FINETUNED}")
 
     def _output(self, name: str) -> Path:
         """The place of what is replaced as a whole; a name that ends in / is a folder's."""

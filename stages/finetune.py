@@ -48,7 +48,6 @@ from storage.caches import Caches
 from storage.errors import TeachonceError
 from storage.manifest import fingerprint
 from storage.roles import Role
-from storage.tokens import Tokens
 
 VERSION = 4  # raise it when a code change gives other weights for the same settings and triplets
 
@@ -140,9 +139,7 @@ def run(
         tokenizer=model.tokenizer,
         triplets=labels.learned,
         judge=labels.judge,
-        memory=(
-            Rehearsal.of(caches, model.tokenizer, student, params, prompts) if caches else None
-        ),
+        memory=(Rehearsal(caches, model.tokenizer, student, params, prompts) if caches else None),
         device=device,
     )
     state = train(task, task.setup(), params, name=name, checkpoints=checkpoints, track=track)
@@ -206,27 +203,20 @@ NO_TEXTS = Prompted([], np.empty(0, np.int64))
 class Rehearsal:
     """Cached rows for the kd term, which keeps a student near its teacher during finetuning.
 
-    Args:
-        caches: Corpus, vectors and split.
-        tokens: The student's token ids of the corpus.
-        seed: The seed; with the step it determines the rows.
+    Computes the token ids of the student in `folder` that the store lacks.
     """
 
-    def __init__(self, caches: Caches, tokens: Tokens, seed: int) -> None:
-        self.embeddings, self.tokens, self.seed = caches.embeddings, tokens, seed
-        self.train = caches.split.train_rows(caches.corpus)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         caches: Caches,
         tokenizer: AnyTokenizer,
         folder: Path,
         params: FinetuneParams,
         prompts: Mapping[Role, str] = NO_PROMPTS,
-    ) -> Rehearsal:
-        """Returns the rehearsal rows of the student in `folder`; computes its token ids if needed."""
-        tokens = token_rows(
+    ) -> None:
+        self.embeddings, self.seed = caches.embeddings, params.seed
+        self.train = caches.split.train_rows(caches.corpus)
+        self.tokens = token_rows(
             tokenizer,
             folder,
             corpus=caches.corpus,
@@ -235,7 +225,6 @@ class Rehearsal:
             prompts=prompts,
             address="finetune.max_tokens",
         )
-        return cls(caches, tokens, params.seed)
 
     def draw(self, count: int, step: int) -> tuple[Prompted, NDArray[np.floating]]:
         """Returns token ids and (n, D) teacher vectors of the n <= count distinct rows of `step`."""

@@ -240,11 +240,6 @@ def row_stretches(left: NDArray[np.floating], right: NDArray[np.floating]) -> ND
     return stretches
 
 
-def top_overlap(ours: NDArray[np.floating], teacher: NDArray[np.floating], count: int) -> float:
-    """Mean of `top_overlaps`."""
-    return float(top_overlaps(ours, teacher, count).mean())
-
-
 def top_overlaps(
     ours: NDArray[np.floating], teacher: NDArray[np.floating], count: int
 ) -> NDArray[np.float64]:

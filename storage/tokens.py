@@ -61,11 +61,6 @@ class Tokens(Column):
         counts: NDArray[np.int64] = self._prompt_tokens[self.shards_of(ids)]
         return counts
 
-    def lengths(self) -> NDArray[np.int32]:
-        """(rows,) number of tokens of each text; 4 bytes of memory a row."""
-        counts = [np.diff(self._offsets(s)) for s in range(len(self.objects))]
-        return np.concatenate(counts).astype(np.int32) if counts else np.empty(0, np.int32)
-
     def rows_of(self, ids: NDArray[np.integer]) -> list[NDArray[np.int32]]:
         """Returns the token ids of rows, in the order of `ids`, as views of the mapped files."""
         taken: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(ids)

@@ -80,11 +80,6 @@ class EvaluatedModel(Protocol):
         """Returns vectors of n texts, in their order, of any length."""
 
 
-def retrieval_metrics(results: NDArray[np.int64], asked: RetrievalSet) -> dict[str, float]:
-    """Means over the queries of `retrieval_scores`."""
-    return {what: float(of.mean()) for what, of in retrieval_scores(results, asked).items()}
-
-
 def retrieval_scores(
     results: NDArray[np.int64], asked: RetrievalSet
 ) -> dict[str, NDArray[np.float64]]:

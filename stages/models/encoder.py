@@ -333,10 +333,6 @@ class Encoder:
                 "embed.mixes", f"the teacher cannot read mixed texts: {first_line(error)}", NO_MIXES
             ) from error
 
-    def lengths(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Returns (n,) int64 tokens of each text before truncation, prompt included; encodes nothing."""
-        return self.reader.read(texts, self.prompt).lengths
-
     def _windows(self, texts: Sequence[str]) -> Windows | None:
         return (
             windows_of(texts, self.model.tokenizer, window_tokens=self.window_tokens)

@@ -41,7 +41,6 @@ MOST_STRETCH: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.01, "bf16": 0.01}
 
 SHOWN_CHARACTERS = 40
 
-OTHER_VECTORS = "the teacher gives other vectors than those recorded there when its cache was begun"
 OTHER_MACHINE_CURE = (
     "likely another version of torch or transformers, another driver, kernel or device: run it as the "
     "cache was made (`teachonce ls` says by whom and where), or point `store` and `remote` elsewhere to "

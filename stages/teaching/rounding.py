@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.vectors import MOST_ROWS, row_cosines, top_overlap
+from stages.vectors import MOST_ROWS, row_cosines, top_overlaps
 from storage.embeddings import as_read
 
 OVERLAP = 10
@@ -60,7 +60,8 @@ class Rounding:
             "worst": float(f"{losses.max():.3g}"),
         }
         if len(vectors) >= OVERLAP + 2:
-            facts[f"top{OVERLAP}_overlap"] = round(top_overlap(as_stored, whole, OVERLAP), 4)
+            overlaps = top_overlaps(as_stored, whole, OVERLAP)
+            facts[f"top{OVERLAP}_overlap"] = round(float(overlaps.mean()), 4)
         return facts
 
 

@@ -73,9 +73,8 @@ def test_the_vector_of_a_long_text_is_the_mean_of_its_windows(tiny_model, tokeni
     # What is left out when a text is cut is heard here.
     assert float(found.vectors[1] @ cut.encode([LONG])[0]) < 0.999
     assert found.truncated == windows_of(texts, tokenizer, window_tokens=ROOM).split_texts
-    assert (
-        found.tokens == whole.lengths(windows_of(texts, tokenizer, window_tokens=ROOM).texts).sum()
-    )
+    windows = windows_of(texts, tokenizer, window_tokens=ROOM).texts
+    assert found.tokens == whole.reader.read(windows, whole.prompt).lengths.sum()
 
 
 def test_texts_that_fit_have_the_vectors_that_they_have_without_windows(tiny_model):

@@ -98,7 +98,7 @@ def test_dvc_and_the_layout_name_the_same_files(stages):
         "neighbours": [at.neighbours],
         "distill": [at.model("${key}"), at.training("${key}"), at.curve("${key}")],
         "finetune": [
-            at.finetuned("${item}"),
+            at.model("${item}-finetuned"),
             at.training("${item}-finetuned"),
             at.curve("${item}-finetuned"),
         ],

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 NAMED = (
     "start",
     "model",
-    "finetuned",
     "stage_facts",
     "start_facts",
     "training",

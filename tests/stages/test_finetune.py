@@ -458,7 +458,7 @@ def test_the_kd_term_is_the_mean_squared_error_of_the_rows_of_the_step(world):
     caches = world.caches()
     params = settings(distill_weight=3.0)
     tokenizer = load_model(world.folder, device=CPU).tokenizer
-    memory = Rehearsal.of(caches, tokenizer, world.folder, params)
+    memory = Rehearsal(caches, tokenizer, world.folder, params)
     task = lesson_of(world.folder, world.rows[:40], params, memory)
     with torch.no_grad():
         task.student.body[0].auto_model.embeddings.word_embeddings.weight.mul_(0.5)

@@ -455,7 +455,7 @@ def test_anchors_are_read_as_queries_and_their_keys_as_documents(world_of, name)
 def test_rows_of_the_cache_are_rehearsed_in_their_roles(e5):
     params = settings(max_tokens=LIMIT, distill_weight=1.0)
     tokenizer = load_model(e5.start, device=CPU).tokenizer
-    memory = Rehearsal.of(e5.caches, tokenizer, e5.start, params, e5.prompts)
+    memory = Rehearsal(e5.caches, tokenizer, e5.start, params, e5.prompts)
     task = finetune_task(e5, memory)
     read, vectors = memory.draw(30, 4)
     with torch.no_grad():
