@@ -105,9 +105,9 @@ class Journal:
 
         Args:
             teacher: The teacher's fingerprint.
-            text_keys: Of n texts.
+            text_keys: The 16 bytes of each of n texts.
             vectors: (n, dim) float32.
-            tokens: Of each text.
+            tokens: Number of tokens of each text.
 
         Raises:
             StorageError: the disk refused.

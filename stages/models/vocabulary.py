@@ -50,7 +50,7 @@ class CutVocabulary:
     """What was kept of a tokenizer, and what must still hold when the model was saved and loaded."""
 
     kept: int  # number of its tokens
-    there: int  # how many there were
+    before: int  # how many there were before
     share: float  # of the corpus' tokens that are among them; 0 to 1
     texts: Sequence[str]  # all texts that are looked at
     unknown: str | None  # the token of what is unknown; None if there is none
@@ -62,12 +62,12 @@ class CutVocabulary:
     def summary(self) -> str:
         """How much was kept, for a person."""
         share = f"{100 * self.share:.1f} % of the corpus' tokens"
-        return f"{self.kept:,} of {self.there:,} tokens ({share})"
+        return f"{self.kept:,} of {self.before:,} tokens ({share})"
 
     @property
     def facts(self) -> Facts:
         """The same for a program."""
-        return {"tokens": self.kept, "tokens_before": self.there, "corpus_tokens_kept": self.share}
+        return {"tokens": self.kept, "tokens_before": self.before, "corpus_tokens_kept": self.share}
 
     @property
     def compared(self) -> list[str]:
@@ -239,7 +239,7 @@ def _promised(
     kept_ids = set(kept)
     return CutVocabulary(
         kept=len(kept),
-        there=len(pieces.ids),
+        before=len(pieces.ids),
         share=float(counts[list(kept)].sum() / max(counts.sum(), 1)),
         texts=texts,
         unknown=name,

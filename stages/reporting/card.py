@@ -50,7 +50,7 @@ class Card:
     name: str
     dim: int  # width of its vectors
     unit_length: bool  # whether they have length 1
-    max_tokens: int | None  # it reads no more of a text; None: no limit
+    max_tokens: int | None  # read of a text; None: no limit
     dropped: bool  # whether the projection was left out
     # Whether sentence-transformers 3.4 with transformers 4 gives the same vectors.
     old_ones_read: bool

@@ -41,8 +41,8 @@ class Bound:
     amounts: Mapping[str, float]  # form -> the number that is bounded, for those that have one
     least: float  # the lowest that fits; of amounts for which less is better, both are below 0
     within: str  # the bound, to stand behind "the best" or "the smallest"
-    none: str  # said where nothing fits
-    unknown: str  # said where nobody has such a number
+    none: str  # the sentence where nothing fits
+    unknown: str  # the sentence where no student has such a number
 
 
 def choice(

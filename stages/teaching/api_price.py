@@ -14,12 +14,12 @@ from stages.teaching.api_texts import ReadyText
 
 @dataclass(frozen=True)
 class Price:
-    """Of some texts."""
+    """What some texts will cost."""
 
-    tokens: int  # of all of them, prompts included
-    requests: int  # that ask for them
-    cost: float | None  # of the tokens; None if there is no price
-    seconds: float  # that the limits of a minute take at least; 0 without limits
+    tokens: int  # of all texts, prompts included
+    requests: int  # that they take
+    cost: float | None  # of the tokens; None if no price is known
+    seconds: float  # at least, by the limits of a minute; 0 without limits
     how: str  # how the tokens are known
 
 
