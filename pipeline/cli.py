@@ -964,7 +964,7 @@ def workspace() -> Workspace:
 
 
 def _lines_of_stdin() -> Iterator[str]:
-    """Each line that is not empty, as soon as it is there."""
+    """Yield each line of stdin that is not empty, as soon as it arrives."""
     for line in sys.stdin.buffer:
         if text := line.decode(errors="replace").strip():
             yield text

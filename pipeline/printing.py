@@ -123,7 +123,7 @@ def as_json_object(error: TeachonceError) -> dict[str, str]:
 
 
 def place_of(made: Path | str) -> Path | str:
-    """A path as short as it can be said from here; a URL as it is."""
+    """A path, relative to the current folder if it is below it; a URL unchanged."""
     if isinstance(made, str):
         return made
     return made.relative_to(Path.cwd()) if made.is_relative_to(Path.cwd()) else made

@@ -135,7 +135,7 @@ class Workspace:
         return _renewed(self.at.manifests[kind], kind, self.store)
 
     def manifest_if_any(self, kind: Kind) -> Manifest | None:
-        """As `manifest`; None in a work tree of before there were manifests of that kind."""
+        """As `manifest`; None in a work tree older than manifests of that kind."""
         return self.manifest(kind) if self.at.manifests[kind].exists() else None
 
     def renew(self) -> None:
@@ -312,7 +312,7 @@ class Workspace:
         )
 
     def loader_of(self, name: str) -> Callable[..., EvaluatedModel]:
-        """What loads a model to be evaluated. It is called late, so a model that was not made is said here.
+        """Returns what loads a model to be evaluated; a model that does not exist is an error at once.
 
         Raises:
             MissingError: it is not made yet.

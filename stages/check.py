@@ -206,7 +206,7 @@ def _student_notes(sections: Sections, own: Mapping[str, str], *, is_told: bool)
 
 
 class Survey:
-    """Looks at what the settings name, and collects what is wrong instead of stopping at the first.
+    """Examines what the settings name, and collects all problems instead of stopping at the first.
 
     Args:
         sections: The sections of params.yaml that could be read.
@@ -598,7 +598,7 @@ class Survey:
         *,
         committed: Mapping[str, Any] | None = None,
     ) -> Entry:
-        """Look; what is not on this machine is taken from the committed entry of the same settings."""
+        """Hash files; for those not on this machine the committed entry of the same settings stands."""
         committed = self.committed.get(name, {}) if committed is None else committed
         try:
             return {"declared": dict(declared), "files": look()}
@@ -689,7 +689,7 @@ def _notes_of_corpus(sections: Sections, corpus: Path) -> list[str]:
 
 
 def read_sources(path: Path) -> dict[str, Any]:
-    """A JSON object that `check` left, such as data/sources.json; empty where there is none to be read."""
+    """A JSON object that `check` left, such as data/sources.json; empty if it cannot be read."""
     try:
         content = json.loads(regular.content(path))
     except (OSError, ValueError, RecursionError, TeachonceError):

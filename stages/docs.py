@@ -115,7 +115,7 @@ def in_fair_order(texts: Iterable[str]) -> list[str]:
 
 
 def unambiguous(pairs: Iterable[Pair]) -> list[Pair]:
-    """Each pair once, in fair order, without those whose summary or description another pair has too.
+    """Distinct pairs in fair order, without those that share a summary or description with another pair.
 
     "Fit the model to data." stands over a hundred different descriptions: as a query it has no answer,
     as training it calls the other answers wrong.

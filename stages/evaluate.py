@@ -176,7 +176,7 @@ def run(
 
 
 def run_imported(*, out: Path, details: Path, documents: Path) -> Outcome:
-    """Leave empty metrics of a teacher whose vectors were imported, so that the report has a row for it."""
+    """Write empty metrics for a teacher with imported vectors, so that the report has a row for it."""
     write_documents(documents, {}, teacher="", as_read="")
     write_json(details, {"texts": 0, "searches": [], **NOTHING_TO_SHOW})
     write_json(out, {})

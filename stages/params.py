@@ -204,7 +204,7 @@ class ShardParams(Section):
 
 
 class SplitParams(Section):
-    """Corpus -> which rows are held out, found in evaluation, or trained on."""
+    """Corpus -> the rows that are held out, found in evaluation sets, or trained on."""
 
     heldout: Annotated[float, Field(gt=0, le=0.5)]  # share of the rows, chosen by text key
 
@@ -225,7 +225,7 @@ class PromptsParams(Section):
 
 
 def _url_problem(value: str) -> str | None:
-    """Returns why a value is no address of a server; the value is not told, since a key may stand in it."""
+    """Returns why a value is no address of a server, without the value, which may hold a key."""
     try:
         parts = urlsplit(value)
         is_address = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
@@ -1073,7 +1073,7 @@ def _unreadable_mixes(embed: EmbedParams | None) -> list[Problem]:
 
 
 def _unmade(sections: Sections) -> list[Problem]:
-    """A student whose recipe reads mixes, readings or labelled triplets needs some."""
+    """Recipes of students that read mixes, readings or labelled triplets where there are none."""
     recipes, wrong = sections.get("recipes", {}), []
     mixes = getattr(sections.get("embed"), "mixes", True)
     readings = getattr(sections.get("distill"), "readings", True)
@@ -1220,7 +1220,7 @@ def _unanswerable_choice(report: ReportParams | None, embed: EmbedParams | None)
 
 
 def _too_few_neighbours(sections: Sections) -> list[Problem]:
-    """A student whose recipe reads more neighbours than `mine` keeps."""
+    """Recipes of students that read more neighbours than `mine` keeps."""
     kept = getattr(sections.get("mine"), "neighbours", None)
     recipes = sections.get("recipes", {})
     names = {student.recipe for student in sections.get("students", {}).values()}

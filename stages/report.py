@@ -45,7 +45,7 @@ def run(
     out: Path,
     page: Path,
 ) -> Outcome:
-    """Gather what is known of `models` in one file and on one page.
+    """Write the results of `models` into one file of numbers and one page.
 
     Args:
         models: Teacher, starts, students.

@@ -66,7 +66,7 @@ def recipe(
 
 
 def as_it_is(name: str, *, folder: Path, record: Path, made_from: str | None) -> Outcome | None:
-    """What is said of a start that cannot be made here, but is here already, made from the same.
+    """The outcome for a start that cannot be made here, but exists already, made from the same model.
 
     `record` is the JSON file that `measure` left, `made_from` the fingerprint of the start's `recipe`, None
     if that is not known.

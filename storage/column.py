@@ -65,7 +65,7 @@ class Column:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: which objects. The process that reads it maps them anew, and checks them."""
+        """Returns what is pickled: the names of the objects; another process maps and checks them anew."""
         return {
             name: value
             for name, value in vars(self).items()

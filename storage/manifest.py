@@ -185,7 +185,7 @@ class Manifest(BaseModel):
         return HeldManifest(digest(self.encoded), json.loads(self.encoded))
 
     def note(self, path: Path, *, maker: Mapping[str, str] | None = None) -> bytes:
-        """The manifest with who has it, since when, on which machine and where (`path`)."""
+        """The content of a ref: the manifest, and its holder's user, machine, time and folder."""
         return holders.note(self.manifested, path, maker)
 
     @classmethod

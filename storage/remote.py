@@ -200,7 +200,7 @@ class Remote:
         return self._put(ref, note, replace=existing is not None)
 
     def ref(self, ref: str) -> bytes | None:
-        """The note of a manifest, of whatever content; None if there is none, or one too large to be one.
+        """The content of a ref, unchecked; None if the remote has none, or a file too large for a ref.
 
         Raises:
             RemoteError: the remote cannot be reached.
@@ -263,7 +263,7 @@ class Remote:
             ) from error
 
     def _upload(self, key: str, path: str, content: bytes, replace: bool) -> bool:
-        """One attempt to put `content` under `path`; False if something is there that must stay."""
+        """One attempt to put `content` under `path`; False if the name is taken by a file that stays."""
         try:
             self._files.pipe_file(path, content, mode="overwrite" if replace else "create")
         except Exception as error:

@@ -161,7 +161,7 @@ class Store:
         self._checked: dict[tuple[int, ...], str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the folder. The process that reads it checks each file itself."""
+        """Returns what is pickled: the folder; another process checks each file itself."""
         return {"root": self.root, "_checked": {}}
 
     def put(

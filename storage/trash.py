@@ -60,7 +60,7 @@ def begin(root: Path) -> str:
 
 
 def end(root: Path, gc: str) -> None:
-    """Remove the mark of a gc, once it has no object taken away any more."""
+    """Remove the mark of a gc that has deleted or put back all that it took away."""
     durable.remove(root / MARKS / gc)
 
 

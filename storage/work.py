@@ -51,7 +51,7 @@ def publish(path: Path, write: Callable[[Callable[[bytes], int]], None]) -> None
 
 
 def find(path: Path) -> bool:
-    """Whether the file is there and whole. Its time is set to now; one that is not whole is removed.
+    """Whether the file exists whole; its time is set to now. A file that is not whole is removed.
 
     Raises:
         StorageError: the operating system refused to read or to remove it.

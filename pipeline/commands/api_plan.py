@@ -27,7 +27,7 @@ def count_tokens(
     rows: NDArray[np.int64],
     most: int,
 ) -> tuple[Facts, float]:
-    """Returns what is to be paid, and the seconds that the limits of a minute take; 0 without limits.
+    """Returns tokens and money to pay, and the least seconds by the limits a minute; 0 without limits.
 
     Args:
         here: The work tree.

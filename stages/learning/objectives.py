@@ -92,7 +92,7 @@ class Candidates:
 
     @property
     def duplicates(self) -> Tensor:
-        """(B, C) mask of false negatives and of candidates that are there twice."""
+        """(B, C) mask of false negatives and of duplicate candidates."""
         return self.not_negative & ~self.is_positive
 
 

@@ -373,7 +373,7 @@ def _is_known(kind: str) -> bool:
 
 
 def _custom_modules(folder: Path) -> list[str]:
-    """The modules whose code lies in the folder, as modules.json names them."""
+    """Returns the names in modules.json of modules whose code lies in the folder."""
     if not (folder / MODULES).is_file():
         return []
     types = [

@@ -139,7 +139,7 @@ def _refusal(kind: str, layers: Sequence[int], problem: str, address: str) -> Te
 
 
 def blocks_of(body: nn.Module | None) -> tuple[str, nn.ModuleList] | None:
-    """Returns the name and the list of a transformer's layers; None if it has not one such list."""
+    """Returns the name and the list of a transformer's layers; None unless it has exactly one such list."""
     config: Any = getattr(body, "config", None)
     if body is None or not hasattr(config, "get_text_config"):
         return None

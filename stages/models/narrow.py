@@ -217,7 +217,7 @@ def _basis(whole: Model, layers: Sequence[int], groups: Sequence[Tensor], hidden
 
 
 def _built(body: Model, widths: Widths, basis: Tensor) -> Model:
-    """The small model, with what is fitted to no text: its tables, and its pooler if it has one."""
+    """The small model with its tables, and its pooler if it has one; the rest is fitted to texts later."""
     config = deepcopy(body.config)
     config.hidden_size, config.intermediate_size = widths.hidden, widths.intermediate
     config.num_attention_heads = widths.heads

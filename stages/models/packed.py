@@ -239,7 +239,7 @@ class PackedReader:
 
 
 def _filled_to(device: torch.device) -> int:
-    """Returns the number whose multiple a packed sequence is as long as: 1 where that saves nothing."""
+    """Returns the number of tokens to a multiple of which a sequence is filled up; 1 for no filling."""
     by_onednn = device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return FILLED_TO if by_onednn and torch.is_grad_enabled() else 1
 

@@ -129,7 +129,7 @@ def _special_ids(processor: Content | None, address: str) -> set[int]:
 
 
 def _renumbered(processor: Content | None, places: Mapping[int, int]) -> Content | None:
-    """A post-processor with the new ids of what it puts around a text."""
+    """A post-processor with the new ids of the special tokens that it puts around a text."""
     if processor is None or processor["type"] == "ByteLevel":
         return processor
     if processor["type"] == "Sequence":

@@ -266,7 +266,7 @@ def _vectors(model: SentenceTransformer, texts: Sequence[str]) -> list[Tensor]:
 
 
 def _plain(tokenizer: AnyTokenizer) -> AnyTokenizer:
-    """A copy of what is behind a tokenizer, or of a static model's, that neither cuts nor pads texts."""
+    """A copy of a tokenizer's core, or of a static model's tokenizer, that neither truncates nor pads."""
     from tokenizers import Tokenizer
 
     core: AnyTokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)

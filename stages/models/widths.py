@@ -39,7 +39,7 @@ class Widths:
 
 
 def narrower(config: Mapping[str, Any], start: StartParams, *, address: str) -> Widths:
-    """Returns the widths of a start: what it does not say is as in the model it is made of, or like.
+    """Returns the widths of a start; those that it leaves out are its model's.
 
     What is drawn at random may be wider than that model, too.
 

@@ -195,7 +195,7 @@ def gauge(values: Mapping[str, tuple[str, float]]) -> Markup:
 
 
 def _path(points: Points, x: Axis, y: Axis) -> str:
-    """A line through points; those of a short run are marked, or nobody sees how few they are."""
+    """A line through points; those of a short run are marked, to show how few they are."""
     way = "L".join(f"{px(x.at(step))} {px(y.at(value))}" for step, value in points)
     # A line of one point is a dot: its end is round.
     marks = "".join(

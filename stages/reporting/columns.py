@@ -200,7 +200,7 @@ def _amount(title: str, values: Mapping[str, float], keep: int) -> TableColumn:
 
 
 def _speedups(models: Mapping[str, Metrics]) -> dict[str, str]:
-    """Model -> times as fast as the teacher; none if there is nothing but the teacher to compare."""
+    """Model -> times as fast as the teacher; empty if only the teacher was timed."""
     teacher = models.get(TEACHER, {})
     times = {name: times_as_fast(metrics, teacher) for name, metrics in models.items()}
     cells = {name: f"{short(value)}x" for name, value in times.items() if value is not None}

@@ -38,7 +38,7 @@ class Mark:
 
     @property
     def is_named(self) -> bool:
-        """Whether it stands out: its name is there whatever the room, and it is never grey."""
+        """Whether its name is always drawn, and it is never grey."""
         return self.on_front or self.is_chosen or self.tone == TEACHER
 
 

@@ -62,7 +62,7 @@ class Disagreement(Part):
 
 
 class Result(Part):
-    """A text that a search found; `relevant` is None where nobody knows."""
+    """A text that a search found; `relevant` is None if that was not judged."""
 
     text: str
     score: float

@@ -297,7 +297,7 @@ class Server:
     def _refusal(
         self, status: int, headers: httpx2.Headers, content: bytes, texts: int
     ) -> Exception:
-        """Returns what is to be raised for an answer that has another status than 200."""
+        """Returns the exception for an answer with another status than 200."""
         answer = f"{status}: {self._harmless(message_in(content))}"
         if b"insufficient_quota" in content or status == 402:
             return StoppedTeacherError(

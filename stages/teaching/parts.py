@@ -41,7 +41,7 @@ class ShardPart(Protocol):
     texts: str
 
     def text_keys(self) -> NDArray[np.bytes_]:
-        """Returns (rows,) V16: who its rows are."""
+        """Returns the (rows,) V16 text keys of its rows."""
 
     def inputs(self, rows: NDArray[np.int64]) -> Sequence[str] | MixedTexts:
         """Returns what the teacher reads for some rows."""

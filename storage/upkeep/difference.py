@@ -26,7 +26,7 @@ class Difference:
 
     @property
     def none(self) -> bool:
-        """Whether there is no difference."""
+        """Whether the two manifests are equal."""
         shards = self.only_a or self.only_b or self.copies or self.moved
         return not (self.kind or self.recipe or self.parent or shards)
 
