@@ -184,7 +184,7 @@ def push_probe_record(entry: Object, store: Store, remote: Remote) -> None:
 
 
 def lacking_shards(keys: Sequence[str], store: Store, remote: Remote | None) -> list[int]:
-    """Returns the places of the keys that neither the store nor the remote has; opens no object.
+    """Returns the indices of the keys that neither the store nor the remote has; opens no object.
 
     Raises:
         RemoteError: the remote cannot be asked.
