@@ -5,10 +5,10 @@ This file is long because a run and its task, with all that they are made of, ar
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 import numpy as np
@@ -443,13 +443,13 @@ class DistillTask(nn.Module):
         return total, [*parts, *([None] if self.pretraining else [])]
 
     def _read_ahead(self, rows: NDArray[np.int64], step: int) -> bool:
-        blocks = getrusage(RUSAGE_THREAD).ru_inblock
+        before = _blocks_read()
         self.tokens.read_ahead(rows)
         # What the student will propose, nobody knows yet.
         known = (one for one in self.params.objectives if not isinstance(one, SpeculativeObjective))
         ids = [self.source.vectors_read(objective, rows, step=step) for objective in known]
         self.caches.embeddings.read_ahead(np.unique(np.concatenate([rows, *ids])))
-        return getrusage(RUSAGE_THREAD).ru_inblock > blocks
+        return _blocks_read() > before
 
     def _mixed(self, objective: MixesObjective, step: int) -> MixedBatch:
         assert self.mixed is not None  # opened for a recipe that reads mixes
@@ -482,6 +482,11 @@ class DistillTask(nn.Module):
         vectors = self.encode(rows)
         self.student.train()
         return vectors
+
+
+def _blocks_read() -> int:
+    """How many blocks this thread has read from disks; on a system that counts no threads, the process."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_inblock
 
 
 def _is_raw(params: RecipeParams) -> bool:

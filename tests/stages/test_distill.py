@@ -757,6 +757,7 @@ def test_a_student_reads_ahead_what_its_step_reads(world):
     for step in (0, 1, 16):
         rows = setup.batches(0)[step % 2]
         setup.read_ahead(rows, step)
+        assert setup.read_ahead(rows, step) is False  # all was read a moment ago
         setup.loss(rows, step)
         assert set(vectors.ahead) == set(vectors.read)
         assert set(tokens.ahead) == set(tokens.read) == set(rows.tolist())
