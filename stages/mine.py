@@ -21,9 +21,9 @@ This file is long because the stage and the miner share how shards are grouped, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -430,17 +430,29 @@ def short_lists_warning(counts: Mapping[str, Any], params: MineParams) -> str:
     )
 
 
-def check_recall(recall: float, min_recall: float, index: Mapping[str, Any]) -> None:
+def check_recall(
+    recall: float,
+    min_recall: float,
+    index: Mapping[str, Any],
+    exact_seconds: Callable[[], float] | None = None,
+) -> None:
     """Refuse an approximate index that misses too many of the nearest rows.
+
+    Args:
+        recall: The share that it finds, 0 to 1.
+        min_recall: The least share.
+        index: What `resolve` returned.
+        exact_seconds: Returns what exact search would take, for the cure; None where that is unknown.
 
     Raises:
         TeachonceError: the recall is below `min_recall`; names both values.
     """
     if recall < min_recall:
+        takes = f", which takes about {clock(exact_seconds())} here" if exact_seconds else ""
         raise TeachonceError(
             "mine.min_recall",
             f"{index['name']} found {recall:.3f} of the nearest rows of a sample, {min_recall} are wanted",
-            "set mine.index: flat (or hnsw, if it was ivf), or lower mine.min_recall",
+            f"set mine.index: flat{takes} (or hnsw, if it was ivf), or lower mine.min_recall",
         )
 
 
@@ -592,7 +604,9 @@ class Miner:
         self.recall_rows, self.recall_found = sample, hits_in(search.nearest(sample), exact)
         while self._recall < self.params.min_recall and search.look_at_more():
             self.recall_found = hits_in(search.nearest(sample), exact)
-        check_recall(self._recall, self.params.min_recall, index)
+        costs = ExactCosts(self.params, self.rows_of, rows, device)
+        exact_seconds = partial(costs.seconds_for, rows)
+        check_recall(self._recall, self.params.min_recall, index, exact_seconds)
         log.info(
             "mine: %s finds %.4f of what exact search finds, with %s",
             index["name"],

@@ -577,7 +577,10 @@ def test_an_index_that_finds_too_little_is_refused_before_anything_is_mined(worl
     poor = {"name": "ivf", "nlist": 7, "nprobe": 1, "seed": 0}
     monkeypatch.setattr(searches, "index_settings", lambda *_, **__: poor)
     monkeypatch.setattr(searches, "MOST_EFFORT", 1)
-    with pytest.raises(TeachonceError, match=r"(?s)ivf found 0\.\d+ .*0.9 are wanted.*index: flat"):
+    with pytest.raises(
+        TeachonceError,
+        match=r"(?s)ivf found 0\.\d+ .*0.9 are wanted.*index: flat, which takes about \d+:\d\d here",
+    ):
         run(world, params(index="ivf"))
     place = world[0]
     assert not list((place.root / "store").rglob("negatives/*/*.arrow"))
