@@ -305,7 +305,7 @@ class EmbedParams(Section):
     reuse: bool  # last bits only: copy vectors of texts that stand in older shards
     batch_tokens: PositiveInt | Literal["auto"]  # speed only
     mixes: Annotated[float, Field(ge=0, le=1)]  # of two texts, for each text; 0: none
-    api: ApiParams  # of a teacher behind an API alone
+    api: ApiParams  # only for a teacher behind an API
 
     @property
     def api_model(self) -> str | None:
@@ -391,29 +391,27 @@ class StartParams(Section):
 
     # `teacher`, or a model named as embed.teacher is; null: none, the weights are drawn at random
     from_: ModelPlace | None = Field(alias="from")
-    # Those kept, in this order; or how many, chosen by agreement (drawn at random: so many); null: all.
+    # Those kept, in this order; or their number, then chosen by agreement; null: all.
     layers: Layers | None
-    # With `from: null`: the model whose kind, sizes and tokenizer the start has; it may be left out, and is
-    # the teacher then.
+    # With `from: null`: the model that gives kind, sizes and tokenizer. Left out: the teacher.
     like: ModelPlace | None = None
-    # With `from: null`: what the weights are drawn by; it may be left out, and is 0 then.
+    # With `from: null`: the seed of the random weights. Left out: 0.
     seed: NonNegativeInt | None = None
-    # As embed.pooling, which says it of the teacher; it may be left out.
+    # As embed.pooling, for a start that is not made from the teacher; it may be left out.
     pooling: Pooling | None = None
-    # How often the layers are read, with the same weights; they may be left out, and are then read once.
+    # How often the layers are run, with the same weights. Left out: once.
     passes: Annotated[int, Field(ge=2, le=8)] | None = None
-    # static: a table of the tokens' vectors, `hidden` values each, and their mean; both may be left out.
+    # static: a table of token vectors with `hidden` values each, and their mean. Left out: a transformer.
     kind: Literal["static"] | None = None
-    # Of a transformer: values of a token between layers, neurons of a layer, heads of its attention. Each
-    # may be left out, and is then as in the model.
+    # Values of a token between layers, or in a static table. Left out: as in the model.
     hidden: PositiveInt | None = None
+    # Neurons of a layer. Left out: as in the model.
     intermediate: PositiveInt | None = None
+    # Attention heads of a layer. Left out: as in the model.
     heads: PositiveInt | None = None
-    # Columns of the word embeddings, which become a table of so many and a map to the model's width; it may
-    # be left out.
+    # Columns of a smaller table of word embeddings, with a map to the model's width. Left out: one table.
     embedding: PositiveInt | None = None
-    # How many tokens are kept, the most frequent of the corpus, or {keep: share of its tokens to cover};
-    # it may be left out, and all are kept then.
+    # Number of tokens kept, the most frequent, or {keep: share of the corpus to cover}. Left out: all.
     vocabulary: Vocabulary | None = None
 
     @property
@@ -489,8 +487,7 @@ def _as_list(value: object) -> object:
 class DistillParams(Section):
     """What students read beside the corpus itself."""
 
-    # Globs of .tsv, .jsonl, .csv, .json (each also .gz, .zst), .parquet with a text and a reading, or
-    # {files: one of these, role: query}; null: none.
+    # Globs of files with a `text` and a `reading`, or {files: one of these, role: query}; null: none.
     readings: Annotated[tuple[SourceOfReadings, ...], BeforeValidator(_as_list)]
 
     def readings_of(self, role: Role) -> list[ReadingsSource]:
@@ -535,11 +532,11 @@ class KdObjective(BaseObjective):
     """Mean squared error to the teacher's vector, or its variance."""
 
     name: Literal["kd"]
-    centred: bool  # the batch's mean error does not count: where all texts lie together is free
+    centred: bool  # the batch's mean error does not count, so an offset that all texts share is free
 
 
 class MixesObjective(BaseObjective):
-    """The same on mixes of two texts, whose input embeddings both teacher and student have mixed."""
+    """`kd` on mixes of two texts, whose input embeddings both teacher and student have mixed."""
 
     name: Literal["mixes"]
     centred: bool
@@ -547,7 +544,7 @@ class MixesObjective(BaseObjective):
 
 
 class DiscoKdObjective(BaseObjective):
-    """The same on raw vectors, to the letter of the paper: the student's may have any length."""
+    """`kd` on raw vectors, exactly as in the paper: the student's may have any length."""
 
     name: Literal["disco_kd"]
 
@@ -581,7 +578,7 @@ def _check_start(temperature: float, *, learnable: bool) -> None:
 
 
 class DiscoCkdObjective(BaseObjective):
-    """The same to the letter of the official code: 1 / temperature learned from e, rows of past steps."""
+    """`ckd` exactly as in the official code: 1 / temperature learned from e, rows of past steps."""
 
     name: Literal["disco_ckd"]
     queue: NonNegativeInt  # rows of the steps before this one, newest first
@@ -601,7 +598,7 @@ class RelationalObjective(AmongOthers):
 
 
 class SkewObjective(AmongOthers):
-    """The same by a divergence that stays finite: one side is mixed with a little of the other."""
+    """`relational` by a divergence that stays finite: one side is mixed with a little of the other."""
 
     name: Literal["skew"]
     temperature: Temperature
@@ -625,11 +622,11 @@ class SpeculativeObjective(AmongOthers):
     proposals: PositiveInt  # per row of the batch
     pool: PositiveInt  # training rows that the student reads to propose from
     refresh_every: PositiveInt  # steps after which the pool may be drawn and read anew
-    threshold: Annotated[float, Field(ge=0, le=1)]  # the probability of that at first
+    threshold: Annotated[float, Field(ge=0, le=1)]  # initial probability of that, at such a step
 
 
 class AdapterObjective(AmongOthers):
-    """The student follows the teacher's vectors as a small module moves them, which learns beside it."""
+    """The student follows the teacher's vectors after a small module, trained with it, has moved them."""
 
     name: Literal["adapter"]
     temperature: Temperature
@@ -641,7 +638,7 @@ class AdapterObjective(AmongOthers):
 
 
 class DecoupledObjective(AmongOthers):
-    """The same with a row's own key and the rest apart, and easy and hard rows apart."""
+    """`relational` with separate terms for a row's own key and the rest, and for easy and hard rows."""
 
     name: Literal["decoupled"]
     temperature: Temperature
@@ -712,9 +709,9 @@ class RecipeParams(TrainingParams):
     projection: Literal["auto", "always"]  # auto: only where the widths differ
     widths: tuple[PositiveInt, ...]  # of the student's vector that serve alone, too (Matryoshka)
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)]
-    # Steps on classes of the teacher's margins before all others; it may be left out.
+    # First steps on classes that the teacher's vectors give (see the recipe `warmup`); it may be left out.
     pretrain: PretrainParams | None = None
-    # What the student reads before a text: what its teacher read, or nothing; it may be left out.
+    # The prompts that students read: their teacher's, or none; it may be left out, and is then none.
     prompts: Literal["teacher", "none"] = "none"
     # Share of a batch's rows with readings that is read as one of them; it may be left out, and is then 0.
     readings: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -798,7 +795,7 @@ class ExportParams(Section):
     model: ModelName  # a student, or a finetuned one: NAME-finetuned
     also: tuple[ModelName, ...]  # further ones, each to exports/NAME
     space: Literal["student", "teacher"]  # teacher: keep the projection into the teacher's space
-    # One of BASE_FORMATS, and others beside it.
+    # safetensors or safetensors-fp16, and any of the others.
     formats: Annotated[tuple[ExportFormat, ...], AfterValidator(_one_base)]
     max_loss: Share  # a format that loses more of the student's quality is not published
 
