@@ -532,7 +532,7 @@ class KdObjective(BaseObjective):
     """Mean squared error to the teacher's vector, or its variance."""
 
     name: Literal["kd"]
-    centred: bool  # the batch's mean error does not count, so an offset that all texts share is free
+    centred: bool  # the mean error of a batch does not count: an offset of all texts is free
 
 
 class MixesObjective(BaseObjective):
