@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 
@@ -99,20 +100,29 @@ def test_torch_and_tokenizers_have_one_thread_meanwhile_and_then_what_they_had(m
 
 @pytest.mark.slow
 def test_equal_students_are_equally_fast_while_every_core_burns(tmp_path):
-    """The same machine, quiet (as far as it is) and busy: figures of one architecture within 10 %."""
+    """The same machine, quiet (as far as it is) and busy: figures of one architecture within 10 %.
+
+    Of 48 single figures in turns, quiet and beside one and two busy cores, all lay within 9.6 %, with a
+    standard deviation of 2.1 %. So each here is the median of three: the test is of what a busy machine
+    shifts, and other tests run beside it.
+    """
+
+    def figure(student):
+        return statistics.median(student.speed(texts).texts_per_reference for _ in range(3))
+
     shape = {"layers": 3, "width": 384}
     students = [
         Encoder(make_tiny_model(tmp_path / f"{seed}", seed=seed, **shape), device=CPU)
         for seed in (0, 1)
     ]
     texts = sentences(256)
-    before = students[0].speed(texts).texts_per_reference
+    before = figure(students[0])
     burn = "import numpy as np\na = np.random.rand(900, 900).astype('f4')\nwhile True: a @ a"
     one = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     with contextlib.ExitStack() as stack:
         for _ in range(os.cpu_count()):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", burn], env=one))
             stack.callback(process.kill)
-        found = [before, *(student.speed(texts).texts_per_reference for student in students)]
+        found = [before, *map(figure, students)]
     print(f"\nquiet, and two students beside busy cores: {found}")
     assert max(found) / min(found) < 1.1
