@@ -3,8 +3,9 @@
     python benchmarks/cold_rows.py [--megabytes 128 256 512] [--rows 512]
 
 One object of random float16 vectors of 384 values. Its pages are given up (`posix_fadvise`) before each
-variant: rows as a training reads them, the same without advice to the system, and all vectors in their
-order. The folder for temporary files must be on a disk (TMPDIR).
+variant: rows as a training reads them, the same without advice to the system, the same after the system was
+asked for all of them at once, and all vectors in their order. The folder for temporary files must be on a
+disk (TMPDIR).
 """
 
 import argparse
@@ -23,6 +24,7 @@ from storage.manifest import Manifest, fingerprint
 from storage.store import Store
 
 DIM = 384
+AHEAD = "read ahead"
 
 
 def main():
@@ -43,6 +45,7 @@ def main():
             for name, least, ours in (
                 (f"{args.rows} rows, no advice", 1 << 60, ids),
                 (f"{args.rows} rows", whole, ids),
+                (f"{args.rows} rows, {AHEAD}", whole, ids),
                 ("two rows, then all in order", whole, None),
             ):
                 column.READ_WHOLE_BYTES = least
@@ -54,6 +57,8 @@ def main():
                     cache.rows_of(ids[:2])
                     cache.shard(0).view(np.int16).max()
                 else:
+                    if name.endswith(AHEAD):
+                        cache.read_ahead(ours)
                     cache.rows_of(ours)
                 taken, read = time.perf_counter() - began, (read_bytes() - before) / 2**20
                 print(f"| {megabytes} | {name} | {read:.1f} | {taken:.2f} |")

@@ -64,17 +64,13 @@ class Layout:
     documents = Output("data/documents/")
     start = NamedOutput("models/start/{}/")  # start: a student before training
     model = NamedOutput("models/{}/")  # distill, finetune: a student after training
-    export = Output(
-        "export/"
-    )  # export: the model that is served, as sentence-transformers loads it
+    export = Output("export/")  # export: the model that is served, for sentence-transformers
     exported = NamedOutput("exports/{}/")  # export NAME: a further model that is served
     formats = NamedOutput("reports/exports/{}.json")  # export: the metrics of one model's formats
     stage_facts = NamedOutput("reports/stages/{}.json")  # each stage: counts for `dvc metrics`
     # start: what a start keeps of its model, and how far it agrees with the teacher
     start_facts = NamedOutput("reports/starts/{}.json")
-    training = NamedOutput(
-        "reports/training/{}.json"
-    )  # distill: how a run ended, for `dvc metrics`
+    training = NamedOutput("reports/training/{}.json")  # distill: how it ended, for `dvc metrics`
     curve = NamedOutput("reports/curves/{}.csv")  # distill: loss and agreement, for `dvc plots`
     metrics = NamedOutput("reports/metrics/{}.json")  # evaluate: one model's metrics
     details = NamedOutput("reports/details/{}.json")  # evaluate: what the page shows beside these

@@ -231,9 +231,9 @@ def expect(file: pa.Buffer, rows: NDArray[np.int64]) -> None:
 def read_ahead(addresses: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
     """Ask the system to read pieces of mapped files now, so that nobody waits when they are read.
 
-    A piece that is not in memory is read when it is first touched, one after the other: 2,000 rows take 170
-    ms. All asked for at once take 25 ms. A piece that is in memory costs 3 microseconds, and other threads
-    run meanwhile.
+    Without this, pieces are read one after the other, each when it is first touched. Asked for at once,
+    they take a fifth of that time (benchmarks/cold_rows.py). A piece that is in memory costs 3
+    microseconds, and other threads run meanwhile.
 
     Args:
         addresses: (m,) int64 where the pieces begin in memory; whoever calls holds what is mapped there.

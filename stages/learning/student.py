@@ -94,10 +94,10 @@ class Student(nn.Module):
     def halve_pieces(self) -> bool:
         """Read each batch twice from now on, in pieces half as large as the largest of the last batch.
 
-        Call it where a device had no memory for a batch. Returns False if that piece was a single text.
+        Call it where a device had no memory for a batch. Returns False if that piece cannot be halved.
         """
         tokens, texts = self.largest_piece
-        if texts < 2:
+        if min(tokens, texts) < 2:
             return False
         self.most_tokens = tokens // 2
         log.info(

@@ -714,6 +714,15 @@ def test_a_step_without_memory_is_taken_again_in_pieces_that_halve_and_learns_th
     assert f"in pieces of {task.student.most_tokens} (gradient_caching)" in caplog.text
 
 
+@pytest.mark.parametrize(("lengths", "halves"), [((0, 0), False), ((5,), False), ((1, 1), True)])
+def test_pieces_halve_until_they_are_one_text_or_empty(world, lengths, halves):
+    """A static model reads texts without a token; pieces of none must not be tried for ever."""
+    student = lesson_of(world, recipe(objectives=CKD)).student
+    student.largest_piece = (len(lengths) * max(lengths), len(lengths))
+    assert student.halve_pieces() is halves
+    assert student.most_tokens == (1 if halves else None)
+
+
 def test_a_step_without_memory_for_one_text_is_an_error_with_a_cure_and_changes_no_weight(world):
     params = recipe(objectives=CKD)
     task = lesson_of(world, params)
