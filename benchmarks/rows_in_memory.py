@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tokens import megabytes
+from harness import megabytes
 
 from stages.learning.batches import epoch_batches
 from storage.corpus import Corpus, cut, put_texts
@@ -52,10 +52,10 @@ def one(folder):
     split = Split(corpus=manifest.content, heldout=0.01, evaluation=())
     for shard in range(len(corpus.objects)):
         corpus.batch(shard)
-    before = megabytes()
+    before = megabytes("RssAnon")
     rows, heldout = split.train_rows(corpus), split.heldout_rows(corpus)
     epochs = [epoch_batches(rows, batch_size=128, seed=0, epoch=epoch) for epoch in (0, 1)]
-    held = megabytes() - before
+    held = megabytes("RssAnon") - before
     assert len(heldout) + len(rows) == corpus.rows
     assert len(epochs[0]) == len(epochs[1])
     return held * 2**20 / corpus.rows

@@ -92,7 +92,7 @@ class GraphEncoder:
     def encode_counted(self, texts: Sequence[str], *, role: Role) -> GraphVectors:
         """Returns vectors of n >= 1 texts of one role, with the number of those that were cut."""
         prompt = self.prompts.get(role, "")
-        read = self.tokenizer.encode_batch([prompt + text for text in texts])
+        read = self.tokenizer.encode_batch_fast([prompt + text for text in texts])
         of_length: dict[int, list[int]] = {}
         for place, encoding in enumerate(read):
             # A graph reads one token at least, if only one that is hidden.

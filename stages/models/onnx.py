@@ -18,6 +18,7 @@ from stages.models.portable import STATIC
 from storage.errors import TeachonceError, first_line
 
 if TYPE_CHECKING:
+    import onnx_ir
     from sentence_transformers import SentenceTransformer
 
 INPUTS = ("input_ids", "attention_mask")
@@ -62,7 +63,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
     # Neither axis is 0 or 1 long here: the exporter would take these for constants.
     token_ids = torch.ones(2, 3, dtype=torch.long)
     graph = Graph(model).eval()
-    with _quiet():
+    with _quiet(), _eager_attention(model):
         try:
             program = torch.onnx.export(
                 graph,
@@ -82,6 +83,7 @@ def write_onnx(model: SentenceTransformer, path: Path, *, address: str) -> None:
         assert program is not None  # as it would be with dynamo=False
         # Each node comes with the lines of code that made it, paths of this machine included.
         ClearMetadataAndDocStringPass()(program.model)
+        _keep_layer_norms(program.model.graph)
         path.parent.mkdir()
         program.save(path)
 
@@ -96,6 +98,34 @@ def run_onnx(path: Path, model: SentenceTransformer, texts: Sequence[str]) -> ND
     [vectors] = session.run(["sentence_embedding"], inputs)
     outputs: NDArray[np.float32] = vectors
     return outputs
+
+
+@contextmanager
+def _eager_attention(model: SentenceTransformer) -> Iterator[None]:
+    """Let attention be a product, a softmax and a product: torch's own becomes nodes that look for NaN."""
+    body = getattr(model[0], "auto_model", None)
+    if body is None:
+        yield
+        return
+    implementation = body.config._attn_implementation
+    body.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        body.set_attn_implementation(implementation)
+
+
+def _keep_layer_norms(graph: onnx_ir.Graph) -> None:
+    """Write each addition before a layer norm as `Sum`, which is the same.
+
+    ONNX Runtime joins `Add` and the norm into one node, SkipLayerNormalization, which on a CPU takes about
+    three times as long as the two (`benchmarks/graphs.py`).
+    """
+    for node in graph:
+        if node.op_type == "LayerNormalization" and (states := node.inputs[0]) is not None:
+            added = states.producer()
+            if added is not None and added.op_type == "Add":
+                added.op_type = "Sum"
 
 
 @contextmanager
