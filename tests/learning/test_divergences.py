@@ -254,7 +254,7 @@ def test_the_student_and_the_adapter_learn_from_their_own_terms():
 
 def test_an_adapter_begins_at_the_teacher_and_learns_from_there():
     candidates = some_candidates()
-    objectives = Objectives([PARAMS[-1]], dim=WIDTH)
+    objectives = Objectives([params_of("adapter")], dim=WIDTH)
     teacher = 2 * candidates.vectors[:ROWS]
     assert objectives.notes(teacher) == {"drift_adapter": pytest.approx(0, abs=1e-6)}
     loss, _ = objectives({0.0: drawn()}, teacher, [candidates])
@@ -266,8 +266,8 @@ def test_an_adapter_begins_at_the_teacher_and_learns_from_there():
 
 def test_speculative_is_skew_among_its_candidates():
     student, candidates = drawn(), some_candidates()
-    (params,) = (params for params in PARAMS if params.name == "speculative")
-    loss, _ = Objectives([params])({0.0: student}, candidates.vectors[:ROWS], [candidates])
+    objectives, teacher = Objectives([params_of("speculative")]), candidates.vectors[:ROWS]
+    loss, _ = objectives({0.0: student}, teacher, [candidates])
     expected = skew(
         student,
         candidates,
@@ -435,6 +435,12 @@ PARAMS = [
 ]
 
 
+def params_of(name):
+    """The entry of an objective."""
+    (params,) = (params for params in PARAMS if params.name == name)
+    return params
+
+
 def test_each_objective_of_the_settings_is_taught_below():
     union = get_args(get_args(Objective)[0])
     assert {type(params) for params in PARAMS} == set(union)
@@ -518,7 +524,7 @@ def test_narrow_keeps_the_first_values_and_the_length_of_the_whole():
 def test_the_loss_of_several_widths_is_their_mean_and_the_curve_shows_the_whole_one():
     student, candidates = drawn(scale=2.0), some_candidates()
     teacher = candidates.vectors[:ROWS]
-    objectives = Objectives([PARAMS[0], PARAMS[4]], widths=[4, 2])
+    objectives = Objectives([params_of("kd"), params_of("skew")], widths=[4, 2])
     total, parts = objectives({0.0: student}, teacher, [None, candidates])
     expected = []
     for width in (WIDTH, 4, 2):
@@ -543,7 +549,9 @@ def test_the_loss_of_several_widths_is_their_mean_and_the_curve_shows_the_whole_
 def test_each_objective_reads_the_text_that_it_asks_for():
     clean, cut = drawn(1), drawn(2)
     candidates = some_candidates()
-    params = [PARAMS[3].model_copy(update={"deleted_tokens": share}) for share in (0.0, 0.1)]
+    params = [
+        params_of("relational").model_copy(update={"deleted_tokens": share}) for share in (0.0, 0.1)
+    ]
     _, parts = Objectives(params)(
         {0.0: clean, 0.1: cut}, candidates.vectors[:ROWS], [candidates, candidates]
     )
