@@ -30,6 +30,7 @@ from stages.outcome import Fact, Outcome, log, write_json
 from stages.params import BASE_FORMATS, ExportFormat, ExportParams
 from stages.preflight import check_formats
 from stages.reporting.card import Card, PublishedFormat, model_card
+from stages.reporting.results import quality_of
 from storage import durable
 from storage.errors import DamagedError, TeachonceError
 from storage.roles import Role
@@ -37,7 +38,7 @@ from storage.roles import Role
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-VERSION = 4  # raise it when a code change alters the export of the same model
+VERSION = 5  # raise it when a code change alters the export of the same model
 
 LEAST_FP16_COSINE = 0.9999
 """Of a copy whose weights were rounded to float16."""
@@ -99,7 +100,8 @@ def run(
         metrics: Model -> flat metrics, for the card; as many as there are.
         facts: Label -> text, for the card.
         out: The folder to write; an old one stays until the new one has been loaded and compared.
-        results: The file to write: format -> metrics, and whether and why it is published.
+        results: The file to write: format -> metrics, and whether and why it is published; and which
+            model these are of.
         comparison: Measures the formats beside the base.
         trust_remote_code: Whether code in the folder of the student may run; it goes along.
 
@@ -125,7 +127,8 @@ def run(
         card = _card(student, scratch, found)
         text = model_card(card, lineage=lineage, metrics=metrics, facts=facts)
         (scratch / "README.md").write_text(text, encoding="utf-8")
-    write_json(results, {"model": params.model, "formats": found})
+    quality = quality_of(metrics.get(params.model, {}))
+    write_json(results, {"model": params.model, "quality": quality, "formats": found})
     copies = 4 * (copied(student.model) + folded_in(student.model)) / 1e6  # float32
     megabytes = float(found[base]["megabytes"] or 0)
     whole = "the two factors of its word embeddings are one table"
@@ -267,6 +270,7 @@ def _card(student: Exported, copy: Path, found: Mapping[ExportFormat, Metrics]) 
         has_code=any(copy.rglob("*.py")),
         prompts=student.prompts,
         padding=getattr(model.tokenizer, "pad_token_id", None) or 0,
+        cut_at=getattr(model.tokenizer, "truncation_side", "right"),
     )
 
 

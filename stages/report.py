@@ -26,7 +26,7 @@ from stages.reporting.results import (
 from stages.reporting.sections import Subject
 from storage import durable
 
-VERSION = 7  # raise it when a code change alters the report of the same metrics
+VERSION = 8  # raise it when a code change alters the report of the same metrics
 
 
 def run(
@@ -70,14 +70,15 @@ def run(
         DamagedError: a file is not what its stage writes.
     """
     # All is read before anything is written: a report is of one moment or there is none.
+    measured = {name: read_metrics(metrics(name), name) for name in models}
     evaluated = {
         name: Model(
             name,
-            read_metrics(metrics(name), name),
+            measured[name],
             read_details(details(name), name),
             read_curve(curve(name), name),
             read_training(training(name), name),
-            read_exports(exports(name), name),
+            read_exports(exports(name), name, measured[name]),
         )
         for name in models
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stages.models.lineage import leaves_teacher_space
 from stages.params import TEACHER
@@ -57,6 +57,7 @@ class Card:
     formats: Sequence[PublishedFormat]  # the base, then the others that are published
     has_code: bool = False  # whether it needs the code that lies in its folder
     padding: int = 0  # id of the token that pads a batch
+    cut_at: Literal["right", "left"] = "right"  # the side at which a longer text loses its tokens
     # Role -> what it reads before texts of that role; no empty ones.
     prompts: Mapping[Role, str] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ Its metrics and details, the curve of its training, and what was measured of its
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
+from stages.outcome import log
 from stages.params import FINETUNED
 from storage import regular
 from storage.errors import DamagedError, MissingError, shown
@@ -26,6 +28,9 @@ Metrics = Mapping[str, str | int | float]
 
 Formats = Mapping[str, Metrics]
 """A model's exports: format -> its metrics, and beside them `published` and, if it is not, the `reason`."""
+
+SPEED_KEYS = {"sentences_per_second", "texts_per_reference", "device"}
+"""Keys of metrics whose values are others each time that the same model is measured."""
 
 SCORES = ("agreement", "dev")  # a curve has one of them
 
@@ -111,6 +116,8 @@ class ExportedFormats(Part):
     """What `export` leaves of a model in the formats that were asked for."""
 
     model: str
+    # `quality_of` the model when its formats were measured; empty where an older version wrote this.
+    quality: str = ""
     formats: dict[str, Format]
 
 
@@ -190,13 +197,22 @@ def read_training(path: Path, name: str) -> Training | None:
         raise DamagedError(path, problem, _train(name)) from error
 
 
-def read_exports(path: Path, name: str) -> Formats:
+def quality_of(metrics: Metrics) -> str:
+    """Returns the sha256 of what was measured of a model but for its speed: it says which model it was."""
+    quality = {key: value for key, value in metrics.items() if key not in SPEED_KEYS}
+    return hashlib.sha256(json.dumps(quality, sort_keys=True).encode()).hexdigest()
+
+
+def read_exports(path: Path, name: str, metrics: Metrics) -> Formats:
     """What `export` measured of the model `name` in each format; nothing of one that was not exported.
+
+    Nor of one whose `metrics` are others by now: the formats are of the model as it was before, or of other
+    evaluation sets. This is said in a warning.
 
     Raises:
         DamagedError: not what `export` writes of this model.
     """
-    cure = "run `teachonce export`"
+    cure = f"run `teachonce export {name}`, or `teachonce export` where export.model names it"
     try:
         exports = ExportedFormats.model_validate_json(regular.content(path))
     except FileNotFoundError:
@@ -205,6 +221,15 @@ def read_exports(path: Path, name: str) -> Formats:
         raise DamagedError(path, f"not the exports of a model: {_first(error)}", cure) from error
     if exports.model != name:
         raise DamagedError(path, f"the exports of {shown(exports.model)}, not of {name}", cure)
+    if exports.quality != quality_of(metrics):
+        log.warning(
+            "report: the formats of %s are left out: %s was evaluated anew since they were measured, with "
+            "another result; %s",
+            name,
+            name,
+            cure,
+        )
+        return {}
     return {key: exported.model_dump() for key, exported in exports.formats.items()}
 
 

@@ -210,7 +210,7 @@ READERS = {
     "metrics": lambda path: read_metrics(path, "kd"),
     "details": lambda path: read_details(path, "kd"),
     "a training": lambda path: read_training(path, "kd"),
-    "exports": lambda path: read_exports(path, "kd"),
+    "exports": lambda path: read_exports(path, "kd", {}),
     "a curve": lambda path: read_curve(path, "kd"),
     "a model's file": lambda path: read_object(path, "embed.teacher"),
     "modules": lambda path: model_folder.modules_of(path.parent, "embed.teacher"),

@@ -1127,3 +1127,35 @@ def test_model2vec_reads_a_table_in_int8(table, tmp_path):
     found = model2vec.StaticModel.from_pretrained(folder).encode(texts)
     assert (found * unit(encode(table[0], texts))).sum(1).min() > 0.9999
     assert "StaticModel.from_pretrained" in python_of((tmp_path / "out/README.md").read_text())[1]
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_card_cut_a_text_where_the_student_does(tmp_path):
+    for name in ONNX:
+        pytest.importorskip(name)
+    start, out = make_tiny_model(tmp_path / "start"), tmp_path / "out"
+    config = json.loads((start / "tokenizer_config.json").read_bytes())
+    (start / "tokenizer_config.json").write_text(json.dumps(config | {"truncation_side": "left"}))
+    student = make_student(tmp_path / "student", start, teacher_dim=48)
+    run(student, out, "safetensors", "onnx", comparison=measuring()[0])
+    text = (out / "README.md").read_text()
+    assert "\nThe model reads the last 64 tokens of a text and ignores the rest.\n" in text
+    texts = ["violin " * 80 + "amber", "harbor " * 50 + "silver " * 50]
+    own = encode(student[0], texts)
+    lines = text.replace("path/to/this/folder", str(out))
+    names = {}
+    for block in python_of(lines.replace('["One text.", "And another one."]', repr(texts)))[1:]:
+        exec(block, names)
+    np.testing.assert_allclose(names["vectors"], own, atol=1e-5)
+
+
+def test_who_reads_a_table_in_int8_is_told_to_put_the_prompt_there(table, tmp_path):
+    folder, lineage = table
+    told = "Neither puts the prompt\nbefore a text there: do that yourself."
+    for prompts, count in (({}, 0), ({"query": "find: "}, 1)):
+        student = folder, lineage | {"prompts": prompts}
+        out = tmp_path / str(count)
+        run(student, out, "safetensors", "static-int8", comparison=measuring()[0])
+        assert (out / "README.md").read_text().count(told) == count
+        # Nobody else puts it there, so it is so.
+        assert not (out / "static-int8/config_sentence_transformers.json").exists()

@@ -11,6 +11,7 @@ from stages.params import ChooseParams
 from stages.reporting.choice import choice
 from stages.reporting.forms import forms, front
 from stages.reporting.measures import decimals_of, verdict
+from stages.reporting.results import quality_of
 from stages.reporting.table import table
 from storage.errors import DamagedError, MissingError, TeachonceError
 
@@ -81,7 +82,8 @@ class Folder:
         (self.root / f"{name}.details.json").write_text(json.dumps(details))
 
     def exported(self, name, **formats):
-        content = {"model": name, "formats": formats}
+        quality = quality_of(json.loads((self.root / f"{name}.json").read_bytes()))
+        content = {"model": name, "quality": quality, "formats": formats}
         (self.root / f"{name}.exports.json").write_text(json.dumps(content))
 
     def report(self, models, students=STUDENTS, made_of=None, choose=None, **facts):
@@ -256,7 +258,9 @@ def test_exports_that_no_export_wrote_are_refused(folder, models, content, probl
     with pytest.raises(DamagedError) as caught:
         folder.report(["kd"])
     assert str(caught.value).startswith(f"{folder.root}/kd.exports.json: {problem}")
-    assert caught.value.cure == "run `teachonce export`"
+    assert caught.value.cure == (
+        "run `teachonce export kd`, or `teachonce export` where export.model names it"
+    )
     assert not folder.page.exists()
 
 
@@ -284,6 +288,30 @@ def test_a_model_in_another_format_has_a_row_of_its_own(folder, models):
     assert "Not published: kd-finetuned static-int8 (it loses 31 % of the STS average)." in said
     # No format is a rival of the students.
     assert "kd-finetuned, the best student, keeps 99.6 % of the teacher's STS average" in said
+
+
+def test_formats_of_a_student_as_it_was_before_are_left_out(folder, models, caplog):
+    for name, found in models.items():
+        folder.evaluated(name, found)
+    better = {"onnx-int8": in_format(99, 4_000, 1)}
+    folder.exported("kd", **better)
+    # Measured once more it is the same student, at another speed.
+    folder.evaluated("kd", models["kd"] | {"sentences_per_second": 1.0, "texts_per_reference": 1.0})
+    choose = ChooseParams(at_most_mb=20)
+    facts = folder.report(list(models), choose=choose).facts
+    assert facts["formats"] == {"kd": better} and not caplog.text
+    assert facts["chosen"] == {"model": "kd", "format": "onnx-int8", "fits": True}
+    # Trained anew it is another.
+    folder.evaluated("kd", models["kd"] | {"sts.average": 30.0})
+    facts = folder.report(list(models), choose=choose).facts
+    assert facts["formats"] == {} and facts["chosen"]["fits"] is False
+    assert (
+        "the formats of kd are left out: kd was evaluated anew since they were measured, with another "
+        "result; run `teachonce export kd`, or `teachonce export` where export.model names it"
+    ) in caplog.text
+    # As are those of which nothing says whose they are.
+    (folder.root / "kd.exports.json").write_text(json.dumps({"model": "kd", "formats": better}))
+    assert folder.report(list(models)).facts["formats"] == {}
 
 
 def test_a_model_is_served_in_its_published_formats(models):
