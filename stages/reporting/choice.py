@@ -124,9 +124,12 @@ def _bound(
         )
     theirs, share = measure(teacher), choose.at_least or 0
     return Bound(
-        {form: ours / theirs for form, ours in measured(served, measure).items()} if theirs else {},
+        {form: ours / theirs for form, ours in measured(served, measure).items()}
+        if theirs is not None and theirs > 0
+        else {},
         share,
         f"with at least {100 * share:.4g} % of the teacher's {title}",
         f"No student keeps at least {100 * share:.4g} % of the teacher's {title}.",
-        f"The teacher's {title} is not known, so no student is chosen by what it keeps of it.",
+        f"The teacher's {title} is not {'known' if theirs is None else 'above 0'}, so no student is chosen "
+        "by what it keeps of it.",
     )

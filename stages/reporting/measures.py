@@ -29,7 +29,7 @@ class Kept:
 
     title: str
     ours: float  # the student's
-    theirs: float  # the teacher's, not 0
+    theirs: float  # the teacher's, above 0
     # The confidence interval of each number, where it is known.
     ends: tuple[Ends | None, Ends | None] = (None, None)
     is_tied: bool = False  # whether the two cannot be told apart
@@ -118,7 +118,8 @@ def kept(student: Metrics, teacher: Metrics) -> list[Kept]:
         ours, theirs = measure(student), measure(teacher)
         # An average over other sets is another thing.
         alike = _sets(student, kind) == _sets(teacher, kind)
-        if alike and ours is not None and theirs:
+        # A share of a correlation below 0 would be the higher, the worse the student is.
+        if alike and ours is not None and theirs is not None and theirs > 0:
             both = ends(student, measure), ends(teacher, measure)
             shares.append(Kept(title, ours, theirs, both, tied(student, teacher, measure)))
     return shares

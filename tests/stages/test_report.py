@@ -314,6 +314,19 @@ def test_formats_of_a_student_as_it_was_before_are_left_out(folder, models, capl
     assert folder.report(list(models)).facts["formats"] == {}
 
 
+def test_nothing_is_a_share_of_a_teacher_below_zero(models):
+    """A student of -40 keeps no 200 % of a teacher of -20."""
+    for name, average in {"teacher": -20.0, "kd": -40.0, "ckd": 10.0, "kd-finetuned": 5.0}.items():
+        models[name] |= {"sts.average": average}
+    for choose in (None, ChooseParams(at_least=0.9)):
+        chosen = choice(models, STUDENTS, choose=choose)
+        assert chosen.form == "ckd" and chosen.fits is None
+        assert "% of the teacher's nDCG@10" in chosen.sentence
+        assert "% of the teacher's STS average" not in chosen.sentence
+        told = "The teacher's STS average is not above 0, so no student is chosen by what it keeps of it."
+        assert chosen.sentence.startswith(told) is (choose is not None)
+
+
 def test_a_model_is_served_in_its_published_formats(models):
     formats = {
         "kd": {
