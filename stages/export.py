@@ -129,7 +129,8 @@ def run(
         (scratch / "README.md").write_text(text, encoding="utf-8")
     quality = quality_of(metrics.get(params.model, {}))
     write_json(results, {"model": params.model, "quality": quality, "formats": found})
-    copies = 4 * (copied(student.model) + folded_in(student.model)) / 1e6  # float32
+    width = 2 if base == "safetensors-fp16" else 4  # bytes of a weight
+    copies = width * (copied(student.model) + folded_in(student.model)) / 1e6
     megabytes = float(found[base]["megabytes"] or 0)
     whole = "the two factors of its word embeddings are one table"
     why = whole if folded_in(student.model) else "shared layers are expanded"

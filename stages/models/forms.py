@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.models.encoder import Encoder
+from stages.models.factors import COLUMNS
 from stages.models.folder import TOKENIZER, weights_bytes
 from stages.models.graph_encoder import GraphEncoder, onnx_runner, openvino_runner
 from stages.models.int8 import compress_weights, folded_table, quantize_graph, write_table
@@ -70,6 +72,11 @@ def halve_weights(folder: Path) -> None:
             for name, value in load_file(path).items()
         }
         save_file(weights, path, metadata={"format": "pt"})
+    # A table of two factors is none any more, since each value is rounded by itself.
+    for path in sorted(folder.rglob("config.json")):
+        config = json.loads(path.read_bytes())
+        if config.pop(COLUMNS, None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_forms(

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from stages import start
+from stages import export, start
 from stages.models.abilities import check_embedding_of
 from stages.models.encoder import Encoder
 from stages.models.factors import COLUMNS, Factors, factorise, folded_in
@@ -20,7 +20,7 @@ from stages.models.loading import load_model
 from stages.models.onnx import run_onnx, write_onnx
 from stages.params import StartParams
 from storage.errors import TeachonceError
-from tests.conftest import sentences
+from tests.conftest import exporting, sentences
 from tests.stages.test_distill import World, power_cut, recipe, start_folder
 
 __all__ = ["start_folder"]
@@ -166,3 +166,16 @@ def test_what_has_no_such_factors_is_refused(tiny_model, world):
     static = {"from": "teacher", "layers": None, "kind": "static", "hidden": 8, "embedding": 4}
     with pytest.raises(ValidationError, match="a static model's table has hidden columns"):
         StartParams.model_validate(static)
+
+
+def test_as_float16_they_are_one_table_in_half_of_the_bytes(world, tiny_model, tmp_path):
+    folder, out = tmp_path / "lite", tmp_path / "out"
+    made(world, tiny_model, folder)
+    how = {"folder": folder, "lineage": {}, "metrics": {}, "facts": {}}
+    outcome = export.run(**how, **exporting(out, "safetensors-fp16"))
+    own, copy = load_model(folder, device=CPU), load_model(out, device=CPU)
+    assert isinstance(table_of(own), Factors) and not isinstance(table_of(copy), Factors)
+    assert (own.encode(TEXTS) * copy.encode(TEXTS)).sum(1).min() > 0.9999
+    # What a program without factors has beyond them, in two bytes each.
+    assert outcome.facts["megabytes_of_copies"] == round(2 * folded_in(own) / 1e6, 3) > 0
+    assert COLUMNS in json.loads((folder / "config.json").read_bytes())
