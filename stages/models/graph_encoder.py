@@ -25,8 +25,8 @@ MOST_TEXTS = 32
 """Texts of a batch: on one core more at once are not faster."""
 
 STEP = 8
-"""Texts are padded to a multiple of this many tokens. With 1, batches of 8 took 1.4 times as long in ONNX
-Runtime and 1.7 times in OpenVINO, which prepares each new shape; with 16 they took longer again."""
+"""Texts are padded to a multiple of this many tokens. With 1, ONNX Runtime takes as long, within the noise
+(`benchmarks/graphs.py`), but OpenVINO prepares each new shape: batches of 8 took 1.7 times as long."""
 
 
 @dataclass(frozen=True)
