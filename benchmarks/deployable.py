@@ -24,7 +24,11 @@ from quality_sts import prepare, run
 
 RESULT = ROOT / "benchmarks/results/deployable.md"
 SETS = ("sts.STS12", "sts.STSB-dev", "retrieval.xquad.ndcg@10")
-TOKENS = 12_000
+TOKENS = 20_000
+"""As many as the megabytes of the goals allow."""
+
+LEARNING_RATE = 1e-3
+"""Of the transformers: the best of 2e-4, 5e-4, 1e-3 and 2e-3 by agreement on held-out texts after 152 steps."""
 
 # Student -> its start, its recipe, how often it reads the corpus. `hidden`: fitted to the whole teacher.
 STUDENTS = {
@@ -34,7 +38,7 @@ STUDENTS = {
     "one": (
         {"layers": [5], "hidden": 192, "intermediate": 768, "heads": 6, "vocabulary": TOKENS},
         "kd",
-        5,
+        3,
     ),
     "static": (
         {"layers": None, "kind": "static", "hidden": 256, "vocabulary": TOKENS},
@@ -77,7 +81,9 @@ def configure(data, work, rows):
     params["starts"], params["students"] = {}, {}
     for name, (start, recipe, epochs) in STUDENTS.items():
         params["starts"][name] = {"from": "teacher", **start}
-        params["recipes"][f"{name}_recipe"] = {**params["recipes"][recipe], "epochs": epochs}
+        params["recipes"][f"{name}_recipe"] = params["recipes"][recipe] | {"epochs": epochs}
+        if recipe == "kd":
+            params["recipes"][f"{name}_recipe"]["learning_rate"] = LEARNING_RATE
         params["students"][f"{name}_trained"] = {"recipe": f"{name}_recipe", "start": name}
     params["evaluate"]["retrieval"] = {"xquad": "xquad"}
     some_documents(data / "retrieval/xquad_en_wiki10k", work / "xquad")
