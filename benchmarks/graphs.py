@@ -29,7 +29,7 @@ from stages.models.layers import keep_layers
 from stages.models.loading import load_model
 
 CALL = 32
-"""Texts of a call: sixteen of 512 texts, as `evaluate` measures."""
+"""Texts of a call: as many as a batch of `GraphEncoder` has at most."""
 
 STEPS = (1, 8, 16)
 

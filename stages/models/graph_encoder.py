@@ -26,7 +26,8 @@ MOST_TEXTS = 32
 
 STEP = 8
 """Texts are padded to a multiple of this many tokens. With 1, ONNX Runtime takes as long, within the noise
-(`benchmarks/graphs.py`), but OpenVINO prepares each new shape: batches of 8 took 1.7 times as long."""
+(`benchmarks/graphs.py`), but OpenVINO prepares each new shape: batches of 8 took 1.7 times as long
+(by hand)."""
 
 
 @dataclass(frozen=True)

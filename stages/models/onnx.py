@@ -119,7 +119,7 @@ def _keep_layer_norms(graph: onnx_ir.Graph) -> None:
     """Write each addition before a layer norm as `Sum`, which is the same.
 
     ONNX Runtime joins `Add` and the norm into one node, SkipLayerNormalization, which on a CPU takes about
-    three times as long as the two (`benchmarks/graphs.py`).
+    three times as long as the two, by its own profiler (`benchmarks/graphs.py` times whole graphs).
     """
     for node in graph:
         if node.op_type == "LayerNormalization" and (states := node.inputs[0]) is not None:
